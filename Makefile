@@ -1,0 +1,67 @@
+# Each target sets itself up in .venv: a Python >= 3.10 with venv and a C++ compiler are all it needs, and pip's own
+# configuration says where torch comes from.
+#   PYTHON=...        the interpreter for .venv
+#   JOBS=...          test processes at a time
+#   PYTEST_ARGS=...   BENCH_ARGS=...
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+BUILD_FILES := pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
+CXX_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test bench lint format clean
+help:
+	@echo "make demo    train both models with torch's kernels and with ours, print the table, write the plots"
+	@echo "make test    run the tests"
+	@echo "make bench   measure against torch.nn and the peers"
+	@echo "make lint    ruff, clang-format"
+	@echo "make format  mend what the linters can mend"
+	@echo "make clean   remove what was built"
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m rnn_ext demo
+
+# One thread per process: two processes on two cores. Tests of threading ask for their threads themselves.
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info rnn_ext/_C.*.so rnn_ext/_build_info.py
+
+# torch first and no build isolation: the library is compiled against the torch that it will run with, and again
+# without a network after a change.
+$(VENV)/.torch:
+	@python=; for name in $(PYTHON) python3.11 python3 python3.13 python3.12 python3.10; do \
+	    if $$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$$name; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo "No Python >= 3.10 with the venv module was found (Debian: apt-get install python3-venv)." >&2; exit 1; fi; \
+	echo "Setting up $(VENV) with $$($$python --version); torch is a large download the first time."; \
+	$$python -m venv --clear $(VENV)
+	$(PIP) "setuptools>=77" ninja "torch>=2.11"
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.torch $(BUILD_FILES)
+	@echo "Installing rnn_ext[$(patsubst .%,%,$(@F))]"
+	$(PIP) --no-build-isolation --editable ".[$(patsubst .%,%,$(@F))]"
+	@touch $@

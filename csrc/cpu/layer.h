@@ -1,0 +1,122 @@
+// All timesteps of one recurrent layer, both directions, on the CPU: the interface between csrc/ops and the kernels.
+// Nothing here knows torch; T is float or double. Every array is dense in its last dimension.
+//
+// L timesteps, N batch entries, I input size, H hidden size, P size of the output (H without projection), G gates,
+// D directions, T = rows: how many (timestep, entry) pairs exist.
+#pragma once
+
+#include <cstdint>
+
+namespace rnn_ext::cpu {
+
+enum class CellKind { kRnnTanh, kRnnRelu, kGru, kLstm };
+
+/// Which pairs (timestep, entry) exist. Kernel rows are ordered by falling length, so that the rows alive at step t are
+/// the first batch_sizes[t]; row (t, j) is number offsets[t] + j in every internal array.
+struct Layout {
+  int64_t steps = 0;                     // L
+  int64_t batch = 0;                     // N, also of the states
+  int64_t rows = 0;                      // T
+  const int64_t* batch_sizes = nullptr;  // [L] non-increasing, not negative
+  const int64_t* offsets = nullptr;      // [L] sums of the batch sizes before
+  const int64_t* order = nullptr;        // [N] row j belongs to batch entry order[j]; null: to entry j
+  bool packed = false;                   // sequences are stored row by row instead of as (timestep, entry)
+
+  int64_t entry(int64_t j) const { return order ? order[j] : j; }
+};
+
+/// A sequence in the caller's layout: element (t, entry) starts at data + t * step + entry * row, a packed one's row
+/// (t, j) at data + (offsets[t] + j) * row.
+template <class T>
+struct Sequence {
+  T* data = nullptr;
+  int64_t step = 0;
+  int64_t row = 0;
+
+  T* at(const Layout& layout, int64_t t, int64_t j) const {
+    return data + (layout.packed ? (layout.offsets[t] + j) * row : t * step + layout.entry(j) * row);
+  }
+};
+
+/// The weights of one direction, or their gradients (null where not wanted), as torch.nn lays them out.
+template <class T>
+struct Weights {
+  T* weight_ih = nullptr;  // [G*H, I]
+  T* weight_hh = nullptr;  // [G*H, P]
+  T* bias_ih = nullptr;    // [G*H] or null
+  T* bias_hh = nullptr;    // [G*H] or null
+  T* weight_hr = nullptr;  // [P, H] or null
+};
+
+/// Runs fn(context, 0) .. fn(context, tasks - 1), on at most `threads` threads.
+struct Executor {
+  int threads = 1;
+  void (*run)(int64_t tasks, void (*fn)(void*, int64_t), void* context) = nullptr;
+};
+
+struct Sizes {
+  int64_t input = 0;   // I
+  int64_t hidden = 0;  // H
+  int64_t proj = 0;    // P where projected, else 0
+  int directions = 1;  // D
+
+  int64_t output() const { return proj ? proj : hidden; }
+  /// Hidden units are stored in padded rows, so that every gate starts at a vector boundary.
+  int64_t padded() const { return padded(hidden); }
+  static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+};
+
+/// Values of each row kept for backward, per hidden unit.
+int saved_values(CellKind cell, bool projected);
+
+template <class T>
+struct ForwardArgs {
+  CellKind cell;
+  Sizes sizes;
+  Layout layout;
+  Sequence<const T> input;     // (.., I)
+  Sequence<const bool> resets; // (..): a sequence of its own begins here; data may be null
+  const T* h_0 = nullptr;      // [D, N, P], null: zeros
+  const T* c_0 = nullptr;      // [D, N, H], null: zeros
+  Weights<const T> weights[2];
+  Sequence<T> output;  // (.., D*P)
+  Sequence<T> cells;   // (.., D*H), data may be null
+  T* h_n = nullptr;    // [D, N, P]
+  T* c_n = nullptr;    // [D, N, H], of a cell with a cell state
+  T* saved = nullptr;  // [D, T, saved_values, padded H], null: nothing is kept
+};
+
+template <class T>
+struct BackwardArgs {
+  CellKind cell;
+  Sizes sizes;
+  Layout layout;
+  Sequence<const T> input;
+  Sequence<const bool> resets;
+  const T* h_0 = nullptr;
+  const T* c_0 = nullptr;
+  Weights<const T> weights[2];
+  Sequence<const T> output;
+  const T* saved = nullptr;
+  Sequence<const T> grad_output;   // data may be null: zeros, as in the following three
+  Sequence<const T> grad_cells;
+  const T* grad_h_n = nullptr;
+  const T* grad_c_n = nullptr;
+  Sequence<T> grad_input;          // data may be null: not wanted, as in all that follow
+  T* grad_h_0 = nullptr;
+  T* grad_c_0 = nullptr;
+  Weights<T> grad_weights[2];
+};
+
+/// The instruction set whose kernels run: "baseline", "avx2" or "avx512"; the best the processor has.
+const char* capability();
+
+/// Choose another; false where the processor or the build lacks it.
+bool set_capability(const char* name);
+
+template <class T>
+void layer_forward(const ForwardArgs<T>& args, const Executor& executor);
+template <class T>
+void layer_backward(const BackwardArgs<T>& args, const Executor& executor);
+
+}  // namespace rnn_ext::cpu

@@ -1,0 +1,212 @@
+// The one matrix product everything rests on: a register tile of MR rows x NB blocks of columns, with whatever should
+// happen to the finished tile (store it, run a cell) inlined behind it.
+//
+// B is packed in blocks of G vectors: [block][k][G][lanes]. A is read element by element and broadcast.
+
+/// Up to four stretches of A's columns, one after another in k (gates whose slots do not follow each other).
+struct Segments {
+  int count = 1;
+  int64_t length = 0;  // of each
+  int64_t offset[4] = {0, 0, 0, 0};
+  int64_t stride = 1;  // between consecutive k in A
+
+  int64_t size() const { return count * length; }
+};
+
+template <int MR, int NB, int G, class T>
+ALWAYS_INLINE void multiply_add(Vec<T> (&acc)[MR][NB * G], const T* const (&a)[MR], const T* b, int64_t block_stride,
+                                const Segments& segments) {
+  const int64_t stride = segments.stride;
+  for (int s = 0; s < segments.count; ++s) {
+    const int64_t offset = segments.offset[s];
+    const int64_t length = segments.length;
+    const T* row[MR];
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) row[m] = a[m] + offset;
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < length; ++k) {
+      Vec<T> w[NB * G];
+#pragma GCC unroll 8
+      for (int v = 0; v < NB * G; ++v) w[v] = load(b + (v / G) * block_stride + (v % G) * kLanes<T>);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        const T x = row[m][k * stride];
+#pragma GCC unroll 8
+        for (int v = 0; v < NB * G; ++v) acc[m][v] += x * w[v];
+      }
+      b += G * kLanes<T>;
+    }
+  }
+}
+
+/// One row: too few accumulators to hide the latency of an addition, so k is dealt out over KU sets of them.
+template <int KU, int NB, int G, class T>
+ALWAYS_INLINE void multiply_add_row(Vec<T> (&acc)[1][NB * G], const T* a, const T* b, int64_t block_stride,
+                                    const Segments& segments) {
+  Vec<T> part[KU][NB * G] = {};
+  for (int s = 0; s < segments.count; ++s) {
+    const T* row = a + segments.offset[s];
+    const int64_t length = segments.length, stride = segments.stride;
+    int64_t k = 0;
+    for (; k + KU <= length; k += KU) {
+#pragma GCC unroll 16
+      for (int u = 0; u < KU; ++u) {
+        const T x = row[(k + u) * stride];
+#pragma GCC unroll 16
+        for (int v = 0; v < NB * G; ++v)
+          part[u][v] += x * load(b + (v / G) * block_stride + (u * G + v % G) * kLanes<T>);
+      }
+      b += KU * G * kLanes<T>;
+    }
+    for (; k < length; ++k) {
+      const T x = row[k * stride];
+#pragma GCC unroll 16
+      for (int v = 0; v < NB * G; ++v) part[0][v] += x * load(b + (v / G) * block_stride + (v % G) * kLanes<T>);
+      b += G * kLanes<T>;
+    }
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < NB * G; ++v) {
+#pragma GCC unroll 16
+    for (int u = 0; u < KU; ++u) acc[0][v] += part[u][v];
+  }
+}
+
+/// Rows of a tile whose accumulators (rows x vectors) stay in the registers beside one row of weights.
+constexpr int tile_rows(int vectors) {
+  const int rows = (RNN_EXT_VECTOR_REGISTERS - vectors) / vectors;
+  if (vectors == 1) return 4;  // a column too narrow for a full tile is rare: not worth the code
+  return rows > 8 ? 8 : RNN_EXT_VECTOR_REGISTERS == 32 && vectors == 4 ? 6 : rows;
+}
+
+template <int MR, int NB, int G, bool kSingle, class T, class Row, class Init, class Finish>
+NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block, const T* b, int64_t block_stride,
+                        const Segments& segments, const Init& init, const Finish& finish) {
+  Vec<T> acc[MR][NB * G];
+  const T* a[MR];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+    a[m] = a_row(first_row + m);
+#pragma GCC unroll 4
+    for (int n = 0; n < NB; ++n) init(first_row + m, first_block + n, &acc[m][n * G]);
+  }
+  if constexpr (kSingle) {
+    multiply_add_row<8 / (NB * G) < 2 ? 2 : 8 / (NB * G), NB, G, T>(acc, a[0], b, block_stride, segments);
+  } else {
+    multiply_add<MR, NB, G, T>(acc, a, b, block_stride, segments);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NB; ++n) finish(first_row + m, first_block + n, &acc[m][n * G]);
+  }
+}
+
+template <int MR, int NB, int G, class T, class Row, class Init, class Finish>
+ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, int64_t first_block, const T* b,
+                            int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish) {
+  if constexpr (MR > 1) {
+    if (rows < MR)
+      return run_rows<MR - 1, NB, G>(rows, a_row, first_row, first_block, b, block_stride, segments, init, finish);
+  }
+  run_tile<MR, NB, G, false>(a_row, first_row, first_block, b, block_stride, segments, init, finish);
+}
+
+template <int NB, int G, class T, class Row, class Init, class Finish>
+ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bool single, const Row& a_row, const T* b,
+                                 const Segments& segments, const Init& init, const Finish& finish) {
+  constexpr int kMaxRows = tile_rows(NB * G);
+  const int64_t block_stride = segments.size() * G * kLanes<T>;
+  for (; block + NB <= blocks; block += NB) {
+    const T* b_block = b + block * block_stride;
+    if (single) {
+      run_tile<1, NB, G, true>(a_row, 0, block, b_block, block_stride, segments, init, finish);
+      continue;
+    }
+    int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;  // of as equal heights as can be
+    for (int64_t row = 0; tiles > 0; --tiles) {
+      const int64_t height = (rows - row + tiles - 1) / tiles;
+      run_rows<kMaxRows, NB, G>(height, a_row, row, block, b_block, block_stride, segments, init, finish);
+      row += height;
+    }
+  }
+  return block;
+}
+
+/// For rows 0..rows-1 and every block of B: acc[G] = init(row, block), acc += A row . B block, finish(row, block, acc).
+///
+/// a_row(row) points at the row's element k = 0. `single`: the whole job is one row (the caller decides by a number that
+/// does not depend on threads, because the order of summation does).
+template <int G, class T, class Row, class Init, class Finish>
+ALWAYS_INLINE void product(int64_t rows, int64_t blocks, bool single, const Row& a_row, const T* b,
+                           const Segments& segments, const Init& init, const Finish& finish) {
+  int64_t block = 0;
+  if constexpr (G == 1) {
+    block = run_blocks<4, 1>(rows, block, blocks, single, a_row, b, segments, init, finish);
+  }
+  run_blocks<1, G>(rows, block, blocks, single, a_row, b, segments, init, finish);
+}
+
+template <class T>
+constexpr int64_t blocks_of(int64_t columns) {
+  return (columns + kLanes<T> - 1) / kLanes<T>;
+}
+
+/// Pack a weight W [G*H, K], seen as B [K, G*H], into [block of units][k][G][lanes]; units past H are zeros.
+template <class T>
+void pack_gates(T* out, const T* weight, int64_t gates, int64_t hidden, int64_t depth, int64_t blocks) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    T* to = out + block * depth * gates * kLanes<T>;
+    for (int64_t g = 0; g < gates; ++g) {
+      for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+        const int64_t unit = block * kLanes<T> + lane;
+        T* column = to + g * kLanes<T> + lane;
+        const T* row = weight + (g * hidden + unit) * depth;
+        for (int64_t k = 0; k < depth; ++k) column[k * gates * kLanes<T>] = unit < hidden ? row[k] : T(0);
+      }
+    }
+  }
+}
+
+/// Pack B [K, columns], whose row k is row(k) (null: zeros), into [block][k][lanes].
+template <class T, class Row>
+void pack_rows(T* out, const Row& row, int64_t depth, int64_t first_column, int64_t columns) {
+  const int64_t blocks = blocks_of<T>(columns);
+  for (int64_t k = 0; k < depth; ++k) {
+    const T* from = row(k);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t column = block * kLanes<T>;
+      const Vec<T> v = from ? load_part(from + first_column + column, columns - column) : Vec<T>{};
+      store(out + (block * depth + k) * kLanes<T>, v);
+    }
+  }
+}
+
+/// Where the rows of a plain product C = A B (+ bias or + C) lie.
+template <class T>
+struct PlainProduct {
+  int64_t rows = 0;
+  int64_t columns = 0;
+  const T* const* a = nullptr;  // [rows]
+  T* const* c = nullptr;        // [rows], of `columns` elements each
+  const T* b = nullptr;         // packed, [columns / lanes][k][lanes]
+  Segments segments;
+  const T* bias = nullptr;  // [columns, padded to whole vectors]
+  bool accumulate = false;  // add to what C holds
+  bool single = false;
+};
+
+template <class T>
+NO_INLINE void plain_product(const PlainProduct<T>& p) {
+  using V = Vec<T>;
+  product<1>(
+      p.rows, blocks_of<T>(p.columns), p.single, [&](int64_t r) { return p.a[r]; }, p.b, p.segments,
+      [&](int64_t r, int64_t block, V* acc) {
+        const int64_t column = block * kLanes<T>;
+        *acc = p.bias ? load(p.bias + column) : p.accumulate ? load_part(p.c[r] + column, p.columns - column) : V{};
+      },
+      [&](int64_t r, int64_t block, const V* acc) {
+        const int64_t column = block * kLanes<T>;
+        store_part(p.c[r] + column, *acc, p.columns - column);
+      });
+}

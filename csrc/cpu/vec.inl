@@ -1,0 +1,135 @@
+// SIMD vectors of the instruction set being compiled, and the elementary functions the cells ask for.
+// Built on the compilers' vector extensions, so one text serves every width and architecture.
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
+  typedef float unaligned __attribute__((vector_size(RNN_EXT_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t bits __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
+  typedef double unaligned __attribute__((vector_size(RNN_EXT_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t bits __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class T>
+constexpr int kLanes = RNN_EXT_VECTOR_BYTES / int(sizeof(T));
+
+template <class T>
+ALWAYS_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VecOf<T>::unaligned*>(p);
+}
+
+template <class T>
+ALWAYS_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v;
+}
+
+/// The first `count` lanes (all where count >= lanes); the others are zero.
+template <class T>
+ALWAYS_INLINE Vec<T> load_part(const T* p, int64_t count) {
+  if (count >= kLanes<T>) return load(p);
+  alignas(64) T lanes[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
+template <class T>
+ALWAYS_INLINE void store_part(T* p, Vec<T> v, int64_t count) {
+  if (count >= kLanes<T>) return store(p, v);
+  alignas(64) T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+template <class T>
+struct ExpConstants;
+
+template <>
+struct ExpConstants<float> {
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  static constexpr int kMantissa = 23;
+  static constexpr int32_t kBias = 127;
+  static constexpr float kLog2e = 1.44269504f;
+  static constexpr float kLn2High = 0.693359375f;
+  static constexpr float kLn2Low = -2.12194440e-4f;
+  static constexpr float kTanhLimit = 9.02f;     // beyond it tanh rounds to 1
+  static constexpr float kSigmoidLimit = 88.0f;  // exp stays finite
+  // (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2, interpolated at Chebyshev nodes: error 8e-9
+  static constexpr float kPoly[] = {0.5f, 0.16666576845993976f, 0.041666554437685939f, 0.0083632029715758549f,
+                                    0.0013926213466332443f};
+};
+
+template <>
+struct ExpConstants<double> {
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int kMantissa = 52;
+  static constexpr int64_t kBias = 1023;
+  static constexpr double kLog2e = 1.4426950408889634;
+  static constexpr double kLn2High = 6.93145751953125e-1;
+  static constexpr double kLn2Low = 1.42860682030941723212e-6;
+  static constexpr double kTanhLimit = 19.1;
+  static constexpr double kSigmoidLimit = 708.0;
+  // as above: error 2e-19
+  static constexpr double kPoly[] = {0.5,
+                                     0.16666666666666671008,
+                                     0.041666666666666669767,
+                                     0.0083333333333261120526,
+                                     0.0013888888888883731828,
+                                     0.00019841269874901259234,
+                                     0.000024801587325605322782,
+                                     2.7557255297969644392e-6,
+                                     2.7557273570102139673e-7,
+                                     2.5105259538448493419e-8,
+                                     2.0914717341716375952e-9};
+};
+
+/// Elementary functions on vectors, to a few units in the last place; NaN in, NaN out.
+template <class T>
+struct Math {
+  using V = Vec<T>;
+  using Bits = typename VecOf<T>::bits;
+  using C = ExpConstants<T>;
+
+  /// exp(x) = scale (1 + q) with scale a power of two and q = expm1 of the rest, for |x| <= kSigmoidLimit.
+  ALWAYS_INLINE static void split_exp(V x, V& scale, V& q) {
+    const V shifted = x * C::kLog2e + C::kRound;
+    const V n = shifted - C::kRound;
+    V r = x - n * C::kLn2High;
+    r = r - n * C::kLn2Low;
+    constexpr int kTerms = sizeof(C::kPoly) / sizeof(T);
+    V p = V{} + C::kPoly[kTerms - 1];
+#pragma GCC unroll 16
+    for (int i = kTerms - 2; i >= 0; --i) p = p * r + C::kPoly[i];
+    q = p * (r * r) + r;
+    scale = (V)(((Bits)shifted + C::kBias) << C::kMantissa);
+  }
+
+  ALWAYS_INLINE static V clamp(V x, T limit) {
+    x = x > limit ? V{} + limit : x;  // a comparison with NaN is false and lets it through
+    return x < -limit ? V{} - limit : x;
+  }
+
+  ALWAYS_INLINE static V sigmoid(V x) {
+    V scale, q;
+    split_exp(-clamp(x, C::kSigmoidLimit), scale, q);
+    return 1 / (1 + (scale + scale * q));
+  }
+
+  /// (e^2x - 1) / (e^2x + 1), with e^2x - 1 taken from q so that small x keep their digits.
+  ALWAYS_INLINE static V tanh(V x) {
+    V scale, q;
+    split_exp(2 * clamp(x, C::kTanhLimit), scale, q);
+    const V expm1 = scale * q + (scale - 1);
+    return expm1 / (expm1 + 2);
+  }
+
+  ALWAYS_INLINE static V relu(V x) { return x < 0 ? V{} : x; }
+  ALWAYS_INLINE static V relu_backward(V dh, V h) { return h <= 0 ? V{} : dh; }
+};

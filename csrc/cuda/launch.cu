@@ -1,0 +1,108 @@
+// The C entries of launch.h: check what a kernel relies on, then go to the storage type's launcher.
+#include <cstdarg>
+#include <cstdio>
+#include <limits>
+
+#include "cuda/launch.h"
+#include "cuda/step_entries.h"
+
+namespace {
+
+using namespace rnn_ext::cuda;
+
+__attribute__((format(printf, 2, 3))) int refuse(RnnExtError* error, const char* format, ...) {
+  va_list values;
+  va_start(values, format);
+  std::vsnprintf(error->message, sizeof error->message, format, values);
+  va_end(values);
+  return 1;
+}
+
+long long number(int64_t value) { return value; }
+
+template <class Args>
+int check(const Args& args, int64_t first_step, int64_t last_step, int64_t steps, RnnExtError* error) {
+  const RnnExtSequence& s = args.sequence;
+  if (args.cell < RNN_EXT_RNN_TANH || args.cell > RNN_EXT_LSTM)
+    return refuse(error, "no cell has the number %d", static_cast<int>(args.cell));
+  if (args.dtype < RNN_EXT_FLOAT32 || args.dtype > RNN_EXT_FLOAT16)
+    return refuse(error, "no dtype has the number %d", static_cast<int>(args.dtype));
+  if (args.directions < 1 || args.directions > 2)
+    return refuse(error, "expected 1 or 2 directions, got %d", args.directions);
+  if (s.length < 1 || s.batch < 1 || s.hidden < 1) {
+    return refuse(error, "expected positive sizes, got length %lld, batch %lld, hidden size %lld", number(s.length),
+                  number(s.batch), number(s.hidden));
+  }
+  constexpr int64_t kMaxHidden = 1 << 20, kMaxRowsTimesHidden = int64_t{1} << 37;  // grid.y and grid.x of a launch
+  if (s.hidden >= kMaxHidden || s.batch > kMaxRowsTimesHidden / s.hidden) {
+    return refuse(error, "batch %lld x hidden size %lld is beyond one launch", number(s.batch), number(s.hidden));
+  }
+  if (first_step < 0 || first_step > last_step || last_step > steps) {
+    return refuse(error, "expected steps within [0, %lld), got [%lld, %lld)", number(steps), number(first_step),
+                  number(last_step));
+  }
+  if (s.batch_sizes) {
+    int64_t rows = s.batch;
+    for (int64_t t = 0; t < s.length; ++t) {
+      if (s.batch_sizes[t] < 1 || s.batch_sizes[t] > rows || (t == 0 && s.batch_sizes[0] != s.batch)) {
+        return refuse(
+            error,
+            "batch_sizes[%lld] is %lld: expected %lld or fewer, not increasing, the first equal to the batch %lld",
+            number(t), number(s.batch_sizes[t]), number(rows), number(s.batch));
+      }
+      rows = s.batch_sizes[t];
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+#define RNN_EXT_FOR_DTYPE(function)                                          \
+  const auto queue = static_cast<cudaStream_t>(stream);                      \
+  switch (args->dtype) {                                                     \
+    case RNN_EXT_FLOAT32:                                                    \
+      return function<float>(*args, first_step, last_step, queue, error);    \
+    case RNN_EXT_FLOAT64:                                                    \
+      return function<double>(*args, first_step, last_step, queue, error);   \
+    case RNN_EXT_BFLOAT16:                                                   \
+      return function<bfloat16>(*args, first_step, last_step, queue, error); \
+    case RNN_EXT_FLOAT16:                                                    \
+      return function<float16>(*args, first_step, last_step, queue, error);  \
+  }                                                                          \
+  return 1;
+
+extern "C" int rnn_ext_cuda_step_forward(const RnnExtForward* args, int64_t first_step, int64_t last_step, void* stream,
+                                         RnnExtError* error) {
+  if (check(*args, first_step, last_step, args->sequence.length, error)) return 1;
+  for (int i = 0; i < args->directions; ++i) {
+    const RnnExtForwardDirection& d = args->direction[i];
+    if (!d.igates || !d.output || !d.h_n || !(d.weight_hh || d.hgates))
+      return refuse(error, "igates, output, h_n and weight_hh or hgates must be given");
+    if (args->cell == RNN_EXT_LSTM && (!d.c_n || !(d.cells || d.cell_state)))
+      return refuse(error, "an lstm needs c_n, and cells or cell_state");
+    if (!d.hgates != !args->direction[0].hgates)
+      return refuse(error, "hgates must be given for both directions or none");
+    if (d.hgates && last_step - first_step > 1)
+      return refuse(error, "hgates are those of one step, got %lld steps", number(last_step - first_step));
+  }
+  RNN_EXT_FOR_DTYPE(step_forward)
+}
+
+extern "C" int rnn_ext_cuda_step_backward(const RnnExtBackward* args, int64_t first_step, int64_t last_step,
+                                          void* stream, RnnExtError* error) {
+  if (check(*args, first_step, last_step, args->sequence.length + 1, error)) return 1;
+  for (int i = 0; i < args->directions; ++i) {
+    const RnnExtBackwardDirection& d = args->direction[i];
+    if (!d.output || !d.dgates || !d.dh_0 || !(d.weight_hh || d.dh_recurrent))
+      return refuse(error, "output, dgates, dh_0 and weight_hh or dh_recurrent must be given");
+    if (args->cell == RNN_EXT_LSTM && (!d.saved || !d.cells || !d.dc_carry || !d.dc_0))
+      return refuse(error, "an lstm needs saved, cells, dc_carry and dc_0");
+    if (args->cell == RNN_EXT_GRU && (!d.saved || !d.dh_carry)) return refuse(error, "a gru needs saved and dh_carry");
+    if (!d.dh_recurrent != !args->direction[0].dh_recurrent)
+      return refuse(error, "dh_recurrent must be given for both directions or none");
+    if (d.dh_recurrent && last_step - first_step > 1)
+      return refuse(error, "dh_recurrent is that of one step, got %lld steps", number(last_step - first_step));
+  }
+  RNN_EXT_FOR_DTYPE(step_backward)
+}

@@ -1,0 +1,114 @@
+// The C interface of the CUDA kernels: plain structs of pointers and sizes. Nothing throws; every function returns 0,
+// or 1 with a sentence in `error`. All pointers are device memory unless said otherwise, owned by the caller, and stay
+// valid until the stream has passed the launches. Nothing synchronises: calls can be captured in a CUDA graph.
+//
+// Letters: L timesteps, N batch, H hidden, G gates, R rows (a row is one (timestep, batch) pair that has storage),
+// S saved values per unit, Q gate gradients per unit. T is the storage type, A its accumulator (double for double, else
+// float).
+//   cell       G  S  Q   saved                                  dgates
+//   rnn_tanh   1  0  1   -                                      d gates
+//   rnn_relu   1  0  1   -                                      d gates
+//   gru        3  4  4   r z n, W_hn h + b_hn                   dr dz, d of the input part of n, d of its hidden part
+//   lstm       4  4  4   i f g o (the cell state is in `cells`) di df dg do
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum RnnExtCell { RNN_EXT_RNN_TANH, RNN_EXT_RNN_RELU, RNN_EXT_GRU, RNN_EXT_LSTM } RnnExtCell;
+typedef enum RnnExtDtype { RNN_EXT_FLOAT32, RNN_EXT_FLOAT64, RNN_EXT_BFLOAT16, RNN_EXT_FLOAT16 } RnnExtDtype;
+
+typedef struct RnnExtError {
+  char message[256];
+} RnnExtError;
+
+// Which rows exist and where they lie: row(t, n) = (batch_sizes ? sum of batch_sizes[0..t) : t * time_stride) + n *
+// batch_stride. Time-major: time_stride = N, batch_stride = 1. Batch-first: time_stride = 1, batch_stride = L. Packed:
+// batch_stride = 1.
+typedef struct RnnExtSequence {
+  int64_t length, batch, hidden;
+  int64_t time_stride, batch_stride;
+  const int64_t* batch_sizes;  // [L] on the host, or null: not packed. Positive, non-increasing, batch_sizes[0] = N.
+  const int64_t*
+      row_offsets;         // [L] on the device, the first row of each timestep; only persistent kernels, packed data
+  const int64_t* lengths;  // [N] or null: row (t, n) exists where t < lengths[n]; elsewhere output and dgates are zero
+                           //   and the state stands still. Packed data gives it to persistent kernels only.
+  const uint8_t* resets;   // [L, N] or null: nonzero where an independent sequence begins
+  int64_t resets_time_stride, resets_batch_stride;
+} RnnExtSequence;
+
+typedef struct RnnExtForwardDirection {
+  int32_t reverse;        // from the last timestep to the first
+  const void* igates;     // T [R, G*H], W_ih x + b_ih
+  int64_t igates_stride;  // elements from row to row, here and below
+  const void* weight_hh;  // T [G*H, H]
+  const void* bias_hh;    // T [G*H] or null
+  const void* hgates;  // T [N, G*H] or null. W_hh h_prev (no bias) of the timestep, computed by the caller: then a call
+                       //   runs one step and weight_hh is not read.
+  const void* h_0;     // T [N, H] or null: zeros
+  const void* c_0;     // T [N, H] or null: zeros
+  void* output;        // T [R, H]
+  int64_t output_stride;
+  void* h_n;         // T [N, H]
+  void* c_n;         // T [N, H], cells with a cell state
+  void* saved;       // T [R, S, H] or null: inference
+  void* cells;       // A [R, H] or null: inference. The cell state of every row.
+  void* cell_state;  // A [N, H], scratch; where there is a cell state and `cells` is null
+} RnnExtForwardDirection;
+
+typedef struct RnnExtForward {
+  RnnExtCell cell;
+  RnnExtDtype dtype;
+  RnnExtSequence sequence;
+  int32_t directions;  // 1 or 2, run side by side
+  RnnExtForwardDirection direction[2];
+} RnnExtForward;
+
+typedef struct RnnExtBackwardDirection {
+  int32_t reverse;        // as in forward
+  const void* weight_hh;  // T [G*H, H]
+  const void*
+      dh_recurrent;  // T [N, H] or null. What the later step's dgates give back through W_hh, computed by the caller:
+                     //   then a call runs one step and weight_hh is not read.
+  const void* h_0;   // T [N, H] or null, as in forward; c_0 too
+  const void* c_0;
+  const void* output;  // T [R, H], of forward
+  int64_t output_stride;
+  const void* saved;    // T [R, S, H], of forward
+  const void* cells;    // A [R, H], of forward
+  const void* doutput;  // T [R, H] or null: zeros; also the four below
+  int64_t doutput_stride;
+  const void* dcells;  // T [R, H], gradient of the cell states
+  int64_t dcells_stride;
+  const void* dh_n;  // T [N, H]
+  const void* dc_n;  // T [N, H]
+  void* dgates;      // T [R, Q*H]
+  int64_t dgates_stride;
+  void* dh_carry;  // A [N, H], scratch: the part of dh_prev that does not pass W_hh (gru)
+  void* dc_carry;  // A [N, H], scratch: dc (lstm)
+  void* dh_0;      // T [N, H]
+  void* dc_0;      // T [N, H], cells with a cell state
+} RnnExtBackwardDirection;
+
+typedef struct RnnExtBackward {
+  RnnExtCell cell;
+  RnnExtDtype dtype;
+  RnnExtSequence sequence;
+  int32_t directions;
+  RnnExtBackwardDirection direction[2];
+} RnnExtBackward;
+
+// `step`: one launch per timestep. Steps are counted in the order they are computed: forward has L of them; backward
+// has L + 1, the last of which finishes dh_0 and dc_0. [first_step, last_step) is run; a whole layer is [0, L) and [0,
+// L + 1).
+int rnn_ext_cuda_step_forward(const RnnExtForward* args, int64_t first_step, int64_t last_step, void* stream,
+                              RnnExtError* error);
+int rnn_ext_cuda_step_backward(const RnnExtBackward* args, int64_t first_step, int64_t last_step, void* stream,
+                               RnnExtError* error);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,95 @@
+// The only way kernel sources reach CUDA. nvcc gets the real thing; any other compiler gets the emulator of
+// tests/cuda_emulator, which must then be on the include path.
+//
+// Here: launches, shared memory, storage types. In device_ops.h: everything that would be inline PTX.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#include <tuple>
+
+#include "cuda_builtins.h"
+#endif
+
+// Shared memory is 16-byte aligned and, in the emulator, NaN until written.
+#if defined(__CUDACC__)
+#define RNN_EXT_SHARED(type, name, count) __shared__ __align__(16) type name[count]
+#define RNN_EXT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#else
+#define RNN_EXT_SHARED(type, name, count) \
+  static const char name##_key = 0;       \
+  type(&name)[count] = *static_cast<type(*)[count]>(::emu::static_shared(&name##_key, sizeof(type[count])))
+#define RNN_EXT_DYNAMIC_SHARED(name) auto* name = static_cast<unsigned char*>(::emu::dynamic_shared())
+#endif
+
+namespace rnn_ext::cuda {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+struct LaunchConfig {
+  dim3 grid, block;
+  size_t shared_bytes = 0;  // dynamic
+  cudaStream_t stream = nullptr;
+  unsigned cluster = 1;      // blocks along x that form a cluster (sm_90 and later)
+  bool cooperative = false;  // all blocks resident at once
+};
+
+// Queues the kernel on the stream. Returns null, or what CUDA says is wrong.
+template <class... Params, class... Args>
+const char* launch(const char* name, void (*kernel)(Params...), const LaunchConfig& config, Args&&... args) {
+#if defined(__CUDACC__)
+  (void)name;
+  constexpr size_t kSharedWithoutAsking = 48 * 1024;
+  if (config.shared_bytes > kSharedWithoutAsking) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(config.shared_bytes));
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (config.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  if (config.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = config.cluster;
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count++].val.clusterDim.z = 1;
+  }
+  cudaLaunchConfig_t queued{};
+  queued.gridDim = config.grid;
+  queued.blockDim = config.block;
+  queued.dynamicSmemBytes = config.shared_bytes;
+  queued.stream = config.stream;
+  queued.attrs = attributes;
+  queued.numAttrs = count;
+  const cudaError_t error = cudaLaunchKernelEx(&queued, kernel, static_cast<Params>(args)...);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // reported here: the caller's next check must not see it again
+  return cudaGetErrorString(error);
+#else
+  emu::LaunchConfig emulated;
+  emulated.grid = config.grid;
+  emulated.block = config.block;
+  emulated.shared_bytes = config.shared_bytes;
+  emulated.cluster = config.cluster;
+  emulated.cooperative = config.cooperative;
+  const std::tuple<Params...> params{static_cast<Params>(args)...};
+  emu::run(emulated, [&] { std::apply(kernel, params); }, name);
+  return nullptr;
+#endif
+}
+
+}  // namespace rnn_ext::cuda
+
+#define RNN_EXT_LAUNCH(kernel, config, ...) ::rnn_ext::cuda::launch(#kernel, kernel, config, __VA_ARGS__)

@@ -1,0 +1,443 @@
+// `step`: one launch per timestep, any H, N and storage type. The general path.
+//
+// forward   tile of h_prev W_hh^T + gates + state update in one kernel
+// backward  tile of dgates(next) W_hh + gate gradients in one kernel; dW, dX, db are GEMMs over all rows, done by the
+// caller Both have a pointwise form for a product that the caller has computed with a library GEMM (large N and H,
+// projections).
+//
+// Cost of one timestep (s = bytes of T, a = bytes of A, per direction):
+//   forward   2 G H^2 N operations; bytes: s (G H^2 ceil(N / tile rows) + N H (1 + G) + N H) + cell state 2 a N H
+//             (+ (S s + a) N H when saving)
+//   backward  2 G H^2 N operations; bytes: s (G H^2 ceil(N / tile rows) + N H (2 Q + S + 3)) + a N H (3 or less)
+// The weight is read from L2 by every row tile: at small N the step is bound by that read, at large N by the FMAs, and
+// there the caller's GEMM is faster. Nothing of this has a measured time.
+#pragma once
+
+#include "cells/cells.h"
+#include "cuda/device_ops.h"
+#include "cuda/sequence.h"
+
+namespace rnn_ext::cuda {
+
+// ---- arguments of one launch ----------------------------------------------------------------------------------------
+
+template <class T>
+struct ForwardStepDirection {
+  Moment before, now, after;  // in the order of computation; the pointers are those of RnnExtForwardDirection
+  const T* igates;
+  int64_t igates_stride;
+  const T* weight_hh;
+  const T* bias_hh;
+  const T* hgates;
+  const T* h_0;
+  const T* c_0;
+  T* output;
+  int64_t output_stride;
+  T* h_n;
+  T* c_n;
+  T* saved;
+  AccumulatorOf<T>* cells;
+  AccumulatorOf<T>* cell_state;
+};
+
+template <class T>
+struct ForwardStep {
+  RowRules rules;
+  int64_t hidden;
+  ForwardStepDirection<T> direction[2];
+};
+
+template <class T>
+struct BackwardStepDirection {
+  Moment before, now, after;  // in forward's order of computation: gradients come from `after`
+  const T* weight_hh;
+  const T* dh_recurrent;
+  const T* h_0;
+  const T* c_0;
+  const T* output;
+  int64_t output_stride;
+  const T* saved;
+  const AccumulatorOf<T>* cells;
+  const T* doutput;
+  int64_t doutput_stride;
+  const T* dcells;
+  int64_t dcells_stride;
+  const T* dh_n;
+  const T* dc_n;
+  T* dgates;
+  int64_t dgates_stride;
+  AccumulatorOf<T>* dh_carry;
+  AccumulatorOf<T>* dc_carry;
+  T* dh_0;
+  T* dc_0;
+};
+
+template <class T>
+struct BackwardStep {
+  RowRules rules;
+  int64_t hidden;
+  BackwardStepDirection<T> direction[2];
+};
+
+// ---- one row and unit: the cell and everything around it
+// -------------------------------------------------------------
+
+// Saved values that have the storage type: all but the cell state.
+template <class Cell>
+inline constexpr int kSavedPlanes = Cell::kSaved - (Cell::kHasCell ? 1 : 0);
+
+template <class T>
+RNN_EXT_DEVICE AccumulatorOf<T> value_or_zero(const T* array, int64_t index) {
+  return array ? widen(array[index]) : AccumulatorOf<T>(0);
+}
+
+// h_prev or c_prev as the cell sees it: from the row before, from the initial state, or zero after a reset.
+template <class Value, class T>
+RNN_EXT_DEVICE AccumulatorOf<T> previous_state(bool cut, bool has_before, const Value* before, const T* initial,
+                                               int64_t initial_index) {
+  if (cut) return 0;
+  return has_before ? widen(*before) : value_or_zero(initial, initial_index);
+}
+
+// product: W_hh h_prev of the G gates of this unit, zero where h_prev is.
+template <class Cell, class T>
+RNN_EXT_DEVICE void forward_unit(const ForwardStep<T>& step, const ForwardStepDirection<T>& d, int64_t n, int64_t unit,
+                                 const AccumulatorOf<T>* product) {
+  using A = AccumulatorOf<T>;
+  constexpr int kGates = Cell::kGates, kSplit = Cell::kSplit;
+  const int64_t hidden = step.hidden, row = d.now.row(n, step.rules.batch_stride), state = n * hidden + unit;
+  if (!step.rules.exists(d.now, n)) {
+    d.output[row * d.output_stride + unit] = narrow<T>(A(0));
+    if (d.before.rows == 0 && step.rules.never_exists(n)) {
+      d.h_n[state] = narrow<T>(value_or_zero(d.h_0, state));
+      if constexpr (Cell::kHasCell) d.c_n[state] = narrow<T>(value_or_zero(d.c_0, state));
+    }
+    return;
+  }
+  const bool has_before = step.rules.exists(d.before, n);
+  const bool cut = step.rules.cut(d.before, d.now, n);
+  const int64_t row_before = d.before.row(n, step.rules.batch_stride);
+
+  A h_prev = 0, c = 0;
+  if constexpr (Cell::kDirectCarry)
+    h_prev = previous_state(cut, has_before, d.output + row_before * d.output_stride + unit, d.h_0, state);
+  if constexpr (Cell::kHasCell) {
+    const A* c_before = d.cells ? d.cells + row_before * hidden + unit : d.cell_state + state;
+    c = previous_state(cut, has_before, c_before, d.c_0, state);
+  }
+  A gates[kGates], split[kSplit > 0 ? kSplit : 1];
+  const T* igates = d.igates + row * d.igates_stride + unit;
+#pragma unroll
+  for (int g = 0; g < kGates; ++g) gates[g] = product[g] + value_or_zero(d.bias_hh, g * hidden + unit);
+#pragma unroll
+  for (int g = 0; g < kGates - kSplit; ++g) gates[g] += widen(igates[g * hidden]);
+#pragma unroll
+  for (int j = 0; j < kSplit; ++j) split[j] = widen(igates[(kGates - kSplit + j) * hidden]);
+  A saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
+  const A h = Cell::template forward<ExactMath<A>>(gates, split, h_prev, c, saved);
+
+  d.output[row * d.output_stride + unit] = narrow<T>(h);
+  if constexpr (Cell::kHasCell) (d.cells ? d.cells[row * hidden + unit] : d.cell_state[state]) = c;
+  if (d.saved) {
+#pragma unroll
+    for (int s = 0; s < kSavedPlanes<Cell>; ++s)
+      d.saved[(row * kSavedPlanes<Cell> + s) * hidden + unit] = narrow<T>(saved[s]);
+  }
+  if (!step.rules.exists(d.after, n)) {
+    d.h_n[state] = narrow<T>(h);
+    if constexpr (Cell::kHasCell) d.c_n[state] = narrow<T>(c);
+  }
+}
+
+// product: what the dgates of the row after give back through W_hh.
+template <class Cell, class T>
+RNN_EXT_DEVICE void backward_unit(const BackwardStep<T>& step, const BackwardStepDirection<T>& d, int64_t n,
+                                  int64_t unit, AccumulatorOf<T> product) {
+  using A = AccumulatorOf<T>;
+  constexpr int kGradGates = Cell::kGradGates;
+  const int64_t hidden = step.hidden, row = d.now.row(n, step.rules.batch_stride), state = n * hidden + unit;
+  const bool has_now = step.rules.exists(d.now, n), has_after = step.rules.exists(d.after, n);
+
+  A dh, dc = 0;  // whole gradients of the state between now and after
+  if (has_after) {
+    const bool cut = step.rules.cut(d.now, d.after, n);
+    dh = cut ? A(0) : product;
+    if constexpr (Cell::kDirectCarry) dh += cut ? A(0) : d.dh_carry[state];
+    if constexpr (Cell::kHasCell) dc = cut ? A(0) : d.dc_carry[state];
+  } else {
+    dh = value_or_zero(d.dh_n, state);
+    if constexpr (Cell::kHasCell) dc = value_or_zero(d.dc_n, state);
+  }
+  T* dgates_row = d.dgates + row * d.dgates_stride + unit;
+  if (!has_now) {  // before the row's first timestep, after its last, or the row has none
+    if (n < d.now.rows) {
+#pragma unroll
+      for (int q = 0; q < kGradGates; ++q) dgates_row[q * hidden] = narrow<T>(A(0));
+    }
+    if (has_after || (d.now.rows == 0 && step.rules.never_exists(n))) {
+      d.dh_0[state] = narrow<T>(dh);
+      if constexpr (Cell::kHasCell) d.dc_0[state] = narrow<T>(dc);
+    }
+    return;
+  }
+  const bool has_before = step.rules.exists(d.before, n);
+  const bool cut = step.rules.cut(d.before, d.now, n);
+  const int64_t row_before = d.before.row(n, step.rules.batch_stride);
+
+  if (d.doutput) dh += widen(d.doutput[row * d.doutput_stride + unit]);
+  A h_prev = 0, c_prev = 0;
+  if constexpr (Cell::kDirectCarry)
+    h_prev = previous_state(cut, has_before, d.output + row_before * d.output_stride + unit, d.h_0, state);
+  A saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
+#pragma unroll
+  for (int s = 0; s < kSavedPlanes<Cell>; ++s)
+    saved[s] = widen(d.saved[(row * kSavedPlanes<Cell> + s) * hidden + unit]);
+  if constexpr (Cell::kHasCell) {
+    if (d.dcells) dc += widen(d.dcells[row * d.dcells_stride + unit]);
+    saved[Cell::kSavedCell] = d.cells[row * hidden + unit];
+    c_prev = previous_state(cut, has_before, d.cells + row_before * hidden + unit, d.c_0, state);
+  }
+  const A h = widen(d.output[row * d.output_stride + unit]);
+  A dgates[kGradGates];
+  const A direct = Cell::template backward<ExactMath<A>>(saved, h, h_prev, c_prev, dh, dc, dgates);
+
+#pragma unroll
+  for (int q = 0; q < kGradGates; ++q) dgates_row[q * hidden] = narrow<T>(dgates[q]);
+  if constexpr (Cell::kDirectCarry) d.dh_carry[state] = direct;
+  if constexpr (Cell::kHasCell) d.dc_carry[state] = dc;
+}
+
+// ---- the tile
+// --------------------------------------------------------------------------------------------------------
+
+// A block owns kTileRows batch rows x kTileUnits hidden units; a thread owns kRows rows of one unit, all its gates, so
+// the cell needs no exchange. K is cut into chunks of one 128-byte line, double-buffered in shared memory: the next
+// chunk travels in registers while the present one is multiplied, which leaves one barrier per chunk and asks nothing
+// of alignment.
+inline constexpr int kTileUnits = 16, kTileGroups = 8, kTileThreads = kTileUnits * kTileGroups;
+inline constexpr int kChunk = 16;
+
+// acc[i] += sum over k of rows[k][i] * columns[k][...], for one chunk in shared memory.
+template <int kRows, int kColumns, int kRowPitch, int kColumnPitch, class A>
+RNN_EXT_DEVICE void multiply_chunk(const A* rows, const A* columns, A (&acc)[kRows][kColumns]) {
+#pragma unroll 8
+  for (int k = 0; k < kChunk; ++k) {
+    A row[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) row[i] = rows[k * kRowPitch + i];
+#pragma unroll
+    for (int g = 0; g < kColumns; ++g) {
+      const A column = columns[k * kColumnPitch + g * kTileUnits];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) acc[i][g] += row[i] * column;
+    }
+  }
+}
+
+// grid: (row tiles, unit tiles, directions)
+template <class Cell, class T, int kRows>
+__global__ void __launch_bounds__(kTileThreads) step_forward_kernel(const __grid_constant__ ForwardStep<T> step) {
+  using A = AccumulatorOf<T>;
+  constexpr int kTileRows = kTileGroups * kRows, kGates = Cell::kGates;
+  constexpr int kRowPitch = kTileRows + 1,
+                kColumnPitch = kGates * kTileUnits + 1;  // odd: transposing stores without conflicts
+  constexpr int kRowLoads = kTileRows * kChunk / kTileThreads,
+                kColumnLoads = kGates * kTileUnits * kChunk / kTileThreads;
+  RNN_EXT_SHARED(const T*, h_rows, kTileRows);  // h_prev of each row of the tile; null: zero
+  RNN_EXT_SHARED(A, h_chunks, 2 * kChunk * kRowPitch);
+  RNN_EXT_SHARED(A, w_chunks, 2 * kChunk * kColumnPitch);
+
+  const ForwardStepDirection<T>& d = step.direction[blockIdx.z];
+  const int64_t hidden = step.hidden;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kTileRows,
+                unit0 = static_cast<int64_t>(blockIdx.y) * kTileUnits;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (row0 >= d.now.rows) return;  // the other direction of a packed batch may have more rows
+
+  if (thread < kTileRows) {
+    const int64_t n = row0 + thread;
+    const T* source = nullptr;
+    if (step.rules.exists(d.now, n) && !step.rules.cut(d.before, d.now, n)) {
+      if (step.rules.exists(d.before, n)) {
+        source = d.output + d.before.row(n, step.rules.batch_stride) * d.output_stride;
+      } else if (d.h_0) {
+        source = d.h_0 + n * hidden;
+      }
+    }
+    h_rows[thread] = source;
+  }
+  __syncthreads();
+
+  A h_next[kRowLoads], w_next[kColumnLoads];
+  const auto fetch = [&](int64_t k0) {
+#pragma unroll
+    for (int i = 0; i < kRowLoads; ++i) {
+      const int index = thread + i * kTileThreads;
+      const int64_t k = k0 + index % kChunk;
+      const T* source = h_rows[index / kChunk];
+      h_next[i] = source && k < hidden ? widen(source[k]) : A(0);
+    }
+#pragma unroll
+    for (int i = 0; i < kColumnLoads; ++i) {
+      const int index = thread + i * kTileThreads, column = index / kChunk;
+      const int64_t k = k0 + index % kChunk, unit = unit0 + column % kTileUnits;
+      w_next[i] =
+          unit < hidden && k < hidden ? widen(d.weight_hh[(column / kTileUnits * hidden + unit) * hidden + k]) : A(0);
+    }
+  };
+  const auto stage = [&](int buffer) {
+#pragma unroll
+    for (int i = 0; i < kRowLoads; ++i) {
+      const int index = thread + i * kTileThreads;
+      h_chunks[(buffer * kChunk + index % kChunk) * kRowPitch + index / kChunk] = h_next[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kColumnLoads; ++i) {
+      const int index = thread + i * kTileThreads;
+      w_chunks[(buffer * kChunk + index % kChunk) * kColumnPitch + index / kChunk] = w_next[i];
+    }
+  };
+
+  const int unit_in_tile = thread % kTileUnits, first_row = thread / kTileUnits * kRows;
+  A acc[kRows][kGates] = {};
+  fetch(0);
+  stage(0);
+  int buffer = 0;
+  for (int64_t k0 = 0; k0 < hidden; k0 += kChunk, buffer ^= 1) {
+    const bool more = k0 + kChunk < hidden;
+    __syncthreads();  // this chunk is staged, and the other buffer has been read
+    if (more) fetch(k0 + kChunk);
+    multiply_chunk<kRows, kGates, kRowPitch, kColumnPitch>(
+        h_chunks + buffer * kChunk * kRowPitch + first_row, w_chunks + buffer * kChunk * kColumnPitch + unit_in_tile,
+        acc);
+    if (more) stage(buffer ^ 1);
+  }
+
+  const int64_t unit = unit0 + unit_in_tile;
+  if (unit >= hidden) return;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int64_t n = row0 + first_row + i;
+    if (n < d.now.rows) forward_unit<Cell>(step, d, n, unit, acc[i]);
+  }
+}
+
+// One thread per (row, unit). grid: (ceil(rows * H / threads), 1, directions)
+template <class Cell, class T>
+__global__ void __launch_bounds__(kTileThreads) pointwise_forward_kernel(const __grid_constant__ ForwardStep<T> step) {
+  using A = AccumulatorOf<T>;
+  const ForwardStepDirection<T>& d = step.direction[blockIdx.z];
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x;
+  const int64_t n = index / step.hidden, unit = index % step.hidden;
+  if (n >= d.now.rows) return;
+  const bool zero = step.rules.cut(d.before, d.now, n);
+  A product[Cell::kGates];
+#pragma unroll
+  for (int g = 0; g < Cell::kGates; ++g)
+    product[g] = zero ? A(0) : widen(d.hgates[(n * Cell::kGates + g) * step.hidden + unit]);
+  forward_unit<Cell>(step, d, n, unit, product);
+}
+
+// Rows that a backward launch has to look at: those of `now`, and those whose first timestep was `after`.
+template <class T>
+RNN_EXT_DEVICE int64_t backward_rows(const BackwardStepDirection<T>& d) {
+  return d.now.rows > d.after.rows ? d.now.rows : d.after.rows;
+}
+
+// grid: (row tiles, unit tiles, directions)
+template <class Cell, class T, int kRows>
+__global__ void __launch_bounds__(kTileThreads) step_backward_kernel(const __grid_constant__ BackwardStep<T> step) {
+  using A = AccumulatorOf<T>;
+  constexpr int kTileRows = kTileGroups * kRows;
+  constexpr int kRowPitch = kTileRows + 1,
+                kColumnPitch = kTileUnits;  // W_hh is read along its rows: nothing to transpose
+  constexpr int kRowLoads = kTileRows * kChunk / kTileThreads, kColumnLoads = kTileUnits * kChunk / kTileThreads;
+  RNN_EXT_SHARED(const T*, dgates_rows, kTileRows);  // dgates of the row after; null: zero
+  RNN_EXT_SHARED(A, dgates_chunks, 2 * kChunk * kRowPitch);
+  RNN_EXT_SHARED(A, w_chunks, 2 * kChunk * kColumnPitch);
+
+  const BackwardStepDirection<T>& d = step.direction[blockIdx.z];
+  const int64_t hidden = step.hidden, rows = backward_rows(d);
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kTileRows,
+                unit0 = static_cast<int64_t>(blockIdx.y) * kTileUnits;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (row0 >= rows) return;
+
+  if (thread < kTileRows) {
+    const int64_t n = row0 + thread;
+    const bool flows = step.rules.exists(d.after, n) && !step.rules.cut(d.now, d.after, n);
+    dgates_rows[thread] = flows ? d.dgates + d.after.row(n, step.rules.batch_stride) * d.dgates_stride : nullptr;
+  }
+  __syncthreads();
+
+  // The reduction runs over (gate, k): chunk c is k from c % chunks_per_gate of gate c / chunks_per_gate.
+  const int64_t chunks_per_gate = (hidden + kChunk - 1) / kChunk, chunks = chunks_per_gate * Cell::kGates;
+  A dgates_next[kRowLoads], w_next[kColumnLoads];
+  const auto fetch = [&](int64_t chunk) {
+    const int gate = static_cast<int>(chunk / chunks_per_gate);
+    const int64_t k0 = chunk % chunks_per_gate * kChunk, column0 = Cell::hh_slot(gate) * hidden;
+#pragma unroll
+    for (int i = 0; i < kRowLoads; ++i) {
+      const int index = thread + i * kTileThreads;
+      const int64_t k = k0 + index % kChunk;
+      const T* source = dgates_rows[index / kChunk];
+      dgates_next[i] = source && k < hidden ? widen(source[column0 + k]) : A(0);
+    }
+#pragma unroll
+    for (int i = 0; i < kColumnLoads; ++i) {
+      const int index = thread + i * kTileThreads;
+      const int64_t k = k0 + index / kTileUnits, unit = unit0 + index % kTileUnits;
+      w_next[i] = unit < hidden && k < hidden ? widen(d.weight_hh[(gate * hidden + k) * hidden + unit]) : A(0);
+    }
+  };
+  const auto stage = [&](int buffer) {
+#pragma unroll
+    for (int i = 0; i < kRowLoads; ++i) {
+      const int index = thread + i * kTileThreads;
+      dgates_chunks[(buffer * kChunk + index % kChunk) * kRowPitch + index / kChunk] = dgates_next[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kColumnLoads; ++i)
+      w_chunks[buffer * kChunk * kColumnPitch + thread + i * kTileThreads] = w_next[i];
+  };
+
+  const int unit_in_tile = thread % kTileUnits, first_row = thread / kTileUnits * kRows;
+  A acc[kRows][1] = {};
+  if (d.after.rows > 0) {  // the first launch has nothing to multiply
+    fetch(0);
+    stage(0);
+    int buffer = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk, buffer ^= 1) {
+      const bool more = chunk + 1 < chunks;
+      __syncthreads();  // this chunk is staged, and the other buffer has been read
+      if (more) fetch(chunk + 1);
+      multiply_chunk<kRows, 1, kRowPitch, kColumnPitch>(
+          dgates_chunks + buffer * kChunk * kRowPitch + first_row,
+          w_chunks + buffer * kChunk * kColumnPitch + unit_in_tile, acc);
+      if (more) stage(buffer ^ 1);
+    }
+  }
+
+  const int64_t unit = unit0 + unit_in_tile;
+  if (unit >= hidden) return;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int64_t n = row0 + first_row + i;
+    if (n < rows) backward_unit<Cell>(step, d, n, unit, acc[i][0]);
+  }
+}
+
+// One thread per (row, unit). grid: (ceil(rows * H / threads), 1, directions)
+template <class Cell, class T>
+__global__ void __launch_bounds__(kTileThreads)
+    pointwise_backward_kernel(const __grid_constant__ BackwardStep<T> step) {
+  using A = AccumulatorOf<T>;
+  const BackwardStepDirection<T>& d = step.direction[blockIdx.z];
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x;
+  const int64_t n = index / step.hidden, unit = index % step.hidden;
+  if (n >= backward_rows(d)) return;
+  const bool flows = step.rules.exists(d.after, n);  // a cut is seen to by backward_unit
+  backward_unit<Cell>(step, d, n, unit, flows ? widen(d.dh_recurrent[n * step.hidden + unit]) : A(0));
+}
+
+}  // namespace rnn_ext::cuda

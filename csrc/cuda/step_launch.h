@@ -1,0 +1,220 @@
+// The host side of `step` for one storage type: turns a layer's arguments into one launch per timestep.
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+
+#include "cuda/step_entries.h"
+#include "cuda/step_kernels.h"
+
+namespace rnn_ext::cuda {
+
+inline RowRules row_rules(const RnnExtSequence& sequence) {
+  return {sequence.batch_stride, sequence.batch_sizes ? nullptr : sequence.lengths, sequence.resets,
+          sequence.resets_time_stride, sequence.resets_batch_stride};
+}
+
+// Walks the timesteps in the order a direction computes them, forwards or backwards, and keeps packed offsets on the
+// way.
+class Timeline {
+ public:
+  Timeline(const RnnExtSequence& sequence, bool reverse) : sequence_(sequence), reverse_(reverse) {}
+
+  // Step s of the computation; s = -1 and s = L are the ends, which have no rows. Packed: moves to a neighbour are
+  // cheap.
+  Moment at(int64_t step) {
+    const int64_t time = reverse_ ? sequence_.length - 1 - step : step;
+    if (step < 0 || step >= sequence_.length) return {time, 0, 0};
+    if (!sequence_.batch_sizes) return {time, sequence_.batch, time * sequence_.time_stride};
+    for (; time_ < time; ++time_) offset_ += sequence_.batch_sizes[time_];
+    for (; time_ > time; --time_) offset_ -= sequence_.batch_sizes[time_ - 1];
+    return {time, sequence_.batch_sizes[time], offset_};
+  }
+
+ private:
+  const RnnExtSequence& sequence_;
+  bool reverse_;
+  int64_t time_ = 0, offset_ = 0;
+};
+
+template <class Params>
+int launch_tiles(const char* name, void (*kernel)(Params), const Params& params, int tile_rows, int64_t rows,
+                 int directions, cudaStream_t stream, RnnExtError* error) {
+  const int64_t row_tiles = (rows + tile_rows - 1) / tile_rows,
+                unit_tiles = (params.hidden + kTileUnits - 1) / kTileUnits;
+  LaunchConfig config;
+  config.grid =
+      dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(unit_tiles), static_cast<unsigned>(directions));
+  config.block = dim3(kTileThreads);
+  config.stream = stream;
+  const char* problem = launch(name, kernel, config, params);
+  if (problem)
+    std::snprintf(error->message, sizeof error->message, "%s: %s (%lld rows, hidden size %lld)", name, problem,
+                  static_cast<long long>(rows), static_cast<long long>(params.hidden));
+  return problem != nullptr;
+}
+
+template <class Params>
+int launch_pointwise(const char* name, void (*kernel)(Params), const Params& params, int64_t rows, int directions,
+                     cudaStream_t stream, RnnExtError* error) {
+  LaunchConfig config;
+  config.grid = dim3(static_cast<unsigned>((rows * params.hidden + kTileThreads - 1) / kTileThreads), 1,
+                     static_cast<unsigned>(directions));
+  config.block = dim3(kTileThreads);
+  config.stream = stream;
+  const char* problem = launch(name, kernel, config, params);
+  if (problem)
+    std::snprintf(error->message, sizeof error->message, "%s: %s (%lld rows, hidden size %lld)", name, problem,
+                  static_cast<long long>(rows), static_cast<long long>(params.hidden));
+  return problem != nullptr;
+}
+
+// With few rows a tile of 8 wastes less of its products; with many a tile of 32 reads the weight a quarter as often.
+inline constexpr int64_t kFewRows = 8;
+
+template <class Cell, class T>
+int step_forward_cell(const RnnExtForward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
+                      RnnExtError* error) {
+  using A = AccumulatorOf<T>;
+  ForwardStep<T> params{};
+  params.rules = row_rules(args.sequence);
+  params.hidden = args.sequence.hidden;
+  for (int i = 0; i < args.directions; ++i) {
+    const RnnExtForwardDirection& from = args.direction[i];
+    ForwardStepDirection<T>& to = params.direction[i];
+    to.igates = static_cast<const T*>(from.igates);
+    to.igates_stride = from.igates_stride;
+    to.weight_hh = static_cast<const T*>(from.weight_hh);
+    to.bias_hh = static_cast<const T*>(from.bias_hh);
+    to.hgates = static_cast<const T*>(from.hgates);
+    to.h_0 = static_cast<const T*>(from.h_0);
+    to.c_0 = static_cast<const T*>(from.c_0);
+    to.output = static_cast<T*>(from.output);
+    to.output_stride = from.output_stride;
+    to.h_n = static_cast<T*>(from.h_n);
+    to.c_n = static_cast<T*>(from.c_n);
+    to.saved = static_cast<T*>(from.saved);
+    to.cells = static_cast<A*>(from.cells);
+    to.cell_state = static_cast<A*>(from.cell_state);
+  }
+  Timeline timelines[2] = {{args.sequence, args.direction[0].reverse != 0},
+                           {args.sequence, args.direction[1].reverse != 0}};
+  for (int64_t step = first_step; step < last_step; ++step) {
+    int64_t rows = 0;
+    for (int i = 0; i < args.directions; ++i) {
+      ForwardStepDirection<T>& d = params.direction[i];
+      d.before = timelines[i].at(step - 1);
+      d.now = timelines[i].at(step);
+      d.after = timelines[i].at(step + 1);
+      rows = std::max(rows, d.now.rows);
+    }
+    int failed;
+    if (args.direction[0].hgates) {
+      failed = launch_pointwise("pointwise_forward", &pointwise_forward_kernel<Cell, T>, params, rows, args.directions,
+                                stream, error);
+    } else if (rows <= kFewRows) {
+      failed = launch_tiles("step_forward", &step_forward_kernel<Cell, T, 1>, params, kTileGroups, rows,
+                            args.directions, stream, error);
+    } else {
+      failed = launch_tiles("step_forward", &step_forward_kernel<Cell, T, 4>, params, 4 * kTileGroups, rows,
+                            args.directions, stream, error);
+    }
+    if (failed) return failed;
+  }
+  return 0;
+}
+
+template <class Cell, class T>
+int step_backward_cell(const RnnExtBackward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
+                       RnnExtError* error) {
+  using A = AccumulatorOf<T>;
+  BackwardStep<T> params{};
+  params.rules = row_rules(args.sequence);
+  params.hidden = args.sequence.hidden;
+  for (int i = 0; i < args.directions; ++i) {
+    const RnnExtBackwardDirection& from = args.direction[i];
+    BackwardStepDirection<T>& to = params.direction[i];
+    to.weight_hh = static_cast<const T*>(from.weight_hh);
+    to.dh_recurrent = static_cast<const T*>(from.dh_recurrent);
+    to.h_0 = static_cast<const T*>(from.h_0);
+    to.c_0 = static_cast<const T*>(from.c_0);
+    to.output = static_cast<const T*>(from.output);
+    to.output_stride = from.output_stride;
+    to.saved = static_cast<const T*>(from.saved);
+    to.cells = static_cast<const A*>(from.cells);
+    to.doutput = static_cast<const T*>(from.doutput);
+    to.doutput_stride = from.doutput_stride;
+    to.dcells = static_cast<const T*>(from.dcells);
+    to.dcells_stride = from.dcells_stride;
+    to.dh_n = static_cast<const T*>(from.dh_n);
+    to.dc_n = static_cast<const T*>(from.dc_n);
+    to.dgates = static_cast<T*>(from.dgates);
+    to.dgates_stride = from.dgates_stride;
+    to.dh_carry = static_cast<A*>(from.dh_carry);
+    to.dc_carry = static_cast<A*>(from.dc_carry);
+    to.dh_0 = static_cast<T*>(from.dh_0);
+    to.dc_0 = static_cast<T*>(from.dc_0);
+  }
+  Timeline timelines[2] = {{args.sequence, args.direction[0].reverse != 0},
+                           {args.sequence, args.direction[1].reverse != 0}};
+  for (int64_t step = first_step; step < last_step; ++step) {
+    const int64_t forward_step = args.sequence.length - 1 - step;  // -1 in the launch that finishes dh_0
+    int64_t rows = 0;
+    for (int i = 0; i < args.directions; ++i) {
+      BackwardStepDirection<T>& d = params.direction[i];
+      d.after = timelines[i].at(forward_step + 1);
+      d.now = timelines[i].at(forward_step);
+      d.before = timelines[i].at(forward_step - 1);
+      rows = std::max({rows, d.now.rows, d.after.rows});
+    }
+    int failed;
+    if (args.direction[0].dh_recurrent) {
+      failed = launch_pointwise("pointwise_backward", &pointwise_backward_kernel<Cell, T>, params, rows,
+                                args.directions, stream, error);
+    } else if (rows <= kFewRows) {
+      failed = launch_tiles("step_backward", &step_backward_kernel<Cell, T, 1>, params, kTileGroups, rows,
+                            args.directions, stream, error);
+    } else {
+      failed = launch_tiles("step_backward", &step_backward_kernel<Cell, T, 4>, params, 4 * kTileGroups, rows,
+                            args.directions, stream, error);
+    }
+    if (failed) return failed;
+  }
+  return 0;
+}
+
+#define RNN_EXT_STEP_CASE(cell_enum, Cell, function) \
+  case cell_enum:                                    \
+    return function<cells::Cell, T>(args, first_step, last_step, stream, error);
+
+template <class T>
+int step_forward(const RnnExtForward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
+                 RnnExtError* error) {
+  switch (args.cell) {
+    RNN_EXT_STEP_CASE(RNN_EXT_RNN_TANH, RnnTanh, step_forward_cell)
+    RNN_EXT_STEP_CASE(RNN_EXT_RNN_RELU, RnnRelu, step_forward_cell)
+    RNN_EXT_STEP_CASE(RNN_EXT_GRU, Gru, step_forward_cell)
+    RNN_EXT_STEP_CASE(RNN_EXT_LSTM, Lstm, step_forward_cell)
+  }
+  return 1;
+}
+
+template <class T>
+int step_backward(const RnnExtBackward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
+                  RnnExtError* error) {
+  switch (args.cell) {
+    RNN_EXT_STEP_CASE(RNN_EXT_RNN_TANH, RnnTanh, step_backward_cell)
+    RNN_EXT_STEP_CASE(RNN_EXT_RNN_RELU, RnnRelu, step_backward_cell)
+    RNN_EXT_STEP_CASE(RNN_EXT_GRU, Gru, step_backward_cell)
+    RNN_EXT_STEP_CASE(RNN_EXT_LSTM, Lstm, step_backward_cell)
+  }
+  return 1;
+}
+
+#undef RNN_EXT_STEP_CASE
+
+#define RNN_EXT_INSTANTIATE_STEP(T)                                                                 \
+  template int step_forward<T>(const RnnExtForward&, int64_t, int64_t, cudaStream_t, RnnExtError*); \
+  template int step_backward<T>(const RnnExtBackward&, int64_t, int64_t, cudaStream_t, RnnExtError*);
+
+}  // namespace rnn_ext::cuda

@@ -1,0 +1,378 @@
+// Autograd and autocast of the layer op.
+//
+// The nodes are written by hand in the manner of torch's own generated ones rather than as a torch::autograd::Function:
+// they cost less per call, and torch.func's transforms refuse the latter but work through these.
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/FunctionsManual.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <string>
+
+#include "ops/layer.h"
+
+namespace rnn_ext::ops {
+namespace {
+
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+using NodePtr = decltype(std::declval<Node&>().getptr());  // a shared_ptr or, in newer torch, an intrusive_ptr
+
+template <class T>
+auto make_node() {
+  if constexpr (std::is_same_v<NodePtr, std::shared_ptr<Node>>) {
+    return std::shared_ptr<T>(new T());
+  } else {
+    return c10::make_intrusive<T>();
+  }
+}
+
+/// Every tensor and option of a forward call, as long as a node keeps them.
+struct SavedCall {
+  SavedVariable input, h_0, c_0;
+  std::vector<SavedVariable> weights;
+  OptionalTensor batch_sizes, lengths, resets;  // never differentiable, and never modified by us
+  std::string cell;
+  bool bidirectional = false, batch_first = false, cell_states = false;
+
+  void save(const at::Tensor& input_, const OptionalTensor& h_0_, const OptionalTensor& c_0_, at::TensorList weights_,
+            const OptionalTensor& batch_sizes_, const OptionalTensor& lengths_, const OptionalTensor& resets_,
+            const LayerOptions& options) {
+    input = SavedVariable(input_, false);
+    h_0 = SavedVariable(h_0_, false);
+    c_0 = SavedVariable(c_0_, false);
+    weights.reserve(weights_.size());
+    for (const at::Tensor& weight : weights_) weights.emplace_back(weight, false);
+    batch_sizes = batch_sizes_;
+    lengths = lengths_;
+    resets = resets_;
+    cell = options.cell;
+    bidirectional = options.bidirectional;
+    batch_first = options.batch_first;
+    cell_states = options.cell_states;
+  }
+  void release() {
+    input.reset_data();
+    h_0.reset_data();
+    c_0.reset_data();
+    for (SavedVariable& weight : weights) weight.reset_data();
+  }
+  static OptionalTensor optional(const at::Tensor& tensor) {
+    return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+  }
+  std::vector<at::Tensor> unpack_weights() const {
+    std::vector<at::Tensor> result;
+    result.reserve(weights.size());
+    for (const SavedVariable& weight : weights) result.push_back(weight.unpack());
+    return result;
+  }
+  LayerOptions options() const { return {cell, bidirectional, batch_first, cell_states}; }
+};
+
+const auto& layer_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rnn_ext::layer", "")
+                             .typed<LayerResult(const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                at::TensorList, const OptionalTensor&, const OptionalTensor&,
+                                                const OptionalTensor&, std::string_view, bool, bool, bool, bool)>();
+  return op;
+}
+
+const auto& layer_backward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("rnn_ext::layer_backward", "")
+          .typed<LayerGrads(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                            const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList,
+                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const at::Tensor&,
+                            const at::Tensor&, std::string_view, bool, bool, bool, const c10::List<bool>&)>();
+  return op;
+}
+
+const auto& layer_reference_op() {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("rnn_ext::layer_reference", "")
+          .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+              const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList, const OptionalTensor&,
+              const OptionalTensor&, const OptionalTensor&, std::string_view, bool, bool, bool)>();
+  return op;
+}
+
+const auto& layer_vjp_reference_op() {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("rnn_ext::layer_vjp_reference", "")
+          .typed<LayerGrads(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                            const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList,
+                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string_view, bool,
+                            bool, bool, const c10::List<bool>&)>();
+  return op;
+}
+
+}  // namespace
+
+LayerResult layer_call(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                       at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                       const OptionalTensor& resets, const LayerOptions& options, bool save) {
+  return layer_op().call(input, h_0, c_0, weights, batch_sizes, lengths, resets, options.cell, options.bidirectional,
+                         options.batch_first, options.cell_states, save);
+}
+
+LayerGrads layer_backward_call(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                               const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,
+                               const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                               at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                               const OptionalTensor& resets, const at::Tensor& output, const at::Tensor& saved,
+                               const LayerOptions& options, const c10::List<bool>& output_mask) {
+  return layer_backward_op().call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights, batch_sizes,
+                                  lengths, resets, output, saved, options.cell, options.bidirectional,
+                                  options.batch_first, options.cell_states, output_mask);
+}
+
+namespace {
+
+bool has_tangent(const OptionalTensor& tensor) { return torch::autograd::isFwGradDefined(tensor); }
+bool any_has_tangent(at::TensorList tensors) {
+  for (const at::Tensor& tensor : tensors) {
+    if (has_tangent(tensor)) return true;
+  }
+  return false;
+}
+
+/// Backward of layer_backward. Derivatives go through grad_* and the layer's inputs; `output` and `saved` are functions
+/// of the latter, so their share is already counted there.
+struct LayerBackwardBackward : public Node {
+  enum { kGrads = 4 };
+  SavedCall call;
+  SavedVariable grads[kGrads];
+  c10::List<bool> mask;
+
+  std::string name() const override { return "RnnExtLayerBackwardBackward"; }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    call.release();
+    for (SavedVariable& grad : grads) grad.reset_data();
+  }
+  variable_list apply(variable_list&& grad_grads) override;
+};
+
+struct LayerBackward : public Node {
+  SavedCall call;
+  SavedVariable output, saved;
+
+  std::string name() const override { return "RnnExtLayerBackward"; }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    call.release();
+    output.reset_data();
+    saved.reset_data();
+  }
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    variable_list result(3 + call.weights.size());
+    bool any = false;
+    for (const at::Tensor& grad : grads) any |= grad.defined();
+    if (!any) return result;
+    c10::List<bool> mask;
+    for (size_t i = 0; i < result.size(); ++i) mask.push_back(task_should_compute_output(i));
+    const std::vector<at::Tensor> weights = call.unpack_weights();
+    auto [dx, dh_0, dc_0, dw] = layer_backward_call(
+        SavedCall::optional(grads[0]), SavedCall::optional(grads[1]), SavedCall::optional(grads[2]),
+        SavedCall::optional(grads[3]), call.input.unpack(), SavedCall::optional(call.h_0.unpack()),
+        SavedCall::optional(call.c_0.unpack()), weights, call.batch_sizes, call.lengths, call.resets,
+        output.unpack(getptr()), saved.unpack(), call.options(), mask);
+    if (mask.get(0)) result[0] = std::move(dx);
+    if (mask.get(1)) result[1] = std::move(dh_0);
+    if (mask.get(2)) result[2] = std::move(dc_0);
+    for (size_t i = 0; i < weights.size(); ++i) {
+      if (mask.get(3 + i)) result[3 + i] = std::move(dw[i]);
+    }
+    return result;
+  }
+};
+
+variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
+  // The gradient of <vjp(g), gg> with respect to g and the inputs, by the reference: differentiable again.
+  std::lock_guard<std::mutex> lock(mutex_);
+  variable_list result(kGrads + 3 + call.weights.size());
+  std::vector<at::Tensor> outer;       // gradients of vjp that are needed
+  std::vector<at::Tensor> cotangents;  // their cotangents
+  const bool create_graph = at::GradMode::is_enabled();
+  at::AutoGradMode grad_mode(true);
+
+  // Aliases, so that the inner graph ends here while a further derivative still reaches the originals.
+  std::vector<at::Tensor> originals;
+  for (const SavedVariable& grad : grads) originals.push_back(grad.unpack());
+  originals.push_back(call.input.unpack());
+  originals.push_back(call.h_0.unpack());
+  originals.push_back(call.c_0.unpack());
+  for (at::Tensor& weight : call.unpack_weights()) originals.push_back(std::move(weight));
+  std::vector<OptionalTensor> alias;
+  variable_list wanted;
+  std::vector<size_t> wanted_index;
+  for (size_t i = 0; i < originals.size(); ++i) {
+    if (!originals[i].defined()) {
+      alias.emplace_back();
+      continue;
+    }
+    at::Tensor tensor = create_graph && originals[i].requires_grad() ? originals[i].view_as(originals[i])
+                                                                     : originals[i].detach().requires_grad_();
+    alias.emplace_back(tensor);
+    if (task_should_compute_output(i)) {
+      wanted.push_back(tensor);
+      wanted_index.push_back(i);
+    }
+  }
+  std::vector<at::Tensor> weights;
+  for (size_t i = kGrads + 3; i < alias.size(); ++i) weights.push_back(*alias[i]);
+  c10::List<bool> flags;
+  for (size_t i = 0; i < mask.size(); ++i) flags.push_back(mask.get(i) && grad_grads[i].defined());
+  auto [dx, dh_0, dc_0, dw] = layer_vjp_reference_op().call(
+      alias[0], alias[1], alias[2], alias[3], *alias[4], alias[5], alias[6], weights, call.batch_sizes, call.lengths,
+      call.resets, call.cell, call.bidirectional, call.batch_first, call.cell_states, flags);
+  const auto add = [&](size_t i, const at::Tensor& grad) {
+    if (!flags.get(i) || !grad.requires_grad()) return;
+    outer.push_back(grad);
+    cotangents.push_back(grad_grads[i]);
+  };
+  add(0, dx);
+  add(1, dh_0);
+  add(2, dc_0);
+  for (size_t i = 0; i < dw.size(); ++i) add(3 + i, dw[i]);
+  if (outer.empty() || wanted.empty()) return result;
+  const variable_list found = torch::autograd::grad(outer, wanted, cotangents, /*retain_graph=*/std::nullopt,
+                                                    create_graph, /*allow_unused=*/true);
+  for (size_t i = 0; i < found.size(); ++i) result[wanted_index[i]] = found[i];
+  return result;
+}
+
+LayerResult layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                           at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                           const OptionalTensor& resets, std::string_view cell, bool bidirectional, bool batch_first,
+                           bool cell_states, bool save) {
+  const LayerOptions options{cell, bidirectional, batch_first, cell_states};
+  if (has_tangent(input) || has_tangent(h_0) || has_tangent(c_0) || any_has_tangent(weights)) {
+    auto [output, h_n, c_n, cells] = layer_reference_op().call(
+        input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states);
+    return {output, h_n, c_n, cells, at::Tensor(input.new_empty({0}))};
+  }
+  if (!torch::autograd::compute_requires_grad(input, h_0, c_0, weights)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, options, save);
+  }
+  auto node = make_node<LayerBackward>();
+  torch::autograd::edge_list edges;
+  edges.reserve(3 + weights.size());
+  const auto add_edge = [&](const at::Tensor& tensor) {
+    edges.push_back(tensor.defined() ? torch::autograd::impl::gradient_edge(tensor) : torch::autograd::Edge());
+  };
+  add_edge(input);
+  add_edge(h_0.value_or(at::Tensor()));
+  add_edge(c_0.value_or(at::Tensor()));
+  for (const at::Tensor& weight : weights) add_edge(weight);
+  node->set_next_edges(std::move(edges));
+  node->call.save(input, h_0, c_0, weights, batch_sizes, lengths, resets, options);
+  LayerResult result = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, options, true);
+  }();
+  auto& [output, h_n, c_n, cells, saved] = result;
+  torch::autograd::set_history(output, node);
+  torch::autograd::set_history(h_n, node);
+  torch::autograd::set_history(cell_info(cell).has_cell ? c_n : at::Tensor(), node);
+  torch::autograd::set_history(cell_states ? cells : at::Tensor(), node);
+  node->output = SavedVariable(output, true);
+  node->saved = SavedVariable(saved, false);
+  return result;
+}
+
+LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                                   const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,
+                                   const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                                   at::TensorList weights, const OptionalTensor& batch_sizes,
+                                   const OptionalTensor& lengths, const OptionalTensor& resets,
+                                   const at::Tensor& output, const at::Tensor& saved, std::string_view cell,
+                                   bool bidirectional, bool batch_first, bool cell_states,
+                                   const c10::List<bool>& output_mask) {
+  const LayerOptions options{cell, bidirectional, batch_first, cell_states};
+  if (has_tangent(grad_output) || has_tangent(grad_h_n) || has_tangent(grad_c_n) || has_tangent(grad_cells) ||
+      has_tangent(input) || has_tangent(h_0) || has_tangent(c_0) || any_has_tangent(weights)) {
+    return layer_vjp_reference_op().call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights,
+                                         batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states,
+                                         output_mask);
+  }
+  const auto compute = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return layer_backward_call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights, batch_sizes,
+                               lengths, resets, output, saved, options, output_mask);
+  };
+  if (!torch::autograd::compute_requires_grad(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights))
+    return compute();
+  auto node = make_node<LayerBackwardBackward>();
+  torch::autograd::edge_list edges;
+  const auto add_edge = [&](const OptionalTensor& tensor) {
+    edges.push_back(tensor.has_value() && tensor->defined() ? torch::autograd::impl::gradient_edge(*tensor)
+                                                            : torch::autograd::Edge());
+  };
+  const OptionalTensor* grads[] = {&grad_output, &grad_h_n, &grad_c_n, &grad_cells};
+  for (int i = 0; i < LayerBackwardBackward::kGrads; ++i) {
+    add_edge(*grads[i]);
+    node->grads[i] = SavedVariable(*grads[i], false);
+  }
+  add_edge(input);
+  add_edge(h_0);
+  add_edge(c_0);
+  for (const at::Tensor& weight : weights) add_edge(weight);
+  node->set_next_edges(std::move(edges));
+  node->call.save(input, h_0, c_0, weights, batch_sizes, lengths, resets, options);
+  node->mask = output_mask;
+  LayerGrads result = compute();
+  auto& [dx, dh_0, dc_0, dw] = result;
+  const auto attach = [&](size_t i, const at::Tensor& grad) {
+    torch::autograd::set_history(output_mask.get(i) ? grad : at::Tensor(), node);
+  };
+  attach(0, dx);
+  attach(1, dh_0);
+  attach(2, dc_0);
+  for (size_t i = 0; i < dw.size(); ++i) attach(3 + i, dw[i]);
+  return result;
+}
+
+template <c10::DeviceType kDevice, c10::DispatchKey kKey>
+LayerResult layer_autocast(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                           at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                           const OptionalTensor& resets, std::string_view cell, bool bidirectional, bool batch_first,
+                           bool cell_states, bool save) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  const auto cast = [&](const at::Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, kDevice); };
+  const auto cast_optional = [&](const OptionalTensor& tensor) {
+    return tensor.has_value() ? OptionalTensor(cast(*tensor)) : std::nullopt;
+  };
+  std::vector<at::Tensor> cast_weights;
+  for (const at::Tensor& weight : weights) cast_weights.push_back(cast(weight));
+  return layer_call(cast(input), cast_optional(h_0), cast_optional(c_0), cast_weights, batch_sizes, lengths, resets,
+                    {cell, bidirectional, batch_first, cell_states}, save);
+}
+
+TORCH_LIBRARY_IMPL(rnn_ext, Autograd, m) {
+  m.impl("layer", &layer_autograd);
+  m.impl("layer_backward", &layer_backward_autograd);
+}
+
+TORCH_LIBRARY_IMPL(rnn_ext, AutocastCPU, m) {
+  m.impl("layer", &layer_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(rnn_ext, AutocastCUDA, m) {
+  m.impl("layer", &layer_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+}  // namespace
+}  // namespace rnn_ext::ops

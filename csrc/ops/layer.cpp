@@ -1,0 +1,199 @@
+// Schemas, and the checks that every backend relies on.
+#include "ops/layer.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <numeric>
+
+namespace rnn_ext::ops {
+
+TORCH_LIBRARY(rnn_ext, m) {
+  m.def(
+      "layer(Tensor input, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
+      "Tensor? resets, str cell, bool bidirectional, bool batch_first, bool cell_states, bool save) "
+      "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor saved)");
+  m.def(
+      "layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, Tensor input, "
+      "Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
+      "Tensor output, Tensor saved, str cell, bool bidirectional, bool batch_first, bool cell_states, "
+      "bool[] output_mask) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)");
+  // Both of these are written in Python with reference.py, and differentiable as often as one likes.
+  m.def(
+      "layer_reference(Tensor input, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
+      "Tensor? resets, str cell, bool bidirectional, bool batch_first, bool cell_states) "
+      "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells)");
+  m.def(
+      "layer_vjp_reference(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, Tensor input, "
+      "Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, str cell, "
+      "bool bidirectional, bool batch_first, bool cell_states, bool[] output_mask) "
+      "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)");
+}
+
+CellInfo cell_info(std::string_view name) {
+  if (name == "lstm") return {cpu::CellKind::kLstm, 4, true};
+  if (name == "gru") return {cpu::CellKind::kGru, 3, false};
+  if (name == "rnn_tanh") return {cpu::CellKind::kRnnTanh, 1, false};
+  if (name == "rnn_relu") return {cpu::CellKind::kRnnRelu, 1, false};
+  TORCH_CHECK_VALUE(false, "unknown cell '", std::string(name), "': expected rnn_tanh, rnn_relu, gru or lstm");
+}
+
+namespace {
+
+const char* const kWeightNames[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"};
+
+void check_like_input(const at::Tensor& tensor, const at::Tensor& input, const char* name) {
+  TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), name, " is ", tensor.scalar_type(), " but input is ",
+              input.scalar_type(), ": expected the same dtype");
+  TORCH_CHECK(tensor.device() == input.device(), name, " is on ", tensor.device(), " but input is on ", input.device(),
+              ": expected the same device");
+}
+
+void check_sizes(const at::Tensor& tensor, at::IntArrayRef expected, const char* name) {
+  TORCH_CHECK(tensor.sizes() == expected, "expected ", name, " of size ", expected, ", got ", tensor.sizes());
+}
+
+}  // namespace
+
+int LayerShape::index(int direction, Weight weight) const {
+  const int base = direction * weights_per_direction;
+  switch (weight) {
+    case kWeightIh:
+    case kWeightHh:
+      return base + weight;
+    case kBiasIh:
+    case kBiasHh:
+      return bias ? base + weight : -1;
+    case kWeightHr:
+      return sizes.proj ? base + weights_per_direction - 1 : -1;
+  }
+  return -1;
+}
+
+LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                       at::TensorList weights, const OptionalTensor& batch_sizes_, const OptionalTensor& lengths,
+                       const OptionalTensor& resets, const LayerOptions& options)
+    : cell(cell_info(options.cell)), packed(batch_sizes_.has_value()), batch_first(options.batch_first && !packed) {
+  sizes.directions = options.bidirectional ? 2 : 1;
+  const int64_t count = int64_t(weights.size()) / sizes.directions;
+  TORCH_CHECK_VALUE(int64_t(weights.size()) == count * sizes.directions && count >= 2 && count <= 5,
+                    "expected 2 to 5 weights for each of ", sizes.directions, " directions, got ", weights.size(),
+                    " in all");
+  weights_per_direction = int(count);
+  bias = count >= 4;
+  const bool projected = count == 3 || count == 5;
+  TORCH_CHECK_VALUE(!projected || cell.has_cell, "only an lstm can be projected, got ", count, " weights a direction for ",
+                    std::string(options.cell));
+  TORCH_CHECK(at::isFloatingType(input.scalar_type()), "expected input of a floating-point dtype, got ",
+              input.scalar_type());
+
+  const at::Tensor& w_ih = weights[0];
+  const at::Tensor& w_hh = weights[1];
+  TORCH_CHECK(w_ih.dim() == 2 && w_hh.dim() == 2, "expected two-dimensional weight_ih and weight_hh, got sizes ",
+              w_ih.sizes(), " and ", w_hh.sizes());
+  sizes.input = w_ih.size(1);
+  sizes.hidden = w_ih.size(0) / cell.gates;
+  sizes.proj = projected ? w_hh.size(1) : 0;
+  const int64_t gate_rows = cell.gates * sizes.hidden;
+  for (int d = 0; d < sizes.directions; ++d) {
+    const std::vector<int64_t> expected[] = {
+        {gate_rows, sizes.input}, {gate_rows, sizes.output()}, {gate_rows}, {gate_rows}, {sizes.proj, sizes.hidden}};
+    for (const Weight weight : {kWeightIh, kWeightHh, kBiasIh, kBiasHh, kWeightHr}) {
+      if (index(d, weight) < 0) continue;
+      const at::Tensor& tensor = weights[index(d, weight)];
+      check_like_input(tensor, input, kWeightNames[weight]);
+      check_sizes(tensor, expected[weight], kWeightNames[weight]);
+    }
+  }
+
+  TORCH_CHECK(input.dim() == (packed ? 2 : 3), "expected input with ", packed ? 2 : 3, " dimensions",
+              packed ? " (packed)" : "", ", got size ", input.sizes());
+  TORCH_CHECK(input.size(-1) == sizes.input, "input.size(-1) must be equal to input_size. Expected ", sizes.input,
+              ", got ", input.size(-1));
+  if (packed) {
+    const at::Tensor& given = *batch_sizes_;
+    TORCH_CHECK_VALUE(!lengths.has_value(), "lengths cannot be given for a packed input, which has its own");
+    TORCH_CHECK(given.dim() == 1 && given.scalar_type() == at::kLong && given.device().is_cpu(),
+                "expected batch_sizes as a one-dimensional int64 tensor on the CPU, got ", given.scalar_type(),
+                " of size ", given.sizes(), " on ", given.device());
+    TORCH_CHECK(given.numel() > 0, "expected batch_sizes of at least one timestep, got none");
+    const at::Tensor dense = given.contiguous();
+    batch_sizes.assign(dense.const_data_ptr<int64_t>(), dense.const_data_ptr<int64_t>() + dense.numel());
+    length = int64_t(batch_sizes.size());
+    batch = batch_sizes[0];
+    for (int64_t t = 0; t < length; ++t) {
+      TORCH_CHECK(batch_sizes[t] > 0 && batch_sizes[t] <= batch_sizes[t ? t - 1 : 0],
+                  "expected positive, non-increasing batch_sizes, got ", batch_sizes[t], " at timestep ", t, " after ",
+                  batch_sizes[t ? t - 1 : 0]);
+    }
+  } else {
+    length = input.size(batch_first ? 1 : 0);
+    batch = input.size(batch_first ? 0 : 1);
+    batch_sizes.assign(length, batch);
+    if (lengths.has_value()) {
+      TORCH_CHECK_TYPE(at::isIntegralType(lengths->scalar_type(), false), "expected lengths of an integer dtype, got ",
+                       lengths->scalar_type());
+      check_sizes(*lengths, {batch}, "lengths");
+      const at::Tensor dense = lengths->to(at::kCPU, at::kLong).contiguous();
+      const int64_t* given = dense.const_data_ptr<int64_t>();
+      std::fill(batch_sizes.begin(), batch_sizes.end(), 0);
+      for (int64_t n = 0; n < batch; ++n) {
+        TORCH_CHECK_VALUE(given[n] >= 0 && given[n] <= length, "expected lengths between 0 and ", length, ", got ",
+                          given[n], " for batch entry ", n);
+        if (given[n] > 0) ++batch_sizes[given[n] - 1];
+      }
+      for (int64_t t = length - 2; t >= 0; --t) batch_sizes[t] += batch_sizes[t + 1];
+      order.resize(batch);
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return given[a] > given[b]; });
+    }
+  }
+  offsets.resize(length);
+  for (int64_t t = 0; t < length; ++t) {
+    offsets[t] = rows;
+    rows += batch_sizes[t];
+  }
+  TORCH_CHECK(!packed || rows == input.size(0), "expected ", rows, " rows of packed input, the sum of batch_sizes, got ",
+              input.size(0));
+
+  if (h_0.has_value()) {
+    check_like_input(*h_0, input, "h_0");
+    check_sizes(*h_0, {sizes.directions, batch, sizes.output()}, "h_0");
+  }
+  TORCH_CHECK_VALUE(cell.has_cell || !c_0.has_value(), "c_0 was given, but ", std::string(options.cell),
+                    " has no cell state");
+  if (c_0.has_value()) {
+    check_like_input(*c_0, input, "c_0");
+    check_sizes(*c_0, {sizes.directions, batch, sizes.hidden}, "c_0");
+  }
+  TORCH_CHECK_VALUE(cell.has_cell || !options.cell_states, "cell states were asked for, but ",
+                    std::string(options.cell), " has none");
+  if (resets.has_value()) {
+    TORCH_CHECK_TYPE(resets->scalar_type() == at::kBool, "expected resets of dtype Bool, got ", resets->scalar_type());
+    TORCH_CHECK(resets->device() == input.device(), "resets is on ", resets->device(), " but input is on ",
+                input.device(), ": expected the same device");
+    check_sizes(*resets, input.sizes().slice(0, input.dim() - 1), "resets");
+  }
+}
+
+cpu::Layout LayerShape::layout() const {
+  cpu::Layout layout;
+  layout.steps = length;
+  layout.batch = batch;
+  layout.rows = rows;
+  layout.batch_sizes = batch_sizes.data();
+  layout.offsets = offsets.data();
+  layout.order = order.empty() ? nullptr : order.data();
+  layout.packed = packed;
+  return layout;
+}
+
+std::vector<int64_t> LayerShape::sequence_sizes(int64_t features) const {
+  if (packed) return {rows, features};
+  if (batch_first) return {batch, length, features};
+  return {length, batch, features};
+}
+
+}  // namespace rnn_ext::ops

@@ -1,0 +1,77 @@
+// The layer op: its signature, written once for every dispatch key that implements it, and the checks.
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "cpu/layer.h"
+
+namespace rnn_ext::ops {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+/// What selects the computation besides the tensors.
+struct LayerOptions {
+  std::string_view cell;
+  bool bidirectional;
+  bool batch_first;
+  bool cell_states;
+};
+
+using LayerResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using LayerGrads = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
+
+LayerResult layer_call(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                       at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                       const OptionalTensor& resets, const LayerOptions& options, bool save);
+
+LayerGrads layer_backward_call(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                               const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,
+                               const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                               at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                               const OptionalTensor& resets, const at::Tensor& output, const at::Tensor& saved,
+                               const LayerOptions& options, const c10::List<bool>& output_mask);
+
+/// A cell's facts by its name in the schema; ValueError for any other name.
+struct CellInfo {
+  cpu::CellKind kind;
+  int gates;
+  bool has_cell;
+};
+CellInfo cell_info(std::string_view name);
+
+/// The checked shape of a call. Raises what torch.nn raises, with the shape found and the shape expected.
+struct LayerShape {
+  LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0, at::TensorList weights,
+             const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& resets,
+             const LayerOptions& options);
+
+  CellInfo cell;
+  cpu::Sizes sizes;
+  int weights_per_direction;
+  bool bias;
+  int64_t length = 0;  // L
+  int64_t batch = 0;   // N
+  int64_t rows = 0;    // (timestep, entry) pairs that exist
+
+  std::vector<int64_t> batch_sizes;  // [L]
+  std::vector<int64_t> offsets;      // [L]
+  std::vector<int64_t> order;        // [N], or empty
+  bool packed = false;
+  bool batch_first = false;
+
+  cpu::Layout layout() const;
+  /// Sizes of a sequence of `features` in the caller's layout.
+  std::vector<int64_t> sequence_sizes(int64_t features) const;
+  /// Position of weight `name` of direction d in the flat list, or -1.
+  enum Weight { kWeightIh, kWeightHh, kBiasIh, kBiasHh, kWeightHr };
+  int index(int direction, Weight weight) const;
+};
+
+}  // namespace rnn_ext::ops

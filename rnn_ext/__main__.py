@@ -1,0 +1,194 @@
+"""python -m rnn_ext demo | train | doctor | bench."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+DELEGATED = {
+    "doctor": "versions, compiler, instruction set, CUDA, what each backend can do, and how to mend what is wrong",
+    "bench": "measure against torch.nn",
+}
+# What the weights' shapes and their meaning depend on: a checkpoint cannot go on with another value.
+FIXED = ("cell", "hidden_size", "num_layers", "window", "vocab_size")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")  # one sentence, not the usage of twenty options above it
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is not positive and finite")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m rnn_ext", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="train both models on real data with torch's kernels and with ours")
+    demo.add_argument("--out", type=Path, default=Path("rnn_ext_demo"), help="folder for the plots (%(default)s)")
+    demo.add_argument("--quick", action="store_true", help="two short epochs: does it run at all?")
+
+    train = commands.add_parser("train", help="train a model on the demo's data or on your own CSV file")
+    tasks = train.add_subparsers(dest="task", required=True, metavar="regressor|classifier")
+    for task, data in (("regressor", "El Niño's sea temperatures"), ("classifier", "the movie reviews")):
+        # no option has a default here: what was not given comes from the checkpoint, or from training.DEFAULTS
+        sub = tasks.add_parser(task, help=f"by default on {data}", argument_default=argparse.SUPPRESS)
+        sub.add_argument("--data", type=Path, help=f"CSV file with a header row (default: {data})")
+        if task == "regressor":
+            sub.add_argument("--column", help="of the file (default: its only column of numbers)")
+            sub.add_argument("--window", type=positive_int, help="values seen before the one to forecast (24)")
+            sub.add_argument("--num-layers", type=positive_int, help="recurrent layers (2)")
+            sub.add_argument("--cell", choices=["rnn", "gru", "lstm"], help="(rnn, with tanh)")
+        else:
+            sub.add_argument("--text-column", help="of the file (text)")
+            sub.add_argument("--label-column", help="of the file; two different labels (label)")
+            sub.add_argument("--vocab-size", type=positive_int, help="words known to the model (10000)")
+            sub.add_argument("--cell", choices=["lstm"], help="the classifier's is always an LSTM")
+        sub.add_argument("--hidden-size", type=positive_int, help="features of the hidden state (32, classifier 64)")
+        sub.add_argument(
+            "--backend", choices=["auto", "custom", "native"], help="our kernels, torch's, or either (auto)"
+        )
+        sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (cpu)")
+        sub.add_argument("--seed", type=seed, help="of the weights and the order of the examples (0)")
+        sub.add_argument("--epochs", type=positive_int, help="in all, those before --resume too (100, classifier 4)")
+        sub.add_argument("--batch-size", type=positive_int, help="examples a step (64)")
+        sub.add_argument("--lr", type=positive_float, help="Adam's learning rate (0.001, classifier 0.002)")
+        sub.add_argument("--test-fraction", type=fraction, help="share of the data only tested on (0.2)")
+        sub.add_argument("--checkpoint", type=Path, help=f"where it is saved, after each epoch (rnn_ext_{task}.pt)")
+        sub.add_argument("--resume", action="store_true", help="go on from --checkpoint")
+        sub.add_argument("--evaluate", action="store_true", help="only test what is in --checkpoint")
+
+    for name, text in DELEGATED.items():
+        if importlib.util.find_spec(f"rnn_ext.{name}"):
+            commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def train(options: dict[str, Any]) -> int:
+    import torch
+    from rich.console import Console
+
+    from rnn_ext import backends, datasets
+    from rnn_ext.demo import progress_bars
+    from rnn_ext.training import DEFAULTS, Config, Forecasting, Sentiment, Training, load_checkpoint
+
+    console = Console(highlight=False)
+    task_name = options["task"]
+    path = options.get("checkpoint", Path(f"rnn_ext_{task_name}.pt"))
+    resume, evaluate = options.get("resume", False), options.get("evaluate", False)
+    checkpoint = load_checkpoint(path, task_name) if resume or evaluate else None
+    config = Config(**checkpoint["config"]) if checkpoint else DEFAULTS[task_name]
+    given = {field.name: options[field.name] for field in dataclasses.fields(Config) if field.name in options}
+    for name in FIXED if checkpoint else ():
+        if given.get(name, getattr(config, name)) != getattr(config, name):
+            option = name.replace("_", "-")
+            raise datasets.InputError(f"{path} was trained with --{option} {getattr(config, name)}, not {given[name]}")
+    config = dataclasses.replace(config, **given)
+
+    try:
+        probe = torch.zeros(1, device=config.device)
+        probe.item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise datasets.InputError(f"--device {config.device} cannot be used ({reason})") from None
+    supported, reason = backends.can_run_custom(probe)
+    if config.backend == "custom" and not supported:
+        raise datasets.InputError(f"--backend custom cannot be used: {reason}")
+
+    file = options.get("data")
+    state = checkpoint["task"] if checkpoint else None
+    if task_name == "regressor":
+        series = datasets.read_series(file, options.get("column")) if file else datasets.el_nino()
+        task = Forecasting(series, config.window, options.get("test_fraction", 0.2), state, str(file or "El Niño"))
+    else:
+        if file:
+            table = datasets.read_texts(file, options.get("text_column", "text"), options.get("label_column", "label"))
+        else:
+            table = datasets.movie_reviews(note=console.print)
+        name = str(file or "the movie reviews")
+        task = Sentiment(table, config.vocab_size, options.get("test_fraction", 0.2), state, name)
+    if not evaluate and not len(task.train):
+        raise datasets.InputError("--test-fraction 1 leaves nothing to train on: it is meant for --evaluate")
+
+    run = Training(task, config, checkpoint)
+    if not evaluate:
+        train_to_the_end(run, path, console, progress_bars)
+    score = run.evaluate()
+    what = f"{len(task.test)} test examples after {run.epoch} epochs"
+    beside = ", ".join(f"{name} {value:.4f}" for name, value in task.baselines.items())
+    console.print(f"{task.metric} {score:.4f} on {what} ({beside})")
+    return 0
+
+
+def train_to_the_end(run: Any, path: Path, console: Any, progress_bars: Any) -> None:
+    epochs = run.config.epochs
+    if run.epoch >= epochs:
+        console.print(f"{path} has been trained for {run.epoch} epochs already; --epochs {run.epoch + 1} would go on")
+        return
+    with progress_bars(console) as progress:
+        bar = progress.add_task("epoch", total=epochs * run.steps, completed=run.epoch * run.steps, loss=math.nan)
+        while run.epoch < epochs:
+            progress.update(bar, description=f"epoch {run.epoch + 1}/{epochs}")
+            for loss in run.run_epoch():
+                progress.update(bar, advance=1, loss=loss)
+            run.save(path)
+    console.print(f"saved to {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in DELEGATED and importlib.util.find_spec(f"rnn_ext.{argv[0]}"):
+        # they read their own options, and work without the packages of the demo
+        return importlib.import_module(f"rnn_ext.{argv[0]}").main(argv[1:]) or 0
+    options = vars(make_parser().parse_args(argv))
+    try:
+        from rnn_ext import datasets, demo
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed; run: python -m pip install 'rnn_ext[demo]'", file=sys.stderr)
+        return 2
+    try:
+        if options["command"] == "demo":
+            return demo.main(options["out"], options["quick"])
+        return train(options)
+    except (datasets.InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; a checkpoint holds the epochs before this one (--resume goes on)", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Loads the compiled library rnn_ext._C, or says why it cannot be used and how to mend that."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+def remedy() -> str:
+    """The command that compiles the library anew for the running Python and torch."""
+    checkout = FOLDER.parent
+    if (checkout / "setup.py").is_file():
+        return f"run: python -m pip install -e {checkout}"
+    return "run, in rnn_ext's source folder: python -m pip install --force-reinstall --no-deps ."
+
+
+def release(version: str) -> str:
+    """'2.13.0+cpu' -> '2.13': the C++ interface of torch changes from one minor release to the next."""
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def load() -> str | None:
+    """Loads rnn_ext._C, which registers the ops; returns None, or one sentence on what is wrong with its remedy."""
+    libraries = list(FOLDER.glob("_C.*"))
+    try:
+        info = importlib.import_module("._build_info", __package__)
+    except ImportError:
+        info = None
+    if info is None or not libraries:
+        return f"the C++ library of rnn_ext has not been built; {remedy()}"
+    running = str(torch.__version__)
+    if release(info.TORCH_VERSION) != release(running):
+        # Not even tried: missing symbols give an error, but a changed struct crashes the process.
+        return f"the C++ library of rnn_ext was built for torch {info.TORCH_VERSION}, not for {running}; {remedy()}"
+    try:
+        importlib.import_module("._C", __package__)
+    except ModuleNotFoundError:
+        return f"the C++ library of rnn_ext was built for another Python ({libraries[0].name}); {remedy()}"
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())
+        return f"the C++ library of rnn_ext cannot be loaded ({reason}); {remedy()}"
+    return None

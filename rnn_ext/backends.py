@@ -1,0 +1,142 @@
+"""Who computes a layer: ``"custom"`` (our op), ``"native"`` (torch's own kernels) or ``"auto"`` (decided at each call).
+
+Both read the same parameters in the same layout, so a model can be switched between two training steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rnn_ext import ops
+
+BACKENDS = ("auto", "custom", "native")
+CUSTOM_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def check_backend(backend: str) -> str:
+    """Return `backend`, or raise ValueError if it is none of :data:`BACKENDS`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown backend {backend!r}. Select from {', '.join(map(repr, BACKENDS))}.")
+    return backend
+
+
+def can_run_custom(input: Tensor) -> tuple[bool, str]:
+    """Whether our op can compute a layer of this input, and why (not).
+
+    Meta tensors count as supported: the op has a fake kernel.
+    """
+    if not ops.is_available():
+        return False, str(ops.load_error())
+    if input.dtype not in CUSTOM_DTYPES:
+        return False, f"dtype {input.dtype} has no custom kernel (float32, float64, bfloat16 and float16 have)"
+    if not (input.is_cpu or input.is_meta):
+        return False, f"device {input.device.type!r} has no custom kernel (cpu has)"
+    return True, "the input's device and dtype have a custom kernel"
+
+
+def use_custom(backend: str, input: Tensor) -> bool:
+    """The rule of ``auto``: ours wherever it can run.
+
+    Raises:
+        ValueError: unknown backend.
+        RuntimeError: ``"custom"`` was asked for and cannot run this input.
+    """
+    if backend == "native":
+        return False
+    supported, reason = can_run_custom(input)
+    if supported and (backend == "auto" or backend == "custom"):
+        return True
+    if check_backend(backend) == "custom":
+        raise RuntimeError(f"backend 'custom' cannot run this input: {reason}")
+    return False
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a layer would run for an input, and why."""
+
+    backend: str
+    kernel: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.kernel}): {self.reason}"
+
+
+def explain(module: nn.Module, input: Tensor | PackedSequence, hx: object = None) -> Explanation:
+    """Say which backend and kernel ``module(input, hx)`` would use, without running it.
+
+    Raises:
+        TypeError: `module` is not a layer of this package.
+        ValueError, RuntimeError: its backend is unknown, or is ``"custom"`` and cannot run, as the call itself would.
+    """
+    if not _has_backend(module):
+        raise TypeError(f"explain expects an rnn_ext.RNN, LSTM or GRU, got {type(module).__name__}")
+    data = input.data if isinstance(input, PackedSequence) else input
+    cell = module.mode.lower()
+    custom = use_custom(module.backend, data)
+    reason = can_run_custom(data)[1] if module.backend == "auto" else f"backend={module.backend!r} was asked for"
+    if custom:
+        return Explanation("custom", f"rnn_ext::layer {cell}, {ops.cpu_capability()}", reason)
+    return Explanation("native", f"torch.{cell}", reason)
+
+
+def set_backend(model: ModuleT, backend: str) -> ModuleT:
+    """Switch every layer of this package inside `model` (itself included), at any time; returns `model`.
+
+    Raises:
+        ValueError: unknown backend; nothing is switched.
+    """
+    check_backend(backend)
+    for module in model.modules():
+        if _has_backend(module):
+            module.backend = backend
+    return model
+
+
+def _has_backend(module: nn.Module) -> bool:
+    return isinstance(module, nn.RNNBase) and hasattr(module, "backend")
+
+
+def native(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All layers by torch's own kernels, called as :mod:`torch.nn` calls them: output, h_n and c_n (lstm only)."""
+    states = num_layers * (2 if bidirectional else 1)
+    batch = int(batch_sizes[0]) if batch_sizes is not None else input.shape[0 if batch_first else 1]
+    if h_0 is None:
+        h_0 = input.new_zeros(states, batch, weights[1].shape[1])
+    if cell == "lstm" and c_0 is None:
+        c_0 = input.new_zeros(states, batch, weights[0].shape[0] // 4)
+    if h_0.shape[1] != batch:
+        raise RuntimeError(f"Expected hx of {batch} sequences, got {list(h_0.shape)}")
+    hx = (h_0, c_0) if cell == "lstm" else h_0
+    options = (weights, len(weights) // states >= 4, num_layers, dropout, training, bidirectional)
+    kernel = getattr(torch, cell)
+    if (
+        torch.compiler.is_dynamo_compiling()
+    ):  # break the graph here, as at torch.nn's layers: traced, these unroll or fail
+        kernel = torch.compiler.disable(kernel)
+    if batch_sizes is not None:
+        result = kernel(input, batch_sizes, hx, *options)
+    else:
+        result = kernel(input, hx, *options, batch_first)
+    return result if cell == "lstm" else (*result, None)

@@ -1,0 +1,65 @@
+"""From torch.nn's layers to ours and back, inside any model."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+from torch import nn
+
+from rnn_ext.backends import check_backend
+from rnn_ext.modules import GRU, LSTM, RNN
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+TO_CUSTOM = {nn.RNN: RNN, nn.LSTM: LSTM, nn.GRU: GRU}
+TO_NATIVE = {ours: native for native, ours in TO_CUSTOM.items()}
+
+
+def convert(model: ModuleT, backend: str = "auto") -> ModuleT:
+    """Make every nn.RNN, nn.LSTM and nn.GRU of `model`, itself included, one of ours; in place.
+
+    Each layer stays the object that it is and only changes its class, so that parameters, hooks, training flag, ties
+    and every reference to it remain. Copy the model first (:func:`copy.deepcopy`) to keep the original.
+
+    Subclasses (your own, and those that torch.nn.utils.parametrize and fully_shard make) are left alone, with a
+    warning: what they override cannot be known. Convert before you parametrize or shard.
+
+    Args:
+        model: any module.
+        backend: of the converted layers: ``"auto"``, ``"custom"`` or ``"native"``.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: unknown backend; nothing is converted.
+    """
+    check_backend(backend)
+    for module in _change_class(model, TO_CUSTOM):
+        module.__dict__.pop("_flat_weights", None)  # ours is a property
+        module.backend = backend
+    return model
+
+
+def to_native(model: ModuleT) -> ModuleT:
+    """The reverse of :func:`convert`: every rnn_ext.RNN, LSTM and GRU becomes torch.nn's; in place, returns `model`.
+
+    For what reads the class of a layer: quantization, TorchScript, ONNX export.
+    """
+    for module in _change_class(model, TO_NATIVE):
+        del module.backend
+        module._init_flat_weights()
+    return model
+
+
+def _change_class(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[nn.Module]:
+    changed = []
+    for name, module in model.named_modules():
+        if type(module) in classes:
+            module.__class__ = classes[type(module)]
+            changed.append(module)
+        elif isinstance(module, tuple(classes)):
+            kind = type(module)
+            warnings.warn(f"{name or 'model'} is left as it is: {kind.__qualname__} is a subclass", stacklevel=3)
+    return changed

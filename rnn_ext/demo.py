@@ -1,0 +1,180 @@
+"""python -m rnn_ext demo: by hand, then both models on real data, trained by torch's kernels and by ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from rnn_ext import by_hand, datasets, ops, plots
+from rnn_ext.training import DEFAULTS, Config, Forecasting, Sentiment, Task, Training
+
+Races = dict[str, dict[str, Training]]
+
+
+def progress_bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def show_by_hand(console: Console, backend: str) -> float:
+    result = by_hand.compare(backend)
+    table = Table("t", "input", "by hand", "torch.nn.RNN", "rnn_ext.RNN")
+    for t, row in enumerate(zip(result.input, result.by_hand, result.torch_nn, result.rnn_ext, strict=True)):
+        x, *outputs = row
+        table.add_row(str(t), f"5 x {x[0]:.0f}", *(" ".join(f"{v:+.6f}" for v in o.tolist()) for o in outputs))
+    console.print(table)
+    console.print(f"largest difference: {result.difference:.1e}\n")
+    return result.difference
+
+
+def race(task: Task, config: Config, backends: list[str], console: Console) -> dict[str, Training]:
+    """Trains a copy of the model on each backend, from the same weights with the same batches.
+
+    The backends take turns, an epoch each, and change who goes first: what else the machine does meets both alike.
+    """
+    runs = {backend: Training(task, dataclasses.replace(config, backend=backend)) for backend in backends}
+    weights = runs[backends[0]].model.state_dict()
+    for run in runs.values():
+        run.model.load_state_dict(weights)
+    with progress_bars(console) as progress:
+        bars = {
+            backend: progress.add_task(plots.NAMES[backend].ljust(8), total=config.epochs * run.steps, loss=math.nan)
+            for backend, run in runs.items()
+        }
+        for epoch in range(config.epochs):
+            for backend in backends if epoch % 2 == 0 else reversed(backends):
+                for loss in runs[backend].run_epoch():
+                    progress.update(bars[backend], advance=1, loss=loss)
+    return runs
+
+
+def measure(runs: dict[str, Training]) -> dict[str, Any]:
+    """The numbers of the table, per backend, and what compares them."""
+    task = next(iter(runs.values())).task
+    result: dict[str, Any] = {"metric": task.metric, "baselines": task.baselines}
+    for backend, run in runs.items():
+        result[backend] = {
+            "train_loss": statistics.fmean(run.losses[-run.steps :]),
+            task.metric: run.evaluate(),
+            "seconds_per_epoch": statistics.median(run.seconds),
+            "epochs": run.epoch,
+        }
+    if len(runs) == 2:
+        native, custom = runs["native"], runs["custom"]
+        result["speed_up"] = statistics.median(native.seconds) / statistics.median(custom.seconds)
+        result["largest_loss_difference"] = max(abs(a - b) for a, b in zip(native.losses, custom.losses, strict=True))
+    return result
+
+
+def summary(results: dict[str, dict[str, Any]]) -> Table:
+    headings = (
+        "trained by",
+        "train\nloss",
+        "test\nscore",
+        "seconds\nper epoch",
+        "speed-up",
+        "largest loss\ndifference",
+    )
+    table = Table(*headings, box=HORIZONTALS)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for title, result in results.items():
+        metric = result["metric"]
+        score = "{:.1%}".format if metric == "accuracy" else "{:.3f}".format
+        table.add_section()
+        table.add_row(f"[bold]{title}[/bold]", "", f"[bold]{metric}[/bold]")
+        for backend, name in plots.NAMES.items():
+            if backend not in result:
+                continue
+            row = result[backend]
+            cells = [f"  {name}", f"{row['train_loss']:.4f}", score(row[metric]), f"{row['seconds_per_epoch']:.3g}"]
+            if backend == "custom":
+                cells += [f"{result['speed_up']:.2f}x", f"{result['largest_loss_difference']:.1e}"]
+            table.add_row(*cells)
+        for name, value in result["baselines"].items():
+            table.add_row(f"  [dim]naive: {name}[/dim]", "", score(value))
+    return table
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+        "isa": ops.cpu_capability() if ops.is_available() else None,
+    }
+
+
+def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
+    """Runs everything and writes plots and ``results.json`` into ``out``; ``quick`` trains next to nothing.
+
+    Returns:
+        0, or 1 where our kernels cannot be loaded and only torch's ran.
+    """
+    console = console or Console()
+    out.mkdir(parents=True, exist_ok=True)
+    backends = ["native", "custom"]
+    if not ops.is_available():
+        console.print(f"[bold red]Only torch's kernels can run:[/bold red] {ops.load_error()}\n")
+        backends = ["native"]
+    results: dict[str, Any] = {}
+    races: Races = {}
+
+    console.rule("1. nn.RNN, rnn_ext.RNN and three timesteps by hand", align="left")
+    difference = show_by_hand(console, backends[-1])
+
+    def run(title: str, task: Task, config: Config) -> None:
+        if quick:
+            config = dataclasses.replace(config, epochs=2)
+            task.train, task.test = task.train[:256], task.test[:256]
+        console.print(f"{len(task.train)} examples to train on, {len(task.test)} to test on, {config.epochs} epochs")
+        races[title] = race(task, config, backends, console)
+        results[title] = measure(races[title])
+        console.print()
+
+    console.rule("2. Forecasting: sea temperature off Peru, 1950-2010 (El Niño)", align="left")
+    config = DEFAULTS["regressor"]
+    run("El Niño, tanh-RNN", Forecasting(datasets.el_nino(), config.window), config)
+
+    console.rule("3. Classifying: movie-review snippets, positive or negative", align="left")
+    config = DEFAULTS["classifier"]
+    try:
+        reviews = datasets.movie_reviews(note=lambda text: console.print(text, highlight=False))
+    except datasets.FetchError as error:
+        console.print(f"[bold]Left out:[/bold] {error}.", highlight=False)
+        console.print(
+            "It needs the network once. Offline, the classifier trains on a file of your own with the columns text and "
+            "label:\n  python -m rnn_ext train classifier --data my.csv\n",
+            highlight=False,
+        )
+    else:
+        run("Reviews, BiLSTM", Sentiment(reviews, config.vocab_size), config)
+
+    console.print(summary(results))
+    plots.forecast(out / "forecast.png", next(iter(races.values()))[backends[-1]])
+    plots.losses(out / "losses.png", races)
+    plots.epoch_time(out / "epoch_time.png", races)
+    report = {"machine": machine(), "by_hand_difference": difference, "tasks": results}
+    (out / "results.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    console.print(f"Written to {out}/: forecast.png, losses.png, epoch_time.png, results.json", highlight=False)
+    return 0 if len(backends) == 2 else 1

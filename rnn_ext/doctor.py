@@ -1,0 +1,242 @@
+"""python -m rnn_ext doctor: what this machine and installation can do, and how to mend what they cannot.
+
+Needs nothing but torch, and works where the C++ library does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import rnn_ext
+from rnn_ext import _loader, backends, ops
+
+CPU_FEATURES = ("sse4_2", "avx", "fma", "f16c", "avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+FEATURES_OF = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f"}}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report: what was found and, where something is wrong, what is and what to do about it."""
+
+    name: str
+    found: str
+    problem: str | None = None
+    fatal: bool = False  # the custom backend cannot work
+
+
+def first_line(*command: str) -> str:
+    """The first line that a program prints, or why there is none."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command[0]}: {error}"
+    lines = (done.stdout or done.stderr).splitlines()
+    return lines[0] if lines else f"{command[0]} says nothing"
+
+
+def check_library() -> Check:
+    """The compiled library: present, of this torch and Python, no older than its sources."""
+    error = ops.load_error()
+    if error is not None:
+        return Check("library", "not loaded", error, fatal=True)
+    info = importlib.import_module("rnn_ext._build_info")
+    cuda = "with" if info.CUDA else "without"
+    found = f"built for torch {info.TORCH_VERSION} by {info.COMPILER}, {cuda} CUDA kernels"
+    sources = (_loader.FOLDER.parent / "csrc").glob("*/*.*")
+    changed = max((path.stat().st_mtime for path in sources), default=0.0)
+    if changed > max(path.stat().st_mtime for path in _loader.FOLDER.glob("_C.*")):
+        return Check("library", found, f"csrc has changed since the library was built; {_loader.remedy()}")
+    return Check("library", found)
+
+
+def check_compiler() -> Check:
+    """The C++ compiler; one is missed only where the library is yet to be built."""
+    named = os.environ.get("CXX")
+    for command in [named] if named else ["c++", "g++", "clang++"]:
+        words = shlex.split(command)
+        if shutil.which(words[0]):
+            return Check("compiler", first_line(*words, "--version"))
+    found = f"CXX={named} is not a program" if named else "none"
+    problem = None if ops.is_available() else "the library cannot be built: install g++ (Debian: apt-get install g++)"
+    return Check("compiler", found, problem)
+
+
+def check_nvcc() -> Check:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    if nvcc is None:
+        return Check("nvcc", "none (only building the CUDA kernels needs it)")
+    release = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    return Check("nvcc", f"{release.group(1) if release else 'of unknown release'} ({nvcc})")
+
+
+def cpu_features() -> tuple[str, set[str]]:
+    """The processor's name and instruction sets, as far as the system tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    return name.group(1) if name else platform.machine(), set(flags.group(1).split() if flags else ())
+
+
+def check_cpu() -> Check:
+    name, features = cpu_features()
+    return Check("processor", f"{name}: {' '.join(f for f in CPU_FEATURES if f in features) or 'features unknown'}")
+
+
+def check_instructions() -> Check:
+    """The instruction set that our kernels use, and whether the processor has a better one."""
+    if not ops.is_available():
+        return Check("instructions", "unknown: the library is not loaded")
+    used = ops.cpu_capability()
+    wanted = os.environ.get("RNN_EXT_CPU_CAPABILITY")
+    if wanted:
+        problem = None if wanted == used else f"RNN_EXT_CPU_CAPABILITY={wanted} cannot be met here: unset it"
+        return Check("instructions", f"{used} (RNN_EXT_CPU_CAPABILITY={wanted})", problem)
+    features = cpu_features()[1]
+    if used == "baseline" and features >= FEATURES_OF["avx2"]:
+        return Check("instructions", used, f"the processor has AVX2, the library does not use it; {_loader.remedy()}")
+    return Check("instructions", used)
+
+
+def check_threads() -> Check:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    found = f"{threads} of torch's on {cores} cores"
+    if threads > cores:
+        return Check("threads", found, f"more threads than cores wait for each other: set OMP_NUM_THREADS={cores}")
+    return Check("threads", found)
+
+
+def openmp_runtimes(maps: str) -> list[str]:
+    """The OpenMP runtimes among the files mapped into a process (the text of /proc/PID/maps)."""
+    return sorted(set(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)\b\S*\.so\S*", maps)))
+
+
+def check_openmp() -> Check:
+    try:
+        runtimes = openmp_runtimes(Path("/proc/self/maps").read_text())
+    except OSError:
+        return Check("OpenMP", "unknown: no /proc")
+    problem = None
+    if len(runtimes) > 1:
+        problem = f"two OpenMP runtimes have a pool of threads each and slow each other down; {_loader.remedy()}"
+    return Check("OpenMP", ", ".join(runtimes) or "none loaded", problem)
+
+
+def check_cuda() -> Check:
+    driver = Path("/dev/nvidiactl").exists()
+    if torch.version.cuda is None:
+        problem = "there is an NVIDIA GPU, but this torch is a CPU build: install a CUDA build of torch"
+        return Check("CUDA", "torch is built without it", problem if driver else None)
+    if not torch.cuda.is_available():
+        problem = f"torch {torch.__version__} cannot use the GPU: is the driver too old for CUDA {torch.version.cuda}?"
+        return Check("CUDA", f"{torch.version.cuda} in torch, no usable GPU", problem if driver else None)
+    names = [
+        "{} ({}.{})".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
+        for i in range(torch.cuda.device_count())
+    ]
+    return Check("CUDA", f"{torch.version.cuda} in torch, {', '.join(names)}")
+
+
+def largest_difference() -> float:
+    """Between the output and gradients of our kernels and of torch's, for one small layer of each kind."""
+    worst = 0.0
+    with torch.random.fork_rng(devices=[]):
+        for kind in (rnn_ext.RNN, rnn_ext.GRU, rnn_ext.LSTM):
+            layer = kind(5, 7, bidirectional=True, dtype=torch.float64, backend="custom")
+            input = torch.randn(6, 3, 5, dtype=torch.float64, requires_grad=True)
+            results = []
+            for backend in ("custom", "native"):
+                rnn_ext.set_backend(layer, backend)
+                output = layer(input)[0]
+                results.append([output, *torch.autograd.grad(output.square().sum(), [input, *layer.parameters()])])
+            worst = max(worst, *(float((ours - torchs).abs().max()) for ours, torchs in zip(*results, strict=True)))
+    return worst
+
+
+def check_custom() -> Check:
+    if not ops.is_available():
+        return Check("custom", "cannot run: see library")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    able = []
+    for device in devices:
+        dtypes = [
+            str(dtype).removeprefix("torch.")
+            for dtype in sorted(backends.CUSTOM_DTYPES, key=str)
+            if backends.can_run_custom(torch.empty(0, dtype=dtype, device=device))[0]
+        ]
+        able.append(f"{device}: {', '.join(dtypes)}" if dtypes else f"{device}: nothing, torch's kernels take over")
+    difference = largest_difference()
+    found = f"RNN, GRU, LSTM on {'; '.join(able)}; differs from torch by at most {difference:.1e} in float64"
+    if not difference < 1e-9:
+        return Check("custom", found, f"our kernels disagree with torch's; {_loader.remedy()}", fatal=True)
+    return Check("custom", found)
+
+
+def check_native() -> Check:
+    return Check("native", "torch's own kernels: whatever torch.nn.RNN, GRU and LSTM can do on this torch")
+
+
+CHECKS: dict[str, Callable[[], Check]] = {
+    "library": check_library,
+    "compiler": check_compiler,
+    "nvcc": check_nvcc,
+    "processor": check_cpu,
+    "instructions": check_instructions,
+    "threads": check_threads,
+    "OpenMP": check_openmp,
+    "CUDA": check_cuda,
+    "custom": check_custom,
+    "native": check_native,
+}
+
+
+def report() -> list[Check]:
+    """Every check, in the order printed. A check that fails itself becomes a problem, not an exception."""
+    checks = [
+        Check("Python", f"{platform.python_version()} ({sys.executable})"),
+        Check("rnn_ext", f"{rnn_ext.__version__} ({_loader.FOLDER})"),
+        Check("torch", f"{torch.__version__} ({Path(torch.__file__).parent})"),
+    ]
+    for name, check in CHECKS.items():
+        try:
+            checks.append(check())
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            checks.append(Check(name, "the check itself failed", f"{text}; {_loader.remedy()}", fatal=name == "custom"))
+    return checks
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the report; returns 1 where the custom backend cannot work, else 0."""
+    argparse.ArgumentParser(prog="python -m rnn_ext doctor", description=__doc__).parse_args(argv)
+    checks = report()
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{'!' if check.problem else ' '} {check.name:{width}}  {check.found}")
+    problems = [check for check in checks if check.problem]
+    print()
+    for check in problems:
+        print(f"! {check.name}: {check.problem}")
+    if any(check.fatal for check in checks):
+        print("The custom backend cannot work; backend='native' and 'auto' run torch's kernels.")
+        return 1
+    if not problems:
+        print("All is well.")
+    return 0

@@ -1,0 +1,399 @@
+"""The layers without a module: all timesteps, directions and layers of a tanh/relu RNN, a GRU or an LSTM as a function.
+
+The four functions take the same options:
+
+- `num_layers` (int, 1): layers stacked on each other.
+- `bidirectional` (bool, False): whether D is 2, a second direction reading each sequence from its end, or 1.
+- `batch_first` (bool, False): the layout of `input`, `output` and `resets`; states are always (..., N, features).
+- `dropout` (float, 0.0) and `training` (bool, False): in training, the probability of zeroing an output of any layer
+  but the last.
+- `lengths` ((N,) list, tuple or tensor of any integer dtype, None): row n is a sequence of ``lengths[n]`` timesteps, 0
+  to L, in any order: as if packed, with zeros in `output` past each end. A row of length 0 keeps its state. Not for a
+  PackedSequence.
+- `resets` (bool (L, N), or (N, L) if batch_first, (L,) if unbatched, None): timesteps at which an independent sequence
+  begins: the state before it is zero, in both directions. Not for a PackedSequence; custom backend only.
+- `backend` (``"auto"``, ``"custom"`` or ``"native"``): see :mod:`rnn_ext.backends`.
+
+`weights` is flat, in the order of ``module.parameters()``: for each layer, for each direction, weight_ih (G*H, I),
+weight_hh (G*H, P or H), then bias_ih and bias_hh (G*H,) if there are biases, then weight_hr (P, H) if the LSTM is
+projected. G is 1 for an RNN, 3 for a GRU, 4 for an LSTM. All tensors have the same dtype, float32, float64, bfloat16
+or float16 (native: whatever torch supports), and are on the same device.
+
+They raise
+
+- ValueError: number of dimensions or dtype of `input`; values or shape of `lengths`, shape of `resets`; number of
+  `weights`; an unknown backend, or an option that the backend cannot run.
+- TypeError: `lengths` that are not integers, `resets` that are not bool.
+- RuntimeError: any other mismatch of sizes, dtypes or devices; backend ``"custom"`` where it cannot run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from typing_extensions import Unpack
+
+from rnn_ext import backends, ops
+
+__all__ = ["gru", "lstm", "rnn_relu", "rnn_tanh"]
+
+
+class Options(TypedDict, total=False):
+    num_layers: int
+    bidirectional: bool
+    batch_first: bool
+    dropout: float
+    training: bool
+    lengths: Sequence[int] | Tensor | None
+    resets: Tensor | None
+    backend: str
+
+
+def rnn_tanh(
+    input: Tensor | PackedSequence, hx: Tensor | None, weights: Sequence[Tensor], **options: Unpack[Options]
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """Elman RNN, ``h' = tanh(W_ih x + b_ih + W_hh h + b_hh)``, as documented for :class:`torch.nn.RNN`.
+
+    Args:
+        input: (L, N, I), (N, L, I) if batch_first, (L, I) unbatched, or a PackedSequence.
+        hx: initial state (num_layers * D, N, H), (num_layers * D, H) unbatched; None is zero.
+        weights: flat, see the module's docstring.
+        options: see the module's docstring, which lists the errors too.
+
+    Returns:
+        output, like `input` with D * H features, and h_n, like `hx`.
+    """
+    return recurrent("rnn_tanh", input, hx, None, weights, **options)[:2]
+
+
+def rnn_relu(
+    input: Tensor | PackedSequence, hx: Tensor | None, weights: Sequence[Tensor], **options: Unpack[Options]
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """Elman RNN with relu in place of tanh; arguments and results of :func:`rnn_tanh`."""
+    return recurrent("rnn_relu", input, hx, None, weights, **options)[:2]
+
+
+def gru(
+    input: Tensor | PackedSequence, hx: Tensor | None, weights: Sequence[Tensor], **options: Unpack[Options]
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """Gated recurrent unit as documented for :class:`torch.nn.GRU`; arguments and results of :func:`rnn_tanh`."""
+    return recurrent("gru", input, hx, None, weights, **options)[:2]
+
+
+def lstm(
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    return_cell_states: bool = False,
+    **options: Unpack[Options],
+) -> (
+    tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]
+    | tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], Tensor | PackedSequence]
+):
+    """Long short-term memory as documented for :class:`torch.nn.LSTM`, projected if weight_hr are given.
+
+    Args:
+        input: as in :func:`rnn_tanh`.
+        hx: ``(h_0, c_0)``, (num_layers * D, N, P or H) and (num_layers * D, N, H), without N if unbatched; or None.
+        weights: flat, see the module's docstring.
+        return_cell_states: return the last layer's cell state at every timestep too. Custom backend only.
+        options: see the module's docstring, which lists the errors too.
+
+    Returns:
+        output, like `input` with D * (P or H) features, ``(h_n, c_n)``, like `hx`, and if asked for the cell states,
+        like `input` with D * H features.
+    """
+    h_0, c_0 = split_state(hx)
+    output, h_n, c_n, cells = recurrent("lstm", input, h_0, c_0, weights, cell_states=return_cell_states, **options)
+    return (output, (h_n, c_n), cells) if return_cell_states else (output, (h_n, c_n))
+
+
+def split_state(hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """``(h_0, c_0)`` of an LSTM's `hx`."""
+    if hx is None:
+        return None, None
+    if len(hx) != 2:
+        raise RuntimeError(f"LSTM: expected hx to be the two states (h_0, c_0), got {len(hx)}")
+    return hx[0], hx[1]
+
+
+def recurrent(
+    cell: str,
+    input: Tensor | PackedSequence,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str = "auto",
+    lengths: Sequence[int] | Tensor | None = None,
+    resets: Tensor | None = None,
+    cell_states: bool = False,
+) -> tuple[Tensor | PackedSequence, Tensor, Tensor | None, Tensor | PackedSequence | None]:
+    """Any cell, input in any layout: output, h_n, c_n (None unless lstm), cells (None unless asked for)."""
+    stack = (num_layers, bidirectional, dropout, training)
+    if isinstance(input, PackedSequence):
+        if lengths is not None or resets is not None:
+            raise ValueError("lengths and resets are for padded input, got a PackedSequence, which has its own lengths")
+        return _packed(cell, input, h_0, c_0, weights, stack, backend, cell_states)
+    dim = input.dim()
+    if dim == 3:
+        return _layers(cell, input, h_0, c_0, weights, *stack, batch_first, backend, None, lengths, resets, cell_states)
+    if dim == 2:
+        return _unbatched(cell, input, h_0, c_0, weights, stack, backend, lengths, resets, cell_states)
+    raise ValueError(f"{cell}: Expected input to be 2D or 3D, got {dim}D instead: {list(input.shape)}")
+
+
+def _unbatched(
+    cell: str,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    stack: tuple[int, bool, float, bool],
+    backend: str,
+    lengths: Sequence[int] | Tensor | None,
+    resets: Tensor | None,
+    cell_states: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    for state in (h_0, c_0):
+        if state is not None and state.dim() != 2:
+            raise RuntimeError(f"For unbatched 2-D input, hx should also be 2-D but got {list(state.shape)}")
+    if resets is not None:
+        _check_resets(resets, input.shape[:1])
+        resets = resets.unsqueeze(1)
+    h_0, c_0 = _map(lambda state: state.unsqueeze(1), h_0, c_0)
+    input = input.unsqueeze(1)
+    results = _layers(cell, input, h_0, c_0, weights, *stack, False, backend, None, lengths, resets, cell_states)
+    return _map(lambda tensor: tensor.squeeze(1), *results)
+
+
+def _packed(
+    cell: str,
+    input: PackedSequence,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    stack: tuple[int, bool, float, bool],
+    backend: str,
+    cell_states: bool,
+) -> tuple[PackedSequence, Tensor, Tensor | None, PackedSequence | None]:
+    """States come and go in the order that the sequences had before they were sorted by length."""
+    data, batch_sizes, order, inverse = input
+    if data.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}: {list(data.shape)}")
+    if order is not None:
+        for state in (h_0, c_0):
+            if state is not None and state.shape[1:2] != order.shape:
+                raise RuntimeError(f"Expected hx to have {order.shape[0]} sequences in dim 1, got {list(state.shape)}")
+        h_0, c_0 = _map(lambda state: state.index_select(1, order), h_0, c_0)
+    output, h_n, c_n, cells = _layers(
+        cell, data, h_0, c_0, weights, *stack, False, backend, batch_sizes, None, None, cell_states
+    )
+    if inverse is not None:
+        h_n, c_n = _map(lambda state: state.index_select(1, inverse), h_n, c_n)
+    output, cells = _map(lambda tensor: PackedSequence(tensor, batch_sizes, order, inverse), output, cells)
+    return output, h_n, c_n, cells
+
+
+def _map(function: Callable[[Tensor], Any], *tensors: Tensor | None) -> tuple:
+    return tuple([None if tensor is None else function(tensor) for tensor in tensors])
+
+
+def _layers(
+    cell: str,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+    batch_first: bool,
+    backend: str,
+    batch_sizes: Tensor | None,
+    lengths: Sequence[int] | Tensor | None,
+    resets: Tensor | None,
+    cell_states: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Padded (L, N, I) or (N, L, I), or packed (sum of lengths, I): check, choose the backend, run.
+
+    Checked here is what concerns the whole stack or has an exception of its own in torch.nn. The op checks every size,
+    dtype and device of its layer.
+    """
+    states = num_layers * 2 if bidirectional else num_layers
+    count, rest = divmod(len(weights), states)
+    if rest or not 2 <= count <= 5:
+        raise ValueError(
+            f"Expected 2 to 5 weights for each of {states} layers and directions, got {len(weights)} in all"
+        )
+    weight_ih = weights[0]
+    if input.dtype != weight_ih.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_ih.dtype})")
+    if input.shape[-1] != weight_ih.shape[1]:
+        raise RuntimeError(f"Expected input.size(-1) {weight_ih.shape[1]} (input_size), got {list(input.shape)}")
+    if h_0 is not None:
+        batch = h_0.shape[-2:-1] if batch_sizes is not None else input.shape[:1] if batch_first else input.shape[1:2]
+        _check_state("hidden" if c_0 is None else "hidden[0]", h_0, (states, *batch, weights[1].shape[1]))
+        if c_0 is not None:
+            _check_state("hidden[1]", c_0, (states, *batch, weight_ih.shape[0] // 4))
+    if lengths is not None:
+        lengths = _check_lengths(lengths, input, batch_first)
+    if resets is not None:
+        _check_resets(resets, input.shape[:2])
+    run = _custom if backends.use_custom(backend, input) else _native
+    return run(
+        cell,
+        input,
+        h_0,
+        c_0,
+        weights,
+        num_layers,
+        bidirectional,
+        dropout,
+        training,
+        batch_first,
+        batch_sizes,
+        lengths,
+        resets,
+        cell_states,
+    )
+
+
+def _check_state(name: str, state: Tensor, expected: tuple[int, ...]) -> None:
+    if state.shape != expected:
+        raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+
+
+def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: bool) -> Tensor:
+    """int64 on the input's device. Values of a tensor are for the backend to check: they may still be on their way."""
+    batch, length = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
+    if isinstance(lengths, Tensor):
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+            raise TypeError(f"lengths must be integers, got a tensor of {lengths.dtype}")
+    elif isinstance(lengths, (list, tuple)):
+        for value in lengths:
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise TypeError(f"lengths must be integers, got {value!r}")
+            if not 0 <= value <= length:
+                raise ValueError(f"lengths must be from 0 to {length}, the timesteps of input, got {value}")
+        lengths = torch.tensor(lengths, dtype=torch.int64)
+    else:
+        raise TypeError(f"lengths must be a list, a tuple or a tensor of integers, got {type(lengths).__name__}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"Expected lengths of shape ({batch},), one for each sequence, got {list(lengths.shape)}")
+    return lengths.to(input.device, torch.int64)
+
+
+def _check_resets(resets: Tensor, expected: tuple[int, ...]) -> None:
+    if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
+        raise TypeError(f"resets must be a tensor of torch.bool, got {getattr(resets, 'dtype', type(resets).__name__)}")
+    if resets.shape != expected:
+        raise ValueError(f"Expected resets of shape {list(expected)}, as the timesteps, got {list(resets.shape)}")
+
+
+def _custom(
+    cell: str,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell_states: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One op for each layer. States are in torch's order: layer 0 forward, layer 0 reverse, layer 1 forward, ..."""
+    directions = 2 if bidirectional else 1
+    count = len(weights) // num_layers
+    h_0s = [h_0] * num_layers if h_0 is None or num_layers == 1 else h_0.split(directions)
+    c_0s = [c_0] * num_layers if c_0 is None or num_layers == 1 else c_0.split(directions)
+    h_ns, c_ns = [], []
+    output = input
+    for k in range(num_layers):
+        if k > 0 and training and dropout > 0:
+            output = _dropout(output, dropout, batch_first)
+        output, h_n, c_n, cells = ops.layer(
+            output,
+            h_0s[k],
+            c_0s[k],
+            weights[k * count : (k + 1) * count],
+            cell=cell,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            resets=resets,
+            bidirectional=bidirectional,
+            batch_first=batch_first,
+            cell_states=cell_states and k == num_layers - 1,
+        )
+        h_ns.append(h_n)
+        c_ns.append(c_n)
+    if num_layers > 1:
+        h_n = torch.cat(h_ns)
+        c_n = torch.cat(c_ns)
+    return output, h_n, c_n if cell == "lstm" else None, cells if cell_states else None
+
+
+def _dropout(output: Tensor, dropout: float, batch_first: bool) -> Tensor:
+    """torch.nn draws the mask of a padded batch in time-major order: so do we, to draw the same mask."""
+    if not batch_first:
+        return torch.nn.functional.dropout(output, dropout)
+    ones = torch.ones_like(output.transpose(0, 1), memory_format=torch.contiguous_format)
+    return output * torch.nn.functional.dropout(ones, dropout).transpose(0, 1)
+
+
+def _native(
+    cell: str,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell_states: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    """torch's kernels, which know packed sequences but neither lengths nor resets nor cell states."""
+    if resets is not None or cell_states:
+        option = "resets" if resets is not None else "return_cell_states"
+        raise ValueError(f"{option} is an option of the custom backend, but this call runs on the native one")
+    stack = (num_layers, bidirectional, dropout, training)
+    if lengths is None:
+        output, h_n, c_n = backends.native(cell, input, batch_sizes, h_0, c_0, weights, *stack, batch_first)
+        return output, h_n, c_n, None
+
+    lengths = lengths.cpu()
+    total_length = input.shape[1 if batch_first else 0]
+    if ((lengths < 0) | (lengths > total_length)).any():
+        raise ValueError(f"lengths must be from 0 to {total_length}, the timesteps of input, got {lengths.tolist()}")
+    # A row of length 0 cannot be packed: it runs one timestep of zeros, which is then thrown away.
+    empty = (lengths == 0).to(input.device).unsqueeze(1)
+    empty_row = empty.unsqueeze(1 if batch_first else 0)
+    packed = pack_padded_sequence(
+        input.masked_fill(empty_row, 0), lengths.clamp(min=1), batch_first, enforce_sorted=False
+    )
+    output, h_n, c_n, _ = _packed(cell, packed, h_0, c_0, weights, stack, "native", False)
+    output, _ = pad_packed_sequence(output, batch_first, total_length=total_length)
+    h_n = torch.where(empty, 0 if h_0 is None else h_0, h_n)
+    if cell == "lstm":
+        c_n = torch.where(empty, 0 if c_0 is None else c_0, c_n)
+    return output.masked_fill(empty_row, 0), h_n, c_n, None

@@ -1,0 +1,283 @@
+"""The layer op from Python: loading it, calling it, and what must be written in Python about it.
+
+``rnn_ext::layer`` computes all timesteps of one recurrent layer in up to two directions:
+
+=============  ========================================================================================================
+input          (L, N, I), (N, L, I) with ``batch_first``, or packed (sum of batch_sizes, I)
+h_0            (D, N, P or H), or None for zeros
+c_0            (D, N, H), or None for zeros (lstm only)
+weights        per direction: weight_ih (G*H, I), weight_hh (G*H, P or H)[, bias_ih (G*H,), bias_hh (G*H,)]
+               [, weight_hr (P, H)], gates in torch's order
+batch_sizes    (L,) int64 on the CPU, positive and non-increasing: the input is packed
+lengths        (N,) integers from 0 to L, in any order: of a padded input only these first timesteps exist
+resets         bool, in the layout of the input without its features: True where an independent sequence begins
+cell           "rnn_tanh", "rnn_relu", "gru" or "lstm"
+output         in the layout of the input, D * (P or H) features; zeros where a sequence has ended
+h_n, c_n       (D, N, P or H), (D, N, H); c_n is empty for cells without a cell state
+cells          the cell state of every timestep, D * H features, where ``cell_states``; else empty
+saved          what backward needs, opaque; empty unless ``save``, which autograd sets by itself
+=============  ========================================================================================================
+
+All floating-point tensors share one dtype out of float32, float64, bfloat16 and float16 and one device. Reduced
+precision is storage: sums, gates and states are float32.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnn_ext import _loader, reference
+
+_CELL_KINDS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # in the order of csrc/cpu/layer.h
+_load_error = _loader.load()
+
+
+def is_available() -> bool:
+    """Whether the compiled ops could be loaded."""
+    return _load_error is None
+
+
+def load_error() -> str | None:
+    """Why not: one sentence with its remedy."""
+    return _load_error
+
+
+def cpu_capability() -> str:
+    """The instruction set of the CPU kernels in use: "baseline", "avx2" or "avx512"."""
+    from rnn_ext import _C
+
+    return _C.cpu_capability()
+
+
+def set_cpu_capability(name: str) -> None:
+    """Choose the instruction set of the CPU kernels, for tests and comparisons.
+
+    Raises:
+        ValueError: this processor or build lacks it.
+    """
+    from rnn_ext import _C
+
+    if not _C.set_cpu_capability(name):
+        raise ValueError(f"CPU capability {name!r} is not available here: expected baseline, avx2 or avx512")
+
+
+def layer(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    cell: str,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    cell_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer: output, h_n, c_n, cells. Shapes, dtypes and meanings as in the table at the top of this module.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as torch.nn does, with what was found and what was expected.
+    """
+    return _layer(
+        input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, False
+    )[:4]
+
+
+def _layer_reference(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+    batch_first: bool,
+    cell_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    output, h_n, c_n, cells = reference.layer(
+        input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first
+    )
+    empty = input.new_empty(0)
+    return output, h_n, empty if c_n is None else c_n, cells if cell_states and cells is not None else empty
+
+
+def _layer_vjp_reference(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_cells: Tensor | None,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+    batch_first: bool,
+    cell_states: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of the reference, themselves differentiable."""
+    with torch.enable_grad():
+        leaves = [None if x is None else x.view_as(x) for x in (input, h_0, c_0, *weights)]
+        leaves = [x if x is None or x.requires_grad else x.detach().requires_grad_() for x in leaves]
+        outputs = _layer_reference(
+            leaves[0], *leaves[1:3], leaves[3:], batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states
+        )
+        pairs = [
+            (out, grad)
+            for out, grad in zip(outputs, (grad_output, grad_h_n, grad_c_n, grad_cells), strict=True)
+            if grad is not None and out.requires_grad
+        ]
+        wanted = [i for i, mask in enumerate(output_mask) if mask and leaves[i] is not None]
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if pairs and wanted:
+            outs, grads = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outs, [leaves[i] for i in wanted], grads, create_graph=True, allow_unused=True)
+    results = [input.new_empty(0)] * len(leaves)
+    for i, grad in zip(wanted, found, strict=True):
+        results[i] = torch.zeros_like(leaves[i]) if grad is None else grad
+    return results[0], results[1], results[2], results[3:]
+
+
+def _padded(size: int) -> int:
+    return (size + 15) // 16 * 16
+
+
+def _shape(input: Tensor, weights: Sequence[Tensor], h_0: Tensor | None, packed: bool, batch_first: bool, cell: str,
+           bidirectional: bool):  # fmt: skip
+    """Directions, hidden size, output size, batch size, (timestep, entry) pairs and leading sizes of a sequence."""
+    directions = 2 if bidirectional else 1
+    projected = len(weights) // directions in (3, 5)
+    hidden = weights[0].shape[0] // reference.CELLS[cell].gates
+    out = weights[1].shape[1]
+    if packed:
+        batch = h_0.shape[1] if h_0 is not None else torch.library.get_ctx().new_dynamic_size()
+        return directions, hidden, out, projected, batch, input.shape[0], (input.shape[0],)
+    batch = input.shape[0 if batch_first else 1]
+    return directions, hidden, out, projected, batch, input.shape[0] * input.shape[1], tuple(input.shape[:2])
+
+
+def _layer_fake(
+    input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, save
+):
+    directions, hidden, out, projected, batch, rows, lead = _shape(
+        input, weights, h_0, batch_sizes is not None, batch_first, cell, bidirectional
+    )
+    from rnn_ext import _C
+
+    has_cell = reference.CELLS[cell].has_cell_state
+    dtype = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
+    kept = directions * rows * _C.saved_values(_CELL_KINDS.index(cell), projected) * _padded(hidden) if save else 0
+    return (
+        input.new_empty(*lead, directions * out),
+        input.new_empty(directions, batch, out),
+        input.new_empty(directions, batch, hidden) if has_cell else input.new_empty(0),
+        input.new_empty(*lead, directions * hidden) if cell_states else input.new_empty(0),
+        input.new_empty(kept, dtype=dtype),
+    )
+
+
+def _layer_backward_fake(
+    grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights, batch_sizes, lengths, resets, output, saved,
+    cell, bidirectional, batch_first, cell_states, output_mask,
+):  # fmt: skip
+    directions, hidden, out, _, batch, _, _ = _shape(
+        input, weights, h_0, batch_sizes is not None, batch_first, cell, bidirectional
+    )
+    sizes = [input.shape, (directions, batch, out), (directions, batch, hidden), *(w.shape for w in weights)]
+    grads = [input.new_empty(size if mask else 0) for size, mask in zip(sizes, output_mask, strict=True)]
+    return grads[0], grads[1], grads[2], grads[3:]
+
+
+def _select(value: Any, dim: Any, index: int) -> Any:
+    """Entry `index` of a mapped argument; lists of tensors come with lists of dims."""
+    if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
+        return [_select(v, d, index) for v, d in zip(value, dim, strict=True)]
+    return value if dim is None or value is None else value.select(dim, index)
+
+
+def _loop(op: Callable, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[tuple, tuple]:
+    """vmap the plain way: a call per entry."""
+    results = [op(*(_select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(size)]
+
+    def stack(parts: Sequence[Any]) -> Any:
+        if isinstance(parts[0], (list, tuple)):
+            return [stack(p) for p in zip(*parts, strict=True)]
+        return torch.stack(parts)
+
+    outputs = tuple(stack(parts) for parts in zip(*results, strict=True))
+    dims = tuple([0] * len(o) if isinstance(o, list) else 0 for o in outputs)
+    return outputs, dims
+
+
+def _layer_vmap(info, in_dims, *args):
+    input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, save = args
+    size = info.batch_size
+    if any(dim is not None for dim in in_dims[3] or ()) or batch_sizes is not None:
+        return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
+    # The weights are shared: the mapped dimension is more batch.
+    batch = 0 if batch_first else 1
+
+    def fold(x: Tensor | None, dim: int | None, at: int) -> Tensor | None:
+        if x is None:
+            return None
+        x = x.unsqueeze(at).expand(*x.shape[:at], size, *x.shape[at:]) if dim is None else x.movedim(dim, at)
+        return x.flatten(at, at + 1)
+
+    def unfold(x: Tensor, at: int) -> Tensor:
+        return x.unflatten(at, (size, x.shape[at] // size)) if x.dim() > at else x
+
+    lengths = fold(lengths, in_dims[5], 0)
+    output, h_n, c_n, cells, saved = torch.ops.rnn_ext.layer(
+        fold(input, in_dims[0], batch), fold(h_0, in_dims[1], 1), fold(c_0, in_dims[2], 1), weights, None, lengths,
+        fold(resets, in_dims[6], batch), cell, bidirectional, batch_first, cell_states, save,
+    )  # fmt: skip
+    output = unfold(output, batch)
+    c_n_dim = 1 if c_n.dim() > 1 else None
+    cells_dim = batch if cells.dim() > 1 else None
+    if save:
+        # Rows are kept in the kernel's order, by falling length: only where all are equally long do the entries follow
+        # each other, [D, L, size, N, ..].
+        if lengths is not None:
+            return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
+        directions = 2 if bidirectional else 1
+        steps = output.shape[2 if batch_first else 0]
+        entries = output.shape[1 if batch_first else 2]
+        saved = saved.view(directions, steps, size, entries, -1) if saved.numel() else saved.new_empty(1, 1, size, 0, 1)
+    return (
+        (output, unfold(h_n, 1), unfold(c_n, 1), unfold(cells, batch), saved),
+        (batch, 1, c_n_dim, cells_dim, 2 if save else None),
+    )
+
+
+def _layer_backward_vmap(info, in_dims, *args):
+    return _loop(torch.ops.rnn_ext.layer_backward, info.batch_size, in_dims, args)
+
+
+if is_available():
+    _layer = torch.ops.rnn_ext.layer.default
+    _library = torch.library.Library("rnn_ext", "IMPL")  # kept: dropping it would unregister what follows
+    _library.impl("layer_reference", _layer_reference, "CompositeImplicitAutograd")
+    _library.impl("layer_vjp_reference", _layer_vjp_reference, "CompositeImplicitAutograd")
+    torch.library.register_fake("rnn_ext::layer", _layer_fake)
+    torch.library.register_fake("rnn_ext::layer_backward", _layer_backward_fake)
+    torch.library.register_vmap("rnn_ext::layer", _layer_vmap)
+    torch.library.register_vmap("rnn_ext::layer_backward", _layer_backward_vmap)
+    if "RNN_EXT_CPU_CAPABILITY" in os.environ:
+        set_cpu_capability(os.environ["RNN_EXT_CPU_CAPABILITY"])
+else:
+
+    def _layer(*args: Any) -> Any:
+        raise RuntimeError(_load_error)

@@ -1,0 +1,27 @@
+"""Settings shared by every test: generated cases are the same on every run, and one thread unless a test asks for more."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# Derandomized: the same cases each run, so that a red build can be repeated. HYPOTHESIS_PROFILE=explore looks further.
+hypothesis.settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, database=None, max_examples=60, print_blob=True
+)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """Every test starts from the same seed and thread count, and leaves torch's global switches as it found them."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    grad_mode, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    yield
+    torch.set_grad_enabled(grad_mode)
+    torch.set_default_dtype(dtype)

@@ -1,0 +1,262 @@
+"""setup.py's decisions, the build backend, the loader's sentences, what a wheel is made of. Nothing is compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rnn_ext
+from rnn_ext import _loader
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(rnn_ext.__file__).parent
+
+
+def load_file(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem + "_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def setup_py():
+    pytest.importorskip("setuptools")
+    return load_file(ROOT / "setup.py")
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    pytest.importorskip("setuptools")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return load_file(ROOT / "build_backend" / "backend.py")
+
+
+CUDA_OPS = ["csrc/ops/cuda.cpp"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "cuda_ops", "nvcc", "expected"),
+    [
+        ("auto", CUDA_OPS, "/opt/nvcc", True),
+        ("auto", CUDA_OPS, None, False),
+        ("auto", [], "/opt/nvcc", False),
+        ("cpu", CUDA_OPS, "/opt/nvcc", False),
+        ("cpu", [], None, False),
+        ("cuda", CUDA_OPS, "/opt/nvcc", True),
+    ],
+)
+def test_choose_cuda(setup_py, mode, cuda_ops, nvcc, expected):
+    with_cuda, reason = setup_py.choose_cuda(mode, cuda_ops, nvcc)
+    assert with_cuda is expected
+    assert reason
+
+
+@pytest.mark.parametrize(
+    ("mode", "cuda_ops", "nvcc", "message"),
+    [
+        ("cuda", CUDA_OPS, None, "RNN_EXT_BUILD=cuda cannot be met: nvcc was not found"),
+        ("cuda", [], "/opt/nvcc", "RNN_EXT_BUILD=cuda cannot be met: this version of rnn_ext has no CUDA ops"),
+        ("gpu", CUDA_OPS, "/opt/nvcc", "RNN_EXT_BUILD is 'gpu'; expected auto, cpu or cuda"),
+        ("CUDA", CUDA_OPS, "/opt/nvcc", "RNN_EXT_BUILD is 'CUDA'; expected auto, cpu or cuda"),
+    ],
+)
+def test_choose_cuda_refuses(setup_py, mode, cuda_ops, nvcc, message):
+    with pytest.raises(SystemExit, match=re.escape(message)) as caught:
+        setup_py.choose_cuda(mode, cuda_ops, nvcc)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_build_ends_with_one_sentence():
+    environ = {**os.environ, "RNN_EXT_BUILD": "frob"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"], cwd=ROOT, env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == "RNN_EXT_BUILD is 'frob'; expected auto, cpu or cuda."
+
+
+def test_cuda_archs(setup_py, monkeypatch):
+    monkeypatch.setenv("RNN_EXT_CUDA_ARCHS", "8.0;90")
+    assert setup_py.cuda_arch_flags() == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    monkeypatch.setenv("RNN_EXT_CUDA_ARCHS", "")
+    assert f"-gencode=arch=compute_{setup_py.CUDA_ARCHS.split(';')[0]}" in setup_py.cuda_arch_flags()[0]
+
+
+def test_find_nvcc_looks_under_cuda_home_first(setup_py, monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert setup_py.find_nvcc() == str(nvcc)
+    nvcc.unlink()
+    assert setup_py.find_nvcc() is None
+
+
+def test_find_cxx(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    with pytest.raises(SystemExit, match="CXX=no-such-compiler -m64 is not a program: install g"):
+        setup_py.find_cxx()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"none of c\+\+, g\+\+ and clang\+\+ is on the PATH"):
+        setup_py.find_cxx()
+    (tmp_path / "g++").write_text("#!/bin/sh\n")
+    (tmp_path / "g++").chmod(0o755)
+    assert setup_py.find_cxx() == "g++"
+
+
+def test_openmp_is_torchs_own_where_it_brings_one(setup_py, tmp_path):
+    assert setup_py.openmp_link_args(tmp_path) == ["-fopenmp"]
+    (tmp_path / "libgomp-1234.so.1").touch()
+    assert setup_py.openmp_link_args(tmp_path) == [str(tmp_path / "libgomp-1234.so.1")]
+
+
+def test_backend_builds_against_the_installed_torch(backend):
+    assert backend.get_requires_for_build_wheel() == []
+    assert backend.get_requires_for_build_editable() == []
+
+
+def test_backend_finds_torch_from_inside_an_isolated_build(backend, monkeypatch):
+    isolated = [folder for folder in sys.path if not Path(folder, "torch").is_dir()]
+    monkeypatch.setattr(sys, "path", list(isolated))
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert backend.use_installed_torch()
+    assert sys.path[:-1] == isolated  # at the end: the isolated environment's own packages come first
+    assert Path(sys.path[-1]) == Path(torch.__file__).parent.parent
+
+
+def test_backend_asks_for_the_torch_that_pip_will_install(backend, monkeypatch):
+    monkeypatch.setattr(backend, "TORCH_FOUND", False)
+    monkeypatch.setattr(backend, "run_outside", lambda *_: '{"install": [{"metadata": {"version": "2.12.1+cpu"}}]}')
+    assert backend.get_requires_for_build_wheel() == ["torch==2.12.1+cpu"]
+    for report in ("", "{}", '{"install": []}'):
+        monkeypatch.setattr(backend, "run_outside", lambda *_, report=report: report)
+        assert backend.get_requires_for_build_wheel() == [backend.TORCH]
+
+
+def test_one_minimum_of_torch(backend):
+    assert f'dependencies = ["{backend.TORCH}"]' in (ROOT / "pyproject.toml").read_text()
+    assert f'"{backend.TORCH}"' in (ROOT / "Makefile").read_text()
+
+
+def test_version_is_written_once():
+    version = rnn_ext.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    metadata = importlib.import_module("importlib.metadata")
+    try:
+        assert metadata.version("rnn_ext") == version
+    except metadata.PackageNotFoundError:
+        pytest.skip("rnn_ext is run from its source folder, not installed")
+
+
+def test_wheel_has_every_package_and_data_file():
+    tomllib = pytest.importorskip("tomllib")
+    discovery = pytest.importorskip("setuptools").find_namespace_packages
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = set(discovery(str(ROOT), include=table["tool"]["setuptools"]["packages"]["find"]["include"]))
+    globs = table["tool"]["setuptools"]["package-data"]["*"]
+    for path in PACKAGE.rglob("*"):
+        if path.is_dir() or "__pycache__" in path.parts or path.match("_C.*") or path.name == "_build_info.py":
+            continue
+        assert ".".join(path.parent.relative_to(PACKAGE.parent).parts) in packages, path
+        assert path.suffix == ".py" or any(path.match(glob) for glob in globs), f"{path} would not be in the wheel"
+
+
+def test_torch_release():
+    assert _loader.release("2.13.0+cpu") == _loader.release("2.13.1") == _loader.release("2.13.0a0+git1234") == "2.13"
+    assert _loader.release("2.1.0") != _loader.release("2.13.0")
+
+
+# What a user sees where the library is missing or wrong: one sentence with a command, and torch's kernels still work.
+
+USE = """
+import rnn_ext, torch
+from rnn_ext import ops
+assert not ops.is_available()
+lstm = rnn_ext.LSTM(3, 4)
+output, _ = lstm(torch.zeros(2, 1, 3))
+assert output.shape == (2, 1, 4)
+assert "native" in str(rnn_ext.explain(lstm, torch.zeros(2, 1, 3)))
+print(ops.load_error())
+"""
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package whose library can be spoilt."""
+    return Path(shutil.copytree(PACKAGE, tmp_path / "rnn_ext", ignore=shutil.ignore_patterns("__pycache__", "data")))
+
+
+def load_error(package: Path) -> str:
+    environ = {**os.environ, "PYTHONPATH": str(package.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", USE], cwd=package.parent, env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1, done.stdout
+    assert "python -m pip install" in done.stdout
+    return done.stdout.strip()
+
+
+def libraries(package: Path) -> list[Path]:
+    found = list(package.glob("_C.*"))
+    assert found, "the library has not been built: python -m pip install -e ."
+    return found
+
+
+def test_never_built(package):
+    for path in libraries(package):
+        path.unlink()
+    assert "the C++ library of rnn_ext has not been built; run" in load_error(package)
+
+
+def test_built_for_another_torch(package):
+    info = package / "_build_info.py"
+    info.write_text(re.sub(r"(?m)^TORCH_VERSION = .*$", "TORCH_VERSION = '2.11.0+cu999'", info.read_text()))
+    assert f"was built for torch 2.11.0+cu999, not for {torch.__version__};" in load_error(package)
+
+
+def test_library_that_is_no_library(package):
+    for path in libraries(package):
+        path.unlink()
+        path.write_bytes(b"not a library")
+    assert re.search(r"cannot be loaded \(.*_C\..*\); run", load_error(package))
+
+
+def test_built_for_another_python(package):
+    for path in libraries(package):
+        path.rename(package / "_C.cpython-37m-x86_64-linux-gnu.so")
+    assert "was built for another Python (_C.cpython-37m-x86_64-linux-gnu.so);" in load_error(package)
+
+
+def test_remedy_names_the_checkout_or_how_to_find_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(_loader, "FOLDER", tmp_path / "rnn_ext")
+    assert "in rnn_ext's source folder" in _loader.remedy()
+    (tmp_path / "setup.py").touch()
+    assert _loader.remedy() == f"run: python -m pip install -e {tmp_path}"
+
+
+def test_importing_adds_little_to_torchs_time():
+    measure = (
+        "import time, torch; start = time.perf_counter(); import rnn_ext, rnn_ext.ops; "
+        "print(time.perf_counter() - start)"
+    )
+    seconds = min(
+        float(subprocess.run([sys.executable, "-c", measure], capture_output=True, text=True, check=True).stdout)
+        for _ in range(2)
+    )
+    assert seconds < 0.5

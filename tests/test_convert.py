@@ -1,0 +1,168 @@
+"""rnn_ext.convert and to_native: any model, the same parameters, the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_sequence
+
+import rnn_ext
+
+PAIRS = [(nn.RNN, rnn_ext.RNN), (nn.GRU, rnn_ext.GRU), (nn.LSTM, rnn_ext.LSTM)]
+
+
+class Model(nn.Module):
+    """Every kind of layer, at several depths, one of them tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList([nn.GRU(5, 4, batch_first=True), nn.RNN(4, 4, 2, "relu", batch_first=True)])
+        self.decoder = nn.ModuleDict({"a": nn.LSTM(4, 4, bidirectional=True, proj_size=2, batch_first=True)})
+        self.tied = self.decoder["a"]
+        self.fc = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*self.encoder, self.decoder["a"], self.tied):
+            x, _ = layer(x)
+        return self.fc(x)
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+
+
+def test_a_model_there_and_back():
+    model, input = Model().double(), torch.randn(3, 6, 5, dtype=torch.float64)
+    model.eval()
+    model.encoder[0].train()
+    expected = model(input)
+    before = dict(model.named_parameters(remove_duplicate=False))
+    keys, modules = list(model.state_dict()), dict(model.named_modules(remove_duplicate=False))
+
+    assert rnn_ext.convert(model) is model
+    assert [type(layer) for layer in layers(model)] == [rnn_ext.GRU, rnn_ext.RNN, rnn_ext.LSTM]
+    assert [layer.backend for layer in layers(model)] == ["auto"] * 3
+    torch.testing.assert_close(model(input), expected, rtol=1e-12, atol=1e-12)
+    for state in ("converted", "back"):
+        after = dict(model.named_parameters(remove_duplicate=False))
+        assert after.keys() == before.keys() and all(after[name] is before[name] for name in before), state
+        assert dict(model.named_modules(remove_duplicate=False)) == modules  # tied layers stay tied
+        assert list(model.state_dict()) == keys
+        assert [layer.training for layer in layers(model)] == [True, False, False]
+        if state == "converted":
+            assert rnn_ext.to_native(model) is model
+    assert [type(layer) for layer in layers(model)] == [nn.GRU, nn.RNN, nn.LSTM]
+    assert not any(hasattr(layer, "backend") for layer in layers(model))
+    assert torch.equal(model(input), expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "custom", "native"])
+@pytest.mark.parametrize(("native", "ours"), PAIRS)
+def test_the_module_itself(native, ours, backend):
+    module, input = native(5, 4, num_layers=2, bidirectional=True, dropout=0.5), torch.randn(6, 3, 5)
+    torch.manual_seed(1)
+    expected = module(input)[0]
+    converted = rnn_ext.convert(module, backend=backend)
+    assert type(converted) is ours and converted.backend == backend
+    torch.manual_seed(1)
+    torch.testing.assert_close(converted(input)[0], expected, rtol=1e-5, atol=1e-6)  # dropout's mask included
+    assert repr(rnn_ext.to_native(converted)) == repr(native(5, 4, num_layers=2, bidirectional=True, dropout=0.5))
+
+
+@pytest.mark.parametrize(("native", "ours"), PAIRS)
+def test_a_converted_layer_is_like_one_made_directly(native, ours):
+    torch.manual_seed(0)
+    made = ours(5, 4, 2)
+    torch.manual_seed(0)
+    converted = rnn_ext.convert(native(5, 4, 2))
+    assert repr(converted) == repr(made)
+    assert vars(converted).keys() == vars(made).keys()
+    packed = pack_sequence([torch.randn(3, 5), torch.randn(6, 5)], enforce_sorted=False)
+    assert torch.equal(converted(packed)[0].data, made(packed)[0].data)
+
+
+@pytest.mark.parametrize("native", [nn.RNN, nn.GRU, nn.LSTM])
+def test_parameters_exchanged_after_the_round_trip_are_used(native):
+    """No stale list of weights on either side."""
+    module, input = rnn_ext.convert(native(5, 4)), torch.randn(6, 3, 5)
+    for step in (lambda m: m, rnn_ext.to_native, rnn_ext.convert):
+        step(module)
+        module.weight_hh_l0 = nn.Parameter(torch.randn_like(module.weight_hh_l0))
+        fresh = native(5, 4)
+        fresh.load_state_dict(module.state_dict())
+        torch.testing.assert_close(module(input)[0], fresh(input)[0])
+        torch.testing.assert_close(copy.deepcopy(module).double()(input.double())[0].float(), fresh(input)[0])
+
+
+def test_hooks_and_optimizer_go_on():
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    handle = model.encoder[0].register_forward_hook(lambda module, args, result: seen.append(type(module)))
+    model.tied.register_load_state_dict_pre_hook(lambda module, *args: seen.append(module))
+    rnn_ext.convert(model)
+    gc.collect()
+    before = copy.deepcopy(model.state_dict())
+    model(torch.randn(3, 6, 5)).sum().backward()
+    optimizer.step()
+    assert seen == [rnn_ext.GRU]
+    assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    seen.clear()
+    model.load_state_dict(before)
+    assert seen == [model.tied, model.tied]  # once for each of its two names
+    handle.remove()
+    model(torch.randn(3, 6, 5))
+    assert seen == [model.tied, model.tied]
+
+
+def test_old_weight_norm_survives():
+    """It keeps the weight as a plain attribute that a hook sets anew before each forward."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        module = nn.utils.weight_norm(nn.LSTM(5, 4), "weight_hh_l0")
+    input = torch.randn(6, 3, 5)
+    rnn_ext.convert(module)
+    for _ in range(2):
+        with torch.no_grad():
+            module.weight_hh_l0_g.mul_(0.5)
+        converted = module(input)[0]
+        torch.testing.assert_close(rnn_ext.to_native(module)(input)[0], converted)
+        rnn_ext.convert(module)
+
+
+def test_subclasses_are_left_alone_with_a_warning():
+    class Mine(nn.LSTM):
+        pass
+
+    model = nn.Sequential()
+    model.add_module("mine", Mine(5, 4))
+    model.add_module("normed", parametrizations.weight_norm(nn.GRU(5, 4), "weight_hh_l0"))
+    model.add_module("plain", nn.RNN(5, 4))
+    with pytest.warns(UserWarning) as caught:
+        rnn_ext.convert(model)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 2 and "mine" in messages[0] and "Mine" in messages[0] and "normed" in messages[1]
+    assert all(warning.filename == __file__ for warning in caught)
+    assert type(model.mine) is Mine and type(model.plain) is rnn_ext.RNN
+
+
+def test_what_is_no_layer_of_torchs_is_not_touched():
+    model = nn.Sequential(nn.Linear(5, 4), nn.LSTMCell(4, 4), rnn_ext.GRU(4, 4, backend="native"))
+    kinds = [type(module) for module in model]
+    rnn_ext.convert(model, backend="custom")
+    assert [type(module) for module in model] == kinds
+    assert model[2].backend == "native"
+    assert type(rnn_ext.to_native(nn.Linear(5, 4))) is nn.Linear
+
+
+def test_unknown_backend_converts_nothing():
+    model = nn.Sequential(nn.GRU(5, 4))
+    with pytest.raises(ValueError, match="Unknown backend 'fast'"):
+        rnn_ext.convert(model, backend="fast")
+    assert type(model[0]) is nn.GRU

@@ -1,0 +1,105 @@
+"""nvcc's own gates: every kernel compiles for every architecture without a spill, at the known cost.
+
+The cost of each kernel (registers per thread, static shared memory per block) stands in
+benchmarks/results/cuda_resources.json with the nvcc that gave it. The same nvcc must give it again; another one only has to
+compile without spills. After a change that is meant:
+
+    RNN_EXT_UPDATE_RESOURCES=1 python -m pytest tests/test_cuda_compile.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_emulator.build import CUDA, ROOT, kernel_sources
+
+TABLE = ROOT / "benchmarks" / "results" / "cuda_resources.json"
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
+UPDATE = "RNN_EXT_UPDATE_RESOURCES"
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+Resources = dict[str, dict[str, int]]  # kernel -> {"registers": .., "shared_bytes": ..}
+
+
+def nvcc_version() -> str:
+    text = subprocess.run([str(NVCC), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V(\d+\.\d+\.\d+)", text)
+    assert found, text
+    return found[1]
+
+
+def demangle(names: list[str]) -> list[str]:
+    """C++ names without the parts that say nothing: namespaces, return types, parameters."""
+    filt = shutil.which("cu++filt") or shutil.which("c++filt")
+    if not names or filt is None:
+        return names
+    plain = subprocess.run([filt], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    result = []
+    for name in plain.splitlines():
+        name = re.sub(r"rnn_ext::(cuda|cells)::|\((int|bool)\)|^void ", "", name)
+        result.append(name.split("(")[0])
+    return result
+
+
+def read_report(report: str) -> Resources:
+    """What `ptxas -v` says of each kernel."""
+    kernels: Resources = {}
+    blocks = re.split(r"Compiling entry function '(\w+)'", report)[1:]
+    for name, block in zip(demangle(blocks[::2]), blocks[1::2], strict=True):
+        registers = re.search(r"Used (\d+) registers", block)
+        shared = re.search(r"(\d+) bytes smem", block)
+        assert registers, block
+        kernels[name] = {"registers": int(registers[1]), "shared_bytes": int(shared[1]) if shared else 0}
+    return kernels
+
+
+def compile_source(job: tuple[Path, str, Path]) -> subprocess.CompletedProcess[str]:
+    source, arch, folder = job
+    command = [str(NVCC), "-std=c++17", f"-arch={arch}", "-I", str(CUDA.parent), "-c", str(source)]
+    gates = ["-Werror", "all-warnings", "-Xptxas", "-v,--warn-on-spills,--warning-as-error"]
+    return subprocess.run(
+        [*command, *gates, "-o", str(folder / f"{source.stem}-{arch}.o")], capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("cuda")
+    jobs = [(source, arch, folder) for source in kernel_sources() for arch in ARCHITECTURES]
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(compile_source, jobs)
+    return {(job[0].name, job[1]): result for job, result in zip(jobs, results, strict=True)}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("source", [path.name for path in kernel_sources()])
+def test_compiles_without_spills(
+    compiled: dict[tuple[str, str], subprocess.CompletedProcess[str]], source: str, arch: str
+) -> None:
+    result = compiled[source, arch]
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_resources(compiled: dict[tuple[str, str], subprocess.CompletedProcess[str]]) -> None:
+    found: dict[str, dict[str, Resources]] = {}
+    for (source, arch), result in sorted(compiled.items()):
+        for kernel, numbers in read_report(result.stdout + result.stderr).items():
+            found.setdefault(source, {}).setdefault(kernel, {})[arch] = numbers  # type: ignore[index]
+    version = nvcc_version()
+    if os.environ.get(UPDATE):
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        TABLE.write_text(json.dumps({"nvcc": version, "kernels": found}, indent=1, sort_keys=True) + "\n")
+    known = json.loads(TABLE.read_text())
+    if known["nvcc"] != version:
+        pytest.skip(f"the table is of nvcc {known['nvcc']}, this is {version}")
+    assert found == known["kernels"], f"resources changed; if that is meant, run again with {UPDATE}=1"

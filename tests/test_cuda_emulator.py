@@ -1,0 +1,108 @@
+"""The CUDA kernels of csrc/cuda, run on the CPU by the emulator and held against the float64 reference."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.cuda_emulator import build
+from tests.cuda_emulator.case import (
+    CELLS,
+    DTYPES,
+    Case,
+    KernelReportError,
+    errors,
+    failures,
+    make_inputs,
+    request,
+    run_program,
+)
+from tests.cuda_emulator.run import main
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="the emulator is built with g++")
+
+# Odd sizes: a lone unit, less than a tile, more than a tile, more than two chunks of the reduction.
+SIZES = [(1, 1), (3, 7), (9, 33), (2, 65)]
+LAYOUTS = {
+    "dense": Case("lstm"),
+    "reverse": Case("lstm", reverse=True),
+    "both": Case("lstm", bidirectional=True),
+    "batch_first": Case("lstm", bidirectional=True, batch_first=True),
+    "lengths": Case("lstm", bidirectional=True, length=7, batch=4, lengths=(7, 1, 0, 4)),
+    "packed": Case("lstm", bidirectional=True, packed=True, length=6, batch=4, lengths=(6, 5, 5, 1)),
+    "resets": Case("lstm", bidirectional=True, length=9, resets=0.3),
+    "packed_resets": Case("lstm", bidirectional=True, packed=True, length=6, batch=4, lengths=(6, 5, 3, 1), resets=0.3),
+    "lengths_resets": Case("lstm", bidirectional=True, length=6, batch=4, lengths=(3, 6, 0, 1), resets=0.4),
+    "no_state_no_bias": Case("lstm", bidirectional=True, initial=False, bias=False),
+    "one_step": Case("lstm", length=1),
+}
+
+
+def check(case: Case, flavour: str = "plain", compiler: str = "g++", schedule: int = 0, arch: int = 90) -> None:
+    found = errors(case, flavour, compiler, schedule, arch)
+    assert not failures(case, found), f"{case}: {found}"
+
+
+@pytest.mark.parametrize("batch, hidden", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_step_sizes(cell: str, dtype: torch.dtype, batch: int, hidden: int) -> None:
+    check(Case(cell, dtype=dtype, batch=batch, hidden=hidden, backward=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel", ["step", "pointwise"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_step_layouts(cell: str, kernel: str, layout: str) -> None:
+    check(replace(LAYOUTS[layout], cell=cell, kernel=kernel, backward=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_inference_saves_nothing(cell: str) -> None:
+    check(Case(cell, training=False, bidirectional=True, resets=0.2))
+
+
+@pytest.mark.parametrize("schedule", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_step_schedules(cell: str, schedule: int) -> None:
+    check(Case(cell, batch=9, hidden=33, bidirectional=True, backward=True), schedule=schedule)
+
+
+@pytest.mark.parametrize("flavour", ["asan", "tsan"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_step_sanitizers(cell: str, flavour: str) -> None:
+    packed = replace(LAYOUTS["packed_resets"], cell=cell, hidden=33, backward=True)
+    dense = Case(cell, dtype=torch.bfloat16, length=3, batch=9, hidden=17, bidirectional=True, backward=True)
+    for case in (packed, dense):
+        check(case, flavour, schedule=1)
+
+
+@pytest.mark.skipif("clang++" not in build.compilers(), reason="clang++ is not installed")
+@pytest.mark.parametrize("cell", CELLS)
+def test_step_clang(cell: str) -> None:
+    check(replace(LAYOUTS["packed_resets"], cell=cell, hidden=33, backward=True), compiler="clang++")
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = "--cell gru --lengths 7,1,4 --resets 0.2 --reverse --backward --hidden 5"
+    arguments = [*shape.split(), "--schedule", "2", "--arch", "80"]
+    assert main(arguments) == 0
+    assert "ok" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "right, wrong, words",
+    [
+        (b"cell=2", b"cell=7", "no cell has the number 7"),
+        (b"hidden=7", b"hidden=0", "hidden size 0"),
+        (b"batch=3", b"batch=4", r"batch_sizes\[0\] is 3"),
+    ],
+)
+def test_launcher_refuses(right: bytes, wrong: bytes, words: str) -> None:
+    case = Case("gru", packed=True, length=3, batch=3, lengths=(3, 2, 1))
+    data = request(case, make_inputs(case)).replace(right, wrong, 1)
+    with pytest.raises(KernelReportError, match=words):
+        run_program(build.driver(), "plain", data)

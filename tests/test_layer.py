@@ -1,0 +1,478 @@
+"""The values of ``ops.layer`` against the oracle: every option, odd sizes, every dtype and instruction set, strange numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rnn_ext import ops
+from util import (
+    CELLS,
+    LAYOUTS,
+    SIZES,
+    Case,
+    build,
+    check_gradients,
+    check_values,
+    cotangents,
+    gradients,
+    matrix,
+    oracle,
+    run,
+    same_bits,
+)
+
+# L, N, I, H: each in turn through sizes that end inside and on the edge of vectors and tiles, then together.
+SWEEP = [
+    *((3, 2, 5, size) for size in SIZES),
+    *((3, size, 5, 11) for size in SIZES),
+    *((2, 3, size, 5) for size in SIZES),
+    (1, 1, 1, 1),
+    (67, 2, 3, 5),
+    (2, 33, 65, 31),
+    (2, 17, 3, 129),
+]
+
+
+@pytest.mark.parametrize("case", matrix(), ids=str)
+def test_matrix(case):
+    problem = build(case)
+    with torch.no_grad():
+        results = run(problem)
+    check_values(results, oracle(problem))
+    if problem.lengths is not None:
+        past = torch.arange(case.size[0]).unsqueeze(1) >= problem.lengths
+        past = past.t() if case.layout == "batch_first" else past
+        assert not any(results[name][past].any() for name in results if name in ("output", "cells"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("size", SWEEP, ids=lambda size: "x".join(map(str, size)))
+def test_sizes(size, dtype):
+    """Values and gradients, with two threads. Bidirectional, so that the second direction's offsets are odd too."""
+    for cell, layout in zip(CELLS, ("packed", "dense", "batch_first", "packed"), strict=True):
+        proj = (size[3] + 1) // 2 if cell == "lstm" and size[3] > 1 and size[0] == 3 else 0
+        for lengths in (False,) if layout == "packed" else (False, True):
+            problem = build(Case(cell, layout, True, proj=proj, lengths=lengths, size=size)).to(dtype)
+            torch.set_num_threads(1)  # the oracle's small products gain nothing from a second one
+            expected, expected_grads = gradients(oracle, problem.to(torch.float64))
+            torch.set_num_threads(2)
+            actual, grads = gradients(run, problem)
+            check_values(actual, expected, dtype)
+            check_gradients(grads, expected_grads, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 8)])
+def test_reduced_precision(cell, proj, layout, dtype):
+    """Storage in 16 bits, accumulation and cell state in 32: close to exact arithmetic on the same 16-bit numbers."""
+    flags = {"lengths": True, "resets": True} if layout != "packed" else {}
+    problem = build(Case(cell, layout, True, proj=proj, size=(31, 5, 9, 17), **flags)).to(dtype)
+    if cell == "rnn_relu":
+        # Keep pre-activations off zero, where rounding decides whether a unit passes a gradient or none.
+        for name, bias in problem.weights.items():
+            if name.startswith("bias_ih"):
+                bias.copy_(torch.where(torch.arange(17) % 2 == 0, 4.0, -4.0))
+            if name.startswith("weight"):
+                bias.mul_(0.25)
+    expected, expected_grads = gradients(oracle, problem.to(torch.float64))
+    actual, grads = gradients(run, problem)
+    assert all(t.dtype == dtype for t in (*actual.values(), *grads.values()))
+    check_values(actual, expected, dtype)
+    check_gradients(grads, expected_grads, dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_reduced_precision_accumulates_in_float32(cell):
+    """A sum of 4,096 products of 0.01 is right only when it is not accumulated in 16 bits, input and hidden part alike."""
+    for inputs, hidden in ((4096, 1), (1, 4096)):
+        if hidden == 4096 and cell != "rnn_tanh":
+            continue  # one cell is enough for the larger product
+        problem = build(Case(cell, size=(1, 1, inputs, hidden)))
+        problem = problem.map(lambda t: torch.full_like(t, 0.01)).to(torch.bfloat16)
+        with torch.no_grad():
+            check(run(problem), oracle(problem.to(torch.float64)))
+
+
+def check(actual, expected):
+    # One rounding of a result to bfloat16 (4e-3), no more: values here are around 0.4 to 1.
+    for name, want in expected.items():
+        torch.testing.assert_close(actual[name].double(), want.double(), rtol=4e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_long_float32(cell):
+    """Rounding must not pile up: 500 timesteps of unit-scale input, outputs to 2e-6 and gradients to 1e-5."""
+    for layout in ("dense", "packed"):
+        problem = build(Case(cell, layout, True, size=(500, 3, 8, 24))).to(torch.float32)
+        expected, expected_grads = gradients(oracle, problem.to(torch.float64))
+        actual, grads = gradients(run, problem)
+        check_values(actual, expected, torch.float32)
+        check_gradients(grads, expected_grads, torch.float32)
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(capability):
+    """The tests of sizes and dtypes, values and gradients, again in a process that is held to one instruction set."""
+    ranks = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}
+    best = ranks.get(torch.backends.cpu.get_cpu_capability(), 0)
+    if ("baseline", "avx2", "avx512").index(capability) > best:
+        pytest.skip(f"this processor has no {capability}")
+    if capability == ops.cpu_capability():
+        return  # what every other test runs
+    env = {**os.environ, "RNN_EXT_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    env.pop("PYTEST_ADDOPTS", None)
+    probe = [sys.executable, "-c", "from rnn_ext import ops; print(ops.cpu_capability())"]
+    assert subprocess.run(probe, env=env, capture_output=True, text=True, check=True).stdout.split() == [capability]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        Path(__file__).name,
+    ]
+    command += ["-k", "test_sizes or test_reduced_precision or test_long or test_strange or (test_matrix and nobias)"]
+    done = subprocess.run(command, env=env, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def strided(t: torch.Tensor) -> torch.Tensor:
+    """The same values, every other element of a larger storage, at an odd offset."""
+    wide = t.new_full((*t.shape[:-1], t.shape[-1] * 2 + 1), float("nan"))
+    wide[..., 1::2] = t
+    return wide[..., 1::2]
+
+
+def transposed(t: torch.Tensor) -> torch.Tensor:
+    """The same values, last dimension slowest."""
+    return t.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def expanded(t: torch.Tensor) -> torch.Tensor:
+    """One slice seen everywhere, with stride zero."""
+    return t[:1].expand_as(t)
+
+
+@pytest.mark.parametrize("how", [strided, transposed, expanded])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_any_strides(cell, layout, how):
+    flags = {"lengths": True, "resets": True} if layout != "packed" else {}
+    problem = build(Case(cell, layout, True, proj=4 if cell == "lstm" else 0, size=(5, 4, 3, 6), **flags))
+    bent = problem.map(how)
+    if problem.resets is not None:
+        bent = dataclasses.replace(
+            bent, lengths=torch.stack([bent.lengths] * 2, -1)[:, 0], resets=transposed(bent.resets)
+        )
+    assert not all(t.is_contiguous() for t in bent.leaves().values())
+    expected = oracle(problem.map(lambda t: how(t).contiguous()))
+    with torch.no_grad():
+        check_values(run(bent), expected)
+    # requiring() makes contiguous copies, so bend inside the differentiated function; cotangents are bent as well.
+    grad_of = {name: how(t) for name, t in cotangents(expected).items()}
+    straight = {name: t.contiguous() for name, t in grad_of.items()}
+    _, expected_grads = gradients(lambda p: oracle(p.map(how)), problem, straight)
+    actual, grads = gradients(lambda p: run(p.map(how)), problem, grad_of)
+    check_values(actual, expected)
+    check_gradients(grads, expected_grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_lengths_of_any_integer_dtype(dtype):
+    problem = build(Case(lengths=True))
+    expected = oracle(problem)
+    problem.lengths = problem.lengths.to(dtype)
+    check_values(run(problem), expected)
+
+
+@pytest.mark.parametrize("case", [c for c in matrix() if c.bias and not c.state][:12], ids=str)
+def test_absent_states_are_zeros(case):
+    problem = build(case)
+    given = build(case.but(state=True))
+    given = given.having({**problem.leaves(), "h_0": torch.zeros_like(given.h_0)})
+    given = dataclasses.replace(given, batch_sizes=problem.batch_sizes, lengths=problem.lengths, resets=problem.resets)
+    if case.has_cell_state:
+        given.c_0 = torch.zeros_like(given.c_0)
+        # one of the two alone
+        check_values(run(dataclasses.replace(given, h_0=None)), oracle(problem))
+        check_values(run(dataclasses.replace(given, c_0=None)), oracle(problem))
+    check_values(run(given), run(problem))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_was_not_asked_for_is_empty(cell):
+    problem = build(Case(cell))
+    flags = {"cell": cell, "bidirectional": False, "batch_first": False}
+    weights = list(problem.weights.values())
+    output, h_n, c_n, cells = ops.layer(problem.input, problem.h_0, problem.c_0, weights, cell_states=False, **flags)
+    assert output.shape == (5, 3, 7) and h_n.shape == (1, 3, 7) and cells.shape == (0,)
+    assert c_n.shape == ((1, 3, 7) if cell == "lstm" else (0,))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_arguments_are_left_alone_and_results_are_new(cell):
+    problem = build(Case(cell, bidirectional=True, lengths=True, resets=True)).requiring()
+    arguments = [*problem.leaves().values(), problem.lengths, problem.resets]
+    before = [t.detach().clone() for t in arguments]
+    results = run(problem)
+    grad_of = cotangents(results)
+    kept = {name: t.clone() for name, t in grad_of.items()}
+    torch.autograd.backward(list(results.values()), list(grad_of.values()))
+    assert all(torch.equal(a, b) for a, b in zip(before, arguments, strict=True))
+    same_bits(grad_of, kept)
+    places = [t.untyped_storage().data_ptr() for t in (*results.values(), *arguments, *grad_of.values())]
+    assert len(set(places)) == len(places)
+
+
+def test_rows_do_not_depend_on_their_neighbours():
+    """A row alone and in company differ by rounding at most, in 16 bits too: who else is in the batch must not matter."""
+    for dtype, allowed in (
+        (torch.float64, 1e-14),
+        (torch.float32, 1e-6),
+        (torch.bfloat16, 2e-2),
+        (torch.float16, 2e-3),
+    ):
+        for cell in CELLS:
+            problem = build(Case(cell, bidirectional=True, size=(9, 13, 5, 17))).to(dtype)
+            together = run(problem)
+            for n in (0, 5, 12):
+                alone = dataclasses.replace(problem, input=problem.input[:, n : n + 1], h_0=problem.h_0[:, n : n + 1])
+                alone.c_0 = problem.c_0[:, n : n + 1] if problem.c_0 is not None else None
+                for name, t in run(alone).items():
+                    torch.testing.assert_close(t, together[name][:, n : n + 1], rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_same_bits_each_time(cell):
+    problem = build(Case(cell, bidirectional=True, lengths=True, size=(5, 7, 3, 9))).to(torch.float32)
+    values, grads = gradients(run, problem)
+    for _ in range(100):
+        again, again_grads = gradients(run, problem)
+        same_bits(again, values)
+        same_bits(again_grads, grads)
+
+
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_same_bits_with_one_thread_and_with_two(cell, layout):
+    """At sizes where the work is shared out, too."""
+    for size in ((5, 7, 3, 9), (6, 61, 67, 129), (3, 200, 40, 256), (40, 2, 30, 70)):
+        problem = build(Case(cell, layout, True, size=size)).to(torch.float32)
+        torch.set_num_threads(1)
+        values, grads = gradients(run, problem)
+        torch.set_num_threads(2)
+        again, again_grads = gradients(run, problem)
+        same_bits(again, values)
+        same_bits(again_grads, grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("cell", CELLS)
+def test_strange_numbers_propagate(cell, value, dtype):
+    """NaN and infinity in one row come out where torch's own operators let them out, and in no other row."""
+    for where in ("input", "h_0"):
+        problem = build(Case(cell, bidirectional=True, size=(5, 4, 3, 9))).to(dtype)
+        getattr(problem, where).view(-1, *getattr(problem, where).shape[-2:])[-1, 2, 1] = value
+        with torch.no_grad():
+            check_values(run(problem), oracle(problem.to(torch.float64)), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_strange_magnitudes(cell, dtype):
+    """Huge inputs saturate without NaN (also where a 16-bit pre-activation would overflow)."""
+    problem = build(Case(cell, bidirectional=True, size=(5, 3, 33, 17)))
+    problem.input.mul_(1e4)
+    problem = problem.to(dtype)
+    actual, grads = gradients(run, problem)
+    expected, expected_grads = gradients(oracle, problem.to(torch.float64))
+    assert all(torch.isfinite(t).all() for t in expected.values())
+    if cell == "rnn_relu":  # unbounded: relative to its largest entry
+        if dtype != torch.float16:
+            for name, want in expected.items():
+                error = (actual[name].double() - want).abs().max() / want.abs().max()
+                assert error <= {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+        return
+    check_values(actual, expected, dtype)
+    assert all(torch.isfinite(t).all() for t in grads.values())
+    if dtype == torch.float64:
+        check_gradients(grads, expected_grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_strange_small_numbers_are_kept(dtype):
+    """Subnormal numbers are neither flushed by the kernels nor, afterwards, by the process."""
+    tiny = torch.finfo(dtype).tiny / 8
+    problem = build(Case("rnn_relu", bias=False, size=(1, 2, 1, 5))).to(dtype)
+    problem.input.fill_(tiny)
+    problem.weights["weight_ih"].fill_(0.5)
+    problem.h_0.zero_()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert torch.equal(run(problem)["output"], torch.full_like(problem.h_0, tiny / 2).view(1, 2, 5))
+        many = torch.full((100_000,), tiny, dtype=dtype)
+        assert (many / 2 != 0).all()
+
+
+@pytest.mark.parametrize("size", [(0, 3, 4, 7), (5, 0, 4, 7), (0, 0, 4, 7)], ids=str)
+@pytest.mark.parametrize("layout", ["dense", "batch_first"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_empty(cell, layout, size):
+    for extras in ({}, {"lengths": True, "resets": True}, {"state": False}, {"bias": False}):
+        problem = build(Case(cell, layout, True, size=size, **extras))
+        expected, expected_grads = gradients(oracle, problem, unused=True)
+        actual, grads = gradients(run, problem)  # exist: no allow_unused here
+        check_values(actual, expected)
+        check_gradients(grads, expected_grads)
+        if size[0] == 0 and problem.h_0 is not None:
+            assert torch.equal(actual["h_n"], problem.h_0)
+
+
+def test_inference_mode():
+    problem = build(Case())
+    expected = run(problem)
+    with torch.inference_mode():
+        same_bits(run(problem), expected)
+
+
+def test_meta_device_gives_shapes():
+    for cell in CELLS:
+        problem = build(Case(cell, bidirectional=True))
+        shapes = {name: t.shape for name, t in run(problem.map(lambda t: t.to("meta"))).items()}
+        assert shapes == {name: t.shape for name, t in run(problem).items()}
+
+
+# What is changed on a sound LSTM problem of L=5, N=3, I=4, H=7, and the words the complaint must have.
+MISTAKES = {
+    "input 2-D": (lambda p: {"input": p.input[0]}, ["input", "2", "3"]),
+    "input 4-D": (lambda p: {"input": p.input[None]}, ["input", "4", "3"]),
+    "input features": (lambda p: {"input": torch.zeros(5, 3, 6).double()}, ["6", "4"]),
+    "input integer": (lambda p: {"input": p.input.long()}, ["int64|Long"]),
+    "all complex": (
+        lambda p: {name: t.to(torch.complex64) for name, t in p.leaves().items()},
+        ["complex64|ComplexFloat"],
+    ),
+    "h_0 batch": (lambda p: {"h_0": torch.zeros(1, 2, 7).double()}, ["h_0", r"\[?1, 2, 7", r"\[?1, 3, 7"]),
+    "h_0 directions": (lambda p: {"h_0": torch.zeros(2, 3, 7).double()}, ["h_0", "2, 3, 7", "1, 3, 7"]),
+    "h_0 features": (lambda p: {"h_0": torch.zeros(1, 3, 8).double()}, ["h_0", "1, 3, 8", "1, 3, 7"]),
+    "h_0 2-D": (lambda p: {"h_0": torch.zeros(3, 7).double()}, ["h_0", "3, 7", "1, 3, 7"]),
+    "h_0 dtype": (lambda p: {"h_0": p.h_0.float()}, ["h_0", "float32|Float", "float64|Double"]),
+    "c_0 features": (lambda p: {"c_0": torch.zeros(1, 3, 8).double()}, ["c_0", "1, 3, 8", "1, 3, 7"]),
+    "c_0 dtype": (lambda p: {"c_0": p.c_0.float()}, ["c_0", "float32|Float", "float64|Double"]),
+    "weight_ih features": (lambda p: {"weight_ih": torch.zeros(28, 5).double()}, ["5", "4"]),
+    "weight_ih rows": (lambda p: {"weight_ih": torch.zeros(27, 4).double()}, ["27", "28"]),
+    "weight_ih 1-D": (lambda p: {"weight_ih": torch.zeros(28).double()}, ["weight_ih", "28"]),
+    "weight_hh rows": (lambda p: {"weight_hh": torch.zeros(26, 7).double()}, ["26"]),
+    "weight_hh features": (lambda p: {"weight_hh": torch.zeros(28, 6).double()}, ["6", "7"]),
+    "weight_hh dtype": (lambda p: {"weight_hh": p.weights["weight_hh"].float()}, ["float32|Float", "float64|Double"]),
+    "bias_ih": (lambda p: {"bias_ih": torch.zeros(29).double()}, ["bias_ih", "29", "28"]),
+    "bias_hh": (lambda p: {"bias_hh": torch.zeros(28, 1).double()}, ["bias_hh", "28, 1", "28"]),
+    "bias_hh dtype": (lambda p: {"bias_hh": torch.zeros(28)}, ["bias_hh", "float32|Float", "float64|Double"]),
+    "batch sizes rising": (lambda p: {"batch_sizes": torch.tensor([2, 3])}, ["batch_sizes", "2", "3"]),
+    "batch sizes zero": (lambda p: {"batch_sizes": torch.tensor([5, 0])}, ["batch_sizes", "0"]),
+    "batch sizes negative": (lambda p: {"batch_sizes": torch.tensor([7, -2])}, ["batch_sizes", "-2"]),
+    "batch sizes sum": (lambda p: {"batch_sizes": torch.tensor([3, 1])}, ["batch_sizes", "4", "5"]),
+    "batch sizes none": (lambda p: {"batch_sizes": torch.tensor([], dtype=torch.int64)}, ["batch_sizes"]),
+    "batch sizes dtype": (lambda p: {"batch_sizes": torch.tensor([3, 2], dtype=torch.int32)}, ["batch_sizes", "int"]),
+    "batch sizes 2-D": (lambda p: {"batch_sizes": torch.tensor([[3, 2]])}, ["batch_sizes", "2"]),
+    "batch sizes huge": (lambda p: {"batch_sizes": torch.tensor([2**62, 2**62])}, ["batch_sizes"]),
+    "lengths count": (lambda p: {"lengths": torch.tensor([1, 2])}, ["lengths", "2", "3"]),
+    "lengths negative": (lambda p: {"lengths": torch.tensor([1, -1, 2])}, ["lengths", "-1"]),
+    "lengths long": (lambda p: {"lengths": torch.tensor([1, 6, 2])}, ["lengths", "6", "5"]),
+    "lengths floating": (lambda p: {"lengths": torch.tensor([1.0, 2.0, 3.0])}, ["lengths", "float32|Float"]),
+    "lengths boolean": (lambda p: {"lengths": torch.tensor([True, False, True])}, ["lengths", "(?i)bool"]),
+    "lengths 2-D": (lambda p: {"lengths": torch.tensor([[1, 2, 3]])}, ["lengths", "1, 3"]),
+    "resets shape": (lambda p: {"resets": torch.zeros(3, 5, dtype=torch.bool)}, ["resets", "3, 5", "5, 3"]),
+    "resets 1-D": (lambda p: {"resets": torch.zeros(5, dtype=torch.bool)}, ["resets", "5"]),
+    "resets dtype": (lambda p: {"resets": torch.zeros(5, 3)}, ["resets", "(?i)bool", "float32|Float"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake):
+    change, words = MISTAKES[mistake]
+    problem = build(Case())
+    changes = change(problem)
+    if mistake.startswith("batch sizes"):
+        problem = build(Case(layout="packed"))
+        problem.input = torch.zeros(5, 4).double()
+        problem.h_0, problem.c_0 = None, None
+    others = {name: changes.pop(name) for name in ("batch_sizes", "lengths", "resets") if name in changes}
+    problem = dataclasses.replace(problem.having(changes), **others)
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+        run(problem)
+    message = str(error.value)
+    assert "INTERNAL ASSERT" not in message
+    for word in words:
+        assert re.search(word, message), f"no {word!r} in: {message}"
+
+
+@pytest.mark.parametrize("cell", ["lstmm", "", "LSTM", "RNN_TANH"])
+def test_unknown_cell(cell):
+    problem = build(Case())
+    with pytest.raises((ValueError, RuntimeError), match=f"{cell}(.|\n)*lstm|lstm(.|\n)*{cell}"):
+        ops.layer(problem.input, None, None, list(problem.weights.values()), cell=cell)
+
+
+@pytest.mark.parametrize(
+    ("cell", "count"), [("lstm", 0), ("lstm", 1), ("lstm", 6), ("gru", 3), ("gru", 5), ("rnn_tanh", 3)]
+)
+def test_wrong_number_of_weights(cell, count):
+    problem = build(Case(cell))
+    weights = (list(problem.weights.values()) * 2)[:count]
+    with pytest.raises((ValueError, RuntimeError), match=f"{count}|weight_hr|proj"):
+        ops.layer(problem.input, None, None, weights, cell=cell)
+
+
+def test_odd_number_of_weights_for_two_directions():
+    problem = build(Case(bidirectional=True))
+    with pytest.raises((ValueError, RuntimeError), match="7"):
+        ops.layer(problem.input, None, None, list(problem.weights.values())[:7], cell="lstm", bidirectional=True)
+
+
+def test_cell_state_for_a_cell_without_one():
+    problem = build(Case("gru"))
+    with pytest.raises((ValueError, RuntimeError), match="c_0"):
+        ops.layer(problem.input, problem.h_0, problem.h_0, list(problem.weights.values()), cell="gru")
+
+
+def test_cell_states_of_a_cell_without_them():
+    problem = build(Case("gru"))
+    with pytest.raises((ValueError, RuntimeError), match=r"cell.?states"):
+        ops.layer(problem.input, None, None, list(problem.weights.values()), cell="gru", cell_states=True)
+
+
+def test_packed_input_with_lengths():
+    problem = build(Case(layout="packed"))
+    problem.lengths = torch.tensor([1, 2, 3])
+    with pytest.raises((ValueError, RuntimeError), match="lengths"):
+        run(problem)
+
+
+def test_projection_shape():
+    problem = build(Case(proj=3))
+    problem.weights["weight_hr"] = torch.zeros(3, 6).double()
+    with pytest.raises((ValueError, RuntimeError), match="weight_hr(.|\n)*6(.|\n)*7|weight_hr(.|\n)*7(.|\n)*6"):
+        run(problem)
+
+
+def test_sizes_no_memory_can_hold():
+    """More bytes than a process can address: refused, without a crash and without wrapping round 32 or 64 bits."""
+    weights = [torch.zeros(4, 1), torch.zeros(4, 1)]
+    for lead in ((1, 2**46), (2**46, 1), (2**23, 2**23)):
+        with pytest.raises((RuntimeError, ValueError, MemoryError)):
+            ops.layer(torch.zeros(1, 1, 1).expand(*lead, 1), None, None, weights, cell="lstm")

@@ -1,0 +1,276 @@
+"""Mistakes: the exception torch.nn raises for the same one, in words that name what was given and what was expected."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import rnn_ext
+
+I, H, L, N = 4, 6, 5, 3
+NATIVE = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
+OURS = {"RNN": rnn_ext.RNN, "GRU": rnn_ext.GRU, "LSTM": rnn_ext.LSTM}
+
+
+def caught(fn) -> Exception:
+    with pytest.raises(Exception) as info:
+        fn()
+    return info.value
+
+
+def complain_alike(first, second, *words: str) -> None:
+    """Both raise, ours an exception that whoever catches torch.nn's catches too, with these words in it."""
+    error, expected = caught(first), caught(second)
+    assert isinstance(error, type(expected)), f"{error!r} instead of {expected!r}"
+    message = str(error)
+    assert "INTERNAL ASSERT" not in message
+    for word in words:
+        assert re.search(word, message), f"no {word!r} in: {message}"
+
+
+CONSTRUCTION = {
+    "input_size 0": ((0, H), {}, ["input_size"]),
+    "input_size negative": ((-2, H), {}, ["input_size"]),
+    "input_size float": ((4.0, H), {}, ["input_size", "int", "float"]),
+    "hidden_size 0": ((I, 0), {}, ["hidden_size"]),
+    "hidden_size string": ((I, "6"), {}, ["hidden_size", "int", "str"]),
+    "num_layers 0": ((I, H, 0), {}, ["num_layers"]),
+    "bias": ((I, H), {"bias": 1}, ["bias", "bool", "int"]),
+    "batch_first": ((I, H), {"batch_first": "yes"}, ["batch_first", "bool", "str"]),
+    "dropout 1.5": ((I, H, 2), {"dropout": 1.5}, ["dropout", "0", "1"]),
+    "dropout negative": ((I, H, 2), {"dropout": -0.1}, ["dropout"]),
+    "dropout bool": ((I, H, 2), {"dropout": True}, ["dropout"]),
+    "dropout string": ((I, H, 2), {"dropout": "half"}, []),
+    "unknown keyword": ((I, H), {"hidden": 3}, ["hidden"]),
+    "no hidden_size": ((I,), {}, ["hidden_size"]),
+    "integer dtype": ((I, H), {"dtype": torch.int64}, []),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("mistake", CONSTRUCTION)
+def test_construction(mistake, name):
+    args, kwargs, words = CONSTRUCTION[mistake]
+    complain_alike(lambda: OURS[name](*args, **kwargs), lambda: NATIVE[name](*args, **kwargs), *words)
+
+
+def test_construction_of_one_kind():
+    complain_alike(
+        lambda: rnn_ext.RNN(I, H, nonlinearity="sigmoid"),
+        lambda: nn.RNN(I, H, nonlinearity="sigmoid"),
+        "sigmoid",
+        "relu",
+    )
+    complain_alike(lambda: rnn_ext.RNN(I, H, 1, "gelu"), lambda: nn.RNN(I, H, 1, "gelu"), "gelu", "tanh")
+    for size in (H, H + 1, -1):
+        complain_alike(lambda: rnn_ext.LSTM(I, H, proj_size=size), lambda: nn.LSTM(I, H, proj_size=size), "proj_size")
+    for name in ("RNN", "GRU"):
+        complain_alike(lambda: OURS[name](I, H, proj_size=2), lambda: NATIVE[name](I, H, proj_size=2), "proj_size")
+    with pytest.raises(TypeError, match="nonlinearity"):
+        rnn_ext.LSTM(I, H, nonlinearity="tanh")
+    with pytest.warns(UserWarning, match=r"dropout.*num_layers=1"):
+        rnn_ext.LSTM(I, H, dropout=0.5)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_unknown_backend(name):
+    with pytest.raises(ValueError, match="cudnn.*auto.*custom.*native"):
+        OURS[name](I, H, backend="cudnn")
+    with pytest.raises(ValueError, match="None"):
+        OURS[name](I, H, backend=None)
+    module = OURS[name](I, H)
+    module.backend = "fast"
+    with pytest.raises(ValueError, match="fast"):
+        module(torch.zeros(L, N, I))
+    with pytest.raises(TypeError):
+        OURS[name](I, H, 1, *([True] if name != "RNN" else ["tanh"]), False, 0.0, False, 0, "cpu", None, "custom", 1)
+
+
+def states(name: str, *shape: int, **kwargs):
+    """An hx of this shape (for an LSTM both states)."""
+    state = torch.zeros(*shape, **kwargs)
+    return (state, state) if name == "LSTM" else state
+
+
+def packed(features: int = I, dtype=torch.float32) -> PackedSequence:
+    return pack_sequence([torch.zeros(5, features, dtype=dtype), torch.zeros(2, features, dtype=dtype)])
+
+
+CALLS = {
+    "input 1-D": (lambda m, n: m(torch.zeros(I)), ["1"]),
+    "input 4-D": (lambda m, n: m(torch.zeros(2, L, N, I)), ["4"]),
+    "input features": (lambda m, n: m(torch.zeros(L, N, 9)), ["9", "4"]),
+    "unbatched features": (lambda m, n: m(torch.zeros(L, 9)), ["9", "4"]),
+    "packed features": (lambda m, n: m(packed(9)), ["9", "4"]),
+    "input float64": (lambda m, n: m(torch.zeros(L, N, I).double()), ["float64", "float32"]),
+    "input int64": (lambda m, n: m(torch.zeros(L, N, I, dtype=torch.int64)), ["int64", "float32"]),
+    "input float16": (lambda m, n: m(torch.zeros(L, N, I).half()), ["float16", "float32"]),
+    "packed float64": (lambda m, n: m(packed(dtype=torch.float64)), ["float64", "float32"]),
+    "input None": (lambda m, n: m(None), []),
+    "input list": (lambda m, n: m([[0.0] * I]), []),
+    "no input": (lambda m, n: m(), ["input"]),
+    "hx batch": (lambda m, n: m(torch.zeros(L, N, I), states(n, 2, 8, H)), ["8", "3"]),
+    "hx layers": (lambda m, n: m(torch.zeros(L, N, I), states(n, 1, N, H)), [r"1, 3, 6", r"2, 3, 6"]),
+    "hx features": (lambda m, n: m(torch.zeros(L, N, I), states(n, 2, N, 7)), ["7", "6"]),
+    "hx 2-D for a batch": (lambda m, n: m(torch.zeros(L, N, I), states(n, 2, H)), ["2"]),
+    "hx 3-D for no batch": (lambda m, n: m(torch.zeros(L, I), states(n, 2, 1, H)), ["3|2, 1, 6"]),
+    "hx features unbatched": (lambda m, n: m(torch.zeros(L, I), states(n, 2, 7)), ["7", "6"]),
+    "hx batch packed": (lambda m, n: m(packed(), states(n, 2, 8, H)), ["8", "2"]),
+    "hx float64": (lambda m, n: m(torch.zeros(L, N, I), states(n, 2, N, H, dtype=torch.float64)), []),
+}
+
+
+@pytest.mark.parametrize("backend", ["custom", "native"])
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("mistake", CALLS)
+def test_calls(mistake, name, backend):
+    call, words = CALLS[mistake]
+    ours, native = OURS[name](I, H, 2, backend=backend), NATIVE[name](I, H, 2)
+    error = caught(lambda: call(ours, name))
+    expected = caught(lambda: call(native, name))
+    if isinstance(expected, AttributeError):  # torch.nn stumbles over these rather than checking them
+        assert isinstance(error, (AttributeError, TypeError, ValueError)), repr(error)
+    elif mistake in ("hx float64", "packed float64"):  # of these torch.nn checks some cells, by other exceptions
+        assert isinstance(error, (ValueError, TypeError, RuntimeError)) and all(w in str(error) for w in words), repr(
+            error
+        )
+    else:
+        complain_alike(lambda: call(ours, name), lambda: call(native, name), *words)
+    # and the module is none the worse for it
+    assert ours(torch.zeros(L, N, I))[0].shape == (L, N, H)
+
+
+@pytest.mark.parametrize("backend", ["custom", "native"])
+def test_states_of_an_lstm(backend):
+    ours, native = rnn_ext.LSTM(I, H, proj_size=2, backend=backend), nn.LSTM(I, H, proj_size=2)
+    input = torch.zeros(L, N, I)
+    good_h, good_c = torch.zeros(1, N, 2), torch.zeros(1, N, H)
+    for hx, words in (
+        ((good_c, good_c), ["6", "2"]),
+        ((good_h, good_h), ["2", "6"]),
+        ((good_h, torch.zeros(1, N + 1, H)), ["4", "3"]),
+        ((good_h, torch.zeros(N, H)), []),
+        ((good_h,), []),
+        ((good_h, good_c, good_c), []),
+    ):
+        error = caught(lambda: ours(input, hx))
+        assert isinstance(error, (RuntimeError, ValueError, TypeError, IndexError)), repr(error)
+        if len(hx) == 2:
+            complain_alike(lambda: ours(input, hx), lambda: native(input, hx), *words)
+    caught(lambda: ours(input, good_h))
+    for name in ("RNN", "GRU"):
+        error = caught(lambda: OURS[name](I, H, backend=backend)(input, (good_c, good_c)))
+        assert isinstance(error, (RuntimeError, ValueError, TypeError, AttributeError)), repr(error)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_lengths(name):
+    module = OURS[name](I, H, backend="custom")
+    input = torch.zeros(L, N, I)
+    for lengths, kind, words in (
+        ([1, 2], ValueError, ["lengths", "2", "3"]),
+        ([1, 2, 3, 4], ValueError, ["lengths", "4", "3"]),
+        ([1, 2, 6], ValueError, ["lengths", "6", "5"]),
+        ([1, -2, 3], ValueError, ["lengths", "-2", "5"]),
+        (torch.tensor([1, 2, 6]), (ValueError, RuntimeError), ["lengths", "6", "5"]),
+        (torch.tensor([1, -2, 3]), (ValueError, RuntimeError), ["lengths", "-2", "5"]),
+        (torch.tensor([[1, 2, 3]]), ValueError, ["lengths", "3"]),
+        (torch.tensor(3), ValueError, ["lengths", "3"]),
+        ([1.0, 2.0, 3.0], TypeError, ["lengths", "integer", "1.0"]),
+        (["a", "b", "c"], TypeError, ["lengths", "a"]),
+        ([True, False, True], TypeError, ["lengths", "True"]),
+        ([None, 1, 2], TypeError, ["lengths", "None"]),
+        (torch.tensor([1.0, 2.0, 3.0]), TypeError, ["lengths", "float32"]),
+        (torch.tensor([True, False, True]), TypeError, ["lengths", "bool"]),
+        (3, TypeError, ["lengths", "int"]),
+        ("123", TypeError, ["lengths", "str"]),
+        ([2**70, 1, 1], ValueError, ["lengths", str(2**70), "5"]),
+    ):
+        with pytest.raises(kind) as info:
+            module(input, lengths=lengths)
+        for word in words:
+            assert word in str(info.value), f"no {word!r} in: {info.value}"
+    with pytest.raises(ValueError, match="lengths"):
+        module(packed(), lengths=[5, 2])
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_resets(name):
+    module = OURS[name](I, H, backend="custom")
+    input = torch.zeros(L, N, I)
+    for resets, kind, words in (
+        (torch.zeros(N, L, dtype=torch.bool), ValueError, ["resets", "3, 5", "5, 3"]),
+        (torch.zeros(L, dtype=torch.bool), ValueError, ["resets", "5"]),
+        (torch.zeros(L, N, 1, dtype=torch.bool), ValueError, ["resets", "5, 3, 1"]),
+        (torch.zeros(L, N), TypeError, ["resets", "bool", "float32"]),
+        (torch.zeros(L, N, dtype=torch.uint8), TypeError, ["resets", "bool", "uint8"]),
+        ([[True] * N] * L, TypeError, ["resets", "bool", "list"]),
+    ):
+        with pytest.raises(kind) as info:
+            module(input, resets=resets)
+        for word in words:
+            assert word in str(info.value), f"no {word!r} in: {info.value}"
+    with pytest.raises(ValueError, match="resets"):
+        module(packed(), resets=torch.zeros(7, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"resets.*native|native.*resets"):
+        OURS[name](I, H, backend="native")(input, resets=torch.zeros(L, N, dtype=torch.bool))
+
+
+def test_options_by_position_or_of_another_cell():
+    with pytest.raises(TypeError):
+        rnn_ext.LSTM(I, H)(torch.zeros(L, N, I), None, [5, 5, 5])
+    for name in ("RNN", "GRU"):
+        with pytest.raises(TypeError, match="return_cell_states"):
+            OURS[name](I, H)(torch.zeros(L, N, I), return_cell_states=True)
+    with pytest.raises(ValueError, match=r"return_cell_states.*native|native.*return_cell_states"):
+        rnn_ext.LSTM(I, H, backend="native")(torch.zeros(L, N, I), return_cell_states=True)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_state_dicts_that_do_not_fit(name):
+    ours = OURS[name](I, H)
+    for other in (
+        OURS[name](I, H, bidirectional=True),
+        OURS[name](I, H, bias=False),
+        OURS[name](I, H + 1),
+        OURS[name](I, H, 2),
+    ):
+        with pytest.raises(RuntimeError, match="state_dict"):
+            ours.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_parameters_that_do_not_fit(name):
+    """A parameter exchanged for one of another shape or dtype is found at the call, not read out of bounds."""
+    for attribute, tensor in (
+        ("weight_hh_l0", torch.zeros(1, 1)),
+        ("weight_ih_l0", torch.zeros(2, I)),
+        ("bias_ih_l0", torch.zeros(1)),
+        ("bias_hh_l0", torch.zeros(0)),
+        ("weight_hh_l0", torch.zeros(H * {"RNN": 1, "GRU": 3, "LSTM": 4}[name], H, dtype=torch.float64)),
+        ("weight_ih_l0", torch.zeros(())),
+    ):
+        module = OURS[name](I, H, backend="custom")
+        setattr(module, attribute, nn.Parameter(tensor))
+        error = caught(lambda m=module: m(torch.zeros(L, N, I)))
+        assert isinstance(error, (RuntimeError, ValueError, IndexError)), repr(error)
+        assert "INTERNAL ASSERT" not in str(error)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_packed_sequences_made_by_hand(name):
+    """torch checks nothing when a PackedSequence is built: sizes that do not fit must not reach the kernel."""
+    data = torch.zeros(5, I)
+    module = OURS[name](I, H, backend="custom")
+    for sizes in ([3, 3], [2, 3], [5, 0], [6, -1], [3], [], [2**62, 2**62, 5]):
+        batch = PackedSequence(data, torch.tensor(sizes, dtype=torch.int64))
+        error = caught(lambda b=batch: module(b))
+        assert isinstance(error, (RuntimeError, ValueError, IndexError)), repr(error)
+        assert "INTERNAL ASSERT" not in str(error)
+    batch = PackedSequence(data, torch.tensor([3, 2]), torch.tensor([0, 1, 7]), torch.tensor([0, 1, 7]))
+    error = caught(lambda: module(batch, states(name, 1, 3, H)))
+    assert isinstance(error, (RuntimeError, ValueError, IndexError))

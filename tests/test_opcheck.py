@@ -1,0 +1,82 @@
+"""``torch.library.opcheck``: schema, autograd registration, fake kernel and AOTDispatch of the op, for every kind of call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rnn_ext import ops
+from util import CELLS, Case, build
+
+SIZE = (3, 2, 3, 4)
+SAMPLES = [
+    *(Case(cell, size=SIZE) for cell in CELLS),
+    *(Case(cell, "packed", True, size=SIZE) for cell in CELLS),
+    *(Case(cell, "batch_first", True, lengths=True, resets=True, size=SIZE) for cell in CELLS),
+    Case("lstm", "batch_first", True, proj=2, size=SIZE),
+    Case("lstm", "packed", bias=False, proj=2, size=SIZE),
+    Case("gru", bias=False, state=False, lengths=True, size=SIZE),
+    Case("rnn_tanh", resets=True, state=False, size=SIZE),
+]
+
+
+def arguments(case: Case, dtype=torch.float32, needed=("input", "weight_hh", "h_0")) -> tuple:
+    assert ops.is_available(), ops.load_error()
+    p = build(case).to(dtype).requiring(needed)
+    masks = (p.batch_sizes, p.lengths, p.resets)
+    flags = (case.cell, case.bidirectional, case.layout == "batch_first", case.has_cell_state, False)
+    return (p.input, p.h_0, p.c_0, list(p.weights.values()), *masks, *flags)
+
+
+@pytest.mark.parametrize("case", SAMPLES, ids=str)
+def test_opcheck(case):
+    args = arguments(case)
+    torch.library.opcheck(torch.ops.rnn_ext.layer.default, args)
+    # without a gradient, and of the weights alone
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.rnn_ext.layer.default, arguments(case, needed=()), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.rnn_ext.layer.default, arguments(case, torch.float64, ("weight_ih",)), test_utils=tests
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_opcheck_reduced_precision(dtype):
+    for cell in CELLS:
+        args = arguments(Case(cell, "batch_first", True, size=SIZE), dtype)
+        torch.library.opcheck(
+            torch.ops.rnn_ext.layer.default,
+            args,
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
+
+
+@pytest.mark.parametrize("size", [(0, 2, 3, 4), (3, 0, 3, 4), (1, 1, 1, 1)], ids=str)
+def test_opcheck_small(size):
+    for cell in CELLS:
+        torch.library.opcheck(torch.ops.rnn_ext.layer.default, arguments(Case(cell, bidirectional=True, size=size)))
+
+
+@pytest.mark.parametrize("case", SAMPLES, ids=str)
+def test_fake_and_real_agree_on_strides_and_saved(case):
+    """The fake kernel promises sizes, strides and dtypes, of what is saved too; compiled code relies on them."""
+    with torch.no_grad():
+        args = arguments(case)
+        for save in (False, True):
+            real = torch.ops.rnn_ext.layer(*args[:-1], save)
+            mode = torch._subclasses.FakeTensorMode()
+            fake_args = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args[:-1])
+            with mode:
+                fake = torch.ops.rnn_ext.layer(*fake_args, save)
+            for name, r, f in zip(("output", "h_n", "c_n", "cells", "saved"), real, fake, strict=True):
+                assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype), (name, save)
+                assert save or name != "saved" or r.numel() == 0
+
+
+def test_every_op_of_the_library_is_checked_here():
+    """Ops added later must be checked too; the ones behind the layer are reached through its gradients."""
+    names = {
+        schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("rnn_ext::")
+    }
+    assert "layer" in names
+    assert all(name.startswith("layer") or name.startswith("_layer") for name in names), names

@@ -1,0 +1,271 @@
+"""Many callers at once, one or two threads inside a call, and processes made before and after a call."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import rnn_ext
+from util import CELLS, LAYOUTS, Case, build, cotangents, gradients, run, same_bits
+
+CASES = [
+    Case(cell, layout, True, proj=5 if cell == "lstm" else 0, size=(7, 5, 9, 21))
+    for cell in CELLS
+    for layout in LAYOUTS
+]
+# More multiply-adds than a kernel leaves to one thread.
+LARGE = Case("lstm", "dense", True, size=(8, 64, 64, 128))
+
+
+def together(count: int, job) -> None:
+    """Run ``job(index)`` in that many threads that start at once; the first exception is raised here."""
+    barrier = threading.Barrier(count)
+
+    def start(index: int):
+        barrier.wait()
+        return job(index)
+
+    with ThreadPoolExecutor(count) as pool:
+        for future in [pool.submit(start, index) for index in range(count)]:
+            future.result()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_python_threads(threads):
+    """Each with problems of its own and all with one in common, forward and backward: the bits of a lone call."""
+    torch.set_num_threads(threads)
+    problems = [build(case).to(torch.float32) for case in CASES]
+    expected = [gradients(run, problem) for problem in problems]
+
+    def job(index: int) -> None:
+        torch.set_num_threads(threads)
+        for turn in range(2 * len(problems)):
+            chosen = (index * 5 + turn) % len(problems) if turn % 3 else 0
+            values, grads = gradients(run, problems[chosen])
+            same_bits(values, expected[chosen][0])
+            same_bits(grads, expected[chosen][1])
+
+    together(8, job)
+
+
+def test_many_python_threads_on_a_large_problem():
+    torch.set_num_threads(2)
+    problem = build(LARGE).to(torch.float32)
+    values, grads = gradients(run, problem)
+
+    def job(index: int) -> None:
+        torch.set_num_threads(1 + index % 2)
+        for _ in range(2):
+            again, again_grads = gradients(run, problem)
+            same_bits(again, values)
+            same_bits(again_grads, grads)
+
+    together(4, job)
+
+
+def test_mistakes_in_many_threads():
+    """Exceptions raised while others compute neither mix nor leak into sound calls."""
+    problem = build(CASES[0])
+    expected = run(problem)
+
+    def job(index: int) -> None:
+        for _ in range(30):
+            if index % 2:
+                same_bits(run(problem), expected)
+            else:
+                features = 10 + index
+                with pytest.raises((RuntimeError, ValueError), match=str(features)):
+                    run(problem.having({"input": torch.zeros(7, 5, features, dtype=torch.float64)}))
+
+    together(6, job)
+
+
+def test_shared_module_and_backward_in_another_thread():
+    """Forward here, backward there; gradients of concurrent backwards add up in the shared parameters."""
+    module = rnn_ext.LSTM(9, 21, 2, bidirectional=True, dtype=torch.float64, backend="custom")
+    input = torch.randn(5, 3, 9, dtype=torch.float64)
+    module(input)[0].sum().backward()
+    one = {name: p.grad.clone() for name, p in module.named_parameters()}
+    module.zero_grad()
+    losses = [module(input)[0].sum() for _ in range(6)]
+    together(6, lambda index: losses[index].backward())
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(p.grad, 6 * one[name], rtol=1e-12, atol=1e-12)
+
+
+def test_other_python_threads_run_meanwhile():
+    """The GIL is released: this thread gets on while another is inside one call."""
+    problem = build(Case("lstm", size=(600, 16, 64, 128))).to(torch.float32).requiring()
+    done, ticks, span = threading.Event(), [], {}
+
+    def call() -> None:
+        start = time.perf_counter()
+        results = run(problem)
+        span["forward"] = (start, time.perf_counter())
+        start = time.perf_counter()
+        torch.autograd.backward(list(results.values()), list(cotangents(results).values()))
+        span["backward"] = (start, time.perf_counter())
+        done.set()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    while not done.is_set():
+        ticks.append(time.perf_counter())
+        time.sleep(0.0005)
+    thread.join()
+    for name, (start, end) in span.items():
+        middle = [t for t in ticks if start + (end - start) * 0.2 < t < end - (end - start) * 0.2]
+        assert middle, f"no other thread ran during {name}"
+
+
+def script(text: str, **env: str) -> str:
+    """Run a script in a fresh interpreter and give back what it printed; a hang is an error."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **env}
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{text}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+FORKED = """
+import os, torch, traceback
+from test_threads import LARGE, CASES
+from util import build, gradients, run, same_bits
+torch.set_num_threads(2)
+large, small = build(LARGE).to(torch.float32), build(CASES[0]).to(torch.float32)
+expected, expected_small = gradients(run, large), gradients(run, small)
+
+def child(prepare):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            prepare()
+            for want, problem in ((expected_small, small), (expected, large)):
+                got = gradients(run, problem)
+                same_bits(got[0], want[0])
+                same_bits(got[1], want[1])
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+# torch's own kernels, too, hang in a forked child until it asks for one thread, as DataLoader's workers do.
+child(lambda: torch.set_num_threads(1))
+again = gradients(run, large)  # and the parent goes on
+same_bits(again[0], expected[0])
+same_bits(again[1], expected[1])
+print("well")
+"""
+
+
+def test_fork_after_use():
+    assert script(FORKED) == "well\n"
+
+
+WORKERS = """
+import torch, rnn_ext
+from torch.utils.data import DataLoader, Dataset
+
+torch.set_num_threads(2)
+module = rnn_ext.LSTM(64, 128, bidirectional=True, backend="custom")
+torch.manual_seed(0)
+inputs = torch.randn(6, 8, 64, 64)
+with torch.no_grad():
+    expected = [module(x)[0] for x in inputs]
+
+class Features(Dataset):
+    def __len__(self):
+        return 6
+    def __getitem__(self, index):
+        with torch.no_grad():
+            return module(inputs[index])[0]
+
+for index, batch in enumerate(DataLoader(Features(), batch_size=1, num_workers=2)):
+    assert torch.equal(batch[0], expected[index])
+print("well")
+"""
+
+
+def test_in_the_workers_of_a_dataloader():
+    assert script(WORKERS) == "well\n"
+
+
+def spawned(module, input, queue) -> None:
+    torch.set_num_threads(1)
+    queue.put(module(input)[0].detach().numpy())
+
+
+def test_spawned_process():
+    """A module travels to a fresh process and computes there what it does here."""
+    context = multiprocessing.get_context("spawn")
+    module = rnn_ext.GRU(9, 21, 2, bidirectional=True, backend="custom")
+    input = torch.randn(5, 3, 9)
+    queue = context.SimpleQueue()
+    process = context.Process(target=spawned, args=(module, input, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    assert process.exitcode == 0
+    assert torch.equal(torch.from_numpy(result), module(input)[0].detach())
+
+
+COUNTED = """
+import os, torch
+from test_threads import LARGE
+from util import build, gradients, run
+
+def count():
+    return len(os.listdir("/proc/self/task"))
+
+problem = build(LARGE).to(torch.float32)
+torch.set_num_threads(1)
+gradients(run, problem)
+alone = count()
+for _ in range(3):
+    gradients(run, problem)
+assert count() == alone, (alone, count())
+torch.set_num_threads(2)
+torch.randn(2_000_000).exp_()
+torch.randn(700, 700) @ torch.randn(700, 700)
+pool = count()
+for _ in range(3):
+    gradients(run, problem)
+assert count() == pool, (pool, count())
+print("well")
+"""
+
+
+def test_no_threads_beside_torchs():
+    """With one thread none is made; with two it is torch's own pool that works, and nothing is left behind."""
+    assert script(COUNTED, OMP_NUM_THREADS="1") == "well\n"
+
+
+UNDISTURBED = """
+import math, torch
+threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+import rnn_ext
+from rnn_ext import ops
+from test_threads import LARGE
+from util import build, gradients, run
+gradients(run, build(LARGE).to(torch.float32))
+assert torch.get_num_threads() == threads and torch.get_float32_matmul_precision() == precision
+tiny = 5e-324
+assert tiny / 1 == tiny and tiny * 1.0 > 0, "subnormal numbers are flushed"
+assert (torch.full((64,), 1e-310, dtype=torch.float64) / 2 > 0).all()
+print("well")
+"""
+
+
+def test_process_is_left_as_it_was():
+    """Importing and calling change neither thread count nor precision nor the floating-point unit."""
+    assert script(UNDISTURBED) == "well\n"

@@ -1,0 +1,283 @@
+"""What the tests share: problems for the layer op built from a short description, its oracle, and tolerances.
+
+A :class:`Case` says what to build, :func:`build` fills it with numbers (the same for the same case), :func:`run` gives
+it to the op and :func:`oracle` to ``rnn_ext.reference``. Results and gradients are dicts from a name to a tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from rnn_ext import ops, reference
+
+CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+LAYOUTS = ("dense", "batch_first", "packed")
+# Below, at and above multiples of every vector and tile width (1 to 128), and primes.
+SIZES = (1, 7, 33, 65, 129)
+PRIMES = (2, 3, 5, 11, 13)
+
+# Largest |actual - expected|, relative to the larger of 1 and the largest expected value.
+#   float64   rounding of sums of some hundred products, carried over some ten timesteps: about 1e-14
+#   float32   the promise is 2e-6 after 500 timesteps (outputs are bounded by 1; one ulp is 6e-8)
+#   bfloat16, float16   the promise is 2e-2 and 4e-3 (one rounding of the output is 4e-3 and 5e-4)
+VALUE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# The same for gradients, relative to the largest entry of that gradient: sums over N * L products.
+GRAD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem in words. ``lengths``, ``resets`` and ``state`` say whether that argument is given."""
+
+    cell: str = "lstm"
+    layout: str = "dense"
+    bidirectional: bool = False
+    bias: bool = True
+    proj: int = 0
+    lengths: bool = False
+    resets: bool = False
+    state: bool = True
+    size: tuple[int, int, int, int] = (5, 3, 4, 7)  # L, N, I, H
+
+    def __str__(self) -> str:
+        words = [self.cell, self.layout]
+        words += ["bi"] * self.bidirectional + ["nobias"] * (not self.bias) + [f"proj{self.proj}"] * bool(self.proj)
+        words += ["lengths"] * self.lengths + ["resets"] * self.resets + ["nostate"] * (not self.state)
+        return "-".join([*words, "x".join(map(str, self.size))])
+
+    def but(self, **changes) -> Case:
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def has_cell_state(self) -> bool:
+        return reference.CELLS[self.cell].has_cell_state
+
+
+@dataclasses.dataclass
+class Problem:
+    """The arguments of the op, with the weights by name (``weight_hh``, ``weight_hh_reverse``, ...)."""
+
+    case: Case
+    input: Tensor
+    h_0: Tensor | None
+    c_0: Tensor | None
+    weights: dict[str, Tensor]
+    batch_sizes: Tensor | None
+    lengths: Tensor | None
+    resets: Tensor | None
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Everything a gradient can be asked of."""
+        states = {name: t for name, t in (("h_0", self.h_0), ("c_0", self.c_0)) if t is not None}
+        return {"input": self.input, **states, **self.weights}
+
+    def having(self, leaves: dict[str, Tensor]) -> Problem:
+        """The same problem with some of its leaves exchanged."""
+        states = {name: leaves[name] for name in ("input", "h_0", "c_0") if name in leaves}
+        weights = {name: leaves.get(name, t) for name, t in self.weights.items()}
+        return dataclasses.replace(self, **states, weights=weights)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Problem:
+        return self.having({name: fn(t) for name, t in self.leaves().items()})
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        return self.map(lambda t: t.detach().to(dtype))
+
+    def requiring(self, names: Iterable[str] | None = None) -> Problem:
+        """Fresh leaves that require gradients: all, or those named."""
+        chosen = set(self.leaves() if names is None else names)
+        fresh = {name: t.detach().clone() for name, t in self.leaves().items()}
+        return self.having({name: t.requires_grad_(name in chosen) for name, t in fresh.items()})
+
+
+def decreasing_sizes(lengths: Sequence[int]) -> Tensor:
+    """Batch sizes of sequences of these lengths, as ``pack_padded_sequence`` gives them."""
+    return torch.tensor([sum(n > t for n in lengths) for t in range(max(lengths))], dtype=torch.int64)
+
+
+def build(case: Case, dtype: torch.dtype = torch.float64) -> Problem:
+    """Numbers for a case: standard normal input and states, weights as ``torch.nn`` draws them.
+
+    Lengths are unsorted, with a zero and a full one where the batch has room; resets include first timesteps and,
+    with lengths, timesteps past the end.
+    """
+    length, batch, inputs, hidden = case.size
+    cell, directions = reference.CELLS[case.cell], 1 + case.bidirectional
+    seed = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=seed, dtype=torch.float64)
+
+    def uniform(*shape: int) -> Tensor:
+        return (torch.rand(*shape, generator=seed, dtype=torch.float64) * 2 - 1) / hidden**0.5
+
+    features = case.proj or hidden
+    weights: dict[str, Tensor] = {}
+    for suffix in ("", "_reverse")[:directions]:
+        weights["weight_ih" + suffix] = uniform(cell.gates * hidden, inputs)
+        weights["weight_hh" + suffix] = uniform(cell.gates * hidden, features)
+        if case.bias:
+            weights["bias_ih" + suffix] = uniform(cell.gates * hidden)
+            weights["bias_hh" + suffix] = uniform(cell.gates * hidden)
+        if case.proj:
+            weights["weight_hr" + suffix] = uniform(case.proj, hidden)
+    batch_sizes = lengths = resets = None
+    if case.layout == "packed":
+        drawn = torch.randint(1, length + 1, (batch,), generator=seed).tolist()
+        batch_sizes = decreasing_sizes([length, *drawn[1:]])
+        input = normal(int(batch_sizes.sum()), inputs)
+    else:
+        lead = (batch, length) if case.layout == "batch_first" else (length, batch)
+        input = normal(*lead, inputs)
+        if case.resets:
+            resets = torch.rand(lead, generator=seed) < 0.3
+    if case.lengths:
+        lengths = torch.randint(0, length + 1, (batch,), generator=seed)
+        if batch > 1:
+            lengths[-1] = length
+        if batch > 2:
+            lengths[batch // 2] = 0
+    h_0 = normal(directions, batch, features) if case.state else None
+    c_0 = normal(directions, batch, hidden) if case.state and cell.has_cell_state else None
+    return Problem(case, input, h_0, c_0, weights, batch_sizes, lengths, resets).to(dtype)
+
+
+def named(results: Sequence[Tensor | None], case: Case, cell_states: bool = True) -> dict[str, Tensor]:
+    """The four results of the op by name, without those that this cell does not have."""
+    names = ["output", "h_n"]
+    if case.has_cell_state:
+        names += ["c_n"] + ["cells"] * cell_states
+    return {name: t for name, t in zip(("output", "h_n", "c_n", "cells"), results, strict=True) if name in names}
+
+
+def run(problem: Problem, cell_states: bool | None = None) -> dict[str, Tensor]:
+    """The op on this problem. ``cell_states`` (default: where the cell has them) asks for the fourth result."""
+    case = problem.case
+    cell_states = case.has_cell_state if cell_states is None else cell_states
+    results = ops.layer(
+        problem.input,
+        problem.h_0,
+        problem.c_0,
+        list(problem.weights.values()),
+        cell=case.cell,
+        batch_sizes=problem.batch_sizes,
+        lengths=problem.lengths,
+        resets=problem.resets,
+        bidirectional=case.bidirectional,
+        batch_first=case.layout == "batch_first",
+        cell_states=cell_states,
+    )
+    return named(results, case, cell_states)
+
+
+def oracle(problem: Problem) -> dict[str, Tensor]:
+    """The reference on this problem."""
+    case = problem.case
+    weights = list(problem.weights.values())
+    flags = (case.cell, case.bidirectional, case.layout == "batch_first")
+    masks = (problem.batch_sizes, problem.lengths, problem.resets)
+    return named(reference.layer(problem.input, problem.h_0, problem.c_0, weights, *masks, *flags), case)
+
+
+def cotangents(results: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for name, t in results.items()
+    }
+
+
+def gradients(
+    fn: Callable[[Problem], dict[str, Tensor]],
+    problem: Problem,
+    grad_of: dict[str, Tensor] | None = None,
+    wrt: Iterable[str] | None = None,
+    unused: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Results and gradients of ``fn``. ``grad_of`` has the gradients of its results (default: normal, of all).
+
+    ``unused``: results that depend on no leaf, and leaves that no result depends on, are no error.
+    """
+    problem = problem.requiring(wrt)
+    results = fn(problem)
+    grad_of = cotangents(results) if grad_of is None else grad_of
+    leaves = {name: t for name, t in problem.leaves().items() if t.requires_grad}
+    if unused:
+        grad_of = {name: g for name, g in grad_of.items() if results[name].requires_grad}
+    grads = torch.autograd.grad(
+        [results[name] for name in grad_of],
+        list(leaves.values()),
+        list(grad_of.values()),
+        allow_unused=unused,
+        materialize_grads=unused,
+    )
+    return {name: t.detach() for name, t in results.items()}, dict(zip(leaves, grads, strict=True))
+
+
+def largest(tensors: Iterable[Tensor]) -> float:
+    return max((t.abs().max().item() for t in tensors if t.numel()), default=0.0)
+
+
+def check(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, floor: float, what: str) -> None:
+    """Each tensor within ``tolerance`` of the expected one, relative to its largest entry (or ``floor`` if larger).
+
+    NaN and infinity are equal to themselves only.
+    """
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        got = actual[name]
+        assert got.shape == want.shape, f"{what} {name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        got, want = got.detach().double(), want.detach().double()
+        odd = ~torch.isfinite(want)
+        torch.testing.assert_close(
+            got[odd], want[odd], rtol=0, atol=0, equal_nan=True, msg=f"{what} {name}: NaN or inf"
+        )
+        got, want = got[~odd], want[~odd]
+        error = largest([got - want]) if bool(torch.isfinite(got).all()) else float("inf")
+        allowed = tolerance * max(largest([want]), floor)
+        assert error <= allowed, f"{what} {name}: off by {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_values(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype = torch.float64) -> None:
+    check(actual, expected, VALUE_TOLERANCE[dtype], 1.0, "value of")
+
+
+def check_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype = torch.float64) -> None:
+    # A gradient that all but vanishes beside the others is held to their scale: it is rounding there too.
+    check(actual, expected, GRAD_TOLERANCE[dtype], 1e-3 * largest(expected.values()), "gradient of")
+
+
+def same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        assert torch.equal(actual[name], want), f"{name}: differs by {largest([actual[name] - want]):.3g}"
+
+
+def matrix() -> list[Case]:
+    """Every cell x direction x layout x bias x projection x lengths x resets, each at its own small odd size."""
+    cases = []
+    for cell, proj in (*((cell, 0) for cell in CELLS), ("lstm", 1)):
+        for bidirectional in (False, True):
+            for bias in (True, False):
+                for layout in LAYOUTS:
+                    given = (False,) if layout == "packed" else (False, True)
+                    for lengths, resets in itertools.product(given, given):
+                        cases.append(Case(cell, layout, bidirectional, bias, proj, lengths, resets))
+    sized = []
+    for case in cases:
+        pick = random.Random(str(case)).choice  # the same for the same case
+        length, batch, inputs, hidden = (
+            pick(PRIMES),
+            pick((1, 2, 3, 5, 7, 13)),
+            pick((1, 3, 8, 13)),
+            pick((5, 7, 17, 33)),
+        )
+        proj = pick((1, (hidden + 1) // 2, hidden - 1)) if case.proj else 0
+        sized.append(case.but(size=(length, batch, inputs, hidden), proj=proj, state=pick((True, True, False))))
+    return sized
