@@ -87,6 +87,16 @@ def compile_cuda(nvcc: str, files: list[str], folder: Path) -> list[str]:
     return objects
 
 
+def cuda_link_args(nvcc: str, file: str) -> list[str]:
+    # nvcc may be a wrapper anywhere, so it is asked for its library folders. The runtime is linked statically: the
+    # library loads beside a torch of any CUDA version, or none.
+    dry_run = subprocess.run(
+        [nvcc, "--dryrun", "-c", file], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stderr
+    libraries = next((line for line in dry_run.splitlines() if "LIBRARIES=" in line), "")
+    return [*shlex.split(libraries.partition("=")[2]), "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+
+
 def openmp_link_args(torch_lib: Path) -> list[str]:
     # torch's wheels bring their own libgomp. Linking that very file, whatever its soname, keeps one OpenMP runtime and
     # one thread pool in the process.
@@ -140,8 +150,9 @@ def main() -> None:
             print(f"rnn_ext: C++: {self.compiler_name}, {len(self.extensions[0].sources)} files")
             print(f"rnn_ext: CUDA: {'yes' if with_cuda else 'no'} ({cuda_reason})", flush=True)
             if with_cuda:
-                folder = Path(self.build_temp, "cuda").resolve()
-                self.extensions[0].extra_objects += compile_cuda(cuda_reason, sources("cuda", "*.cu"), folder)
+                files = sources("cuda", "*.cu")
+                self.extensions[0].extra_objects += compile_cuda(cuda_reason, files, Path(self.build_temp, "cuda"))
+                self.extensions[0].extra_link_args += cuda_link_args(cuda_reason, files[0])
             super().build_extensions()
 
         def run(self):
@@ -168,7 +179,7 @@ def main() -> None:
         # -isystem wins over -I: warnings are asked for in our own code only.
         extra_compile_args=CXX_FLAGS + [f"-isystem{path}" for path in system_includes],
         library_dirs=[str(torch_lib)],
-        libraries=["c10", "torch", "torch_cpu", "torch_python"] + (["cudart_static", "rt", "dl"] if with_cuda else []),
+        libraries=["c10", "torch", "torch_cpu", "torch_python"],
         extra_link_args=openmp_link_args(torch_lib),
         language="c++",
     )

@@ -55,7 +55,8 @@ def check_library() -> Check:
     info = importlib.import_module("rnn_ext._build_info")
     cuda = "with" if info.CUDA else "without"
     found = f"built for torch {info.TORCH_VERSION} by {info.COMPILER}, {cuda} CUDA kernels"
-    sources = (_loader.FOLDER.parent / "csrc").glob("*/*.*")
+    folders = ("cells", "cpu", "ops", *(["cuda"] if info.CUDA else []))
+    sources = [path for folder in folders for path in (_loader.FOLDER.parent / "csrc" / folder).glob("*.*")]
     changed = max((path.stat().st_mtime for path in sources), default=0.0)
     if changed > max(path.stat().st_mtime for path in _loader.FOLDER.glob("_C.*")):
         return Check("library", found, f"csrc has changed since the library was built; {_loader.remedy()}")
@@ -166,7 +167,7 @@ def largest_difference() -> float:
                 rnn_ext.set_backend(layer, backend)
                 output = layer(input)[0]
                 results.append([output, *torch.autograd.grad(output.square().sum(), [input, *layer.parameters()])])
-            worst = max(worst, *(float((ours - torchs).abs().max()) for ours, torchs in zip(*results, strict=True)))
+            worst = max(worst, *((ours - torchs).abs().max().item() for ours, torchs in zip(*results, strict=True)))
     return worst
 
 

@@ -110,7 +110,7 @@ def _layer_reference(
     return output, h_n, empty if c_n is None else c_n, cells if cell_states and cells is not None else empty
 
 
-def _layer_vjp_reference(
+def _layer_backward_reference(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
@@ -128,27 +128,76 @@ def _layer_vjp_reference(
     cell_states: bool,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of the reference, themselves differentiable."""
-    with torch.enable_grad():
-        leaves = [None if x is None else x.view_as(x) for x in (input, h_0, c_0, *weights)]
-        leaves = [x if x is None or x.requires_grad else x.detach().requires_grad_() for x in leaves]
-        outputs = _layer_reference(
-            leaves[0], *leaves[1:3], leaves[3:], batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states
+    """The vector-Jacobian product of the reference."""
+    inputs = [input, h_0, c_0, *weights]
+    places = [i for i, x in enumerate(inputs) if x is not None and output_mask[i]]
+
+    def forward(*wanted: Tensor) -> Sequence[Tensor]:
+        a = _replaced(inputs, places, wanted)
+        return _layer_reference(
+            a[0], a[1], a[2], a[3:], batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states
         )
-        pairs = [
-            (out, grad)
-            for out, grad in zip(outputs, (grad_output, grad_h_n, grad_c_n, grad_cells), strict=True)
-            if grad is not None and out.requires_grad
-        ]
-        wanted = [i for i, mask in enumerate(output_mask) if mask and leaves[i] is not None]
-        found: Sequence[Tensor | None] = [None] * len(wanted)
-        if pairs and wanted:
-            outs, grads = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outs, [leaves[i] for i in wanted], grads, create_graph=True, allow_unused=True)
-    results = [input.new_empty(0)] * len(leaves)
-    for i, grad in zip(wanted, found, strict=True):
-        results[i] = torch.zeros_like(leaves[i]) if grad is None else grad
+
+    found = _vjp(forward, [inputs[i] for i in places], (grad_output, grad_h_n, grad_c_n, grad_cells))
+    results = _replaced([input.new_empty(0)] * len(inputs), places, found)
     return results[0], results[1], results[2], results[3:]
+
+
+def _layer_double_backward_reference(
+    grad_grads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+    batch_first: bool,
+    cell_states: bool,
+) -> list[Tensor]:
+    """The vector-Jacobian product of the above, in its grad_output .. grad_cells, input, h_0, c_0 and weights."""
+    places = [i for i, x in enumerate(tensors) if x is not None]
+    mask = [g is not None for g in grad_grads]
+
+    def backward(*present: Tensor) -> Sequence[Tensor]:
+        a = _replaced(tensors, places, present)
+        *grads, dw = _layer_backward_reference(
+            *a[:7], a[7:], batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, mask
+        )
+        return *grads, *dw
+
+    return _vjp(backward, [tensors[i] for i in places], grad_grads)
+
+
+def _replaced(items: Sequence[Any], places: Sequence[int], new: Sequence[Any]) -> list[Any]:
+    items = list(items)
+    for i, x in zip(places, new, strict=True):
+        items[i] = x
+    return items
+
+
+def _vjp(function: Callable, inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> list[Tensor]:
+    """``torch.func.vjp`` for code that runs inside an autograd kernel, where no new transform can begin.
+
+    The result is differentiable, forward and backward, in whatever the inputs and cotangents depend on.
+    """
+    from rnn_ext import _C
+
+    keep_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases end the inner graph here. detach() would lose the tangent of forward mode.
+        aliases = [x.view_as(x) if x.requires_grad else x + _C.require_grad(x.new_zeros(())) for x in inputs]
+        pairs = [
+            (output, cotangent)
+            for output, cotangent in zip(function(*aliases), cotangents, strict=True)
+            if cotangent is not None and output.requires_grad
+        ]
+        if pairs and aliases:
+            outputs, given = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, aliases, given, create_graph=True, allow_unused=True)
+        else:
+            found = [None] * len(aliases)
+    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+    return grads if keep_graph else [g.detach() for g in grads]
 
 
 def _padded(size: int) -> int:
@@ -270,7 +319,8 @@ if is_available():
     _layer = torch.ops.rnn_ext.layer.default
     _library = torch.library.Library("rnn_ext", "IMPL")  # kept: dropping it would unregister what follows
     _library.impl("layer_reference", _layer_reference, "CompositeImplicitAutograd")
-    _library.impl("layer_vjp_reference", _layer_vjp_reference, "CompositeImplicitAutograd")
+    _library.impl("layer_backward_reference", _layer_backward_reference, "CompositeImplicitAutograd")
+    _library.impl("layer_double_backward_reference", _layer_double_backward_reference, "CompositeImplicitAutograd")
     torch.library.register_fake("rnn_ext::layer", _layer_fake)
     torch.library.register_fake("rnn_ext::layer_backward", _layer_backward_fake)
     torch.library.register_vmap("rnn_ext::layer", _layer_vmap)

@@ -1,4 +1,4 @@
-"""Settings shared by every test: generated cases are the same on every run, and one thread unless a test asks for more."""
+"""Settings of every test: generated cases are the same on every run, and one thread unless a test asks for more."""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -106,3 +108,59 @@ def test_launcher_refuses(right: bytes, wrong: bytes, words: str) -> None:
     data = request(case, make_inputs(case)).replace(right, wrong, 1)
     with pytest.raises(KernelReportError, match=words):
         run_program(build.driver(), "plain", data)
+
+
+# Each seeded mistake, and what has to be said about it under some build and schedule.
+MISTAKES = {
+    "missing_barrier": "NaN in the result|data race",
+    "missing_second_barrier": "data race",
+    "dynamic_shared_out_of_bounds": "heap-buffer-overflow",
+    "static_shared_out_of_bounds": "heap-buffer-overflow",
+    "global_out_of_bounds": "heap-buffer-overflow",
+    "uninitialised_shared": "NaN in the result",
+    "unwritten_output": "NaN in the result",
+    "barrier_in_a_branch": "deadlock|exits while others wait",
+    "barrier_in_two_places": "divergent barrier",
+    "barrier_after_an_exit": "after a thread of the block has exited|exits while others wait",
+    "shuffle_in_a_branch": "deadlock",
+    "shuffle_outside_its_mask": "outside its mask|not in its mask",
+    "shuffle_as_a_barrier": "data race",
+    "copy_without_wait": "NaN in the result",
+    "copy_wait_without_barrier": "data race|NaN in the result",
+    "copy_never_committed": "uncommitted cp.async",
+    "misaligned_vector": "misaligned",
+    "blocks_race": "data race",
+    "relaxed_flag": "data race",
+    "waits_for_ever": "livelock",
+}
+
+
+def reports(mistake: str, flavour: str, schedule: int) -> str:
+    program = build.build([build.HERE / "bad_kernels.cu"], flavour)
+    result = subprocess.run(
+        [*build.command_line(program, flavour), mistake],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=120,
+        env=build.environment(schedule, resident_threads=1 << 20),
+    )
+    return result.stderr if result.returncode else ""
+
+
+def test_every_seeded_mistake_is_expected() -> None:
+    program = build.build([build.HERE / "bad_kernels.cu"])
+    listed = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.split()
+    assert listed == list(MISTAKES)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_seeded_mistake_is_caught(mistake: str) -> None:
+    """The mistake is named for what it is, by a plain build where that can see it, else by a sanitizer."""
+    said = ""
+    for flavour in build.FLAVOURS:
+        for schedule in (0, 1):
+            said = reports(mistake, flavour, schedule)
+            if re.search(MISTAKES[mistake], said):
+                return
+    pytest.fail(f"nothing of the kind was reported; the last words: {said[:500]}")

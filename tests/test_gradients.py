@@ -1,4 +1,4 @@
-"""Gradients of ``ops.layer``: against the oracle and finite differences, of any order, in part, and under ``torch.func``."""
+"""Gradients of ``ops.layer``: against the oracle and finite differences, any order, in part, under ``torch.func``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
 from torch.autograd import gradcheck, gradgradcheck
-
-from rnn_ext import ops
 from util import (
     CELLS,
     LAYOUTS,
@@ -27,6 +25,8 @@ from util import (
     run,
     same_bits,
 )
+
+from rnn_ext import ops
 
 TINY = (3, 2, 2, 3)
 # Every cell and every way of describing a batch; biases and projection where they matter to the derivative.

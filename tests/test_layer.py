@@ -1,4 +1,4 @@
-"""The values of ``ops.layer`` against the oracle: every option, odd sizes, every dtype and instruction set, strange numbers."""
+"""Values of ``ops.layer`` against the oracle: every option, odd sizes, dtypes, instruction sets, strange numbers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from rnn_ext import ops
+import util
 from util import (
     CELLS,
     LAYOUTS,
@@ -28,6 +27,8 @@ from util import (
     run,
     same_bits,
 )
+
+from rnn_ext import ops
 
 # L, N, I, H: each in turn through sizes that end inside and on the edge of vectors and tiles, then together.
 SWEEP = [
@@ -92,7 +93,7 @@ def test_reduced_precision(cell, proj, layout, dtype):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_reduced_precision_accumulates_in_float32(cell):
-    """A sum of 4,096 products of 0.01 is right only when it is not accumulated in 16 bits, input and hidden part alike."""
+    """A sum of 4,096 products of 0.01 comes out wrong if it is accumulated in 16 bits; input and hidden part alike."""
     for inputs, hidden in ((4096, 1), (1, 4096)):
         if hidden == 4096 and cell != "rnn_tanh":
             continue  # one cell is enough for the larger product
@@ -238,7 +239,7 @@ def test_arguments_are_left_alone_and_results_are_new(cell):
 
 
 def test_rows_do_not_depend_on_their_neighbours():
-    """A row alone and in company differ by rounding at most, in 16 bits too: who else is in the batch must not matter."""
+    """A row alone and in company differ by rounding at most, in 16 bits too: who else is in the batch is no matter."""
     for dtype, allowed in (
         (torch.float64, 1e-14),
         (torch.float32, 1e-6),
@@ -310,7 +311,8 @@ def test_strange_magnitudes(cell, dtype):
     check_values(actual, expected, dtype)
     assert all(torch.isfinite(t).all() for t in grads.values())
     if dtype == torch.float64:
-        check_gradients(grads, expected_grads)
+        # A pre-activation of 1e4 is itself known to 1e-12 only.
+        util.check(grads, expected_grads, 1e-10, 0.0, "gradient of")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -374,7 +376,7 @@ MISTAKES = {
     "c_0 features": (lambda p: {"c_0": torch.zeros(1, 3, 8).double()}, ["c_0", "1, 3, 8", "1, 3, 7"]),
     "c_0 dtype": (lambda p: {"c_0": p.c_0.float()}, ["c_0", "float32|Float", "float64|Double"]),
     "weight_ih features": (lambda p: {"weight_ih": torch.zeros(28, 5).double()}, ["5", "4"]),
-    "weight_ih rows": (lambda p: {"weight_ih": torch.zeros(27, 4).double()}, ["27", "28"]),
+    "weight_ih rows": (lambda p: {"weight_ih": torch.zeros(27, 4).double()}, ["weight_ih", "27"]),
     "weight_ih 1-D": (lambda p: {"weight_ih": torch.zeros(28).double()}, ["weight_ih", "28"]),
     "weight_hh rows": (lambda p: {"weight_hh": torch.zeros(26, 7).double()}, ["26"]),
     "weight_hh features": (lambda p: {"weight_hh": torch.zeros(28, 6).double()}, ["6", "7"]),
@@ -466,7 +468,7 @@ def test_packed_input_with_lengths():
 def test_projection_shape():
     problem = build(Case(proj=3))
     problem.weights["weight_hr"] = torch.zeros(3, 6).double()
-    with pytest.raises((ValueError, RuntimeError), match="weight_hr(.|\n)*6(.|\n)*7|weight_hr(.|\n)*7(.|\n)*6"):
+    with pytest.raises((ValueError, RuntimeError), match=r"weight_hr(.|\n)*6(.|\n)*7|weight_hr(.|\n)*7(.|\n)*6"):
         run(problem)
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import rnn_ext
 
-I, H, L, N = 4, 6, 5, 3
+I, H, L, N = 4, 6, 5, 3  # noqa: E741
 NATIVE = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
 OURS = {"RNN": rnn_ext.RNN, "GRU": rnn_ext.GRU, "LSTM": rnn_ext.LSTM}
 
@@ -67,9 +67,13 @@ def test_construction_of_one_kind():
     )
     complain_alike(lambda: rnn_ext.RNN(I, H, 1, "gelu"), lambda: nn.RNN(I, H, 1, "gelu"), "gelu", "tanh")
     for size in (H, H + 1, -1):
-        complain_alike(lambda: rnn_ext.LSTM(I, H, proj_size=size), lambda: nn.LSTM(I, H, proj_size=size), "proj_size")
+        complain_alike(
+            lambda s=size: rnn_ext.LSTM(I, H, proj_size=s), lambda s=size: nn.LSTM(I, H, proj_size=s), "proj_size"
+        )
     for name in ("RNN", "GRU"):
-        complain_alike(lambda: OURS[name](I, H, proj_size=2), lambda: NATIVE[name](I, H, proj_size=2), "proj_size")
+        complain_alike(
+            lambda n=name: OURS[n](I, H, proj_size=2), lambda n=name: NATIVE[n](I, H, proj_size=2), "proj_size"
+        )
     with pytest.raises(TypeError, match="nonlinearity"):
         rnn_ext.LSTM(I, H, nonlinearity="tanh")
     with pytest.warns(UserWarning, match=r"dropout.*num_layers=1"):
@@ -78,7 +82,7 @@ def test_construction_of_one_kind():
 
 @pytest.mark.parametrize("name", OURS)
 def test_unknown_backend(name):
-    with pytest.raises(ValueError, match="cudnn.*auto.*custom.*native"):
+    with pytest.raises(ValueError, match=r"cudnn.*auto.*custom.*native"):
         OURS[name](I, H, backend="cudnn")
     with pytest.raises(ValueError, match="None"):
         OURS[name](I, H, backend=None)
@@ -157,13 +161,13 @@ def test_states_of_an_lstm(backend):
         ((good_h,), []),
         ((good_h, good_c, good_c), []),
     ):
-        error = caught(lambda: ours(input, hx))
+        error = caught(lambda hx=hx: ours(input, hx))
         assert isinstance(error, (RuntimeError, ValueError, TypeError, IndexError)), repr(error)
         if len(hx) == 2:
-            complain_alike(lambda: ours(input, hx), lambda: native(input, hx), *words)
+            complain_alike(lambda hx=hx: ours(input, hx), lambda hx=hx: native(input, hx), *words)
     caught(lambda: ours(input, good_h))
     for name in ("RNN", "GRU"):
-        error = caught(lambda: OURS[name](I, H, backend=backend)(input, (good_c, good_c)))
+        error = caught(lambda n=name: OURS[n](I, H, backend=backend)(input, (good_c, good_c)))
         assert isinstance(error, (RuntimeError, ValueError, TypeError, AttributeError)), repr(error)
 
 

@@ -1,4 +1,4 @@
-"""``rnn_ext.RNN``, ``LSTM`` and ``GRU`` beside torch.nn's: same arguments, parameters, results, gradients and manners."""
+"""``rnn_ext.RNN``, ``LSTM`` and ``GRU`` beside torch.nn's: same arguments, parameters, results and gradients."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch._dynamo.testing
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from util import CELLS, Case, Problem, check_gradients, check_values, oracle, same_bits
 
 import rnn_ext
 from rnn_ext import reference
-from util import CELLS, Case, Problem, check_gradients, check_values, oracle, same_bits
 
 NATIVE = {"rnn_tanh": nn.RNN, "rnn_relu": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 OURS = {"rnn_tanh": rnn_ext.RNN, "rnn_relu": rnn_ext.RNN, "gru": rnn_ext.GRU, "lstm": rnn_ext.LSTM}
-I, H = 4, 6
+I, H = 4, 6  # noqa: E741
 
 
 def options(cell: str, **extra):
@@ -30,7 +30,7 @@ def options(cell: str, **extra):
 
 
 def ours(cell: str, *sizes, **extra) -> nn.Module:
-    """Held to our kernels: "auto" would fall back to torch's where ours are missing, and the test would test nothing."""
+    """Held to our kernels: where they are missing, "auto" would take torch's, and the tests would test nothing."""
     torch.manual_seed(3)
     return OURS[cell](*(sizes or (I, H)), **options(cell, **extra), backend="custom")
 
@@ -308,7 +308,7 @@ def test_frozen_parameters(cell):
 
 
 def test_autocast():
-    """Under CPU autocast: torch.nn's dtypes, float32 gradients, 16-bit accuracy; float32 regions switch it off again."""
+    """Under CPU autocast: torch.nn's dtypes, float32 gradients, 16-bit accuracy; regions without it are float32."""
     for cell in CELLS:
         first, second = pair(cell, num_layers=2, dtype=torch.float32)
         input = randn(7, 3, I, dtype=torch.float32)

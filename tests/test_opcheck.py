@@ -1,12 +1,12 @@
-"""``torch.library.opcheck``: schema, autograd registration, fake kernel and AOTDispatch of the op, for every kind of call."""
+"""``torch.library.opcheck``: schema, autograd registration, fake kernel and AOTDispatch, for every kind of call."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from util import CELLS, Case, build
 
 from rnn_ext import ops
-from util import CELLS, Case, build
 
 SIZE = (3, 2, 3, 4)
 SAMPLES = [

@@ -1,4 +1,4 @@
-"""A real pretrained BiLSTM: g2pM's Chinese polyphone disambiguation, beside the numpy implementation it is shipped with.
+"""A real pretrained BiLSTM: g2pM's Chinese polyphone disambiguation, beside the numpy code that it is shipped with.
 
 The wheel is fetched through the user's pip, held against its hash and kept in rnn_ext's cache folder; offline and not
 yet cached, the tests are skipped. Its weights are licensed under Apache 2.0 and are not redistributed here.
@@ -30,16 +30,18 @@ SHA256 = "9e920b82df4002f96d8679720c7a858d10816d438dbd61b8b6b621a80a976361"
 
 # Characters with several readings in ordinary use, one to thirty characters a sentence.
 SENTENCES = """
-他红了二十年以后竟退出了大家的视线。 银行行长走在人行道上。 我长大以后想当校长。 这件衣服的长度比那件长。 音乐让我很快乐。
-他还没有把书还给我。 请重新称一下这个箱子的重量。 我觉得睡觉很重要。 会计说开会的时间已经过了。 他们为了和平而和好。
-都市里的人都很忙。 小明的头发发黄了。 干燥的天气里要干活。 她背着背包背诵课文。 老师教我们写字。 教室里很安静。 我们参加了会议。
-人参是一种药材。 他得了第一名还得继续努力。 这种种子很难种。 大夫说他的病不要紧。 天空中有空位吗。 请把门关上。 难民遇到了很多困难。
-他应该答应了。 相片里的人互相看着对方。 数学课上老师让我们数数。 大家都喜欢他好客的性格。 爱好运动的人身体好。 车间里的工人中间休息。
-树叶落下来了。 他把钥匙落在家里。 降落伞从天上降下来。 敌人投降了。 朝阳照着朝鲜半岛。 他转身看见轮子在转。 调查员调整了音调。
-子弹从弹簧里弹出来。 奇数和偶数真奇怪。 我差点出差。 成绩参差不齐。 藏族人把宝藏藏在西藏。 单于姓单。 便宜的东西不一定方便。
-我的目的地是北京。 你的确说得对。 地上的草长得慢慢地高了。 了解情况以后他走了。 着火了他着急得睡不着。 看着门的人叫看门人。 行。
-一行白鹭上青天。 两个黄鹂鸣翠柳。 床前明月光。 疑是地上霜。 举头望明月。 低头思故乡。 春眠不觉晓。 处处闻啼鸟。 夜来风雨声。 花落知多少。
-""".split()
+他红了二十年以后竟退出了大家的视线。 银行行长走在人行道上。 我长大以后想当校长。 这件衣服的长度比那件长。
+音乐让我很快乐。 他还没有把书还给我。 请重新称一下这个箱子的重量。 我觉得睡觉很重要。 会计说开会的时间已经过了。
+他们为了和平而和好。 都市里的人都很忙。 小明的头发发黄了。 干燥的天气里要干活。 她背着背包背诵课文。 老师教我们写字。
+教室里很安静。 我们参加了会议。 人参是一种药材。 他得了第一名还得继续努力。 这种种子很难种。 大夫说他的病不要紧。
+天空中有空位吗。 请把门关上。 难民遇到了很多困难。 他应该答应了。 相片里的人互相看着对方。 数学课上老师让我们数数。
+大家都喜欢他好客的性格。 爱好运动的人身体好。 车间里的工人中间休息。 树叶落下来了。 他把钥匙落在家里。
+降落伞从天上降下来。 敌人投降了。 朝阳照着朝鲜半岛。 他转身看见轮子在转。 调查员调整了音调。 子弹从弹簧里弹出来。
+奇数和偶数真奇怪。 我差点出差。 成绩参差不齐。 藏族人把宝藏藏在西藏。 单于姓单。 便宜的东西不一定方便。
+我的目的地是北京。 你的确说得对。 地上的草长得慢慢地高了。 了解情况以后他走了。 着火了他着急得睡不着。
+看着门的人叫看门人。 行。 一行白鹭上青天。 两个黄鹂鸣翠柳。 床前明月光。 疑是地上霜。 举头望明月。 低头思故乡。
+春眠不觉晓。 处处闻啼鸟。 夜来风雨声。 花落知多少。
+"""
 
 
 def fetch() -> bytes:
@@ -112,7 +114,9 @@ class Network(nn.Module):
 def sentences(recorder) -> list[np.ndarray]:
     """Those above as the wheel would number them, and its whole vocabulary in pieces of 1 to 43 characters."""
     index = recorder.char2idx
-    written = [[index["시"], *(index.get(char, index["<UNK>"]) for char in text), index["끝"]] for text in SENTENCES]
+    written = [
+        [index["시"], *(index.get(char, index["<UNK>"]) for char in text), index["끝"]] for text in SENTENCES.split()
+    ]
     known = sorted(number for number in index.values() if number > 0)
     pieces = []
     while known:

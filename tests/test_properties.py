@@ -9,9 +9,9 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from util import CELLS, LAYOUTS, Case, build, check_gradients, check_values, gradients, oracle, run, same_bits
 
 import rnn_ext
-from util import CELLS, LAYOUTS, Case, build, check_gradients, check_values, gradients, oracle, run, same_bits
 
 
 @st.composite

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from util import CELLS, LAYOUTS, Case, build, check_gradients, check_values, gradients, oracle
 
 from rnn_ext import reference
-from util import CELLS, LAYOUTS, Case, build, check_gradients, check_values, gradients, oracle
 
 NATIVE = {"rnn_tanh": nn.RNN, "rnn_relu": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 NATIVE_CELL = {"rnn_tanh": nn.RNNCell, "rnn_relu": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
@@ -116,7 +118,7 @@ def test_lengths_and_resets_equal_sequences_on_their_own(cell, bidirectional, re
             given = [s[:, n : n + 1] for s in states]
             final = list(given)
             row = []
-            for k, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            for k, (start, end) in enumerate(itertools.pairwise(bounds)):
                 if start == end:
                     continue
                 # The given state belongs to the first piece forwards (unless that begins with a reset) and to the

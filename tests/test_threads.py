@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from util import CELLS, LAYOUTS, Case, build, cotangents, gradients, run, same_bits
 
 import rnn_ext
-from util import CELLS, LAYOUTS, Case, build, cotangents, gradients, run, same_bits
 
 CASES = [
     Case(cell, layout, True, proj=5 if cell == "lstm" else 0, size=(7, 5, 9, 21))

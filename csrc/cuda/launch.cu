@@ -33,8 +33,8 @@ int check(const Args& args, int64_t first_step, int64_t last_step, int64_t steps
     return refuse(error, "expected positive sizes, got length %lld, batch %lld, hidden size %lld", number(s.length),
                   number(s.batch), number(s.hidden));
   }
-  constexpr int64_t kMaxHidden = 1 << 20, kMaxRowsTimesHidden = int64_t{1} << 37;  // grid.y and grid.x of a launch
-  if (s.hidden >= kMaxHidden || s.batch > kMaxRowsTimesHidden / s.hidden) {
+  constexpr int64_t kMaxHidden = 65535 * 16, kMaxBatch = INT32_MAX;  // grid.y counts unit tiles, grid.x rows
+  if (s.hidden > kMaxHidden || s.batch > kMaxBatch) {
     return refuse(error, "batch %lld x hidden size %lld is beyond one launch", number(s.batch), number(s.hidden));
   }
   if (first_step < 0 || first_step > last_step || last_step > steps) {

@@ -168,11 +168,10 @@ RNN_EXT_DEVICE void backward_unit(const BackwardStep<T>& step, const BackwardSte
     dh = value_or_zero(d.dh_n, state);
     if constexpr (Cell::kHasCell) dc = value_or_zero(d.dc_n, state);
   }
-  T* dgates_row = d.dgates + row * d.dgates_stride + unit;
   if (!has_now) {  // before the row's first timestep, after its last, or the row has none
     if (n < d.now.rows) {
 #pragma unroll
-      for (int q = 0; q < kGradGates; ++q) dgates_row[q * hidden] = narrow<T>(A(0));
+      for (int q = 0; q < kGradGates; ++q) d.dgates[row * d.dgates_stride + q * hidden + unit] = narrow<T>(A(0));
     }
     if (has_after || (d.now.rows == 0 && step.rules.never_exists(n))) {
       d.dh_0[state] = narrow<T>(dh);
@@ -202,7 +201,7 @@ RNN_EXT_DEVICE void backward_unit(const BackwardStep<T>& step, const BackwardSte
   const A direct = Cell::template backward<ExactMath<A>>(saved, h, h_prev, c_prev, dh, dc, dgates);
 
 #pragma unroll
-  for (int q = 0; q < kGradGates; ++q) dgates_row[q * hidden] = narrow<T>(dgates[q]);
+  for (int q = 0; q < kGradGates; ++q) d.dgates[row * d.dgates_stride + q * hidden + unit] = narrow<T>(dgates[q]);
   if constexpr (Cell::kDirectCarry) d.dh_carry[state] = direct;
   if constexpr (Cell::kHasCell) d.dc_carry[state] = dc;
 }
@@ -211,11 +210,14 @@ RNN_EXT_DEVICE void backward_unit(const BackwardStep<T>& step, const BackwardSte
 // --------------------------------------------------------------------------------------------------------
 
 // A block owns kTileRows batch rows x kTileUnits hidden units; a thread owns kRows rows of one unit, all its gates, so
-// the cell needs no exchange. K is cut into chunks of one 128-byte line, double-buffered in shared memory: the next
+// the cell needs no exchange. The reduction is cut into chunks, double-buffered in shared memory: the next
 // chunk travels in registers while the present one is multiplied, which leaves one barrier per chunk and asks nothing
 // of alignment.
 inline constexpr int kTileUnits = 16, kTileGroups = 8, kTileThreads = kTileUnits * kTileGroups;
 inline constexpr int kChunk = 16;
+
+// Blocks per multiprocessor that registers must allow. Without a number ptxas aims higher and spills a register or two.
+inline constexpr int kForwardBlocks = 2, kOtherBlocks = 4;
 
 // acc[i] += sum over k of rows[k][i] * columns[k][...], for one chunk in shared memory.
 template <int kRows, int kColumns, int kRowPitch, int kColumnPitch, class A>
@@ -236,7 +238,8 @@ RNN_EXT_DEVICE void multiply_chunk(const A* rows, const A* columns, A (&acc)[kRo
 
 // grid: (row tiles, unit tiles, directions)
 template <class Cell, class T, int kRows>
-__global__ void __launch_bounds__(kTileThreads) step_forward_kernel(const __grid_constant__ ForwardStep<T> step) {
+__global__ void __launch_bounds__(kTileThreads, kForwardBlocks)
+    step_forward_kernel(const __grid_constant__ ForwardStep<T> step) {
   using A = AccumulatorOf<T>;
   constexpr int kTileRows = kTileGroups * kRows, kGates = Cell::kGates;
   constexpr int kRowPitch = kTileRows + 1,
@@ -307,9 +310,9 @@ __global__ void __launch_bounds__(kTileThreads) step_forward_kernel(const __grid
     const bool more = k0 + kChunk < hidden;
     __syncthreads();  // this chunk is staged, and the other buffer has been read
     if (more) fetch(k0 + kChunk);
-    multiply_chunk<kRows, kGates, kRowPitch, kColumnPitch>(
-        h_chunks + buffer * kChunk * kRowPitch + first_row, w_chunks + buffer * kChunk * kColumnPitch + unit_in_tile,
-        acc);
+    multiply_chunk<kRows, kGates, kRowPitch, kColumnPitch>(h_chunks + buffer * kChunk * kRowPitch + first_row,
+                                                           w_chunks + buffer * kChunk * kColumnPitch + unit_in_tile,
+                                                           acc);
     if (more) stage(buffer ^ 1);
   }
 
@@ -322,14 +325,14 @@ __global__ void __launch_bounds__(kTileThreads) step_forward_kernel(const __grid
   }
 }
 
-// One thread per (row, unit). grid: (ceil(rows * H / threads), 1, directions)
+// One thread per (row, unit). grid: (rows, unit blocks, directions)
 template <class Cell, class T>
-__global__ void __launch_bounds__(kTileThreads) pointwise_forward_kernel(const __grid_constant__ ForwardStep<T> step) {
+__global__ void __launch_bounds__(kTileThreads, kOtherBlocks)
+    pointwise_forward_kernel(const __grid_constant__ ForwardStep<T> step) {
   using A = AccumulatorOf<T>;
   const ForwardStepDirection<T>& d = step.direction[blockIdx.z];
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x;
-  const int64_t n = index / step.hidden, unit = index % step.hidden;
-  if (n >= d.now.rows) return;
+  const int64_t n = blockIdx.x, unit = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+  if (n >= d.now.rows || unit >= step.hidden) return;
   const bool zero = step.rules.cut(d.before, d.now, n);
   A product[Cell::kGates];
 #pragma unroll
@@ -346,7 +349,8 @@ RNN_EXT_DEVICE int64_t backward_rows(const BackwardStepDirection<T>& d) {
 
 // grid: (row tiles, unit tiles, directions)
 template <class Cell, class T, int kRows>
-__global__ void __launch_bounds__(kTileThreads) step_backward_kernel(const __grid_constant__ BackwardStep<T> step) {
+__global__ void __launch_bounds__(kTileThreads, kOtherBlocks)
+    step_backward_kernel(const __grid_constant__ BackwardStep<T> step) {
   using A = AccumulatorOf<T>;
   constexpr int kTileRows = kTileGroups * kRows;
   constexpr int kRowPitch = kTileRows + 1,
@@ -370,12 +374,12 @@ __global__ void __launch_bounds__(kTileThreads) step_backward_kernel(const __gri
   }
   __syncthreads();
 
-  // The reduction runs over (gate, k): chunk c is k from c % chunks_per_gate of gate c / chunks_per_gate.
-  const int64_t chunks_per_gate = (hidden + kChunk - 1) / kChunk, chunks = chunks_per_gate * Cell::kGates;
+  // The reduction runs over (gate, k); a chunk lies within one gate. `gate` and `k0` are of the chunk to fetch next.
+  int gate = 0;
+  int64_t k0 = 0;
   A dgates_next[kRowLoads], w_next[kColumnLoads];
-  const auto fetch = [&](int64_t chunk) {
-    const int gate = static_cast<int>(chunk / chunks_per_gate);
-    const int64_t k0 = chunk % chunks_per_gate * kChunk, column0 = Cell::hh_slot(gate) * hidden;
+  const auto fetch = [&] {
+    const int64_t column0 = Cell::hh_slot(gate) * hidden;
 #pragma unroll
     for (int i = 0; i < kRowLoads; ++i) {
       const int index = thread + i * kTileThreads;
@@ -388,6 +392,11 @@ __global__ void __launch_bounds__(kTileThreads) step_backward_kernel(const __gri
       const int index = thread + i * kTileThreads;
       const int64_t k = k0 + index / kTileUnits, unit = unit0 + index % kTileUnits;
       w_next[i] = unit < hidden && k < hidden ? widen(d.weight_hh[(gate * hidden + k) * hidden + unit]) : A(0);
+    }
+    k0 += kChunk;
+    if (k0 >= hidden) {
+      k0 = 0;
+      ++gate;
     }
   };
   const auto stage = [&](int buffer) {
@@ -404,16 +413,15 @@ __global__ void __launch_bounds__(kTileThreads) step_backward_kernel(const __gri
   const int unit_in_tile = thread % kTileUnits, first_row = thread / kTileUnits * kRows;
   A acc[kRows][1] = {};
   if (d.after.rows > 0) {  // the first launch has nothing to multiply
-    fetch(0);
+    fetch();
     stage(0);
     int buffer = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk, buffer ^= 1) {
-      const bool more = chunk + 1 < chunks;
+    for (bool more = true; more; buffer ^= 1) {
+      more = gate < Cell::kGates;
       __syncthreads();  // this chunk is staged, and the other buffer has been read
-      if (more) fetch(chunk + 1);
-      multiply_chunk<kRows, 1, kRowPitch, kColumnPitch>(
-          dgates_chunks + buffer * kChunk * kRowPitch + first_row,
-          w_chunks + buffer * kChunk * kColumnPitch + unit_in_tile, acc);
+      if (more) fetch();
+      multiply_chunk<kRows, 1, kRowPitch, kColumnPitch>(dgates_chunks + buffer * kChunk * kRowPitch + first_row,
+                                                        w_chunks + buffer * kChunk * kColumnPitch + unit_in_tile, acc);
       if (more) stage(buffer ^ 1);
     }
   }
@@ -427,15 +435,14 @@ __global__ void __launch_bounds__(kTileThreads) step_backward_kernel(const __gri
   }
 }
 
-// One thread per (row, unit). grid: (ceil(rows * H / threads), 1, directions)
+// One thread per (row, unit). grid: (rows, unit blocks, directions)
 template <class Cell, class T>
 __global__ void __launch_bounds__(kTileThreads)
     pointwise_backward_kernel(const __grid_constant__ BackwardStep<T> step) {
   using A = AccumulatorOf<T>;
   const BackwardStepDirection<T>& d = step.direction[blockIdx.z];
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x;
-  const int64_t n = index / step.hidden, unit = index % step.hidden;
-  if (n >= backward_rows(d)) return;
+  const int64_t n = blockIdx.x, unit = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+  if (n >= backward_rows(d) || unit >= step.hidden) return;
   const bool flows = step.rules.exists(d.after, n);  // a cut is seen to by backward_unit
   backward_unit<Cell>(step, d, n, unit, flows ? widen(d.dh_recurrent[n * step.hidden + unit]) : A(0));
 }

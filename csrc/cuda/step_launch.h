@@ -58,9 +58,10 @@ template <class Params>
 int launch_pointwise(const char* name, void (*kernel)(Params), const Params& params, int64_t rows, int directions,
                      cudaStream_t stream, RnnExtError* error) {
   LaunchConfig config;
-  config.grid = dim3(static_cast<unsigned>((rows * params.hidden + kTileThreads - 1) / kTileThreads), 1,
+  const int64_t threads = std::min<int64_t>(kTileThreads, (params.hidden + 31) / 32 * 32);
+  config.grid = dim3(static_cast<unsigned>(rows), static_cast<unsigned>((params.hidden + threads - 1) / threads),
                      static_cast<unsigned>(directions));
-  config.block = dim3(kTileThreads);
+  config.block = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
   const char* problem = launch(name, kernel, config, params);
   if (problem)
@@ -69,8 +70,11 @@ int launch_pointwise(const char* name, void (*kernel)(Params), const Params& par
   return problem != nullptr;
 }
 
-// With few rows a tile of 8 wastes less of its products; with many a tile of 32 reads the weight a quarter as often.
+// With few rows a tile of 8 wastes less of its products; with many a larger one reads the weight less often. Double has
+// half the registers for it.
 inline constexpr int64_t kFewRows = 8;
+template <class T>
+inline constexpr int kManyRows = sizeof(AccumulatorOf<T>) == 8 ? 2 : 4;
 
 template <class Cell, class T>
 int step_forward_cell(const RnnExtForward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
@@ -116,8 +120,8 @@ int step_forward_cell(const RnnExtForward& args, int64_t first_step, int64_t las
       failed = launch_tiles("step_forward", &step_forward_kernel<Cell, T, 1>, params, kTileGroups, rows,
                             args.directions, stream, error);
     } else {
-      failed = launch_tiles("step_forward", &step_forward_kernel<Cell, T, 4>, params, 4 * kTileGroups, rows,
-                            args.directions, stream, error);
+      failed = launch_tiles("step_forward", &step_forward_kernel<Cell, T, kManyRows<T>>, params,
+                            kManyRows<T> * kTileGroups, rows, args.directions, stream, error);
     }
     if (failed) return failed;
   }
@@ -175,8 +179,8 @@ int step_backward_cell(const RnnExtBackward& args, int64_t first_step, int64_t l
       failed = launch_tiles("step_backward", &step_backward_kernel<Cell, T, 1>, params, kTileGroups, rows,
                             args.directions, stream, error);
     } else {
-      failed = launch_tiles("step_backward", &step_backward_kernel<Cell, T, 4>, params, 4 * kTileGroups, rows,
-                            args.directions, stream, error);
+      failed = launch_tiles("step_backward", &step_backward_kernel<Cell, T, kManyRows<T>>, params,
+                            kManyRows<T> * kTileGroups, rows, args.directions, stream, error);
     }
     if (failed) return failed;
   }

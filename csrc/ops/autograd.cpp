@@ -104,14 +104,25 @@ const auto& layer_reference_op() {
   return op;
 }
 
-const auto& layer_vjp_reference_op() {
+const auto& layer_backward_reference_op() {
   static const auto op =
       c10::Dispatcher::singleton()
-          .findSchemaOrThrow("rnn_ext::layer_vjp_reference", "")
+          .findSchemaOrThrow("rnn_ext::layer_backward_reference", "")
           .typed<LayerGrads(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                             const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList,
                             const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string_view, bool,
                             bool, bool, const c10::List<bool>&)>();
+  return op;
+}
+
+using OptionalTensors = c10::List<OptionalTensor>;
+
+const auto& layer_double_backward_reference_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rnn_ext::layer_double_backward_reference", "")
+                             .typed<std::vector<at::Tensor>(const OptionalTensors&, const OptionalTensors&,
+                                                            const OptionalTensor&, const OptionalTensor&,
+                                                            const OptionalTensor&, std::string_view, bool, bool, bool)>();
   return op;
 }
 
@@ -151,7 +162,6 @@ struct LayerBackwardBackward : public Node {
   enum { kGrads = 4 };
   SavedCall call;
   SavedVariable grads[kGrads];
-  c10::List<bool> mask;
 
   std::string name() const override { return "RnnExtLayerBackwardBackward"; }
   void release_variables() override {
@@ -198,57 +208,26 @@ struct LayerBackward : public Node {
 };
 
 variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
-  // The gradient of <vjp(g), gg> with respect to g and the inputs, by the reference: differentiable again.
   std::lock_guard<std::mutex> lock(mutex_);
   variable_list result(kGrads + 3 + call.weights.size());
-  std::vector<at::Tensor> outer;       // gradients of vjp that are needed
-  std::vector<at::Tensor> cotangents;  // their cotangents
-  const bool create_graph = at::GradMode::is_enabled();
-  at::AutoGradMode grad_mode(true);
-
-  // Aliases, so that the inner graph ends here while a further derivative still reaches the originals.
-  std::vector<at::Tensor> originals;
-  for (const SavedVariable& grad : grads) originals.push_back(grad.unpack());
-  originals.push_back(call.input.unpack());
-  originals.push_back(call.h_0.unpack());
-  originals.push_back(call.c_0.unpack());
-  for (at::Tensor& weight : call.unpack_weights()) originals.push_back(std::move(weight));
-  std::vector<OptionalTensor> alias;
-  variable_list wanted;
-  std::vector<size_t> wanted_index;
-  for (size_t i = 0; i < originals.size(); ++i) {
-    if (!originals[i].defined()) {
-      alias.emplace_back();
-      continue;
-    }
-    at::Tensor tensor = create_graph && originals[i].requires_grad() ? originals[i].view_as(originals[i])
-                                                                     : originals[i].detach().requires_grad_();
-    alias.emplace_back(tensor);
-    if (task_should_compute_output(i)) {
-      wanted.push_back(tensor);
-      wanted_index.push_back(i);
-    }
+  OptionalTensors cotangents, tensors;
+  bool any = false;
+  for (const at::Tensor& grad : grad_grads) {
+    any |= grad.defined();
+    cotangents.push_back(SavedCall::optional(grad));
   }
-  std::vector<at::Tensor> weights;
-  for (size_t i = kGrads + 3; i < alias.size(); ++i) weights.push_back(*alias[i]);
-  c10::List<bool> flags;
-  for (size_t i = 0; i < mask.size(); ++i) flags.push_back(mask.get(i) && grad_grads[i].defined());
-  auto [dx, dh_0, dc_0, dw] = layer_vjp_reference_op().call(
-      alias[0], alias[1], alias[2], alias[3], *alias[4], alias[5], alias[6], weights, call.batch_sizes, call.lengths,
-      call.resets, call.cell, call.bidirectional, call.batch_first, call.cell_states, flags);
-  const auto add = [&](size_t i, const at::Tensor& grad) {
-    if (!flags.get(i) || !grad.requires_grad()) return;
-    outer.push_back(grad);
-    cotangents.push_back(grad_grads[i]);
-  };
-  add(0, dx);
-  add(1, dh_0);
-  add(2, dc_0);
-  for (size_t i = 0; i < dw.size(); ++i) add(3 + i, dw[i]);
-  if (outer.empty() || wanted.empty()) return result;
-  const variable_list found = torch::autograd::grad(outer, wanted, cotangents, /*retain_graph=*/std::nullopt,
-                                                    create_graph, /*allow_unused=*/true);
-  for (size_t i = 0; i < found.size(); ++i) result[wanted_index[i]] = found[i];
+  if (!any) return result;
+  for (const SavedVariable& grad : grads) tensors.push_back(SavedCall::optional(grad.unpack()));
+  for (const SavedVariable* saved : {&call.input, &call.h_0, &call.c_0})
+    tensors.push_back(SavedCall::optional(saved->unpack()));
+  for (at::Tensor& weight : call.unpack_weights()) tensors.push_back(std::move(weight));
+  std::vector<at::Tensor> found = layer_double_backward_reference_op().call(
+      cotangents, tensors, call.batch_sizes, call.lengths, call.resets, call.cell, call.bidirectional, call.batch_first,
+      call.cell_states);
+  size_t next = 0;
+  for (size_t i = 0; i < result.size(); ++i) {
+    if (tensors.get(i).has_value()) result[i] = std::move(found[next++]);
+  }
   return result;
 }
 
@@ -289,6 +268,7 @@ LayerResult layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, c
   torch::autograd::set_history(cell_states ? cells : at::Tensor(), node);
   node->output = SavedVariable(output, true);
   node->saved = SavedVariable(saved, false);
+  if (!save) saved = saved.new_empty({0});
   return result;
 }
 
@@ -303,7 +283,7 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
   const LayerOptions options{cell, bidirectional, batch_first, cell_states};
   if (has_tangent(grad_output) || has_tangent(grad_h_n) || has_tangent(grad_c_n) || has_tangent(grad_cells) ||
       has_tangent(input) || has_tangent(h_0) || has_tangent(c_0) || any_has_tangent(weights)) {
-    return layer_vjp_reference_op().call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights,
+    return layer_backward_reference_op().call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights,
                                          batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states,
                                          output_mask);
   }
@@ -331,7 +311,6 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
   for (const at::Tensor& weight : weights) add_edge(weight);
   node->set_next_edges(std::move(edges));
   node->call.save(input, h_0, c_0, weights, batch_sizes, lengths, resets, options);
-  node->mask = output_mask;
   LayerGrads result = compute();
   auto& [dx, dh_0, dc_0, dw] = result;
   const auto attach = [&](size_t i, const at::Tensor& grad) {

@@ -20,16 +20,21 @@ TORCH_LIBRARY(rnn_ext, m) {
       "Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
       "Tensor output, Tensor saved, str cell, bool bidirectional, bool batch_first, bool cell_states, "
       "bool[] output_mask) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)");
-  // Both of these are written in Python with reference.py, and differentiable as often as one likes.
+  // The following are written in Python with reference.py, and differentiable as often as one likes.
   m.def(
       "layer_reference(Tensor input, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
       "Tensor? resets, str cell, bool bidirectional, bool batch_first, bool cell_states) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells)");
   m.def(
-      "layer_vjp_reference(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, Tensor input, "
-      "Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, str cell, "
-      "bool bidirectional, bool batch_first, bool cell_states, bool[] output_mask) "
+      "layer_backward_reference(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, "
+      "Tensor input, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
+      "str cell, bool bidirectional, bool batch_first, bool cell_states, bool[] output_mask) "
       "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)");
+  // The gradient of layer_backward: `tensors` are its first eight arguments, `grad_grads` the cotangents of its results
+  // in the order input, h_0, c_0, weights. Returns a gradient for each of `tensors` that is there.
+  m.def(
+      "layer_double_backward_reference(Tensor?[] grad_grads, Tensor?[] tensors, Tensor? batch_sizes, Tensor? lengths, "
+      "Tensor? resets, str cell, bool bidirectional, bool batch_first, bool cell_states) -> Tensor[]");
 }
 
 CellInfo cell_info(std::string_view name) {

@@ -1,5 +1,5 @@
 // The Python module rnn_ext._C: importing it registers the ops; the functions are what has no tensor in it.
-#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "cpu/layer.h"
 
@@ -12,4 +12,7 @@ PYBIND11_MODULE(_C, m) {
       "saved_values",
       [](int cell, bool projected) { return rnn_ext::cpu::saved_values(rnn_ext::cpu::CellKind(cell), projected); },
       "Values per hidden unit and row kept for backward.");
+  m.def(
+      "require_grad", [](at::Tensor tensor) { return tensor.set_requires_grad(true); },
+      "tensor.requires_grad_(), also inside a torch.func transform, for a tensor that nobody else has seen.");
 }
