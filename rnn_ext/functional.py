@@ -227,8 +227,8 @@ def _layers(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Padded (L, N, I) or (N, L, I), or packed (sum of lengths, I): check, choose the backend, run.
 
-    Checked here is what concerns the whole stack or has an exception of its own in torch.nn. The op checks every size,
-    dtype and device of its layer.
+    Checked here is what concerns the whole stack or has an exception of its own in torch.nn. The backends check the
+    sizes, dtypes and devices of each layer.
     """
     states = num_layers * 2 if bidirectional else num_layers
     count, rest = divmod(len(weights), states)
@@ -239,8 +239,6 @@ def _layers(
     weight_ih = weights[0]
     if input.dtype != weight_ih.dtype and not torch.is_autocast_enabled(input.device.type):
         raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_ih.dtype})")
-    if input.shape[-1] != weight_ih.shape[1]:
-        raise RuntimeError(f"Expected input.size(-1) {weight_ih.shape[1]} (input_size), got {list(input.shape)}")
     if h_0 is not None:
         batch = h_0.shape[-2:-1] if batch_sizes is not None else input.shape[:1] if batch_first else input.shape[1:2]
         _check_state("hidden" if c_0 is None else "hidden[0]", h_0, (states, *batch, weights[1].shape[1]))
@@ -318,34 +316,33 @@ def _custom(
     cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One op for each layer. States are in torch's order: layer 0 forward, layer 0 reverse, layer 1 forward, ..."""
+    options = {
+        "cell": cell,
+        "batch_sizes": batch_sizes,
+        "lengths": lengths,
+        "resets": resets,
+        "bidirectional": bidirectional,
+        "batch_first": batch_first,
+    }
+    if num_layers == 1:
+        output, h_n, c_n, cells = ops.layer(input, h_0, c_0, weights, cell_states=cell_states, **options)
+        return output, h_n, c_n if cell == "lstm" else None, cells if cell_states else None
+
     directions = 2 if bidirectional else 1
     count = len(weights) // num_layers
-    h_0s = [h_0] * num_layers if h_0 is None or num_layers == 1 else h_0.split(directions)
-    c_0s = [c_0] * num_layers if c_0 is None or num_layers == 1 else c_0.split(directions)
+    h_0s = [None] * num_layers if h_0 is None else h_0.split(directions)
+    c_0s = [None] * num_layers if c_0 is None else c_0.split(directions)
     h_ns, c_ns = [], []
-    output = input
     for k in range(num_layers):
         if k > 0 and training and dropout > 0:
-            output = _dropout(output, dropout, batch_first)
-        output, h_n, c_n, cells = ops.layer(
-            output,
-            h_0s[k],
-            c_0s[k],
-            weights[k * count : (k + 1) * count],
-            cell=cell,
-            batch_sizes=batch_sizes,
-            lengths=lengths,
-            resets=resets,
-            bidirectional=bidirectional,
-            batch_first=batch_first,
-            cell_states=cell_states and k == num_layers - 1,
+            input = _dropout(input, dropout, batch_first)
+        last = k == num_layers - 1
+        input, h_n, c_n, cells = ops.layer(
+            input, h_0s[k], c_0s[k], weights[k * count : (k + 1) * count], cell_states=cell_states and last, **options
         )
         h_ns.append(h_n)
         c_ns.append(c_n)
-    if num_layers > 1:
-        h_n = torch.cat(h_ns)
-        c_n = torch.cat(c_ns)
-    return output, h_n, c_n if cell == "lstm" else None, cells if cell_states else None
+    return input, torch.cat(h_ns), torch.cat(c_ns) if cell == "lstm" else None, cells if cell_states else None
 
 
 def _dropout(output: Tensor, dropout: float, batch_first: bool) -> Tensor:

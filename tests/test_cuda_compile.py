@@ -1,8 +1,8 @@
 """nvcc's own gates: every kernel compiles for every architecture without a spill, at the known cost.
 
-The cost of each kernel (registers per thread, static shared memory per block) stands in
-benchmarks/results/cuda_resources.json with the nvcc that gave it. The same nvcc must give it again; another one only has
-to compile without spills. After a change that is meant:
+The cost of each kernel (registers per thread, static shared memory per block) stands
+in benchmarks/results/cuda_resources.json with the nvcc that gave it. The same nvcc must give it again; another one has
+only to compile without spills. After a change that is meant:
 
     RNN_EXT_UPDATE_RESOURCES=1 python -m pytest tests/test_cuda_compile.py
 """

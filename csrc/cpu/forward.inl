@@ -86,19 +86,25 @@ void write_states(T* states, int64_t width, const T* rows, int64_t stride, const
     std::memcpy(states + layout.entry(j) * width, rows + (j - slice.first) * stride, size_t(width) * sizeof(T));
 }
 
+/// So few rows that packing the weights would cost more than it saves (measured: about even at 8).
+inline bool is_short(const Layout& layout) { return layout.rows <= 4; }
+
 /// One direction's weights as the forward scan wants them.
 template <class Cell, class T>
 struct ForwardWeights {
-  ForwardWeights(const Weights<const T>& w, const Sizes& s)
-      : input(s.input * Cell::kGates * s.padded()),
-        hidden(s.output() * Cell::kGates * s.padded()),
-        proj(s.proj ? s.hidden * Sizes::padded(s.proj) : 0),
+  ForwardWeights(const Weights<const T>& w, const Sizes& s, bool pack)
+      : plain(w),
+        input(pack ? s.input * Cell::kGates * s.padded() : 0),
+        hidden(pack ? s.output() * Cell::kGates * s.padded() : 0),
+        proj(pack && s.proj ? s.hidden * Sizes::padded(s.proj) : 0),
         bias(Cell::kGates * s.padded(), true),
         split_bias(s.padded(), true) {
     const int64_t gate_blocks = s.padded() / kLanes<T>;
     for (int64_t g = 0; g < Cell::kGates; ++g) {
-      pack_gates(input.get() + g * gate_blocks * s.input * kLanes<T>, w.weight_ih + g * s.hidden * s.input, 1, s.hidden,
-                 s.input, gate_blocks);
+      if (pack) {
+        pack_gates(input.get() + g * gate_blocks * s.input * kLanes<T>, w.weight_ih + g * s.hidden * s.input, 1,
+                   s.hidden, s.input, gate_blocks);
+      }
       const bool split = g >= Cell::kGates - Cell::kSplit;
       for (int64_t u = 0; w.bias_ih && u < s.hidden; ++u) {
         const T hidden_bias = w.bias_hh[g * s.hidden + u];
@@ -106,10 +112,12 @@ struct ForwardWeights {
         if (split) split_bias.get()[u] = hidden_bias;
       }
     }
+    if (!pack) return;
     pack_gates(hidden.get(), w.weight_hh, Cell::kGates, s.hidden, s.output(), blocks_of<T>(s.hidden));
     if (s.proj) pack_gates(proj.get(), w.weight_hr, 1, s.proj, s.hidden, blocks_of<T>(s.proj));
   }
 
+  Weights<const T> plain;  // as they came; the only ones there are if not packed
   Buffer<T> input;       // [G * padded H / lanes][I][lanes]
   Buffer<T> hidden;      // [H / lanes][P][G][lanes]
   Buffer<T> proj;        // [P / lanes][H][lanes]
@@ -135,6 +143,7 @@ class ForwardScan {
         out_(args.sizes.output()),
         out_padded_(Sizes::padded(out_)),
         saved_(saved_values(args.cell, args.sizes.proj != 0)),
+        short_(is_short(args.layout)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
         gates_stride_((keep_ ? saved_ : G) * padded_),
         chunk_rows_(larger(slice.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))))),
@@ -144,6 +153,7 @@ class ForwardScan {
         h_now_(slice.size() * out_padded_, true),
         h_next_(slice.size() * out_padded_, true),
         c_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
+        hidden_gates_(short_ ? G * padded_ : 0),
         unprojected_(args.sizes.proj ? slice.size() * padded_ : 0),
         output_rows_(args.sizes.proj ? slice.size() : 0) {}
 
@@ -202,6 +212,15 @@ class ForwardScan {
                              : gates_.get() + count * gates_stride_;
       }
     }
+    if (short_) {
+      const Weights<const T>& w = weights_.plain;
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t g = 0; g < G; ++g)
+          dot_rows(gates[r] + g * padded_, weights_.bias.get() + g * padded_,
+                   w.weight_ih + g * hidden_ * args_.sizes.input, hidden_, args_.sizes.input, inputs[r]);
+      }
+      return s;
+    }
     PlainProduct<T> p;
     p.rows = count;
     p.columns = G * padded_;
@@ -210,7 +229,6 @@ class ForwardScan {
     p.b = weights_.input.get();
     p.segments.length = args_.sizes.input;
     p.bias = weights_.bias.get();
-    p.single = layout_.rows == 1;
     plain_product(p);
     return s;
   }
@@ -261,7 +279,21 @@ class ForwardScan {
         store_part(output(r) + unit, h, hidden - unit);
       }
     };
-    product<G>(rows, blocks_of<T>(hidden), single, a_row, weights_.hidden.get(), Segments{1, out, {}, 1}, init, finish);
+    if (short_) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t g = 0; g < G; ++g)
+          dot_rows(hidden_gates_.get() + g * padded, static_cast<const T*>(nullptr),
+                   weights_.plain.weight_hh + g * hidden * out, hidden, out, a_row(r));
+        for (int64_t block = 0; block < blocks_of<T>(hidden); ++block) {
+          V acc[G];
+          init(r, block, acc);
+          for (int g = 0; g < G; ++g) acc[g] += load(hidden_gates_.get() + g * padded + block * kLanes<T>);
+          finish(r, block, acc);
+        }
+      }
+    } else {
+      product<G>(rows, blocks_of<T>(hidden), single, a_row, weights_.hidden.get(), Segments{1, out, {}, 1}, init, finish);
+    }
     if (projected) project(t, rows, next);
   }
 
@@ -270,15 +302,21 @@ class ForwardScan {
       input_rows_.get()[r] = unprojected_.get() + r * padded_;
       output_rows_.get()[r] = next + r * out_padded_;
     }
-    PlainProduct<T> p;
-    p.rows = rows;
-    p.columns = out_;
-    p.a = input_rows_.get();
-    p.c = output_rows_.get();
-    p.b = weights_.proj.get();
-    p.segments.length = hidden_;
-    p.single = layout_.batch_sizes[t] == 1;
-    plain_product(p);
+    if (short_) {
+      for (int64_t r = 0; r < rows; ++r)
+        dot_rows(next + r * out_padded_, static_cast<const T*>(nullptr), weights_.plain.weight_hr, out_, hidden_,
+                 unprojected_.get() + r * padded_);
+    } else {
+      PlainProduct<T> p;
+      p.rows = rows;
+      p.columns = out_;
+      p.a = input_rows_.get();
+      p.c = output_rows_.get();
+      p.b = weights_.proj.get();
+      p.segments.length = hidden_;
+      p.single = layout_.batch_sizes[t] == 1;
+      plain_product(p);
+    }
     for (int64_t r = 0; r < rows; ++r)
       std::memcpy(args_.output.at(layout_, t, slice_.first + r) + direction_ * out_, next + r * out_padded_,
                   size_t(out_) * sizeof(T));
@@ -292,13 +330,14 @@ class ForwardScan {
   const Slice slice_;
   const int64_t hidden_, padded_, out_, out_padded_;
   const int saved_;
-  const bool keep_;
+  const bool short_, keep_;
   const int64_t gates_stride_, chunk_rows_;
   Buffer<T> gates_;               // [chunk rows, G, padded H], where the input gates do not go straight into `saved`
   Buffer<const T*> input_rows_;   // [chunk rows]
   Buffer<T*> gate_rows_;          // [chunk rows]
   Buffer<T> h_now_, h_next_;      // [slice, padded P]
   Buffer<T> c_;                   // [slice, padded H]
+  Buffer<T> hidden_gates_;        // [G, padded H], of one row, where weights are not packed
   Buffer<T> unprojected_;         // [slice, padded H]
   Buffer<T*> output_rows_;        // [slice]
 };
@@ -308,7 +347,9 @@ void forward(const ForwardArgs<T>& args, const Executor& executor) {
   const int directions = args.sizes.directions;
   Pair<ForwardWeights<Cell, T>> weights;
   parallel(executor, directions,
-           [&](int64_t d) { weights.item[d] = new ForwardWeights<Cell, T>(args.weights[d], args.sizes); });
+           [&](int64_t d) {
+             weights.item[d] = new ForwardWeights<Cell, T>(args.weights[d], args.sizes, !is_short(args.layout));
+           });
   const int64_t slices = count_slices(args.layout, args.sizes, executor);
   parallel(executor, directions * slices, [&](int64_t task) {
     const int d = int(task / slices);

@@ -155,16 +155,52 @@ constexpr int64_t blocks_of(int64_t columns) {
 /// Pack a weight W [G*H, K], seen as B [K, G*H], into [block of units][k][G][lanes]; units past H are zeros.
 template <class T>
 void pack_gates(T* out, const T* weight, int64_t gates, int64_t hidden, int64_t depth, int64_t blocks) {
+  constexpr int n = kLanes<T>;
   for (int64_t block = 0; block < blocks; ++block) {
-    T* to = out + block * depth * gates * kLanes<T>;
     for (int64_t g = 0; g < gates; ++g) {
-      for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-        const int64_t unit = block * kLanes<T> + lane;
-        T* column = to + g * kLanes<T> + lane;
-        const T* row = weight + (g * hidden + unit) * depth;
-        for (int64_t k = 0; k < depth; ++k) column[k * gates * kLanes<T>] = unit < hidden ? row[k] : T(0);
+      T* to = out + (block * depth * gates + g) * n;
+      const int64_t unit = block * n;
+      const T* from = weight + (g * hidden + unit) * depth;
+      for (int64_t k = 0; k < depth; k += n) {
+        Vec<T> square[n];
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) square[i] = unit + i < hidden ? load_part(from + i * depth + k, depth - k) : Vec<T>{};
+        transpose<T>(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) {
+          if (k + i < depth) store(to + (k + i) * gates * n, square[i]);
+        }
       }
     }
+  }
+}
+
+/// out[m] = init[m] + W[m] . x for the rows m of W [M, K] as it is: for so few x that packing W would not pay.
+/// out and init are padded to whole vectors; init may be null.
+template <class T>
+NO_INLINE void dot_rows(T* out, const T* init, const T* weight, int64_t rows, int64_t depth, const T* x) {
+  constexpr int n = kLanes<T>;
+  for (int64_t m = 0; m < rows; m += n) {
+    const T* row[n];
+    Vec<T> acc[n] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) row[i] = weight + (m + i < rows ? m + i : rows - 1) * depth;
+    int64_t k = 0;
+    for (; k + n <= depth; k += n) {
+      const Vec<T> v = load(x + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) acc[i] += v * load(row[i] + k);
+    }
+    transpose<T>(acc);
+    Vec<T> sum = init ? load(init + m) : Vec<T>{};
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) sum += acc[i];
+    for (; k < depth; ++k) {
+      alignas(64) T column[n];
+      for (int i = 0; i < n; ++i) column[i] = row[i][k];
+      sum += x[k] * load(column);
+    }
+    store(out + m, sum);
   }
 }
 

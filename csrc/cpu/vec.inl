@@ -48,6 +48,32 @@ ALWAYS_INLINE void store_part(T* p, Vec<T> v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
+template <class T, int W, int... Lane>
+ALWAYS_INLINE void swap_halves(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, Lane...>) {
+  constexpr int n = kLanes<T>;
+#if defined(__clang__)
+  const Vec<T> low = __builtin_shufflevector(a, b, (Lane & W ? n + Lane - W : Lane)...);
+  b = __builtin_shufflevector(a, b, (Lane & W ? n + Lane : Lane + W)...);
+#else
+  using Bits = typename VecOf<T>::bits;
+  const Vec<T> low = __builtin_shuffle(a, b, Bits{(Lane & W ? n + Lane - W : Lane)...});
+  b = __builtin_shuffle(a, b, Bits{(Lane & W ? n + Lane : Lane + W)...});
+#endif
+  a = low;
+}
+
+/// Transpose a square of lanes x lanes, one bit of the indices after the other.
+template <class T, int W = 1>
+ALWAYS_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  if constexpr (W < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if (!(i & W)) swap_halves<T, W>(rows[i], rows[i + W], std::make_integer_sequence<int, kLanes<T>>());
+    }
+    transpose<T, W * 2>(rows);
+  }
+}
+
 template <class T>
 struct ExpConstants;
 

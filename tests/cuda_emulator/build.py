@@ -46,13 +46,20 @@ def _digest(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _headers() -> list[Path]:
-    folders = (ROOT / "csrc" / "cells", CUDA, EMULATOR)
-    return sorted(path for folder in folders for path in folder.glob("*.h"))
+def _csrc(source: Path) -> Path:
+    """The csrc folder whose headers a source includes: the one it lies in (mutate.py has copies), else the project's."""
+    return next((folder for folder in source.parents if folder.name == "csrc"), CUDA.parent)
+
+
+def _headers(source: Path) -> list[Path]:
+    folders = [EMULATOR]
+    if source.parent != EMULATOR:
+        folders += [_csrc(source) / "cells", _csrc(source) / "cuda"]
+    return [path for folder in folders for path in sorted(folder.glob("*.h"))]
 
 
 def _flags(source: Path, flavour: str) -> list[str]:
-    flags = ["-std=c++17", "-g1", *WARNINGS, "-I", str(source.parent), "-I", str(CUDA.parent), "-I", str(EMULATOR)]
+    flags = ["-std=c++17", "-g1", *WARNINGS, "-I", str(_csrc(source)), "-I", str(EMULATOR)]
     runtime = source.parent == EMULATOR and source.name != "memory.cpp"
     if runtime:  # the runtime itself stays out of the sanitizers' sight, but tells them about its fibers
         return [*flags, "-O2", *({"asan": ["-DEMU_ASAN"], "tsan": ["-DEMU_TSAN"]}.get(flavour, []))]
@@ -76,11 +83,10 @@ def build(
     """
     folder.mkdir(parents=True, exist_ok=True)
     all_sources = [*sources, *sorted(EMULATOR.glob("*.cpp"))]
-    headers = _digest(_headers())
     objects, commands = [], []
     for source in all_sources:
         flags = _flags(source, flavour)
-        key = hashlib.sha256(f"{headers}{compiler}{flags}{_digest([source])}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{compiler}{flags}{_digest([*_headers(source), source])}".encode()).hexdigest()[:16]
         target = folder / f"{source.stem}-{flavour}-{key}.o"
         objects.append(target)
         if not target.exists():
