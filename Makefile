@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD_FILES := pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
-CXX_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $$(find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test bench lint format clean
 help:

@@ -31,10 +31,10 @@ def positive_int(text: str) -> int:
     return value
 
 
-def positive_float(text: str) -> float:
+def learning_rate(text: str) -> float:
     value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not positive and finite")
+    if not 0 < value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1000")
     return value
 
 
@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("--seed", type=seed, help="of the weights and the order of the examples (0)")
         sub.add_argument("--epochs", type=positive_int, help="in all, those before --resume too (100, classifier 4)")
         sub.add_argument("--batch-size", type=positive_int, help="examples a step (64)")
-        sub.add_argument("--lr", type=positive_float, help="Adam's learning rate (0.001, classifier 0.002)")
+        sub.add_argument("--lr", type=learning_rate, help="Adam's learning rate (0.001, classifier 0.002)")
         sub.add_argument("--test-fraction", type=fraction, help="share of the data only tested on (0.2)")
         sub.add_argument("--checkpoint", type=Path, help=f"where it is saved, after each epoch (rnn_ext_{task}.pt)")
         sub.add_argument("--resume", action="store_true", help="go on from --checkpoint")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ def release(version: str) -> str:
 
 def load() -> str | None:
     """Loads rnn_ext._C, which registers the ops; returns None, or one sentence on what is wrong with its remedy."""
-    libraries = list(FOLDER.glob("_C.*"))
+    libraries = [path.name for path in FOLDER.glob("_C.*")]
     try:
         info = importlib.import_module("._build_info", __package__)
     except ImportError:
@@ -36,10 +37,10 @@ def load() -> str | None:
     if release(info.TORCH_VERSION) != release(running):
         # Not even tried: missing symbols give an error, but a changed struct crashes the process.
         return f"the C++ library of rnn_ext was built for torch {info.TORCH_VERSION}, not for {running}; {remedy()}"
+    if not any(f"_C{suffix}" in libraries for suffix in EXTENSION_SUFFIXES):
+        return f"the C++ library of rnn_ext was built for another Python ({libraries[0]}); {remedy()}"
     try:
         importlib.import_module("._C", __package__)
-    except ModuleNotFoundError:
-        return f"the C++ library of rnn_ext was built for another Python ({libraries[0].name}); {remedy()}"
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())
         return f"the C++ library of rnn_ext cannot be loaded ({reason}); {remedy()}"

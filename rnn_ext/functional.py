@@ -227,8 +227,8 @@ def _layers(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Padded (L, N, I) or (N, L, I), or packed (sum of lengths, I): check, choose the backend, run.
 
-    Checked here is what concerns the whole stack or has an exception of its own in torch.nn. The backends check the
-    sizes, dtypes and devices of each layer.
+    Checked here is what has an exception of its own in torch.nn. The op checks the sizes, dtypes and devices of its
+    layer, which would cost a streaming call a microsecond to do twice.
     """
     states = num_layers * 2 if bidirectional else num_layers
     count, rest = divmod(len(weights), states)
@@ -239,11 +239,8 @@ def _layers(
     weight_ih = weights[0]
     if input.dtype != weight_ih.dtype and not torch.is_autocast_enabled(input.device.type):
         raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_ih.dtype})")
-    if h_0 is not None:
-        batch = h_0.shape[-2:-1] if batch_sizes is not None else input.shape[:1] if batch_first else input.shape[1:2]
-        _check_state("hidden" if c_0 is None else "hidden[0]", h_0, (states, *batch, weights[1].shape[1]))
-        if c_0 is not None:
-            _check_state("hidden[1]", c_0, (states, *batch, weight_ih.shape[0] // 4))
+    if h_0 is not None and h_0.dim() != 3:
+        raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {list(h_0.shape)}")
     if lengths is not None:
         lengths = _check_lengths(lengths, input, batch_first)
     if resets is not None:
@@ -267,9 +264,24 @@ def _layers(
     )
 
 
-def _check_state(name: str, state: Tensor, expected: tuple[int, ...]) -> None:
-    if state.shape != expected:
-        raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+def _check_states(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    states: int,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+) -> None:
+    """The sizes of the states of a whole stack."""
+    sizes = ("h_0", h_0, weights[1].shape[1]), ("c_0", c_0, weights[0].shape[0] // 4)
+    for name, state, features in sizes:
+        if state is None:
+            continue
+        # Of a packed input only the backend knows N.
+        batch = state.shape[1:2] if batch_sizes is not None else input.shape[:1] if batch_first else input.shape[1:2]
+        if state.shape != (states, *batch, features):
+            raise RuntimeError(f"Expected {name} of size {[states, *batch, features]}, got {list(state.shape)}")
 
 
 def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: bool) -> Tensor:
@@ -329,6 +341,7 @@ def _custom(
         return output, h_n, c_n if cell == "lstm" else None, cells if cell_states else None
 
     directions = 2 if bidirectional else 1
+    _check_states(input, h_0, c_0, weights, num_layers * directions, batch_first, batch_sizes)
     count = len(weights) // num_layers
     h_0s = [None] * num_layers if h_0 is None else h_0.split(directions)
     c_0s = [None] * num_layers if c_0 is None else c_0.split(directions)
@@ -373,6 +386,7 @@ def _native(
     if resets is not None or cell_states:
         option = "resets" if resets is not None else "return_cell_states"
         raise ValueError(f"{option} is an option of the custom backend, but this call runs on the native one")
+    _check_states(input, h_0, c_0, weights, num_layers * (2 if bidirectional else 1), batch_first, batch_sizes)
     stack = (num_layers, bidirectional, dropout, training)
     if lengths is None:
         output, h_n, c_n = backends.native(cell, input, batch_sizes, h_0, c_0, weights, *stack, batch_first)

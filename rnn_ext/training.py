@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import collections
 import dataclasses
+import io
 import re
 import time
 from collections.abc import Iterator
@@ -354,11 +355,13 @@ def load_checkpoint(path: Path, task: str) -> dict[str, Any]:
         InputError: no such file; truncated, or not a checkpoint of ``task`` written by this package.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()  # first: the errors of the file are not those of what it holds
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
+    try:
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         # torch.load has no exception of its own: UnpicklingError, RuntimeError, EOFError, KeyError, ... by the damage
         raise InputError(f"{path} is damaged or not a checkpoint ({one_line(error)})") from None

@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+from rnn_ext import ops
+
 # Derandomized: the same cases each run, so that a red build can be repeated. HYPOTHESIS_PROFILE=explore looks further.
 hypothesis.settings.register_profile(
     "repeatable", deadline=None, derandomize=True, database=None, max_examples=60, print_blob=True
@@ -22,6 +24,9 @@ def _same_start():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     grad_mode, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    capability = ops.cpu_capability() if ops.is_available() else None
     yield
+    if capability:
+        ops.set_cpu_capability(capability)
     torch.set_grad_enabled(grad_mode)
     torch.set_default_dtype(dtype)

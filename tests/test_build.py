@@ -130,7 +130,11 @@ def test_backend_builds_against_the_installed_torch(backend):
     assert backend.get_requires_for_build_editable() == []
 
 
-def test_backend_finds_torch_from_inside_an_isolated_build(backend, monkeypatch):
+def test_backend_finds_torch_from_inside_an_isolated_build(backend, monkeypatch, tmp_path):
+    # pip hides the installed packages in this way from every Python that the build starts
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.path = [p for p in sys.path if 'packages' not in p]\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONNOUSERSITE", "1")
     isolated = [folder for folder in sys.path if not Path(folder, "torch").is_dir()]
     monkeypatch.setattr(sys, "path", list(isolated))
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)

@@ -62,30 +62,55 @@ def test_step_layouts(cell: str, kernel: str, layout: str) -> None:
     check(replace(LAYOUTS[layout], cell=cell, kernel=kernel, backward=True))
 
 
+@pytest.mark.parametrize("batch, hidden", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_inference_saves_nothing(cell: str) -> None:
-    check(Case(cell, training=False, bidirectional=True, resets=0.2))
+def test_persistent_sizes(cell: str, dtype: torch.dtype, batch: int, hidden: int) -> None:
+    check(Case(cell, kernel="persistent", dtype=dtype, batch=batch, hidden=hidden, backward=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_persistent_layouts(cell: str, layout: str) -> None:
+    check(replace(LAYOUTS[layout], cell=cell, kernel="persistent", backward=True))
+
+
+def test_persistent_refuses_what_does_not_fit() -> None:
+    with pytest.raises(KernelReportError, match="hidden size 128, got 129"):
+        errors(Case("gru", kernel="persistent", hidden=129, length=1, batch=1))
+    with pytest.raises(KernelReportError, match="needs .* bytes of shared memory"):
+        errors(Case("gru", kernel="persistent", hidden=128, length=1, batch=1), arch=80)
+    check(Case("gru", kernel="persistent", hidden=116, length=1, batch=1), arch=80)
+
+
+@pytest.mark.parametrize("kernel", ["step", "persistent"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_inference_saves_nothing(cell: str, kernel: str) -> None:
+    check(Case(cell, kernel=kernel, training=False, bidirectional=True, resets=0.2))
 
 
 @pytest.mark.parametrize("schedule", [1, 2])
+@pytest.mark.parametrize("kernel", ["step", "persistent"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_step_schedules(cell: str, schedule: int) -> None:
-    check(Case(cell, batch=9, hidden=33, bidirectional=True, backward=True), schedule=schedule)
+def test_schedules(cell: str, kernel: str, schedule: int) -> None:
+    check(Case(cell, kernel=kernel, batch=9, hidden=33, bidirectional=True, backward=True), schedule=schedule)
 
 
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
+@pytest.mark.parametrize("kernel", ["step", "persistent"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_step_sanitizers(cell: str, flavour: str) -> None:
-    packed = replace(LAYOUTS["packed_resets"], cell=cell, hidden=33, backward=True)
-    dense = Case(cell, dtype=torch.bfloat16, length=3, batch=9, hidden=17, bidirectional=True, backward=True)
+def test_sanitizers(cell: str, kernel: str, flavour: str) -> None:
+    packed = replace(LAYOUTS["packed_resets"], cell=cell, kernel=kernel, hidden=33, backward=True)
+    dense = replace(packed, dtype=torch.bfloat16, packed=False, lengths=None, length=3, batch=9, hidden=17, resets=0)
     for case in (packed, dense):
         check(case, flavour, schedule=1)
 
 
 @pytest.mark.skipif("clang++" not in build.compilers(), reason="clang++ is not installed")
+@pytest.mark.parametrize("kernel", ["step", "persistent"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_step_clang(cell: str) -> None:
-    check(replace(LAYOUTS["packed_resets"], cell=cell, hidden=33, backward=True), compiler="clang++")
+def test_clang(cell: str, kernel: str) -> None:
+    check(replace(LAYOUTS["packed_resets"], cell=cell, kernel=kernel, hidden=33, backward=True), compiler="clang++")
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from util import (
     LAYOUTS,
     Case,
     Problem,
+    agree,
     build,
     check_gradients,
     check_values,
@@ -50,11 +51,7 @@ def flat(fn, problem: Problem):
 
 @pytest.mark.parametrize("case", matrix(), ids=str)
 def test_matrix(case):
-    problem = build(case)
-    expected, expected_grads = gradients(oracle, problem)
-    actual, grads = gradients(run, problem)
-    check_values(actual, expected)
-    check_gradients(grads, expected_grads)
+    agree(build(case))
 
 
 @pytest.mark.parametrize("case", VARIANTS, ids=str)

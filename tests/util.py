@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import random
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -175,6 +175,28 @@ def run(problem: Problem, cell_states: bool | None = None) -> dict[str, Tensor]:
         cell_states=cell_states,
     )
     return named(results, case, cell_states)
+
+
+def instruction_sets() -> Iterator[str]:
+    """Switch the kernels to each instruction set that this processor has, in turn, and back."""
+    best = ops.cpu_capability()
+    for name in ("baseline", "avx2", "avx512"):
+        try:
+            ops.set_cpu_capability(name)
+        except ValueError:
+            continue
+        yield name
+    ops.set_cpu_capability(best)  # after a failed test conftest.py does it
+
+
+def agree(problem: Problem, dtype: torch.dtype = torch.float64) -> None:
+    """Values and gradients of the op, by every instruction set, are the oracle's in float64 on the same numbers."""
+    expected, expected_grads = gradients(oracle, problem.to(torch.float64))
+    for _ in instruction_sets():
+        actual, grads = gradients(run, problem)
+        assert all(t.dtype == dtype for t in (*actual.values(), *grads.values()))
+        check_values(actual, expected, dtype)
+        check_gradients(grads, expected_grads, dtype)
 
 
 def oracle(problem: Problem) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
-// The scan over time, backward: gate gradients first, fused with the recurrent product and chained through time; then the
-// gradients of input, weights and biases as products over all rows at once.
+// The scan over time, backward. Time is walked in chunks: the gate gradients of a chunk, fused with the recurrent product
+// and chained from step to step; then, while they are in the cache, their share of the gradients of input, weights and
+// biases, as products over all rows of the chunk. So no gradient of all gates at all timesteps ever exists.
 
 /// Walks the rows (t, j) of a layout in their internal order.
 class RowCursor {
@@ -11,7 +12,7 @@ class RowCursor {
       (layout.offsets[middle] <= row ? low : high) = middle;
     }
     t = low;
-    j = row - layout.offsets[low];
+    j = layout.steps ? row - layout.offsets[low] : 0;
     settle();
   }
   void next() {
@@ -59,17 +60,60 @@ struct BackwardWeights {
   Buffer<T> proj;    // [H / lanes][P][lanes]
 };
 
-/// Gradients of one direction that live between the passes.
+/// Consecutive steps [first, last) whose rows are handled together, and where those rows begin.
+struct Chunk {
+  int64_t first = 0, last = 0;
+  int64_t row = 0, rows = 0;
+};
+
+/// The chunks of one direction, in the order backward walks them. They do not depend on the number of threads.
+class Chunks {
+ public:
+  static constexpr int64_t kRows = 256;  // at least: their gate gradients should stay in the cache, but amortise passes
+
+  Chunks(const Layout& layout, bool reverse) : layout_(layout), reverse_(reverse), next_(reverse ? 0 : layout.steps) {}
+
+  /// The most rows a chunk can have.
+  static int64_t capacity(const Layout& layout) { return smaller(layout.rows, kRows + layout.batch); }
+
+  bool next(Chunk* chunk) {
+    if (reverse_ ? next_ >= layout_.steps : next_ <= 0) return false;
+    *chunk = Chunk{next_, next_, 0, 0};
+    while (chunk->rows < kRows && (reverse_ ? chunk->last < layout_.steps : chunk->first > 0)) {
+      const int64_t t = reverse_ ? chunk->last++ : --chunk->first;
+      chunk->rows += layout_.batch_sizes[t];
+    }
+    chunk->row = layout_.offsets[chunk->first];
+    next_ = reverse_ ? chunk->last : chunk->first;
+    return true;
+  }
+
+ private:
+  const Layout& layout_;
+  bool reverse_;
+  int64_t next_;
+};
+
+/// The gradients a chunk's scan leaves for the products after it; two in turn, since a chunk's first step reads the
+/// last one's of the chunk before.
 template <class Cell, class T>
-struct RowGrads {
-  RowGrads(const Sizes& s, const Layout& layout)
+struct ChunkGrads {
+  ChunkGrads(const Sizes& s, const Layout& layout)
       : stride(Cell::kGradGates * s.padded()),
         proj_stride(s.proj ? Sizes::padded(s.proj) : 0),
-        gates(layout.rows * stride),
-        proj(layout.rows * proj_stride) {}
+        gates(Chunks::capacity(layout) * stride),
+        proj(Chunks::capacity(layout) * proj_stride) {}
   int64_t stride, proj_stride;
-  Buffer<T> gates;  // [T, gate gradients, padded H]
-  Buffer<T> proj;   // [T, padded P]: gradient of the projected output
+  Buffer<T> gates;  // [chunk rows, gate gradients, padded H]
+  Buffer<T> proj;   // [chunk rows, padded P]: gradient of the projected output
+  Chunk chunk;
+
+  T* gates_at(const Layout& layout, int64_t t, int64_t j) const {
+    return gates.get() + (layout.offsets[t] + j - chunk.row) * stride;
+  }
+  T* proj_at(const Layout& layout, int64_t t, int64_t j) const {
+    return proj.get() + (layout.offsets[t] + j - chunk.row) * proj_stride;
+  }
 };
 
 template <class Cell, class T>
@@ -77,12 +121,10 @@ class BackwardScan {
   using V = Vec<T>;
 
  public:
-  BackwardScan(const BackwardArgs<T>& args, const BackwardWeights<Cell, T>& weights, const RowGrads<Cell, T>& grads,
-               int direction, Slice slice)
+  BackwardScan(const BackwardArgs<T>& args, const BackwardWeights<Cell, T>& weights, int direction, Slice slice)
       : args_(args),
         layout_(args.layout),
         weights_(weights),
-        grads_(grads),
         direction_(direction),
         reverse_(direction == 1),
         slice_(slice),
@@ -101,29 +143,36 @@ class BackwardScan {
     for (int g = 0; g < Cell::kGates; ++g) hidden_segments_.offset[g] = Cell::hh_slot(g) * padded_;
     hidden_segments_.count = Cell::kGates;
     hidden_segments_.length = hidden_;
-  }
-
-  void run() {
     const int64_t states = layout_.batch * direction_;
     if (args_.grad_h_n) read_states(dh_.get(), out_padded_, args_.grad_h_n + states * out_, out_, layout_, slice_);
     if (Cell::kHasCell && args_.grad_c_n)
       read_states(dc_.get(), padded_, args_.grad_c_n + states * hidden_, hidden_, layout_, slice_);
     if (Cell::kHasCell && args_.c_0)
       read_states(c_0_.get(), padded_, args_.c_0 + states * hidden_, hidden_, layout_, slice_);
+  }
 
-    const int64_t steps = layout_.steps;
+  /// The steps of `now`'s chunk; `before` holds the chunk walked before it, if any.
+  void run(const ChunkGrads<Cell, T>& now, const ChunkGrads<Cell, T>& before) {
+    now_ = &now;
+    const int64_t steps = now.chunk.last - now.chunk.first;
     for (int64_t s = 0; s < steps; ++s) {
-      const int64_t t = reverse_ ? s : steps - 1 - s;
+      const int64_t t = reverse_ ? now.chunk.first + s : now.chunk.last - 1 - s;
       const int64_t rows = slice_.active(layout_, t);
       if (rows == 0) continue;
       const int64_t after = reverse_ ? t - 1 : t + 1;  // the step this direction ran next
-      const int64_t chained = s == 0 ? 0 : smaller(rows, slice_.active(layout_, after));
+      const bool last = reverse_ ? t == 0 : after == layout_.steps;
+      const int64_t chained = last ? 0 : smaller(rows, slice_.active(layout_, after));
       prepare(t, rows, after, chained);
-      step(t, 0, chained, after);
-      step(t, chained, rows, -1);
+      step(t, 0, chained, after, s == 0 ? &before : &now);
+      step(t, chained, rows, after, nullptr);
       leave(t, rows);
     }
-    const int64_t alive = steps ? layout_.batch_sizes[0] : 0;
+  }
+
+  /// What no step has written: the gradients of the initial states of sequences without a timestep, and of all c_0.
+  void finish() {
+    const int64_t states = layout_.batch * direction_;
+    const int64_t alive = layout_.steps ? layout_.batch_sizes[0] : 0;
     if (args_.grad_h_0)
       write_states(args_.grad_h_0 + states * out_, out_, dh_.get(), out_padded_, layout_, slice_, alive, layout_.batch);
     if (Cell::kHasCell && args_.grad_c_0)
@@ -131,12 +180,8 @@ class BackwardScan {
   }
 
  private:
-  T* gate_grads(int64_t t, int64_t r) const {
-    return grads_.gates.get() + (layout_.offsets[t] + slice_.first + r) * grads_.stride;
-  }
-  T* proj_grads(int64_t t, int64_t r) const {
-    return grads_.proj.get() + (layout_.offsets[t] + slice_.first + r) * grads_.proj_stride;
-  }
+  T* gate_grads(int64_t t, int64_t r) const { return now_->gates_at(layout_, t, slice_.first + r); }
+  T* proj_grads(int64_t t, int64_t r) const { return now_->proj_at(layout_, t, slice_.first + r); }
   const T* saved(int64_t t, int64_t r) const {
     return args_.saved + (direction_ * layout_.rows + layout_.offsets[t] + slice_.first + r) * saved_stride_;
   }
@@ -171,15 +216,17 @@ class BackwardScan {
     if (Cell::kHasCell) std::memset(dc_.get() + r * padded_, 0, size_t(hidden_) * sizeof(T));
   }
 
-  /// Rows [first, last) of step t. `after`: the step whose gate gradients reach them, or -1 where the sequence ends and
-  /// the gradient of its final state comes in instead.
-  void step(int64_t t, int64_t first, int64_t last, int64_t after) {
+  /// Rows [first, last) of step t. `grads` holds the gate gradients of the step `after`, which reach them; it is null
+  /// where the sequence ends and the gradient of its final state comes in instead.
+  void step(int64_t t, int64_t first, int64_t last, int64_t after, const ChunkGrads<Cell, T>* grads) {
     if (first >= last) return;
     const bool single = layout_.batch_sizes[t] == 1;
-    const bool chained = after >= 0;
+    const bool chained = grads != nullptr;
+    const T* a_first = chained ? grads->gates_at(layout_, after, slice_.first + first) : nullptr;
+    const int64_t a_stride = chained ? grads->stride : 0;
     const int64_t out_padded = out_padded_, out = out_, proj = args_.sizes.proj;
     T* dh_carried = dh_.get() + first * out_padded;
-    const auto a_row = [=, this](int64_t r) { return chained ? gate_grads(after, first + r) : nullptr; };
+    const auto a_row = [=](int64_t r) { return a_first + r * a_stride; };
     const auto init = [](int64_t, int64_t, V* acc) { *acc = V{}; };
     Segments segments = hidden_segments_;
     if (!chained) segments.count = 0;
@@ -268,7 +315,7 @@ class BackwardScan {
   const BackwardArgs<T>& args_;
   const Layout& layout_;
   const BackwardWeights<Cell, T>& weights_;
-  const RowGrads<Cell, T>& grads_;
+  const ChunkGrads<Cell, T>* now_ = nullptr;
   const int direction_;
   const bool reverse_;
   const Slice slice_;
@@ -283,43 +330,41 @@ class BackwardScan {
   Buffer<bool> cut_;           // [slice]
 };
 
-/// grad_input of rows [first, last): the gate gradients of all directions times weight_ih.
-template <class Cell, class T, class Packed, class Grads>
-void input_gradient(const BackwardArgs<T>& args, Packed* const* weights, Grads* const* grads, int64_t first,
-                    int64_t last) {
-  const Sizes& sizes = args.sizes;
+/// Rows [first, last) of the chunk's grad_input: gate gradients times weight_ih, on top of another direction's where
+/// `accumulate`. They go to args.grad_input or, if it is given, to `apart` [T, I].
+template <class Cell, class T>
+void input_gradient(const BackwardArgs<T>& args, const BackwardWeights<Cell, T>& weights,
+                    const ChunkGrads<Cell, T>& grads, T* apart, bool accumulate, int64_t first, int64_t last) {
   const Layout& layout = args.layout;
-  Segments segments;
-  segments.count = Cell::kGates;
-  segments.length = sizes.hidden;
-  for (int g = 0; g < Cell::kGates; ++g) segments.offset[g] = Cell::ih_slot(g) * sizes.padded();
-  Buffer<const T*> dgates(last - first);
-  Buffer<T*> to(last - first);
-  RowCursor cursor(layout, first);
-  for (int64_t r = 0; r < last - first; ++r, cursor.next()) to.get()[r] = args.grad_input.at(layout, cursor.t, cursor.j);
+  Buffer<const T*> a(last - first);
+  Buffer<T*> c(last - first);
+  RowCursor cursor(layout, grads.chunk.row + first);
+  for (int64_t r = 0; r < last - first; ++r, cursor.next()) {
+    a.get()[r] = grads.gates.get() + (first + r) * grads.stride;
+    c.get()[r] = apart ? apart + (grads.chunk.row + first + r) * args.sizes.input
+                       : args.grad_input.at(layout, cursor.t, cursor.j);
+  }
   PlainProduct<T> p;
   p.rows = last - first;
-  p.columns = sizes.input;
-  p.a = dgates.get();
-  p.c = to.get();
-  p.segments = segments;
-  for (int d = 0; d < sizes.directions; ++d) {
-    for (int64_t r = 0; r < last - first; ++r)
-      dgates.get()[r] = grads[d]->gates.get() + (first + r) * grads[d]->stride;
-    p.b = weights[d]->input.get();
-    p.accumulate = d > 0;
-    plain_product(p);
-  }
+  p.columns = args.sizes.input;
+  p.a = a.get();
+  p.c = c.get();
+  p.b = weights.input.get();
+  p.segments.count = Cell::kGates;
+  p.segments.length = args.sizes.hidden;
+  for (int g = 0; g < Cell::kGates; ++g) p.segments.offset[g] = Cell::ih_slot(g) * args.sizes.padded();
+  p.accumulate = accumulate;
+  plain_product(p);
 }
 
-/// grad += A^T B over all rows, for columns [first, first + columns) of B and of grad [sum of M, width].
-/// A's row r starts at a + r * stride; its part g of the M columns at offset[g], each of `height`.
+/// Columns [first, first + columns) of grad [parts * height, width] += A^T B over the rows of a chunk. A's part p is
+/// the `height` columns of A from a + offset[p].
 template <class T, class Row>
 void weight_gradient(T* grad, int64_t width, int64_t first, int64_t columns, const T* a, int64_t stride, int parts,
-                     const int64_t* offset, int64_t height, int64_t rows, const Row& b_row) {
-  constexpr int64_t kChunk = 256;  // rows whose B stays in the second-level cache and whose A column in the first
-  Buffer<T> packed(smaller(kChunk, larger(rows, 1)) * blocks_of<T>(columns) * kLanes<T>);
-  Buffer<const T*> b_rows(kChunk), a_columns(height);
+                     const int64_t* offset, int64_t height, int64_t rows, bool accumulate, const Row& b_row) {
+  constexpr int64_t kPiece = 256;  // rows whose B stays in the second-level cache and whose column of A in the first
+  Buffer<T> packed(smaller(kPiece, larger(rows, 1)) * blocks_of<T>(columns) * kLanes<T>);
+  Buffer<const T*> a_columns(height);
   Buffer<T*> to(height);
   PlainProduct<T> p;
   p.rows = height;
@@ -328,12 +373,11 @@ void weight_gradient(T* grad, int64_t width, int64_t first, int64_t columns, con
   p.c = to.get();
   p.b = packed.get();
   p.segments.stride = stride;
-  for (int64_t begin = 0; begin == 0 || begin < rows; begin += kChunk) {
-    const int64_t count = smaller(kChunk, rows - begin);
-    for (int64_t r = 0; r < count; ++r) b_rows.get()[r] = b_row(begin + r);
-    pack_rows(packed.get(), [&](int64_t r) { return b_rows.get()[r]; }, count, first, columns);
+  for (int64_t begin = 0; begin < rows; begin += kPiece) {
+    const int64_t count = smaller(kPiece, rows - begin);
+    pack_rows(packed.get(), b_row, count, first, columns);
     p.segments.length = count;
-    p.accumulate = begin > 0;
+    p.accumulate = accumulate || begin > 0;
     for (int part = 0; part < parts; ++part) {
       for (int64_t m = 0; m < height; ++m) {
         a_columns.get()[m] = a + begin * stride + offset[part] + m;
@@ -344,105 +388,192 @@ void weight_gradient(T* grad, int64_t width, int64_t first, int64_t columns, con
   }
 }
 
-template <class Cell, class T>
-void bias_gradient(const BackwardArgs<T>& args, const RowGrads<Cell, T>& grads, const Weights<T>& to) {
-  const int64_t hidden = args.sizes.hidden, padded = args.sizes.padded();
-  Buffer<T> sum(grads.stride, true);
-  for (int64_t r = 0; r < args.layout.rows; ++r) {
-    const T* from = grads.gates.get() + r * grads.stride;
-    for (int slot = 0; slot < Cell::kGradGates; ++slot) {
-      for (int64_t u = slot * padded; u < slot * padded + hidden; u += kLanes<T>)
-        store(sum.get() + u, load(sum.get() + u) + load(from + u));
-    }
-  }
-  for (int g = 0; g < Cell::kGates; ++g) {
-    if (to.bias_ih)
-      std::memcpy(to.bias_ih + g * hidden, sum.get() + Cell::ih_slot(g) * padded, size_t(hidden) * sizeof(T));
-    if (to.bias_hh)
-      std::memcpy(to.bias_hh + g * hidden, sum.get() + Cell::hh_slot(g) * padded, size_t(hidden) * sizeof(T));
-  }
-}
+/// What the gradients of one direction's parameters are made of.
+enum class Part { kWeightIh, kWeightHh, kWeightHr, kBias };
 
-/// One piece of the weight gradients: some columns of one weight, or the biases.
+/// Adds a chunk's share of some columns of one weight's gradient, or of the sum of the gate gradients for the biases.
 template <class Cell, class T>
-void weight_task(const BackwardArgs<T>& args, const RowGrads<Cell, T>& grads, int direction, int kind, int64_t first,
-                 int64_t columns) {
+void weight_task(const BackwardArgs<T>& args, const ChunkGrads<Cell, T>& grads, int direction, Part part, int64_t first,
+                 int64_t columns, bool accumulate, T* bias_sum) {
   const Sizes& sizes = args.sizes;
   const Layout& layout = args.layout;
   const Weights<T>& to = args.grad_weights[direction];
-  RowCursor cursor(layout, 0);  // rows are asked for in order
-  const auto in_order = [&](auto&& at) {
-    return [&cursor, at](int64_t) {
-      const T* row = at(cursor.t, cursor.j);
-      cursor.next();
-      return row;
-    };
-  };
+  const int64_t padded = sizes.padded(), rows = grads.chunk.rows;
   int64_t offset[4] = {0, 0, 0, 0};
-  if (kind == 0) {
-    for (int g = 0; g < Cell::kGates; ++g) offset[g] = Cell::ih_slot(g) * sizes.padded();
+  RowCursor cursor(layout, grads.chunk.row);  // rows are asked for in order
+  if (part == Part::kWeightIh) {
+    for (int g = 0; g < Cell::kGates; ++g) offset[g] = Cell::ih_slot(g) * padded;
+    const auto row = [&](int64_t) -> const T* {
+      const T* at = args.input.at(layout, cursor.t, cursor.j);
+      cursor.next();
+      return at;
+    };
     weight_gradient(to.weight_ih, sizes.input, first, columns, grads.gates.get(), grads.stride, Cell::kGates, offset,
-                    sizes.hidden, layout.rows,
-                    in_order([&](int64_t t, int64_t j) -> const T* { return args.input.at(layout, t, j); }));
-  } else if (kind == 1) {
-    for (int g = 0; g < Cell::kGates; ++g) offset[g] = Cell::hh_slot(g) * sizes.padded();
+                    sizes.hidden, rows, accumulate, row);
+  } else if (part == Part::kWeightHh) {
+    for (int g = 0; g < Cell::kGates; ++g) offset[g] = Cell::hh_slot(g) * padded;
+    const auto row = [&](int64_t) -> const T* {
+      const T* at = previous_output(args, direction, cursor.t, cursor.j);
+      cursor.next();
+      return at;
+    };
     weight_gradient(to.weight_hh, sizes.output(), first, columns, grads.gates.get(), grads.stride, Cell::kGates, offset,
-                    sizes.hidden, layout.rows,
-                    in_order([&](int64_t t, int64_t j) { return previous_output(args, direction, t, j); }));
-  } else {
-    const int64_t stride = saved_values(args.cell, true) * sizes.padded();
-    const T* unprojected = args.saved + direction * layout.rows * stride + Cell::kSaved * sizes.padded();
+                    sizes.hidden, rows, accumulate, row);
+  } else if (part == Part::kWeightHr) {
+    const int64_t stride = saved_values(args.cell, true) * padded;
+    const T* unprojected = args.saved + (direction * layout.rows + grads.chunk.row) * stride + Cell::kSaved * padded;
+    const auto row = [&](int64_t) {
+      const T* at = unprojected;
+      unprojected += stride;
+      return at;
+    };
     weight_gradient(to.weight_hr, sizes.hidden, first, columns, grads.proj.get(), grads.proj_stride, 1, offset,
-                    sizes.proj, layout.rows, [=](int64_t r) { return unprojected + r * stride; });
+                    sizes.proj, rows, accumulate, row);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = grads.gates.get() + r * grads.stride;
+      for (int slot = 0; slot < Cell::kGradGates; ++slot) {
+        for (int64_t u = slot * padded; u < slot * padded + sizes.hidden; u += kLanes<T>)
+          store(bias_sum + u, load(bias_sum + u) + load(from + u));
+      }
+    }
   }
+}
+
+/// Backward of one direction, a chunk at a time.
+template <class Cell, class T>
+class BackwardPass {
+ public:
+  BackwardPass(const BackwardArgs<T>& args, int direction, int64_t slices)
+      : args_(args),
+        direction_(direction),
+        weights_(args.weights[direction], args.sizes, args.grad_input.data != nullptr),
+        chunks_(args.layout, direction == 1),
+        grads_{{args.sizes, args.layout}, {args.sizes, args.layout}},
+        scans_(slices),
+        slices_(slices),
+        bias_sum_(grads_[0].stride, true) {
+    for (int64_t i = 0; i < slices; ++i)
+      scans_.get()[i] = new BackwardScan<Cell, T>(args, weights_, direction, slice_of(args.layout, i, slices));
+    const Weights<T>& to = args.grad_weights[direction];
+    const auto pieces = [](const T* grad, int64_t width) { return grad ? (width + kColumns - 1) / kColumns : 0; };
+    tasks_[0] = pieces(to.weight_ih, args.sizes.input);
+    tasks_[1] = pieces(to.weight_hh, args.sizes.output());
+    tasks_[2] = pieces(to.weight_hr, args.sizes.hidden);
+    tasks_[3] = to.bias_ih || to.bias_hh;
+  }
+  ~BackwardPass() {
+    for (int64_t i = 0; i < slices_; ++i) delete scans_.get()[i];
+  }
+
+  bool next_chunk() {
+    turn_ ^= 1;
+    ++count_;
+    return chunks_.next(&grads_[turn_].chunk);
+  }
+
+  void scan(int64_t slice) { scans_.get()[slice]->run(grads_[turn_], grads_[turn_ ^ 1]); }
+
+  int64_t product_tasks() const {
+    const int64_t input = args_.grad_input.data ? (grads_[turn_].chunk.rows + kInputRows - 1) / kInputRows : 0;
+    return tasks_[0] + tasks_[1] + tasks_[2] + tasks_[3] + input;
+  }
+
+  void run_product(int64_t task, T* input_apart, bool accumulate_input) {
+    const int64_t widths[] = {args_.sizes.input, args_.sizes.output(), args_.sizes.hidden, 1};
+    for (int part = 0; part < 4; ++part) {
+      if (task < tasks_[part]) {
+        const int64_t first = task * kColumns;
+        return weight_task<Cell>(args_, grads_[turn_], direction_, Part(part), first,
+                                 smaller(kColumns, widths[part] - first), count_ > 1, bias_sum_.get());
+      }
+      task -= tasks_[part];
+    }
+    const int64_t first = task * kInputRows;
+    input_gradient<Cell>(args_, weights_, grads_[turn_], input_apart, accumulate_input, first,
+                         smaller(grads_[turn_].chunk.rows, first + kInputRows));
+  }
+
+  void finish() {
+    for (int64_t i = 0; i < slices_; ++i) scans_.get()[i]->finish();
+    const Weights<T>& to = args_.grad_weights[direction_];
+    const int64_t hidden = args_.sizes.hidden, padded = args_.sizes.padded();
+    const size_t bytes = size_t(hidden) * sizeof(T);
+    for (int g = 0; g < Cell::kGates; ++g) {
+      if (to.bias_ih) std::memcpy(to.bias_ih + g * hidden, bias_sum_.get() + Cell::ih_slot(g) * padded, bytes);
+      if (to.bias_hh) std::memcpy(to.bias_hh + g * hidden, bias_sum_.get() + Cell::hh_slot(g) * padded, bytes);
+    }
+    if (args_.layout.rows > 0) return;
+    const int64_t gates = Cell::kGates * hidden;  // no chunk has written the weights' gradients
+    const auto clear = [](T* grad, int64_t size) {
+      if (grad) std::memset(grad, 0, size_t(size) * sizeof(T));
+    };
+    clear(to.weight_ih, gates * args_.sizes.input);
+    clear(to.weight_hh, gates * args_.sizes.output());
+    clear(to.weight_hr, args_.sizes.proj * hidden);
+  }
+
+ private:
+  static constexpr int64_t kColumns = 4 * kLanes<T>;  // of one task: the width of a register tile
+  static constexpr int64_t kInputRows = 48;           // of one task: a few heights of a register tile
+
+  const BackwardArgs<T>& args_;
+  const int direction_;
+  const BackwardWeights<Cell, T> weights_;
+  Chunks chunks_;
+  ChunkGrads<Cell, T> grads_[2];
+  Buffer<BackwardScan<Cell, T>*> scans_;
+  const int64_t slices_;
+  Buffer<T> bias_sum_;  // [gate gradients, padded H]
+  int64_t tasks_[4];    // weight_ih, weight_hh, weight_hr, biases
+  int turn_ = 0;
+  int64_t count_ = 0;
+};
+
+/// Walks the chunks of directions [first, last) side by side, so that every thread has work in each. grad_input of the
+/// second of two goes to `apart`; where only one is walked, `accumulate` adds it to what is there.
+template <class Cell, class T>
+void walk(const BackwardArgs<T>& args, const Executor& executor, int first, int last, T* apart, bool accumulate) {
+  const int64_t slices = count_slices(args.layout, args.sizes, executor);
+  Pair<BackwardPass<Cell, T>> passes;
+  parallel(executor, last - first,
+           [&](int64_t i) { passes.item[i] = new BackwardPass<Cell, T>(args, first + int(i), slices); });
+  for (;;) {
+    bool more[2] = {false, false};
+    int64_t scans = 0, products[2] = {0, 0};
+    for (int i = 0; i < last - first; ++i) {
+      more[i] = passes.item[i]->next_chunk();
+      if (!more[i]) continue;
+      scans += slices;
+      products[i] = passes.item[i]->product_tasks();
+    }
+    if (scans == 0) break;
+    const int lead = more[0] ? 0 : 1;
+    parallel(executor, scans, [&](int64_t task) { passes.item[lead + task / slices]->scan(task % slices); });
+    parallel(executor, products[0] + products[1], [&](int64_t task) {
+      const int i = task < products[0] ? 0 : 1;
+      passes.item[i]->run_product(i ? task - products[0] : task, i ? apart : nullptr, accumulate);
+    });
+  }
+  for (int i = 0; i < last - first; ++i) passes.item[i]->finish();
 }
 
 template <class Cell, class T>
 void backward(const BackwardArgs<T>& args, const Executor& executor) {
-  using Packed = BackwardWeights<Cell, T>;
-  using Grads = RowGrads<Cell, T>;
-  const Sizes& sizes = args.sizes;
-  const int directions = sizes.directions;
-  Pair<Packed> weights;
-  Pair<Grads> grads;
-  parallel(executor, directions, [&](int64_t d) {
-    weights.item[d] = new Packed(args.weights[d], sizes, args.grad_input.data != nullptr);
-    grads.item[d] = new Grads(sizes, args.layout);
-  });
-  const int64_t slices = count_slices(args.layout, sizes, executor);
-  parallel(executor, directions * slices, [&](int64_t task) {
-    const int d = int(task / slices);
-    BackwardScan<Cell, T>(args, *weights.item[d], *grads.item[d], d, slice_of(args.layout, task % slices, slices)).run();
-  });
-
-  if (args.grad_input.data) {
-    constexpr int64_t kRows = 96;
-    parallel(executor, (args.layout.rows + kRows - 1) / kRows, [&](int64_t i) {
-      input_gradient<Cell>(args, weights.item, grads.item, i * kRows, smaller(args.layout.rows, (i + 1) * kRows));
-    });
+  const int directions = args.sizes.directions;
+  if (executor.threads <= 1 || directions == 1) {
+    for (int d = 0; d < directions; ++d) walk<Cell, T>(args, executor, d, d + 1, nullptr, d > 0);
+    return;
   }
-
-  constexpr int64_t kColumns = 4 * kLanes<T>;  // of one task: the width of a register tile
-  int64_t tasks[2][4];                         // how many for weight_ih, weight_hh, weight_hr, the biases
-  int64_t total = 0;
-  for (int d = 0; d < directions; ++d) {
-    const Weights<T>& to = args.grad_weights[d];
-    tasks[d][0] = to.weight_ih ? (sizes.input + kColumns - 1) / kColumns : 0;
-    tasks[d][1] = to.weight_hh ? (sizes.output() + kColumns - 1) / kColumns : 0;
-    tasks[d][2] = to.weight_hr ? (sizes.hidden + kColumns - 1) / kColumns : 0;
-    tasks[d][3] = to.bias_ih || to.bias_hh;
-    for (int kind = 0; kind < 4; ++kind) total += tasks[d][kind];
+  const int64_t width = args.sizes.input, rows = args.layout.rows;
+  Buffer<T> apart(args.grad_input.data ? rows * width : 0);
+  walk<Cell, T>(args, executor, 0, 2, apart.get(), false);
+  if (!args.grad_input.data) return;
+  RowCursor cursor(args.layout, 0);
+  for (int64_t r = 0; r < rows; ++r, cursor.next()) {
+    T* to = args.grad_input.at(args.layout, cursor.t, cursor.j);
+    const T* from = apart.get() + r * width;
+    for (int64_t i = 0; i < width; i += kLanes<T>)
+      store_part(to + i, load_part<T>(to + i, width - i) + load_part<T>(from + i, width - i), width - i);
   }
-  const int64_t widths[3] = {sizes.input, sizes.output(), sizes.hidden};
-  parallel(executor, total, [&](int64_t task) {
-    int d = 0, kind = 0;
-    while (task >= tasks[d][kind]) {
-      task -= tasks[d][kind];
-      d += kind == 3;
-      kind = (kind + 1) % 4;
-    }
-    if (kind == 3) return bias_gradient<Cell>(args, *grads.item[d], args.grad_weights[d]);
-    const int64_t first = task * kColumns;
-    weight_task<Cell>(args, *grads.item[d], d, kind, first, smaller(kColumns, widths[kind] - first));
-  });
 }

@@ -237,12 +237,13 @@ NO_INLINE void plain_product(const PlainProduct<T>& p) {
   using V = Vec<T>;
   product<1>(
       p.rows, blocks_of<T>(p.columns), p.single, [&](int64_t r) { return p.a[r]; }, p.b, p.segments,
-      [&](int64_t r, int64_t block, V* acc) {
+      [&](int64_t, int64_t block, V* acc) {
         const int64_t column = block * kLanes<T>;
-        *acc = p.bias ? load(p.bias + column) : p.accumulate ? load_part(p.c[r] + column, p.columns - column) : V{};
+        *acc = p.bias ? load(p.bias + column) : V{};
       },
       [&](int64_t r, int64_t block, const V* acc) {
-        const int64_t column = block * kLanes<T>;
-        store_part(p.c[r] + column, *acc, p.columns - column);
+        const int64_t column = block * kLanes<T>, rest = p.columns - column;
+        // Added at the end, not started from: so that A B + C does not depend on which of two summands came first.
+        store_part(p.c[r] + column, p.accumulate ? load_part<T>(p.c[r] + column, rest) + *acc : *acc, rest);
       });
 }

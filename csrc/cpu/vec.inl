@@ -86,7 +86,7 @@ struct ExpConstants<float> {
   static constexpr float kLn2High = 0.693359375f;
   static constexpr float kLn2Low = -2.12194440e-4f;
   static constexpr float kTanhLimit = 9.02f;     // beyond it tanh rounds to 1
-  static constexpr float kSigmoidLimit = 88.0f;  // exp stays finite
+  static constexpr float kSigmoidLimit = 87.0f;  // exp stays finite
   // (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2, interpolated at Chebyshev nodes: error 8e-9
   static constexpr float kPoly[] = {0.5f, 0.16666576845993976f, 0.041666554437685939f, 0.0083632029715758549f,
                                     0.0013926213466332443f};
@@ -145,7 +145,8 @@ struct Math {
   ALWAYS_INLINE static V sigmoid(V x) {
     V scale, q;
     split_exp(-clamp(x, C::kSigmoidLimit), scale, q);
-    return 1 / (1 + (scale + scale * q));
+    const V y = 1 / (1 + (scale + scale * q));
+    return x < -C::kSigmoidLimit ? V{} : y;  // of -inf exactly 0, so that 0 * inf is NaN as it is in torch
   }
 
   /// (e^2x - 1) / (e^2x + 1), with e^2x - 1 taken from q so that small x keep their digits.

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cuda/launch.h"
+#include "cuda/persistent_entries.h"
 #include "cuda/step_entries.h"
 
 namespace {
@@ -56,6 +57,47 @@ int check(const Args& args, int64_t first_step, int64_t last_step, int64_t steps
   return 0;
 }
 
+int check_pointers(const RnnExtForward& args, RnnExtError* error) {
+  for (int i = 0; i < args.directions; ++i) {
+    const RnnExtForwardDirection& d = args.direction[i];
+    if (!d.igates || !d.output || !d.h_n || !(d.weight_hh || d.hgates)) {
+      return refuse(error, "igates, output, h_n and weight_hh or hgates must be given");
+    }
+    if (args.cell == RNN_EXT_LSTM && !d.c_n) return refuse(error, "an lstm needs c_n");
+  }
+  return 0;
+}
+
+int check_pointers(const RnnExtBackward& args, RnnExtError* error) {
+  for (int i = 0; i < args.directions; ++i) {
+    const RnnExtBackwardDirection& d = args.direction[i];
+    if (!d.output || !d.dgates || !d.dh_0 || !(d.weight_hh || d.dh_recurrent)) {
+      return refuse(error, "output, dgates, dh_0 and weight_hh or dh_recurrent must be given");
+    }
+    if (args.cell == RNN_EXT_LSTM && (!d.saved || !d.cells || !d.dc_0))
+      return refuse(error, "an lstm needs saved, cells and dc_0");
+    if (args.cell == RNN_EXT_GRU && !d.saved) return refuse(error, "a gru needs saved");
+  }
+  return 0;
+}
+
+template <class Args>
+int check_persistent(const Args& args, RnnExtError* error) {
+  if (check(args, 0, 0, 0, error) || check_pointers(args, error)) return 1;
+  const RnnExtSequence& s = args.sequence;
+  if (args.dtype == RNN_EXT_FLOAT64) return refuse(error, "persistent kernels do not take float64");
+  if (s.hidden > kMaxPersistentHidden) {
+    return refuse(error, "persistent kernels end at hidden size %lld, got %lld", number(kMaxPersistentHidden),
+                  number(s.hidden));
+  }
+  if (s.batch_sizes && (!s.row_offsets || !s.lengths))
+    return refuse(error, "packed data needs row_offsets and lengths");
+  for (int i = 0; i < args.directions; ++i) {
+    if (!args.direction[i].weight_hh) return refuse(error, "weight_hh must be given");
+  }
+  return 0;
+}
+
 }  // namespace
 
 #define RNN_EXT_FOR_DTYPE(function)                                          \
@@ -72,37 +114,67 @@ int check(const Args& args, int64_t first_step, int64_t last_step, int64_t steps
   }                                                                          \
   return 1;
 
+#define RNN_EXT_FOR_PERSISTENT_DTYPE(function)          \
+  const auto queue = static_cast<cudaStream_t>(stream); \
+  switch (args->dtype) {                                \
+    case RNN_EXT_FLOAT32:                               \
+      return function<float>(*args, queue, error);      \
+    case RNN_EXT_BFLOAT16:                              \
+      return function<bfloat16>(*args, queue, error);   \
+    case RNN_EXT_FLOAT16:                               \
+      return function<float16>(*args, queue, error);    \
+    default:                                            \
+      return 1;                                         \
+  }
+
 extern "C" int rnn_ext_cuda_step_forward(const RnnExtForward* args, int64_t first_step, int64_t last_step, void* stream,
                                          RnnExtError* error) {
-  if (check(*args, first_step, last_step, args->sequence.length, error)) return 1;
+  if (check(*args, first_step, last_step, args->sequence.length, error) || check_pointers(*args, error)) return 1;
   for (int i = 0; i < args->directions; ++i) {
     const RnnExtForwardDirection& d = args->direction[i];
-    if (!d.igates || !d.output || !d.h_n || !(d.weight_hh || d.hgates))
-      return refuse(error, "igates, output, h_n and weight_hh or hgates must be given");
-    if (args->cell == RNN_EXT_LSTM && (!d.c_n || !(d.cells || d.cell_state)))
-      return refuse(error, "an lstm needs c_n, and cells or cell_state");
+    if (args->cell == RNN_EXT_LSTM && !d.cells && !d.cell_state)
+      return refuse(error, "an lstm needs cells or cell_state");
     if (!d.hgates != !args->direction[0].hgates)
       return refuse(error, "hgates must be given for both directions or none");
-    if (d.hgates && last_step - first_step > 1)
+    if (d.hgates && last_step - first_step > 1) {
       return refuse(error, "hgates are those of one step, got %lld steps", number(last_step - first_step));
+    }
   }
   RNN_EXT_FOR_DTYPE(step_forward)
 }
 
 extern "C" int rnn_ext_cuda_step_backward(const RnnExtBackward* args, int64_t first_step, int64_t last_step,
                                           void* stream, RnnExtError* error) {
-  if (check(*args, first_step, last_step, args->sequence.length + 1, error)) return 1;
+  if (check(*args, first_step, last_step, args->sequence.length + 1, error) || check_pointers(*args, error)) return 1;
   for (int i = 0; i < args->directions; ++i) {
     const RnnExtBackwardDirection& d = args->direction[i];
-    if (!d.output || !d.dgates || !d.dh_0 || !(d.weight_hh || d.dh_recurrent))
-      return refuse(error, "output, dgates, dh_0 and weight_hh or dh_recurrent must be given");
-    if (args->cell == RNN_EXT_LSTM && (!d.saved || !d.cells || !d.dc_carry || !d.dc_0))
-      return refuse(error, "an lstm needs saved, cells, dc_carry and dc_0");
-    if (args->cell == RNN_EXT_GRU && (!d.saved || !d.dh_carry)) return refuse(error, "a gru needs saved and dh_carry");
-    if (!d.dh_recurrent != !args->direction[0].dh_recurrent)
+    if (args->cell == RNN_EXT_LSTM && !d.dc_carry) return refuse(error, "an lstm needs dc_carry");
+    if (args->cell == RNN_EXT_GRU && !d.dh_carry) return refuse(error, "a gru needs dh_carry");
+    if (!d.dh_recurrent != !args->direction[0].dh_recurrent) {
       return refuse(error, "dh_recurrent must be given for both directions or none");
-    if (d.dh_recurrent && last_step - first_step > 1)
+    }
+    if (d.dh_recurrent && last_step - first_step > 1) {
       return refuse(error, "dh_recurrent is that of one step, got %lld steps", number(last_step - first_step));
+    }
   }
   RNN_EXT_FOR_DTYPE(step_backward)
+}
+
+extern "C" int rnn_ext_cuda_persistent_forward(const RnnExtForward* args, void* stream, RnnExtError* error) {
+  if (check_persistent(*args, error)) return 1;
+  RNN_EXT_FOR_PERSISTENT_DTYPE(persistent_forward)
+}
+
+extern "C" int rnn_ext_cuda_persistent_backward(const RnnExtBackward* args, void* stream, RnnExtError* error) {
+  if (check_persistent(*args, error)) return 1;
+  RNN_EXT_FOR_PERSISTENT_DTYPE(persistent_backward)
+}
+
+extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
+                                            int64_t shared_bytes) {
+  if (hidden < 1 || hidden > kMaxPersistentHidden || dtype == RNN_EXT_FLOAT64) return 0;
+  const bool wide = dtype == RNN_EXT_FLOAT32;  // the two 16-bit types need the same
+  const int64_t needed = wide ? persistent_shared_bytes<float>(cell, hidden, backward != 0)
+                              : persistent_shared_bytes<float16>(cell, hidden, backward != 0);
+  return needed <= shared_bytes;
 }

@@ -109,6 +109,15 @@ int rnn_ext_cuda_step_forward(const RnnExtForward* args, int64_t first_step, int
 int rnn_ext_cuda_step_backward(const RnnExtBackward* args, int64_t first_step, int64_t last_step, void* stream,
                                RnnExtError* error);
 
+// `persistent`: all timesteps and directions in one launch, the recurrent weight in shared memory. float32, bfloat16
+// and float16, hidden sizes whose weight fits (see `fits`); hgates, dh_recurrent, cell_state and the carries are not
+// used. Packed data needs batch_sizes, row_offsets and lengths.
+int rnn_ext_cuda_persistent_forward(const RnnExtForward* args, void* stream, RnnExtError* error);
+int rnn_ext_cuda_persistent_backward(const RnnExtBackward* args, void* stream, RnnExtError* error);
+// 1 if the kernel can run this on a device whose blocks have so much shared memory, else 0.
+int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
+                                 int64_t shared_bytes);
+
 #ifdef __cplusplus
 }
 #endif

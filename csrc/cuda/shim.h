@@ -90,6 +90,16 @@ const char* launch(const char* name, void (*kernel)(Params...), const LaunchConf
 #endif
 }
 
-}  // namespace rnn_ext::cuda
+// Bytes of shared memory one block of the current device can have; 0 if there is no device.
+inline int64_t shared_bytes_per_block() {
+#if defined(__CUDACC__)
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+  return bytes;
+#else
+  return emu::shared_bytes_per_block();
+#endif
+}
 
-#define RNN_EXT_LAUNCH(kernel, config, ...) ::rnn_ext::cuda::launch(#kernel, kernel, config, __VA_ARGS__)
+}  // namespace rnn_ext::cuda

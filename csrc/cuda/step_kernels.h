@@ -13,8 +13,7 @@
 // there the caller's GEMM is faster. Nothing of this has a measured time.
 #pragma once
 
-#include "cells/cells.h"
-#include "cuda/device_ops.h"
+#include "cuda/layer.h"
 #include "cuda/sequence.h"
 
 namespace rnn_ext::cuda {
@@ -22,22 +21,8 @@ namespace rnn_ext::cuda {
 // ---- arguments of one launch ----------------------------------------------------------------------------------------
 
 template <class T>
-struct ForwardStepDirection {
-  Moment before, now, after;  // in the order of computation; the pointers are those of RnnExtForwardDirection
-  const T* igates;
-  int64_t igates_stride;
-  const T* weight_hh;
-  const T* bias_hh;
-  const T* hgates;
-  const T* h_0;
-  const T* c_0;
-  T* output;
-  int64_t output_stride;
-  T* h_n;
-  T* c_n;
-  T* saved;
-  AccumulatorOf<T>* cells;
-  AccumulatorOf<T>* cell_state;
+struct ForwardStepDirection : ForwardPointers<T> {
+  Moment before, now, after;  // in the order of computation
 };
 
 template <class T>
@@ -48,28 +33,8 @@ struct ForwardStep {
 };
 
 template <class T>
-struct BackwardStepDirection {
+struct BackwardStepDirection : BackwardPointers<T> {
   Moment before, now, after;  // in forward's order of computation: gradients come from `after`
-  const T* weight_hh;
-  const T* dh_recurrent;
-  const T* h_0;
-  const T* c_0;
-  const T* output;
-  int64_t output_stride;
-  const T* saved;
-  const AccumulatorOf<T>* cells;
-  const T* doutput;
-  int64_t doutput_stride;
-  const T* dcells;
-  int64_t dcells_stride;
-  const T* dh_n;
-  const T* dc_n;
-  T* dgates;
-  int64_t dgates_stride;
-  AccumulatorOf<T>* dh_carry;
-  AccumulatorOf<T>* dc_carry;
-  T* dh_0;
-  T* dc_0;
 };
 
 template <class T>
@@ -79,17 +44,7 @@ struct BackwardStep {
   BackwardStepDirection<T> direction[2];
 };
 
-// ---- one row and unit: the cell and everything around it
-// -------------------------------------------------------------
-
-// Saved values that have the storage type: all but the cell state.
-template <class Cell>
-inline constexpr int kSavedPlanes = Cell::kSaved - (Cell::kHasCell ? 1 : 0);
-
-template <class T>
-RNN_EXT_DEVICE AccumulatorOf<T> value_or_zero(const T* array, int64_t index) {
-  return array ? widen(array[index]) : AccumulatorOf<T>(0);
-}
+// ---- one row and unit: the cell and everything around it ---------------------------------------------
 
 // h_prev or c_prev as the cell sees it: from the row before, from the initial state, or zero after a reset.
 template <class Value, class T>

@@ -79,27 +79,11 @@ inline constexpr int kManyRows = sizeof(AccumulatorOf<T>) == 8 ? 2 : 4;
 template <class Cell, class T>
 int step_forward_cell(const RnnExtForward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
                       RnnExtError* error) {
-  using A = AccumulatorOf<T>;
   ForwardStep<T> params{};
   params.rules = row_rules(args.sequence);
   params.hidden = args.sequence.hidden;
   for (int i = 0; i < args.directions; ++i) {
-    const RnnExtForwardDirection& from = args.direction[i];
-    ForwardStepDirection<T>& to = params.direction[i];
-    to.igates = static_cast<const T*>(from.igates);
-    to.igates_stride = from.igates_stride;
-    to.weight_hh = static_cast<const T*>(from.weight_hh);
-    to.bias_hh = static_cast<const T*>(from.bias_hh);
-    to.hgates = static_cast<const T*>(from.hgates);
-    to.h_0 = static_cast<const T*>(from.h_0);
-    to.c_0 = static_cast<const T*>(from.c_0);
-    to.output = static_cast<T*>(from.output);
-    to.output_stride = from.output_stride;
-    to.h_n = static_cast<T*>(from.h_n);
-    to.c_n = static_cast<T*>(from.c_n);
-    to.saved = static_cast<T*>(from.saved);
-    to.cells = static_cast<A*>(from.cells);
-    to.cell_state = static_cast<A*>(from.cell_state);
+    static_cast<ForwardPointers<T>&>(params.direction[i]) = typed<T>(args.direction[i]);
   }
   Timeline timelines[2] = {{args.sequence, args.direction[0].reverse != 0},
                            {args.sequence, args.direction[1].reverse != 0}};
@@ -131,33 +115,11 @@ int step_forward_cell(const RnnExtForward& args, int64_t first_step, int64_t las
 template <class Cell, class T>
 int step_backward_cell(const RnnExtBackward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
                        RnnExtError* error) {
-  using A = AccumulatorOf<T>;
   BackwardStep<T> params{};
   params.rules = row_rules(args.sequence);
   params.hidden = args.sequence.hidden;
   for (int i = 0; i < args.directions; ++i) {
-    const RnnExtBackwardDirection& from = args.direction[i];
-    BackwardStepDirection<T>& to = params.direction[i];
-    to.weight_hh = static_cast<const T*>(from.weight_hh);
-    to.dh_recurrent = static_cast<const T*>(from.dh_recurrent);
-    to.h_0 = static_cast<const T*>(from.h_0);
-    to.c_0 = static_cast<const T*>(from.c_0);
-    to.output = static_cast<const T*>(from.output);
-    to.output_stride = from.output_stride;
-    to.saved = static_cast<const T*>(from.saved);
-    to.cells = static_cast<const A*>(from.cells);
-    to.doutput = static_cast<const T*>(from.doutput);
-    to.doutput_stride = from.doutput_stride;
-    to.dcells = static_cast<const T*>(from.dcells);
-    to.dcells_stride = from.dcells_stride;
-    to.dh_n = static_cast<const T*>(from.dh_n);
-    to.dc_n = static_cast<const T*>(from.dc_n);
-    to.dgates = static_cast<T*>(from.dgates);
-    to.dgates_stride = from.dgates_stride;
-    to.dh_carry = static_cast<A*>(from.dh_carry);
-    to.dc_carry = static_cast<A*>(from.dc_carry);
-    to.dh_0 = static_cast<T*>(from.dh_0);
-    to.dc_0 = static_cast<T*>(from.dc_0);
+    static_cast<BackwardPointers<T>&>(params.direction[i]) = typed<T>(args.direction[i]);
   }
   Timeline timelines[2] = {{args.sequence, args.direction[0].reverse != 0},
                            {args.sequence, args.direction[1].reverse != 0}};

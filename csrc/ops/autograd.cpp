@@ -32,11 +32,14 @@ auto make_node() {
   }
 }
 
+OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+OptionalTensor unpack(const SavedVariable& saved) { return optional(saved.unpack()); }
+
 /// Every tensor and option of a forward call, as long as a node keeps them.
 struct SavedCall {
-  SavedVariable input, h_0, c_0;
+  // Also what is never differentiable: a saved variable notices when it was changed in place.
+  SavedVariable input, h_0, c_0, batch_sizes, lengths, resets;
   std::vector<SavedVariable> weights;
-  OptionalTensor batch_sizes, lengths, resets;  // never differentiable, and never modified by us
   std::string cell;
   bool bidirectional = false, batch_first = false, cell_states = false;
 
@@ -48,22 +51,17 @@ struct SavedCall {
     c_0 = SavedVariable(c_0_, false);
     weights.reserve(weights_.size());
     for (const at::Tensor& weight : weights_) weights.emplace_back(weight, false);
-    batch_sizes = batch_sizes_;
-    lengths = lengths_;
-    resets = resets_;
+    batch_sizes = SavedVariable(batch_sizes_, false);
+    lengths = SavedVariable(lengths_, false);
+    resets = SavedVariable(resets_, false);
     cell = options.cell;
     bidirectional = options.bidirectional;
     batch_first = options.batch_first;
     cell_states = options.cell_states;
   }
   void release() {
-    input.reset_data();
-    h_0.reset_data();
-    c_0.reset_data();
+    for (SavedVariable* saved : {&input, &h_0, &c_0, &batch_sizes, &lengths, &resets}) saved->reset_data();
     for (SavedVariable& weight : weights) weight.reset_data();
-  }
-  static OptionalTensor optional(const at::Tensor& tensor) {
-    return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
   }
   std::vector<at::Tensor> unpack_weights() const {
     std::vector<at::Tensor> result;
@@ -193,10 +191,10 @@ struct LayerBackward : public Node {
     for (size_t i = 0; i < result.size(); ++i) mask.push_back(task_should_compute_output(i));
     const std::vector<at::Tensor> weights = call.unpack_weights();
     auto [dx, dh_0, dc_0, dw] = layer_backward_call(
-        SavedCall::optional(grads[0]), SavedCall::optional(grads[1]), SavedCall::optional(grads[2]),
-        SavedCall::optional(grads[3]), call.input.unpack(), SavedCall::optional(call.h_0.unpack()),
-        SavedCall::optional(call.c_0.unpack()), weights, call.batch_sizes, call.lengths, call.resets,
-        output.unpack(getptr()), saved.unpack(), call.options(), mask);
+        optional(grads[0]), optional(grads[1]), optional(grads[2]),
+        optional(grads[3]), call.input.unpack(), unpack(call.h_0), unpack(call.c_0),
+        weights, unpack(call.batch_sizes), unpack(call.lengths),
+        unpack(call.resets), output.unpack(getptr()), saved.unpack(), call.options(), mask);
     if (mask.get(0)) result[0] = std::move(dx);
     if (mask.get(1)) result[1] = std::move(dh_0);
     if (mask.get(2)) result[2] = std::move(dc_0);
@@ -214,15 +212,14 @@ variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
   bool any = false;
   for (const at::Tensor& grad : grad_grads) {
     any |= grad.defined();
-    cotangents.push_back(SavedCall::optional(grad));
+    cotangents.push_back(optional(grad));
   }
   if (!any) return result;
-  for (const SavedVariable& grad : grads) tensors.push_back(SavedCall::optional(grad.unpack()));
-  for (const SavedVariable* saved : {&call.input, &call.h_0, &call.c_0})
-    tensors.push_back(SavedCall::optional(saved->unpack()));
+  for (const SavedVariable& grad : grads) tensors.push_back(unpack(grad));
+  for (const SavedVariable* saved : {&call.input, &call.h_0, &call.c_0}) tensors.push_back(unpack(*saved));
   for (at::Tensor& weight : call.unpack_weights()) tensors.push_back(std::move(weight));
   std::vector<at::Tensor> found = layer_double_backward_reference_op().call(
-      cotangents, tensors, call.batch_sizes, call.lengths, call.resets, call.cell, call.bidirectional, call.batch_first,
+      cotangents, tensors, unpack(call.batch_sizes), unpack(call.lengths), unpack(call.resets), call.cell, call.bidirectional, call.batch_first,
       call.cell_states);
   size_t next = 0;
   for (size_t i = 0; i < result.size(); ++i) {

@@ -88,9 +88,7 @@ __global__ void shuffle_in_a_branch(float* out) {
   out[thread_index()] = value;
 }
 
-__global__ void shuffle_outside_its_mask(float* out) {
-  out[thread_index()] = __shfl_down_sync(0x0000ffffu, 1.f, 1);
-}
+__global__ void shuffle_outside_its_mask(float* out) { out[thread_index()] = __shfl_down_sync(0x0000ffffu, 1.f, 1); }
 
 __global__ void shuffle_as_a_barrier(float* out) {
   RNN_EXT_SHARED(float, values, kThreads);

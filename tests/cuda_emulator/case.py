@@ -18,7 +18,7 @@ CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # the numbers of RnnExtCell
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the numbers of RnnExtDtype
 SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 4}  # S and Q of launch.h
 GRAD_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 4}
-KERNELS = ("step", "pointwise")
+KERNELS = ("step", "pointwise", "persistent")
 
 # Relative to the largest value of an array (at least 1). The kernels round h (and, backward, the saved gates and the
 # gate gradients) to the storage type at every timestep: some roundings of 2^-9 or 2^-12 add up over a sequence.
@@ -268,14 +268,17 @@ def run_program(
         asked.write_bytes(data)
         # TSan can only compare blocks that are there at the same time.
         resident = 1 << 20 if flavour == "tsan" else None
-        result = subprocess.run(
-            [*build.command_line(program, flavour), str(asked), str(answered)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            env=build.environment(schedule, arch, seed, resident),
-        )
+        try:
+            result = subprocess.run(
+                [*build.command_line(program, flavour), str(asked), str(answered)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+                env=build.environment(schedule, arch, seed, resident),
+            )
+        except subprocess.TimeoutExpired:
+            raise KernelReportError(f"no end after {timeout:.0f} s") from None
         if result.returncode:
             lines = [line for line in result.stderr.splitlines() if re.search(r"\S", line)]
             raise KernelReportError("\n".join(lines[:12]) or f"the program ended with {result.returncode}")

@@ -252,6 +252,10 @@ int run_request(const Request& request, RnnExtError* error) {
     if (rnn_ext_cuda_step_forward(&forward, 0, length, nullptr, error)) return 1;
     return with_backward ? rnn_ext_cuda_step_backward(&backward, 0, length + 1, nullptr, error) : 0;
   }
+  if (request.is("kernel", "persistent")) {
+    if (rnn_ext_cuda_persistent_forward(&forward, nullptr, error)) return 1;
+    return with_backward ? rnn_ext_cuda_persistent_backward(&backward, nullptr, error) : 0;
+  }
   if (request.is("kernel", "pointwise")) {
     if (pointwise_forward<T>(forward, error)) return 1;
     return with_backward ? pointwise_backward<T>(backward, error) : 0;

@@ -40,6 +40,7 @@ extern ThreadContext* current;  // the running CUDA thread; null on the host
 
 void run(const LaunchConfig& config, const std::function<void()>& kernel, const char* name);
 int arch();  // 80 or 90
+int64_t shared_bytes_per_block();
 [[noreturn]] void fail(const char* what, Site site);
 
 // Shared memory.

@@ -120,12 +120,12 @@ size_t volume(dim3 size) { return size_t{size.x} * size.y * size.z; }
 
 void check_launch(const LaunchConfig& config, const char* name) {
   const size_t threads = volume(config.block);
-  const size_t shared_limit = (arch() >= 90 ? 227 : 163) * size_t{1024};
   const char* mistake = nullptr;
   if (threads < 1 || threads > 1024) mistake = "a block has 1 to 1024 threads";
   if (volume(config.grid) < 1) mistake = "empty grid";
   if (config.grid.y > 65535 || config.grid.z > 65535) mistake = "grid.y and grid.z end at 65535";
-  if (config.shared_bytes > shared_limit) mistake = "more dynamic shared memory than a block can have";
+  if (config.shared_bytes > static_cast<size_t>(shared_bytes_per_block()))
+    mistake = "more dynamic shared memory than a block can have";
   if (config.cluster < 1 || config.grid.x % config.cluster) mistake = "the cluster does not divide the grid";
   if (config.cluster > 1 && arch() < 90) mistake = "clusters need sm_90";
   if (config.cluster > 16) mistake = "a cluster has at most 16 blocks";
@@ -194,6 +194,8 @@ void run_wave(const std::vector<unsigned>& order, size_t first, size_t last) {
 }  // namespace
 
 int arch() { return static_cast<int>(setting("EMU_ARCH", 90)); }
+
+int64_t shared_bytes_per_block() { return (arch() >= 90 ? 227 : 163) * 1024; }
 
 void fail(const char* what, Site site) {
   const uint3 block = current ? current->block : uint3{0, 0, 0}, thread = current ? current->thread : uint3{0, 0, 0};

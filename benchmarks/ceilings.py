@@ -1,0 +1,168 @@
+"""What this machine can do at best, measured, and the floor that follows for the time of a layer.
+
+Measured on one core, by ceilings.cpp where there is a C++ compiler and else, less sharply, by torch's own kernels:
+
+- ``flops``: multiply-adds from registers, two flops each; ``bfloat16_flops``: the same for products of bfloat16 summed
+  in float32, where the processor has an instruction for them.
+- ``read``: bytes per second of reading an array over and over, by its size: the levels of the cache and memory. The
+  better of two orders, round and round or back and forth.
+
+The model of the floor. A timestep of one direction needs ``2 G H I`` flops for the input projection and ``2 G H H`` for
+the recurrent product per sequence, and has to read the recurrent weights, ``G H H`` values, once, from the level of
+cache that they fit. The projections of all timesteps can be one product, which is bound by flops; a recurrent product
+has to wait for the one before, so that
+
+    forward             = projection flops / F + sum over t of max(recurrent flops at t / F, bytes of W_hh / B(those bytes))
+    forward + backward  = forward + 2 projection flops / F                  gradients of the input and of W_ih
+                                  + the same sum over t                     gradients of the states
+                                  + recurrent flops / F                     gradient of W_hh
+
+with F the ``flops`` and B the ``read`` above. Of T threads each is given a T-th of the flops and of W_hh. Activations,
+the traffic of inputs, outputs and saved values, and everything around the loop are free: at small H nobody can reach
+the floor. A layer whose weights partly stay in registers or in a faster cache than the model says can pass it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from rnn_ext.bench import Case
+
+SOURCE = Path(__file__).with_name("ceilings.cpp")
+PAGE = 4096
+SIZES = sorted([PAGE << k for k in range(16)] + [3 * PAGE << k for k in range(14)])  # 4 KiB to 128 MiB
+
+
+class Floor(NamedTuple):
+    seconds: float
+    bandwidth_share: float  # of these seconds, how much is waiting for weights to be read
+
+    @property
+    def bound(self) -> str:
+        return "bandwidth" if self.bandwidth_share > 0.5 else "flops"
+
+
+def compile_library(folder: str) -> ctypes.CDLL | None:
+    """ceilings.cpp as a library, None without a compiler that can make it."""
+    command = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
+    library = Path(folder, "ceilings.so")
+    flags = ["-O3", "-std=c++17", "-shared", "-fPIC"]
+    try:
+        subprocess.run([*command, *flags, str(SOURCE), "-o", str(library)], check=True, capture_output=True)
+        loaded = ctypes.CDLL(str(library))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    for function in (loaded.fma_rate, loaded.bfloat16_rate):
+        function.restype, function.argtypes = ctypes.c_double, [ctypes.c_double]
+    loaded.read_rate.restype = ctypes.c_double
+    loaded.read_rate.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double]
+    return loaded
+
+
+def measure(seconds: float = 3.0, largest: int = SIZES[-1]) -> dict[str, Any]:
+    """The ceilings of the core that this runs on, in about so many seconds, for arrays of up to `largest` bytes."""
+    sizes = [size for size in SIZES if size <= largest]
+    each = seconds / (2 * len(sizes) + 4)
+    data = torch.ones(sizes[-1] // 4 + 16)  # written: untouched pages are all the same one
+    with tempfile.TemporaryDirectory() as folder:
+        library = compile_library(folder)
+        if library is None:
+            return _measure_with_torch(sizes, each, data)
+        start = -(-data.data_ptr() // 64) * 64
+        return {
+            "method": SOURCE.name,
+            "flops": library.fma_rate(2 * each),
+            "bfloat16_flops": library.bfloat16_rate(2 * each),
+            "read": {size: max(library.read_rate(start, size, order, each) for order in (0, 1)) for size in sizes},
+        }
+
+
+def _measure_with_torch(sizes: list[int], each: float, data: torch.Tensor) -> dict[str, Any]:
+    def rate(amount: float, work: Any) -> float:
+        best, end = 0.0, time.perf_counter() + each
+        while not best or time.perf_counter() < end:
+            start = time.perf_counter()
+            work()
+            best = max(best, amount / (time.perf_counter() - start))
+        return best
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        n = 768
+        a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
+        flops = rate(2 * n**3, lambda: torch.mm(a, b, out=out))
+        read = {size: rate(size, data[: size // 4].sum) for size in sizes if size >= 2**16}
+    finally:
+        torch.set_num_threads(threads)
+    return {"method": "torch", "flops": flops, "bfloat16_flops": 0.0, "read": read}
+
+
+def better(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """Of two measurements by the same method, the higher of each ceiling."""
+    return {
+        "method": a["method"],
+        "flops": max(a["flops"], b["flops"]),
+        "bfloat16_flops": max(a["bfloat16_flops"], b["bfloat16_flops"]),
+        "read": {size: max(a["read"][size], b["read"][size]) for size in a["read"]},
+    }
+
+
+def read_rate(ceilings: dict[str, Any], size: float) -> float:
+    """Bytes per second for an array of so many bytes, between the sizes measured along the logarithm of the size."""
+    read = sorted((int(at), rate) for at, rate in ceilings["read"].items())  # JSON makes strings of the sizes
+    sizes = [at for at, _ in read]
+    place = bisect.bisect_left(sizes, size)
+    if place == 0 or place == len(sizes):
+        return read[min(place, len(sizes) - 1)][1]
+    (low, slow), (high, fast) = read[place - 1], read[place]
+    along = math.log(size / low) / math.log(high / low)
+    return slow + along * (fast - slow)
+
+
+def levels(ceilings: dict[str, Any], caches: dict[str, int]) -> dict[str, float]:
+    """The rates of the levels of the cache, each read at half its size (so that it fits), and of memory."""
+    result = {name: read_rate(ceilings, size / 2) for name, size in caches.items()}
+    largest = max(int(size) for size in ceilings["read"])
+    if largest > 2 * max(caches.values(), default=0):
+        result["memory"] = read_rate(ceilings, largest)
+    return result
+
+
+def floor(case: Case, training: bool, ceilings: dict[str, Any], threads: int = 1) -> Floor:
+    """The shortest time that the model in the module's docstring allows."""
+    itemsize = case.torch_dtype.itemsize
+    flops = ceilings["flops"]
+    if case.dtype == "bfloat16":
+        flops = ceilings["bfloat16_flops"] or flops
+    elif case.dtype == "float64":
+        flops = flops / 2
+    flops *= threads
+    alive = case.batch_sizes
+    width = case.gates * case.hidden_size
+    weight_bytes = width * case.hidden_size * itemsize / threads
+    reading = weight_bytes / read_rate(ceilings, weight_bytes)  # each thread its part, at the same time
+    seconds = waiting = 0.0
+    for layer in range(case.num_layers):
+        inputs = case.input_size if layer == 0 else case.directions * case.hidden_size
+        projection = 2 * sum(alive) * width * inputs / flops
+        products = [2 * rows * width * case.hidden_size / flops for rows in alive]
+        scan = sum(max(product, reading) for product in products)
+        waits = sum(reading for product in products if reading > product)
+        passes = 2 if training else 1
+        seconds += case.directions * (projection * (3 if training else 1) + scan * passes)
+        seconds += case.directions * sum(products) * (1 if training else 0)
+        waiting += case.directions * waits * passes
+    return Floor(seconds, waiting / seconds)

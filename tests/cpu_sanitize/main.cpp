@@ -1,0 +1,375 @@
+// Runs csrc/cpu without torch, for a build with sanitizers: every cell, layout and option at sizes that end inside a
+// vector or a tile, on memory of exactly the promised extent, deliberately misaligned and filled with NaN beforehand.
+//
+//   main           every configuration by every instruction set: all that must be written is, nothing else, and the
+//                  instruction sets agree
+//   main threads   a problem large enough to be shared out, by four threads: the bits of one
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/layer.h"
+
+namespace {
+
+using namespace rnn_ext::cpu;
+
+struct Config {
+  CellKind cell;
+  int64_t steps, batch, input, hidden, proj;
+  int directions;
+  enum Form { kTimeMajor, kBatchMajor, kPacked } form;
+  bool bias, lengths, resets, states, cells;
+  unsigned wanted;  // bits: which gradients come in and go out
+
+  std::string name() const {
+    static const char* const cell_names[] = {"rnn_tanh", "rnn_relu", "gru", "lstm"};
+    static const char* const form_names[] = {"time-major", "batch-major", "packed"};
+    char text[200];
+    std::snprintf(text, sizeof text,
+                  "%s L=%d N=%d I=%d H=%d P=%d D=%d %s bias=%d lengths=%d resets=%d states=%d mask=%x",
+                  cell_names[int(cell)], int(steps), int(batch), int(input), int(hidden), int(proj), directions,
+                  form_names[form], bias, lengths, resets, states, wanted);
+    return text;
+  }
+  int gates() const { return cell == CellKind::kLstm ? 4 : cell == CellKind::kGru ? 3 : 1; }
+  bool has_cell() const { return cell == CellKind::kLstm; }
+};
+
+[[noreturn]] void fail(const Config& config, const std::string& what) {
+  std::fprintf(stderr, "%s: %s (%s)\n", config.name().c_str(), what.c_str(), capability());
+  std::exit(1);
+}
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 2654435761u + 12345) {}
+  uint64_t next() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return state_ >> 33;
+  }
+  double uniform() { return double(next()) / double(1ull << 30) - 1; }  // [-1, 1)
+  int64_t below(int64_t n) { return int64_t(next() % uint64_t(n)); }
+
+ private:
+  uint64_t state_;
+};
+
+/// Memory that ends where it should and starts one element past what the allocator aligned. NaN until written.
+template <class T>
+class Array {
+ public:
+  explicit Array(int64_t size = 0) : memory_(new T[size + 1]), size_(size) {
+    std::fill(begin(), end(), std::numeric_limits<T>::quiet_NaN());
+  }
+  Array(int64_t size, Random& random, double scale) : Array(size) {
+    for (T& x : *this) x = T(random.uniform() * scale);
+  }
+  T* begin() const { return memory_.get() + 1; }
+  T* end() const { return begin() + size_; }
+  int64_t size() const { return size_; }
+
+ private:
+  std::unique_ptr<T[]> memory_;
+  int64_t size_;
+};
+
+template <class T>
+Sequence<T> sequence(const Array<std::remove_const_t<T>>& array, const Config& config, int64_t features) {
+  if (config.form == Config::kPacked) return {array.begin(), 0, features};
+  if (config.form == Config::kBatchMajor) return {array.begin(), features, config.steps * features};
+  return {array.begin(), config.batch * features, features};
+}
+
+struct Steps {
+  explicit Steps(const Config& config, Random& random) {
+    std::vector<int64_t> lengths(size_t(config.batch), config.steps);
+    if (config.lengths || config.form == Config::kPacked) {
+      const int64_t least = config.form == Config::kPacked ? 1 : 0;
+      for (int64_t n = 1; n < config.batch && config.steps > 0; ++n)
+        lengths[size_t(n)] = least + random.below(config.steps + 1 - least);
+    }
+    order.resize(lengths.size());
+    for (size_t n = 0; n < order.size(); ++n) order[n] = int64_t(n);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return lengths[size_t(a)] > lengths[size_t(b)]; });
+    for (int64_t t = 0; t < config.steps; ++t) {
+      sizes.push_back(std::count_if(lengths.begin(), lengths.end(), [&](int64_t n) { return n > t; }));
+      offsets.push_back(rows);
+      rows += sizes.back();
+    }
+    layout.steps = config.steps;
+    layout.batch = config.batch;
+    layout.rows = rows;
+    layout.batch_sizes = sizes.data();
+    layout.offsets = offsets.data();
+    layout.order = config.lengths ? order.data() : nullptr;
+    layout.packed = config.form == Config::kPacked;
+  }
+  std::vector<int64_t> sizes, offsets, order;
+  int64_t rows = 0;
+  Layout layout;
+};
+
+/// What a run leaves: written values in order, for comparison with another run.
+struct Results {
+  std::vector<double> values;
+  std::string problem;
+
+  template <class T>
+  void add(const Array<T>& array, const char* name) {
+    for (T x : array) {
+      if (std::isnan(x)) problem = std::string(name) + " was not written everywhere, or depends on unwritten memory";
+      values.push_back(double(x));
+    }
+  }
+  /// Of a sequence, rows that exist must be written and the others must not be touched.
+  template <class T>
+  void add(const Array<T>& array, const char* name, const Config& config, const Layout& layout, int64_t features) {
+    const Sequence<T> rows = sequence<T>(array, config, features);
+    std::vector<bool> exists(size_t(array.size()), false);
+    for (int64_t t = 0; t < layout.steps; ++t) {
+      for (int64_t j = 0; j < layout.batch_sizes[t]; ++j) {
+        const T* row = rows.at(layout, t, j);
+        for (int64_t k = 0; k < features; ++k) exists[size_t(row + k - array.begin())] = true;
+      }
+    }
+    for (int64_t i = 0; i < array.size(); ++i) {
+      const T x = array.begin()[i];
+      if (std::isnan(x) == exists[size_t(i)])
+        problem = std::string(name) + (exists[size_t(i)] ? " lacks a row" : " has a row too many");
+      if (exists[size_t(i)]) values.push_back(double(x));
+    }
+  }
+};
+
+template <class T>
+Results run(const Config& config, const Executor& executor) {
+  Random random(uint64_t(config.steps * 7 + config.batch * 31 + config.input * 101 + config.hidden * 1009));
+  const Steps steps(config, random);
+  const Layout& layout = steps.layout;
+  const int64_t D = config.directions, N = config.batch, H = config.hidden, G = config.gates();
+  const Sizes sizes{config.input, H, config.proj, config.directions};
+  const int64_t out = sizes.output();
+  const int64_t positions = config.form == Config::kPacked ? layout.rows : config.steps * N;
+  const double scale = 1 / std::sqrt(double(H));
+
+  const Array<T> input(positions * config.input, random, 1);
+  const Array<T> h_0(D * N * out, random, 1), c_0(D * N * H, random, 1);
+  std::vector<Array<T>> weights, grad_weights;
+  for (int d = 0; d < config.directions; ++d) {
+    for (int64_t size : {G * H * config.input, G * H * out, G * H, G * H, config.proj * H}) {
+      weights.emplace_back(size, random, scale);
+      grad_weights.emplace_back(size);
+    }
+  }
+  const std::unique_ptr<bool[]> resets(new bool[size_t(positions)]);
+  for (int64_t i = 0; i < positions; ++i) resets[size_t(i)] = random.below(4) == 0;
+
+  ForwardArgs<T> forward;
+  forward.cell = config.cell;
+  forward.sizes = sizes;
+  forward.layout = layout;
+  forward.input = sequence<const T>(input, config, config.input);
+  if (config.resets) {
+    const bool by_batch = config.form == Config::kBatchMajor;
+    forward.resets = {resets.get(), by_batch ? 1 : N, by_batch ? config.steps : 1};
+    if (config.form == Config::kPacked) forward.resets = {resets.get(), 0, 1};
+  }
+  if (config.states) {
+    forward.h_0 = h_0.begin();
+    forward.c_0 = config.has_cell() ? c_0.begin() : nullptr;
+  }
+  for (int d = 0; d < config.directions; ++d) {
+    const Array<T>* w = &weights[size_t(5 * d)];
+    forward.weights[d] = {w[0].begin(), w[1].begin(), config.bias ? w[2].begin() : nullptr,
+                          config.bias ? w[3].begin() : nullptr, config.proj ? w[4].begin() : nullptr};
+  }
+  Results results;
+  // First without keeping anything for backward, then with: the same outputs.
+  std::vector<double> first;
+  for (bool save : {false, true}) {
+    const Array<T> output(positions * D * out), cells(positions * D * H), h_n(D * N * out);
+    const Array<T> c_n(config.has_cell() ? D * N * H : 0);
+    const int64_t kept = D * layout.rows * saved_values(config.cell, config.proj != 0) * sizes.padded();
+    const Array<T> saved(save ? kept : 0);
+    forward.output = sequence<T>(output, config, D * out);
+    forward.cells = config.cells ? sequence<T>(cells, config, D * H) : Sequence<T>{};
+    forward.h_n = h_n.begin();
+    forward.c_n = config.has_cell() ? c_n.begin() : nullptr;
+    forward.saved = save ? saved.begin() : nullptr;
+    layer_forward(forward, executor);
+    results.values.clear();
+    results.add(output, "output", config, layout, D * out);
+    results.add(h_n, "h_n");
+    results.add(c_n, "c_n");
+    if (config.cells) results.add(cells, "cells", config, layout, D * H);
+    if (!save) {
+      first = results.values;
+      continue;
+    }
+    if (first != results.values) results.problem = "outputs differ with and without saving";
+
+    const auto bit = [&](int i) { return (config.wanted >> i & 1) != 0; };
+    const Array<T> grad_output(positions * D * out, random, 1), grad_cells(positions * D * H, random, 1);
+    const Array<T> grad_h_n(D * N * out, random, 1), grad_c_n(D * N * H, random, 1);
+    const Array<T> grad_input(positions * config.input), grad_h_0(D * N * out), grad_c_0(D * N * H);
+    BackwardArgs<T> backward;
+    backward.cell = config.cell;
+    backward.sizes = sizes;
+    backward.layout = layout;
+    backward.input = forward.input;
+    backward.resets = forward.resets;
+    backward.h_0 = forward.h_0;
+    backward.c_0 = forward.c_0;
+    backward.output = sequence<const T>(output, config, D * out);
+    backward.saved = saved.begin();
+    if (bit(0)) backward.grad_output = sequence<const T>(grad_output, config, D * out);
+    if (bit(1) && config.cells) backward.grad_cells = sequence<const T>(grad_cells, config, D * H);
+    if (bit(2)) backward.grad_h_n = grad_h_n.begin();
+    if (bit(3) && config.has_cell()) backward.grad_c_n = grad_c_n.begin();
+    if (bit(4)) backward.grad_input = sequence<T>(grad_input, config, config.input);
+    if (bit(5)) backward.grad_h_0 = grad_h_0.begin();
+    if (bit(6) && config.has_cell()) backward.grad_c_0 = grad_c_0.begin();
+    for (int d = 0; d < config.directions; ++d) {
+      const Array<T>* g = &grad_weights[size_t(5 * d)];
+      backward.weights[d] = forward.weights[d];
+      backward.grad_weights[d] = {bit(7) ? g[0].begin() : nullptr, bit(8) ? g[1].begin() : nullptr,
+                                  bit(9) && config.bias ? g[2].begin() : nullptr,
+                                  bit(10) && config.bias ? g[3].begin() : nullptr,
+                                  bit(11) && config.proj ? g[4].begin() : nullptr};
+    }
+    layer_backward(backward, executor);
+    if (bit(4)) results.add(grad_input, "grad_input", config, layout, config.input);
+    if (bit(5)) results.add(grad_h_0, "grad_h_0");
+    if (bit(6) && config.has_cell()) results.add(grad_c_0, "grad_c_0");
+    for (int d = 0; d < config.directions; ++d) {
+      const Array<T>* g = &grad_weights[size_t(5 * d)];
+      if (bit(7)) results.add(g[0], "grad_weight_ih");
+      if (bit(8)) results.add(g[1], "grad_weight_hh");
+      if (bit(9) && config.bias) results.add(g[2], "grad_bias_ih");
+      if (bit(10) && config.bias) results.add(g[3], "grad_bias_hh");
+      if (bit(11) && config.proj) results.add(g[4], "grad_weight_hr");
+    }
+  }
+  if (!results.problem.empty()) fail(config, results.problem);
+  return results;
+}
+
+double difference(const Config& config, const Results& a, const Results& b) {
+  if (a.values.size() != b.values.size()) fail(config, "different numbers of results");
+  double error = 0, largest = 1;
+  for (size_t i = 0; i < a.values.size(); ++i) {
+    error = std::max(error, std::abs(a.values[i] - b.values[i]));
+    largest = std::max(largest, std::abs(a.values[i]));
+  }
+  return error / largest;
+}
+
+template <class T>
+void compare(const Config& config, double allowed) {
+  Results baseline;
+  for (const char* name : {"baseline", "avx2", "avx512"}) {
+    if (!set_capability(name)) continue;
+    Results results = run<T>(config, Executor{});
+    if (baseline.values.empty())
+      baseline = std::move(results);
+    else if (difference(config, baseline, results) > allowed)
+      fail(config, "differs from the baseline");
+  }
+}
+
+int every_configuration() {
+  const int64_t shapes[][4] = {{1, 1, 1, 1},   {2, 3, 5, 7},    {3, 1, 33, 17}, {4, 9, 1, 33},  {2, 17, 7, 16},
+                               {1, 5, 65, 31}, {5, 2, 3, 65},   {3, 7, 17, 15}, {2, 140, 2, 3}, {290, 1, 2, 5},
+                               {45, 8, 3, 9},  {1, 1, 129, 64}, {0, 3, 2, 3},   {3, 0, 2, 3},   {0, 0, 1, 1}};
+  int count = 0;
+  for (const auto& [L, N, I, H] : shapes) {
+    for (int kind = 0; kind < 5; ++kind) {
+      const CellKind cell = kind < 4 ? CellKind(kind) : CellKind::kLstm;
+      if (kind == 4 && H == 1) continue;
+      for (int directions : {1, 2}) {
+        for (int form = 0; form < 5; ++form) {  // padded twice plain, twice with lengths and resets, packed
+          Config config{cell,
+                        L,
+                        N,
+                        I,
+                        H,
+                        kind == 4 ? (H + 1) / 2 : 0,
+                        directions,
+                        Config::Form(form == 4 ? 2 : form % 2),
+                        count % 3 != 0,
+                        form == 2 || form == 3,
+                        form == 2 || form == 3,
+                        count % 4 != 0,
+                        cell == CellKind::kLstm && count % 2 == 0,
+                        0xfff};
+          if (form == 4 && (L == 0 || N == 0)) continue;
+          if (form == 4) config.resets = count % 2 == 0;
+          // Now and then only some gradients come in and are wanted.
+          if (count % 5 == 4) config.wanted = unsigned(count * 2654435761u >> 8) & 0xfff;
+          compare<float>(config, 2e-5);
+          compare<double>(config, 1e-12);
+          ++count;
+        }
+      }
+    }
+  }
+  std::printf("%d configurations\n", count);
+  return 0;
+}
+
+std::atomic<int64_t> next_task;
+
+void by_four_threads(int64_t tasks, void (*fn)(void*, int64_t), void* context) {
+  next_task = 0;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([=] {
+      for (int64_t task; (task = next_task++) < tasks;) fn(context, task);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+int threads() {
+  for (int kind = 0; kind < 5; ++kind) {
+    for (int directions : {1, 2}) {
+      const CellKind cell = kind < 4 ? CellKind(kind) : CellKind::kLstm;
+      const int form = kind % 3;
+      Config config{cell,
+                    12,
+                    67,
+                    61,
+                    147,
+                    kind == 4 ? 41 : 0,
+                    directions,
+                    Config::Form(form),
+                    true,
+                    form != 2,
+                    form != 2,
+                    true,
+                    cell == CellKind::kLstm,
+                    0xfff};
+      const Results alone = run<float>(config, Executor{});
+      const Results shared = run<float>(config, Executor{4, by_four_threads});
+      if (alone.values != shared.values) fail(config, "four threads give other bits than one");
+    }
+  }
+  std::printf("10 configurations\n");
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return argc > 1 && std::strcmp(argv[1], "threads") == 0 ? threads() : every_configuration();
+}

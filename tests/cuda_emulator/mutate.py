@@ -1,0 +1,174 @@
+"""Deletes or weakens every synchronisation and index bound of csrc/cuda, one at a time, and asks whether a test sees it.
+
+    python -m tests.cuda_emulator.mutate [--only synchronisation|bound] [--match TEXT]
+
+A mutant is killed when a case ends with a report or a wrong number in some build and schedule. One that survives has to
+stand in EXPLAINED with the reason why nothing could be seen; the program ends with 1 if one does not, or if an explained
+one dies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tests.cuda_emulator import build
+from tests.cuda_emulator.case import Case, KernelReportError, errors, failures
+
+SOURCES = ("sequence.h", "step_kernels.h", "persistent_kernels.h")
+INSTANCES = ("step_float32.cu", "persistent_float32.cu")  # what a mutated header is compiled into, besides the driver
+
+SYNCHRONISATIONS = re.compile(r"(__syncthreads|__syncwarp|copy_async_\w+(<\w+>)?|cluster_\w+)\([^;]*\);")
+# A comparison that guards something: in an if, a conditional expression, or a conjunction.
+OPERAND = r"[\w.]+(?:\([\w.]*\))?(?:\[\w+\])?"
+COMPARISON = re.compile(rf"(?<![\w<.]){OPERAND}(?: \+ \w+)? (<|>=) {OPERAND}(?![\w(<])")
+LOOP = re.compile(r"for \(.*;.*;.*\)")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    line: int
+    kind: str  # synchronisation or bound
+    before: str
+    after: str
+    text: str  # of the mutated file
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}: {self.before} -> {self.after}"
+
+
+# Mutants that live, and why. The key is the file and the source line (or a part of it).
+EXPLAINED = {
+    "step_kernels.h: const bool more = k0 + kChunk < hidden;": "saves work; one more chunk is fetched as zeros and not read",
+    "step_kernels.h: if (row0 >= d.now.rows) return;": "saves work; every row is checked again before it is touched",
+    "step_kernels.h: if (row0 >= rows) return;": "saves work; every row is checked again before it is touched",
+}
+
+
+def mutants(file: Path) -> Iterator[Mutant]:
+    """Every mutant of a source, in order."""
+    text = file.read_text()
+    at = 0
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        code = line.split("//")[0]
+        edits: list[tuple[str, int, int, str]] = []
+        for found in SYNCHRONISATIONS.finditer(code):
+            if "RNN_EXT_DEVICE" not in code:
+                edits.append(("synchronisation", *found.span(), ";"))
+        guards = "#" not in code and (
+            " if (" in code or "?" in code or "&&" in code or "return " in code or "const bool" in code
+        )
+        for found in COMPARISON.finditer(code):
+            if LOOP.search(code):
+                if "hidden" in found[0] or "length" in found[0]:  # the others run over register arrays
+                    edits.append(("bound", *found.span(), found[0].replace("<", "<=")))
+            elif guards and "constexpr" not in code and "static_assert" not in code:
+                edits.append(("bound", *found.span(), "true" if found[1] == "<" else "false"))
+        for kind, start, end, after in edits:
+            changed = text[: at + start] + after + text[at + end :]
+            yield Mutant(file.name, number, kind, line.strip(), after, changed)
+        at += len(line)
+
+
+def cases(mutant: Mutant) -> list[Case]:
+    """Small shapes that between them go everywhere: partial tiles, several chunks, packed, padded, resets."""
+    kernel = "persistent" if mutant.file.startswith("persistent") else "step"
+    base = Case("gru", kernel=kernel, batch=3, hidden=19, length=4, bidirectional=True, backward=True)
+    ragged = replace(base, cell="lstm", lengths=(4, 0, 2), resets=0.3)
+    packed = replace(
+        base, cell="lstm", packed=True, length=5, batch=10, lengths=(5, 5, 4, 3, 2, 1, 1, 1, 1, 1), resets=0.3
+    )
+    fused = [packed, ragged, base, replace(base, hidden=32, batch=2)]
+    if kernel == "persistent":
+        return fused
+    return [*fused, replace(ragged, kernel="pointwise"), replace(packed, kernel="pointwise", cell="gru")]
+
+
+def verdict(mutant: Mutant, folder: Path) -> str | None:
+    """What killed the mutant, or None."""
+    tree = folder / "csrc"
+    if not tree.exists():
+        for part in ("cells", "cuda"):
+            shutil.copytree(build.CUDA.parent / part, tree / part)
+        shutil.copy(build.HERE / "driver.cpp", tree / "driver.cpp")
+    target = tree / "cuda" / mutant.file
+    original = target.read_text()
+    target.write_text(mutant.text)
+    # Headers reach every object, but only these are asked to run: the others come from the unchanged tree.
+    changed = [tree / "cuda" / name for name in INSTANCES if (tree / "cuda" / name).exists()]
+    rest = [source for source in build.kernel_sources() if source.name not in INSTANCES]
+    try:
+        for flavour in build.FLAVOURS:
+            try:
+                program = build.build([*changed, *rest, tree / "driver.cpp"], flavour)
+            except RuntimeError as error:
+                return f"does not compile: {str(error).splitlines()[-1]}"
+            for case in cases(mutant):
+                for schedule in (0, 1) if flavour != "asan" else (0,):
+                    try:
+                        wrong = failures(case, errors(case, flavour, schedule=schedule, program=program))
+                    except KernelReportError as report:
+                        return f"{flavour}: {str(report).splitlines()[0][:100]}"
+                    if wrong:
+                        return f"{flavour}: wrong {', '.join(wrong)}"
+            program.unlink()
+    finally:
+        target.write_text(original)
+    return None
+
+
+def explanation(mutant: Mutant) -> str | None:
+    for key, reason in EXPLAINED.items():
+        file, line = key.split(": ", 1)
+        if mutant.file == file and line in mutant.before:
+            return reason
+    return None
+
+
+def run(kind: str | None = None, match: str = "", every: int = 1) -> list[str]:
+    """Try mutants; returns what is wrong: unexplained survivors, and explanations of mutants that died."""
+    problems, tried, survived = [], 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        for source in SOURCES:
+            path = build.CUDA / source
+            for index, mutant in enumerate(mutants(path) if path.exists() else ()):
+                if (kind and mutant.kind != kind) or match not in mutant.name or index % every:
+                    continue
+                killed, reason = verdict(mutant, Path(folder)), explanation(mutant)
+                tried += 1
+                survived += killed is None
+                print(
+                    f"{mutant.file}:{mutant.line} [{mutant.before} -> {mutant.after}] {killed or 'SURVIVES'}",
+                    flush=True,
+                )
+                if killed is None and reason is None:
+                    problems.append(f"survives without an explanation: {mutant.file}:{mutant.line} {mutant.name}")
+                if killed is not None and reason is not None:
+                    problems.append(
+                        f"is killed, yet explained as a survivor: {mutant.file}:{mutant.line} {mutant.name}"
+                    )
+    print(f"{tried} mutants, {survived} survive, {len(problems)} problems")
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.cuda_emulator.mutate", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=("synchronisation", "bound"))
+    parser.add_argument("--match", default="", help="only mutants whose file or line contains this")
+    args = parser.parse_args()
+    problems = run(args.only, args.match)
+    for problem in problems:
+        print(problem)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

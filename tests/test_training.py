@@ -1,0 +1,305 @@
+"""Tasks, baselines, epochs and checkpoints, on small made-up data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+np = pytest.importorskip("numpy")
+pd = pytest.importorskip("pandas")
+
+from rnn_ext import ops, training  # noqa: E402
+from rnn_ext.datasets import InputError, el_nino  # noqa: E402
+from rnn_ext.training import DEFAULTS, Forecasting, Sentiment, Training, load_checkpoint, tokenize  # noqa: E402
+
+SINE = pd.Series(np.sin(np.arange(80) * 0.7) * 3 + 10, name="level")
+SMALL = dataclasses.replace(DEFAULTS["regressor"], hidden_size=4, window=6, batch_size=16, epochs=2)
+SMALL_TEXT = dataclasses.replace(DEFAULTS["classifier"], hidden_size=4, embed_dim=4, fc_hidden_size=4, batch_size=8)
+
+
+def texts(count: int = 40) -> pd.DataFrame:
+    words = {"good": ["a fine film", "I loved it!"], "bad": ["a dull film , really", "no"]}
+    rows = [(words[label][i % 2], label) for i in range(count // 2) for label in words]
+    return pd.DataFrame(rows, columns=["text", "label"])
+
+
+def train(run: Training, epochs: int) -> Training:
+    for _ in range(epochs):
+        for _ in run.run_epoch():
+            pass
+    return run
+
+
+def same_state(a: Training, b: Training) -> bool:
+    pairs = zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs) and a.losses == b.losses and a.epoch == b.epoch
+
+
+# --------------------------------------------------------------------------------------------------------- forecasting
+
+
+def test_windows_and_split():
+    series = pd.Series(np.arange(20.0))
+    task = Forecasting(series, window=4, test_fraction=0.25)
+    assert (len(task.train), len(task.test)) == (12, 4)
+    # normalised with what is trained on, which ends where the test's targets begin
+    assert task.state == {"mean": np.arange(16.0).mean(), "std": pytest.approx(np.arange(16.0).std())}
+    torch.testing.assert_close(task.unscale(task.test.target), torch.tensor([16.0, 17, 18, 19]).double())
+    first = task.unscale(task.train.inputs[0][0])
+    torch.testing.assert_close(first, torch.tensor([0.0, 1, 2, 3]).double(), rtol=0, atol=1e-5)
+    assert task.train.inputs[0].shape == (12, 4, 1) and task.train.target.shape == (12, 1)
+    assert list(task.index) == [16, 17, 18, 19]
+
+
+def test_forecasting_baselines():
+    # always the last value: off by one on a line, which a linear function of the window forecasts exactly
+    task = Forecasting(pd.Series(np.arange(40.0)), window=4)
+    assert task.baselines["last value"] == pytest.approx(1)
+    assert task.baselines["linear AR"] == pytest.approx(0, abs=1e-6)
+    assert "linear AR" not in Forecasting(pd.Series(np.arange(10.0)), window=4).baselines  # fewer examples than weights
+
+
+def test_el_nino_baselines():
+    task = Forecasting(el_nino(), 24)
+    assert (len(task.train), len(task.test)) == (566, 142)
+    assert task.index[0] == pd.Timestamp("1999-03-01") and task.index[-1] == pd.Timestamp("2010-12-01")
+    assert task.baselines["last value"] == pytest.approx(1.1671, abs=1e-3)
+    assert task.baselines["linear AR"] == pytest.approx(0.5033, abs=1e-3)
+
+
+def test_score_is_in_the_units_of_the_series():
+    task = Forecasting(SINE, 6)
+    output = task.test.target + 1 / task.state["std"]  # off by 1 everywhere
+    assert task.score(output, task.test.target) == pytest.approx(1, rel=1e-5)
+
+
+def test_constant_series():
+    run = train(Training(Forecasting(pd.Series(np.full(40, 5.0)), 6), SMALL), 1)
+    assert math.isfinite(run.evaluate())
+
+
+@pytest.mark.parametrize("count", [0, 5, 6, 7])
+def test_short_series(count):
+    with pytest.raises(InputError, match=f"my.csv has {count} values: a window of 6 needs at least 8"):
+        Forecasting(pd.Series(np.arange(float(count))), 6, name="my.csv")
+    with pytest.raises(InputError, match="at least 7") if count < 7 else pytest.MonkeyPatch.context():
+        Forecasting(pd.Series(np.arange(float(count))), 6, test_fraction=1)
+
+
+@pytest.mark.parametrize("test_fraction", [0.001, 0.5, 0.999])
+def test_both_parts_have_an_example(test_fraction):
+    task = Forecasting(pd.Series(np.arange(8.0)), 6, test_fraction)
+    assert len(task.train) == len(task.test) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- classifying
+
+
+def test_tokenize():
+    assert tokenize("It's GOOD, isn't it?! 10/10") == ["it's", "good", "isn't", "it", "?", "!", "10", "10"]
+    assert tokenize("''great''") == ["great"]
+    assert tokenize("déjà-vu ...") == ["déjà", "vu"]
+
+
+def test_vocabulary():
+    task = Sentiment(texts(), vocab_size=100)
+    assert task.state["labels"] == ["bad", "good"]
+    assert task.state["vocabulary"][:2] == ["<padding>", "<unknown>"]
+    assert set(task.state["vocabulary"][2:]) == {"a", "fine", "film", "i", "loved", "it", "!", "dull", "really", "no"}
+    small = Sentiment(texts(), vocab_size=4)
+    assert small.state["vocabulary"][2:] == task.state["vocabulary"][2:4]  # the most frequent ones
+    text, lengths = small.train.inputs
+    assert text.max() == 3 and text.shape == (32, 4)
+    assert ((text != training.PADDING).sum(1) == lengths).all() and lengths.min() == 1
+    assert (task.train.target[lengths == 4] == 0).all()  # "a dull film , really", the only one of four words, is bad
+
+
+def test_sentiment_split_and_baseline():
+    task = Sentiment(texts(), 100)
+    assert (len(task.train), len(task.test)) == (32, 8)
+    positive = float(task.test.target.mean())
+    assert task.baselines == {"majority": max(positive, 1 - positive)}
+    assert task.score(torch.full((8, 1), 0.9), task.test.target) == pytest.approx(positive)
+    again = Sentiment(texts(), 100)
+    torch.testing.assert_close(task.test.inputs, again.test.inputs)  # the same texts, whatever torch's seed
+
+
+def test_text_without_a_known_word_is_unknown():
+    table = pd.concat([texts(), pd.DataFrame({"text": ["...", "zzz zzz"], "label": ["good", "bad"]})])
+    state = Sentiment(texts(), 100).state
+    text, lengths = Sentiment(table.tail(2), 100, test_fraction=1, state=state).test.inputs
+    assert sorted(lengths.tolist()) == [1, 2] and set(text[text > 0].tolist()) == {training.UNKNOWN}
+
+
+def test_batch_is_trimmed_to_its_longest():
+    task = Sentiment(texts(), 100)
+    seen = []
+
+    def model(text, lengths):
+        seen.append((text.shape[1], int(lengths.max())))
+        return torch.full((len(text), 1), 0.5)
+
+    short = task.train[task.train.inputs[1] == 1]
+    task.forward(model, short)
+    assert seen == [(1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a"] * 4, r"my\.csv has 1 different labels \('a'\), expected two"),
+        (["1", "2", "3", "4"], r"has 4 different labels \('1', '2', '3', '4'\), expected two"),
+    ],
+)
+def test_wrong_labels(labels, message):
+    with pytest.raises(InputError, match=message):
+        Sentiment(pd.DataFrame({"text": ["x"] * 4, "label": labels}), 100, name="my.csv")
+
+
+def test_labels_unknown_to_the_checkpoint():
+    state = Sentiment(texts(), 100).state
+    with pytest.raises(InputError, match=r"has the labels 'pos', but the checkpoint was trained on \['bad', 'good'\]"):
+        Sentiment(pd.DataFrame({"text": ["x"], "label": ["pos"]}), 100, 1, state)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_training_learns():
+    run = train(Training(Forecasting(SINE, 6), dataclasses.replace(SMALL, hidden_size=16, lr=0.01)), 30)
+    assert run.evaluate() < 0.2 * run.task.baselines["last value"]
+    assert run.epoch == 30 and len(run.losses) == 30 * run.steps == 30 * 4 and len(run.seconds) == 30
+    run = train(Training(Sentiment(texts(), 100), dataclasses.replace(SMALL_TEXT, lr=0.02)), 20)
+    assert run.evaluate() == 1
+
+
+def test_same_seed_same_training_other_seed_other():
+    task = Forecasting(SINE, 6)
+    one = train(Training(task, SMALL), 2)
+    torch.manual_seed(123)  # torch's own generator has no say
+    assert same_state(one, train(Training(task, SMALL), 2))
+    assert not same_state(one, train(Training(task, dataclasses.replace(SMALL, seed=1)), 2))
+
+
+def test_order_changes_from_epoch_to_epoch():
+    task = Forecasting(SINE, 6)
+    run = Training(task, dataclasses.replace(SMALL, lr=1e-30))  # weights stand still: losses tell the batches
+    train(run, 2)
+    first, second = run.losses[: run.steps], run.losses[run.steps :]
+    assert first != second
+    assert sum(first[:3]) != pytest.approx(sum(second[:3]))
+
+
+@pytest.mark.parametrize("kind", ["regressor", "classifier"])
+@pytest.mark.parametrize("backend", ["native", "custom"])
+def test_resuming_equals_not_stopping(kind, backend, tmp_path):
+    if backend == "custom" and not ops.is_available():
+        pytest.skip(str(ops.load_error()))
+    task, config = (Forecasting(SINE, 6), SMALL) if kind == "regressor" else (Sentiment(texts(), 100), SMALL_TEXT)
+    config = dataclasses.replace(config, backend=backend)
+    through = train(Training(task, config), 4)
+
+    path = tmp_path / "model.pt"
+    train(Training(task, config), 2).save(path)
+    checkpoint = load_checkpoint(path, kind)
+    assert checkpoint["epoch"] == 2 and checkpoint["task"] == task.state
+    resumed = Training(task, training.Config(**checkpoint["config"]), checkpoint)
+    assert resumed.evaluate() == train(Training(task, config), 2).evaluate()
+    train(resumed, 2)
+    assert same_state(through, resumed)
+
+
+@pytest.mark.skipif(not ops.is_available(), reason="the kernels are not built")
+def test_backends_agree_and_can_be_switched():
+    task = Forecasting(SINE, 6)
+    runs = {b: train(Training(task, dataclasses.replace(SMALL, backend=b)), 3) for b in ("native", "custom")}
+    np.testing.assert_allclose(runs["native"].losses, runs["custom"].losses, rtol=1e-4, atol=1e-6)
+    switched = Training(task, dataclasses.replace(SMALL, backend="custom"), runs["native"].checkpoint())
+    train(switched, 1)
+    np.testing.assert_allclose(switched.losses, train(runs["native"], 1).losses, rtol=1e-4, atol=1e-6)
+
+
+def test_diverging_says_so():
+    run = Training(Sentiment(texts(), 100), dataclasses.replace(SMALL_TEXT, lr=1e30))
+    with pytest.raises(InputError, match=r"no longer finite in epoch \d: train with a learning rate below 1e\+30"):
+        train(run, 5)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "model.pt"
+    train(Training(Forecasting(SINE, 6), SMALL), 1).save(path)
+    return path
+
+
+def test_checkpoint_is_plain_data(checkpoint):
+    found = torch.load(checkpoint, weights_only=True)
+    assert found["config"] == dataclasses.asdict(SMALL)
+    assert list(found["model"]) == list(Training(Forecasting(SINE, 6), SMALL).model.state_dict())
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, 0.999])
+def test_truncated_checkpoint(checkpoint, kept):
+    data = checkpoint.read_bytes()
+    checkpoint.write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(InputError, match=r"model\.pt is damaged or not a checkpoint \(.+\)$"):
+        load_checkpoint(checkpoint, "regressor")
+
+
+class Foreign:
+    """Something that only an unsafe load would make."""
+
+
+@pytest.mark.parametrize("content", [b"hello", b"\x80\x04N.", torch.nn.RNN(1, 2), Foreign()], ids=str)
+def test_not_a_checkpoint(tmp_path, content):
+    path = tmp_path / "model.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(InputError, match=r"model\.pt is (damaged or )?not a checkpoint") as caught:
+        load_checkpoint(path, "regressor")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [{"weight": torch.ones(2)}, [1, 2], torch.ones(3), {"format": "rnn_ext training 1"}]
+)
+def test_foreign_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"model\.pt is not a checkpoint of rnn_ext"):
+        load_checkpoint(tmp_path / "model.pt", "regressor")
+
+
+def test_checkpoint_of_another_task(checkpoint):
+    with pytest.raises(InputError, match=r"is a checkpoint of a regressor, expected one of a classifier"):
+        load_checkpoint(checkpoint, "classifier")
+
+
+def test_checkpoint_that_contradicts_itself(checkpoint):
+    found = load_checkpoint(checkpoint, "regressor")
+    config = training.Config(**{**found["config"], "hidden_size": 5})
+    with pytest.raises(InputError, match=r"does not fit its own configuration"):
+        Training(Forecasting(SINE, 6), config, found)
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(InputError, match=r"none\.pt: no such checkpoint"):
+        load_checkpoint(tmp_path / "none.pt", "regressor")
+
+
+def test_interrupted_save_keeps_the_old_checkpoint(checkpoint, monkeypatch):
+    before = checkpoint.read_bytes()
+
+    def save(content, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        train(Training(Forecasting(SINE, 6), SMALL), 1).save(checkpoint)
+    assert checkpoint.read_bytes() == before
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["model.pt"]
