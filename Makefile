@@ -42,7 +42,7 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(VENV)/.dev
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
@@ -52,10 +52,10 @@ clean:
 # torch first and no build isolation: the library is compiled against the torch that it will run with, and again
 # without a network after a change.
 $(VENV)/.torch:
-	@python=; for name in $(PYTHON) python3.11 python3 python3.13 python3.12 python3.10; do \
+	@python=; for name in $(or $(PYTHON),python3.11 python3 python3.13 python3.12 python3.10); do \
 	    if $$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$$name; break; fi; \
 	done; \
-	if [ -z "$$python" ]; then echo "No Python >= 3.10 with the venv module was found (Debian: apt-get install python3-venv)." >&2; exit 1; fi; \
+	if [ -z "$$python" ]; then echo "No Python >= 3.10 with venv was found$(if $(PYTHON), in PYTHON=$(PYTHON)) (Debian: apt-get install python3-venv)." >&2; exit 1; fi; \
 	echo "Setting up $(VENV) with $$($$python --version); torch is a large download the first time."; \
 	$$python -m venv --clear $(VENV)
 	$(PIP) "setuptools>=77" ninja "torch>=2.11"

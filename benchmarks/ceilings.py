@@ -12,10 +12,11 @@ the recurrent product per sequence, and has to read the recurrent weights, ``G H
 cache that they fit. The projections of all timesteps can be one product, which is bound by flops; a recurrent product
 has to wait for the one before, so that
 
-    forward             = projection flops / F + sum over t of max(recurrent flops at t / F, bytes of W_hh / B(those bytes))
-    forward + backward  = forward + 2 projection flops / F                  gradients of the input and of W_ih
-                                  + the same sum over t                     gradients of the states
-                                  + recurrent flops / F                     gradient of W_hh
+    scan                = sum over t of max(recurrent flops at t / F, bytes of W_hh / B(bytes of W_hh))
+    forward             = projection flops / F + scan
+    forward + backward  = forward + 2 projection flops / F    gradients of the input and of W_ih
+                                  + scan                      gradients of the states
+                                  + recurrent flops / F       gradient of W_hh
 
 with F the ``flops`` and B the ``read`` above. Of T threads each is given a T-th of the flops and of W_hh. Activations,
 the traffic of inputs, outputs and saved values, and everything around the loop are free: at small H nobody can reach

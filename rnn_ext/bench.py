@@ -78,7 +78,7 @@ class Case:
     @property
     def rows(self) -> int:
         """(timestep, sequence) pairs."""
-        return sum(self.batch_sizes)
+        return self.batch * self.length if self.lengths is None else sum(self.lengths)
 
     @property
     def parameters(self) -> int:
@@ -110,9 +110,10 @@ def ragged(batch: int, shortest: int, longest: int, bend: float = 1.0) -> tuple[
 
 
 class Workload:
-    """The tensors and modules of a case: torch.nn's module, the same input for everybody and the gradient that comes in.
+    """The tensors and modules of a case: torch.nn's module, the same input and incoming gradient for everybody.
 
-    The input requires grad, so that training computes the gradient of everything.
+    The input requires grad, so that training computes the gradient of everything. A case of another dtype has the same
+    numbers, rounded.
     """
 
     def __init__(self, case: Case):
@@ -120,7 +121,8 @@ class Workload:
         generator = torch.Generator().manual_seed(0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.torch = CELLS[case.cell][0](*self._arguments(), **self._options())
+            module = CELLS[case.cell][0](*self._arguments(), bidirectional=case.bidirectional)
+        self.torch = module.to(case.torch_dtype)
         shape = (case.length, case.batch)
         self.input = torch.randn(*shape, case.input_size, generator=generator).to(case.torch_dtype)
         self.grad_output = torch.randn(*shape, case.directions * case.hidden_size, generator=generator)
@@ -138,12 +140,10 @@ class Workload:
     def _arguments(self) -> tuple[int, ...]:
         return self.case.input_size, self.case.hidden_size, self.case.num_layers
 
-    def _options(self) -> dict[str, Any]:
-        return {"bidirectional": self.case.bidirectional, "dtype": self.case.torch_dtype}
-
     def ours(self, backend: str = "custom") -> nn.RNNBase:
         """Our layer with torch.nn's weights."""
-        module = CELLS[self.case.cell][1](*self._arguments(), **self._options(), backend=backend)
+        options = {"bidirectional": self.case.bidirectional, "dtype": self.case.torch_dtype}
+        module = CELLS[self.case.cell][1](*self._arguments(), **options, backend=backend)
         module.load_state_dict(self.torch.state_dict())
         return module
 

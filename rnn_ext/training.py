@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import copy
 import dataclasses
 import io
 import re
@@ -277,7 +278,8 @@ class Training:
         if checkpoint is not None:
             try:
                 self.model.load_state_dict(checkpoint["model"])
-                self.optimizer.load_state_dict(checkpoint["optimizer"])
+                # a copy: the optimizer would go on in the tensors of the training that made the checkpoint
+                self.optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
             except (RuntimeError, ValueError) as error:
                 raise InputError(f"the checkpoint does not fit its own configuration ({one_line(error)})") from None
             for group in self.optimizer.param_groups:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda_emulator.build import CUDA, ROOT, kernel_sources
+from tests.cuda_emulator.build import CUDA, HERE, ROOT, kernel_sources
 
 TABLE = ROOT / "benchmarks" / "results" / "cuda_resources.json"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
@@ -87,6 +87,11 @@ def test_compiles_without_spills(
     compiled: dict[tuple[str, str], subprocess.CompletedProcess[str]], source: str, arch: str
 ) -> None:
     result = compiled[source, arch]
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_ptx_of_features_no_kernel_uses_yet(tmp_path: Path) -> None:
+    result = compile_source((HERE / "good_kernels.cu", "sm_90a", tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -59,7 +59,7 @@ def test_forecasting_baselines():
     task = Forecasting(pd.Series(np.arange(40.0)), window=4)
     assert task.baselines["last value"] == pytest.approx(1)
     assert task.baselines["linear AR"] == pytest.approx(0, abs=1e-6)
-    assert "linear AR" not in Forecasting(pd.Series(np.arange(10.0)), window=4).baselines  # fewer examples than weights
+    assert "linear AR" not in Forecasting(pd.Series(np.arange(9.0)), window=4).baselines  # fewer examples than weights
 
 
 def test_el_nino_baselines():
@@ -114,7 +114,10 @@ def test_vocabulary():
     text, lengths = small.train.inputs
     assert text.max() == 3 and text.shape == (32, 4)
     assert ((text != training.PADDING).sum(1) == lengths).all() and lengths.min() == 1
-    assert (task.train.target[lengths == 4] == 0).all()  # "a dull film , really", the only one of four words, is bad
+    words = task.state["vocabulary"]
+    for row, label in zip(task.train.inputs[0], task.train.target, strict=True):
+        read = " ".join(words[i] for i in row.tolist() if i != training.PADDING)
+        assert (read, label.item()) in {("a fine film", 1), ("i loved it !", 1), ("a dull film really", 0), ("no", 0)}
 
 
 def test_sentiment_split_and_baseline():
@@ -223,9 +226,22 @@ def test_backends_agree_and_can_be_switched():
 
 
 def test_diverging_says_so():
-    run = Training(Sentiment(texts(), 100), dataclasses.replace(SMALL_TEXT, lr=1e30))
+    run = Training(Forecasting(SINE, 6), dataclasses.replace(SMALL, lr=1e30))
     with pytest.raises(InputError, match=r"no longer finite in epoch \d: train with a learning rate below 1e\+30"):
         train(run, 5)
+    run = Training(Sentiment(texts(), 100), SMALL_TEXT)
+    torch.nn.init.constant_(run.model.fc2.bias, math.nan)  # binary_cross_entropy alone would speak of "all elements"
+    with pytest.raises(InputError, match=r"no longer finite in epoch 1"):
+        train(run, 1)
+
+
+def test_continuing_from_memory_leaves_the_first_training_alone():
+    task = Forecasting(SINE, 6)
+    first = train(Training(task, SMALL), 2)
+    second = Training(task, SMALL, first.checkpoint())
+    train(second, 2)
+    assert len(first.losses) == 2 * first.steps
+    assert same_state(train(first, 2), second)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

@@ -6,6 +6,11 @@
 #include <cstring>
 #include <new>
 #include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #include "cpu/layer.h"
 

@@ -30,9 +30,9 @@ ALWAYS_INLINE void multiply_add(Vec<T> (&acc)[MR][NB * G], const T* const (&a)[M
       for (int v = 0; v < NB * G; ++v) w[v] = load(b + (v / G) * block_stride + (v % G) * kLanes<T>);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
-        const T x = row[m][k * stride];
+        const Vec<T> x = broadcast(row[m][k * stride]);
 #pragma GCC unroll 8
-        for (int v = 0; v < NB * G; ++v) acc[m][v] += x * w[v];
+        for (int v = 0; v < NB * G; ++v) acc[m][v] = fma(x, w[v], acc[m][v]);
       }
       b += G * kLanes<T>;
     }
@@ -51,17 +51,18 @@ ALWAYS_INLINE void multiply_add_row(Vec<T> (&acc)[1][NB * G], const T* a, const 
     for (; k + KU <= length; k += KU) {
 #pragma GCC unroll 16
       for (int u = 0; u < KU; ++u) {
-        const T x = row[(k + u) * stride];
+        const Vec<T> x = broadcast(row[(k + u) * stride]);
 #pragma GCC unroll 16
         for (int v = 0; v < NB * G; ++v)
-          part[u][v] += x * load(b + (v / G) * block_stride + (u * G + v % G) * kLanes<T>);
+          part[u][v] = fma(x, load(b + (v / G) * block_stride + (u * G + v % G) * kLanes<T>), part[u][v]);
       }
       b += KU * G * kLanes<T>;
     }
     for (; k < length; ++k) {
-      const T x = row[k * stride];
+      const Vec<T> x = broadcast(row[k * stride]);
 #pragma GCC unroll 16
-      for (int v = 0; v < NB * G; ++v) part[0][v] += x * load(b + (v / G) * block_stride + (v % G) * kLanes<T>);
+      for (int v = 0; v < NB * G; ++v)
+        part[0][v] = fma(x, load(b + (v / G) * block_stride + (v % G) * kLanes<T>), part[0][v]);
       b += G * kLanes<T>;
     }
   }
@@ -189,7 +190,7 @@ NO_INLINE void dot_rows(T* out, const T* init, const T* weight, int64_t rows, in
     for (; k + n <= depth; k += n) {
       const Vec<T> v = load(x + k);
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) acc[i] += v * load(row[i] + k);
+      for (int i = 0; i < n; ++i) acc[i] = fma(v, load(row[i] + k), acc[i]);
     }
     transpose<T>(acc);
     Vec<T> sum = init ? load(init + m) : Vec<T>{};
@@ -198,7 +199,7 @@ NO_INLINE void dot_rows(T* out, const T* init, const T* weight, int64_t rows, in
     for (; k < depth; ++k) {
       alignas(64) T column[n];
       for (int i = 0; i < n; ++i) column[i] = row[i][k];
-      sum += x[k] * load(column);
+      sum = fma(broadcast(x[k]), load(column), sum);
     }
     store(out + m, sum);
   }

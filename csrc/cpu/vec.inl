@@ -48,6 +48,33 @@ ALWAYS_INLINE void store_part(T* p, Vec<T> v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
+/// a * b + c, rounded once where the processor can. Said explicitly, and compiled with -ffp-contract=off: a compiler left
+/// to fuse as it likes does so differently in each instance of a template, and results would depend on the tile height.
+#if RNN_EXT_VECTOR_BYTES == 64
+ALWAYS_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
+ALWAYS_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
+#elif RNN_EXT_VECTOR_BYTES == 32
+ALWAYS_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
+ALWAYS_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
+#elif defined(__aarch64__)
+ALWAYS_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+ALWAYS_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#else
+template <class V>
+ALWAYS_INLINE V fma(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
+
+template <class T>
+ALWAYS_INLINE Vec<T> broadcast(T x) {
+  return Vec<T>{} + x;
+}
+
 template <class T, int W, int... Lane>
 ALWAYS_INLINE void swap_halves(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, Lane...>) {
   constexpr int n = kLanes<T>;
@@ -125,27 +152,27 @@ struct Math {
 
   /// exp(x) = scale (1 + q) with scale a power of two and q = expm1 of the rest, for |x| <= kSigmoidLimit.
   ALWAYS_INLINE static void split_exp(V x, V& scale, V& q) {
-    const V shifted = x * C::kLog2e + C::kRound;
+    const V shifted = fma(x, broadcast(C::kLog2e), broadcast(C::kRound));
     const V n = shifted - C::kRound;
-    V r = x - n * C::kLn2High;
-    r = r - n * C::kLn2Low;
+    V r = fma(n, broadcast(-C::kLn2High), x);
+    r = fma(n, broadcast(-C::kLn2Low), r);
     constexpr int kTerms = sizeof(C::kPoly) / sizeof(T);
-    V p = V{} + C::kPoly[kTerms - 1];
+    V p = broadcast(C::kPoly[kTerms - 1]);
 #pragma GCC unroll 16
-    for (int i = kTerms - 2; i >= 0; --i) p = p * r + C::kPoly[i];
-    q = p * (r * r) + r;
+    for (int i = kTerms - 2; i >= 0; --i) p = fma(p, r, broadcast(C::kPoly[i]));
+    q = fma(p, r * r, r);
     scale = (V)(((Bits)shifted + C::kBias) << C::kMantissa);
   }
 
   ALWAYS_INLINE static V clamp(V x, T limit) {
-    x = x > limit ? V{} + limit : x;  // a comparison with NaN is false and lets it through
-    return x < -limit ? V{} - limit : x;
+    x = x > limit ? broadcast(limit) : x;  // a comparison with NaN is false and lets it through
+    return x < -limit ? broadcast(-limit) : x;
   }
 
   ALWAYS_INLINE static V sigmoid(V x) {
     V scale, q;
     split_exp(-clamp(x, C::kSigmoidLimit), scale, q);
-    const V y = 1 / (1 + (scale + scale * q));
+    const V y = 1 / (1 + fma(scale, q, scale));
     return x < -C::kSigmoidLimit ? V{} : y;  // of -inf exactly 0, so that 0 * inf is NaN as it is in torch
   }
 
@@ -153,7 +180,7 @@ struct Math {
   ALWAYS_INLINE static V tanh(V x) {
     V scale, q;
     split_exp(2 * clamp(x, C::kTanhLimit), scale, q);
-    const V expm1 = scale * q + (scale - 1);
+    const V expm1 = fma(scale, q, scale - 1);
     return expm1 / (expm1 + 2);
   }
 

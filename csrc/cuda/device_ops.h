@@ -111,4 +111,87 @@ RNN_EXT_DEVICE void copy_async_wait() {
 #endif
 }
 
+// ---- clusters, mbarrier and st.async: sm_90 and later; kernels that use them are not compiled for less
+// ---------------
+
+RNN_EXT_DEVICE unsigned cluster_rank() {
+#if defined(__CUDACC__)
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return emu::cluster_rank();
+#endif
+}
+
+// A barrier of all threads of the cluster, in two halves: what lies between them overlaps the other blocks' arrival.
+RNN_EXT_DEVICE void cluster_arrive(RNN_EXT_CALLER) {
+#if defined(__CUDACC__)
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#else
+  emu::cluster_arrive(EMU_SITE);
+#endif
+}
+RNN_EXT_DEVICE void cluster_wait(RNN_EXT_CALLER) {
+#if defined(__CUDACC__)
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  emu::cluster_wait(EMU_SITE);
+#endif
+}
+
+#if defined(__CUDACC__)
+RNN_EXT_DEVICE unsigned shared_address(const void* own) { return static_cast<unsigned>(__cvta_generic_to_shared(own)); }
+RNN_EXT_DEVICE unsigned shared_address_in(const void* own, unsigned rank) {
+  unsigned address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
+  return address;
+}
+#endif
+
+// An mbarrier phase ends when `arrivals` threads have arrived and all the bytes they announced are here.
+RNN_EXT_DEVICE void mbarrier_init(uint64_t* barrier, unsigned arrivals RNN_EXT_AND_CALLER) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+  emu::mbarrier_init(barrier, arrivals, EMU_SITE);
+#endif
+}
+RNN_EXT_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes RNN_EXT_AND_CALLER) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+#else
+  emu::mbarrier_arrive_expect(barrier, bytes, EMU_SITE);
+#endif
+}
+// Waits for the phase of this parity (0, 1, 0, ..) to end. What st.async brought in that phase is then visible.
+RNN_EXT_DEVICE void mbarrier_wait(uint64_t* barrier, unsigned parity RNN_EXT_AND_CALLER) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again_%=;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#else
+  emu::mbarrier_wait(barrier, parity, EMU_SITE);
+#endif
+}
+
+// Stores 16 bytes to the place of `to` in the block of that rank and counts them on its copy of `barrier`. No fence.
+RNN_EXT_DEVICE void store_async_16(void* to, uint4 value, uint64_t* barrier, unsigned rank RNN_EXT_AND_CALLER) {
+#if defined(__CUDACC__)
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   shared_address_in(to, rank)),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(shared_address_in(barrier, rank))
+               : "memory");
+#else
+  emu::async_store(to, &value, 16, barrier, rank, EMU_SITE);
+#endif
+}
+
 }  // namespace rnn_ext::cuda

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <limits>
 
+#include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/persistent_entries.h"
 #include "cuda/step_entries.h"
@@ -177,4 +178,12 @@ extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, 
   const int64_t needed = wide ? persistent_shared_bytes<float>(cell, hidden, backward != 0)
                               : persistent_shared_bytes<float16>(cell, hidden, backward != 0);
   return needed <= shared_bytes;
+}
+
+extern "C" RnnExtChoice rnn_ext_cuda_choose(RnnExtCell cell, RnnExtDtype dtype, int64_t batch, int64_t hidden,
+                                            int32_t directions, int32_t projected, int32_t backward,
+                                            int64_t shared_bytes) {
+  const int64_t available = shared_bytes > 0 ? shared_bytes : shared_bytes_per_block();
+  const DispatchRow& row = dispatch({cell, dtype, batch, hidden, directions, projected != 0, backward != 0, available});
+  return {row.kernel, row.reason};
 }

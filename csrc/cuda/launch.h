@@ -118,6 +118,17 @@ int rnn_ext_cuda_persistent_backward(const RnnExtBackward* args, void* stream, R
 int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
                                  int64_t shared_bytes);
 
+// Which of the kernels above is meant for a layer (csrc/cuda/dispatch.h), with a sentence that says why. POINTWISE:
+// `step` with hgates or dh_recurrent from a library GEMM. `shared_bytes` is what a block of the device can have; 0 asks
+// the current one.
+typedef enum RnnExtKernel { RNN_EXT_KERNEL_STEP, RNN_EXT_KERNEL_POINTWISE, RNN_EXT_KERNEL_PERSISTENT } RnnExtKernel;
+typedef struct RnnExtChoice {
+  RnnExtKernel kernel;
+  const char* reason;
+} RnnExtChoice;
+RnnExtChoice rnn_ext_cuda_choose(RnnExtCell cell, RnnExtDtype dtype, int64_t batch, int64_t hidden, int32_t directions,
+                                 int32_t projected, int32_t backward, int64_t shared_bytes);
+
 #ifdef __cplusplus
 }
 #endif

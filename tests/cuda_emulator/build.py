@@ -47,7 +47,7 @@ def _digest(paths: Sequence[Path]) -> str:
 
 
 def _csrc(source: Path) -> Path:
-    """The csrc folder whose headers a source includes: the one it lies in (mutate.py has copies), else the project's."""
+    """The csrc folder whose headers a source includes: the one it lies in (mutate.py has copies) or the project's."""
     return next((folder for folder in source.parents if folder.name == "csrc"), CUDA.parent)
 
 

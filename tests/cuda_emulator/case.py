@@ -280,7 +280,7 @@ def run_program(
         except subprocess.TimeoutExpired:
             raise KernelReportError(f"no end after {timeout:.0f} s") from None
         if result.returncode:
-            lines = [line for line in result.stderr.splitlines() if re.search(r"\S", line)]
+            lines = [line for line in result.stderr.splitlines() if re.search(r"[^\s=]", line)]
             raise KernelReportError("\n".join(lines[:12]) or f"the program ended with {result.returncode}")
         return _parse(answered.read_bytes())
 
@@ -292,6 +292,7 @@ def errors(
     schedule: int = 0,
     arch: int = 90,
     program: Path | None = None,
+    timeout: float = 120,
 ) -> dict[str, float]:
     """Run a case and compare: the largest error of each array, relative to its largest value (at least 1).
 
@@ -301,7 +302,7 @@ def errors(
     inputs = make_inputs(case)
     want = expected(case, inputs)
     data = request(case, inputs)
-    raw = run_program(program or build.driver(flavour, compiler), flavour, data, schedule, arch)
+    raw = run_program(program or build.driver(flavour, compiler), flavour, data, schedule, arch, timeout=timeout)
 
     def tensor(name: str, columns: int) -> Tensor:
         return torch.frombuffer(bytearray(raw[name]), dtype=case.dtype).double().reshape(-1, columns)

@@ -1,0 +1,463 @@
+"""rnn_ext against torch.nn, ONNX Runtime, OpenVINO and JAX, side by side on this machine.
+
+    python benchmarks/run.py                       everything: results/<machine>.json and .md, plots/
+    python benchmarks/run.py --quick               a few small rows, two minutes: does it run?
+    python benchmarks/run.py --rows 'grid LSTM N=1 .*forward$' --threads 1 --output mine.json
+
+In each row all contestants compute the same thing, which is checked before the clock starts, and then take turns. A row
+is measured on as many pinned cores as there are threads; each number of threads has a process of its own, because most
+peers settle theirs once. The ceilings of the machine are measured in the same process, before the first row and after
+the last, and each row is given its floor (see ceilings.py). The medians, their quartiles and everything that was left
+out, with the reason, go to the JSON file.
+
+Modes: "forward" is inference; "training" is a forward and a backward pass with the gradients of the input and of all
+parameters; "step" is a whole training step of a model, with loss and optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import ceilings as ceiling
+import peers
+import table
+import torch
+from peers import Contestant, Unsupported
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import rnn_ext
+from rnn_ext import bench, ops
+from rnn_ext.bench import CELLS, Case, Workload, duration, ragged
+from rnn_ext.models import BiLSTMClassifier, RNNRegressor
+
+FOLDER = Path(__file__).parent
+console = Console(highlight=False, soft_wrap=True)
+
+# The seed classifier's batch: 32 texts of 62 to 500 words, 9,284 in all.
+CLASSIFIER_LENGTHS = ragged(32, 62, 500, 0.9168)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the results. `build` gives the contestants for a number of threads and says who was left out."""
+
+    section: str
+    case: Case | None
+    mode: str
+    name: str
+    build: Callable[[Row, int, dict[str, str]], list[Contestant]]
+    all_threads: bool = False  # measured with every number of threads, not only with one
+
+    def __str__(self) -> str:
+        return f"{self.section} {self.name} {self.mode}"
+
+
+def layers(row: Row, threads: int, left_out: dict[str, str]) -> list[Contestant]:
+    """Ours and every peer that is installed and can run the case."""
+    assert row.case is not None
+    work = Workload(row.case)
+    found = []
+    for peer in peers.PEERS:
+        missing = peer.missing()
+        try:
+            if missing is None:
+                found += peer.build(work, row.mode == "training", threads)
+        except Unsupported as error:
+            left_out[peer.name] = str(error)
+        except Exception as error:  # a peer's own failure must not end the run of the others
+            left_out[peer.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return found
+
+
+def calls(row: Row, threads: int, left_out: dict[str, str]) -> list[Contestant]:
+    """A call of one timestep: the modules, and torch's cell, which exists for this."""
+    case = row.case
+    assert case is not None
+    work = Workload(case)
+    cell = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}[case.cell](case.input_size, case.hidden_size)
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in work.torch.state_dict().items()})
+    input = work.input[0].clone().requires_grad_(row.mode == "training")
+    tensors, grad = [input, *cell.parameters()], work.grad_output[0]
+
+    def run() -> Any:
+        state = cell(input)
+        output = state[0] if isinstance(state, tuple) else state
+        return (output, torch.autograd.grad(output, tensors, grad)) if row.mode == "training" else (output, ())
+
+    def results(returned: Any) -> dict[str, Tensor]:
+        return {"output": returned[0].detach().unsqueeze(0)}
+
+    training = row.mode == "training"
+    return [
+        *peers.ours(work, training, threads),
+        *peers.torch_nn(work, training, threads),
+        Contestant(f"torch.nn.{type(cell).__name__}", run, results),
+    ]
+
+
+def dtypes(row: Row, threads: int, left_out: dict[str, str]) -> list[Contestant]:
+    """Ours in a reduced precision against ours in float32, and torch.nn in the reduced one."""
+    case = row.case
+    assert case is not None
+    training = row.mode == "training"
+    full = peers.ours(Workload(dataclasses.replace(case, dtype="float32")), training, threads)[0]
+    found = peers.ours(Workload(case), training, threads)
+    found.append(Contestant("rnn_ext float32", full.run, full.results))
+    try:
+        found += peers.torch_nn(Workload(case), training, threads)
+    except RuntimeError as error:
+        left_out["torch.nn"] = str(error).splitlines()[0]
+    return found
+
+
+class PackedClassifier(BiLSTMClassifier):
+    """The classifier as one writes it with torch.nn."""
+
+    def __init__(self, *sizes: int):
+        super().__init__(*sizes)
+        self.rnn = nn.LSTM(sizes[1], sizes[2], batch_first=True, bidirectional=True)
+
+    def forward(self, text: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(self.embedding(text), lengths, batch_first=True, enforce_sorted=False)
+        _, (h_n, _) = self.rnn(packed)
+        return torch.sigmoid(self.fc2(torch.relu(self.fc1(torch.cat((h_n[-2], h_n[-1]), dim=1)))))
+
+
+def models(row: Row, threads: int, left_out: dict[str, str]) -> list[Contestant]:
+    """A whole step: forward, loss, backward, Adam."""
+    torch.manual_seed(0)
+    inputs: tuple[Tensor, ...]
+    if "classifier" in row.name:
+        sizes = (10_000, 64 if "demo" in row.name else 20, 64, 64)
+        lengths = torch.tensor(CLASSIFIER_LENGTHS)[torch.randperm(len(CLASSIFIER_LENGTHS))]
+        text = torch.randint(1, sizes[0], (len(lengths), int(lengths.max())))
+        inputs = text.masked_fill(torch.arange(text.shape[1]) >= lengths.unsqueeze(1), 0), lengths
+        target = torch.randint(0, 2, (len(lengths), 1)).float()
+        contestants = {"rnn_ext": BiLSTMClassifier(*sizes, backend="custom"), "torch.nn": PackedClassifier(*sizes)}
+        loss_of = F.binary_cross_entropy
+    else:
+        size, batch, length = (1, 64, 24) if "demo" in row.name else (64, 32, 100)
+        inputs = (torch.randn(batch, length, size),)
+        target = torch.randn(batch, 1)
+        contestants = {
+            "rnn_ext": RNNRegressor(size, 32, backend="custom"),
+            "torch.nn": rnn_ext.to_native(RNNRegressor(size, 32)),
+        }
+        loss_of = F.mse_loss
+    weights = contestants["rnn_ext"].state_dict()
+
+    def contestant(name: str, model: nn.Module) -> Contestant:
+        model.load_state_dict(weights)
+        optimizer = torch.optim.Adam(model.parameters())
+
+        def run() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model(*inputs), target)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        def results(returned: Tensor) -> dict[str, Tensor]:
+            grads = {f"{n}.grad": p.grad.clone() for n, p in model.named_parameters()}
+            return {"loss": returned.detach(), **grads}
+
+        return Contestant(name, run, results)
+
+    return [contestant(name, model) for name, model in contestants.items()]
+
+
+def all_rows() -> list[Row]:
+    """Everything there is to measure, in the order of the results."""
+    modes = ("forward", "training")
+
+    def rows(section: str, cases: Iterable[Case], build: Any = layers, all_threads: bool = False) -> list[Row]:
+        return [Row(section, case, mode, str(case), build, all_threads) for case in cases for mode in modes]
+
+    shapes = [(1, 128, 64), (1, 512, 256), (1, 128, 512), (4, 64, 100)]
+    shapes += [(8, 128, 64), (32, 128, 128), (32, 128, 256), (64, 128, 512)]
+    classifier = Case("lstm", 32, 500, 20, 64, bidirectional=True, lengths=CLASSIFIER_LENGTHS)
+    lengths = [64, 128, 256, 512, 1024, 2048]
+    steps = ["regressor (seed)", "regressor (demo)", "classifier (seed)", "classifier (demo)"]
+    return [
+        *rows("grid", [Case(cell, n, t, h, h) for cell in CELLS for n, t, h in shapes], all_threads=True),
+        *rows("ragged", [classifier, dataclasses.replace(classifier, cell="gru")], all_threads=True),
+        *[Row("model", None, "step", name, models, True) for name in steps],
+        *rows("call", [Case(cell, 1, 1, 64, 64) for cell in CELLS], calls),
+        *rows(
+            "dtype",
+            [Case(c, n, t, h, h, dtype="bfloat16") for c in CELLS for n, t, h in (shapes[1], shapes[4], shapes[6])],
+            dtypes,
+        ),
+        *rows("length", [Case("lstm", 8, t, 64, 64, lengths=ragged(8, t // 8, t)) for t in lengths]),
+        *rows("batch", [Case(cell, 2**k, 64, 128, 128) for cell in CELLS for k in range(8)]),
+        *rows("hidden", [Case(cell, 1, 64, h, h) for cell in CELLS for h in (16, 32, 64, 128, 256, 512, 1024)]),
+    ]
+
+
+def is_small(row: Row) -> bool:
+    """Part of --quick."""
+    if row.case is None:
+        return "demo" in row.name and "regressor" in row.name
+    return row.section in ("grid", "call", "dtype", "length") and row.case.rows * row.case.hidden_size**2 < 5e6
+
+
+def measure_row(row: Row, threads: int, seconds: float, ceilings: dict[str, Any]) -> dict[str, Any]:
+    """Check, then time. Contestants that cannot run, or whose results are wrong, are left out with a reason."""
+    result: dict[str, Any] = {
+        "section": row.section,
+        "name": row.name,
+        "case": dataclasses.asdict(row.case) if row.case else None,
+        "mode": row.mode,
+        "threads": threads,
+        "auto": None,
+        "times": {},
+        "differences": {},
+        "left_out": {},
+        "floor": None,
+        "cpu_share": None,
+    }
+    left_out: dict[str, str] = result["left_out"]
+    if row.case is not None:
+        problem = bench.too_large(row.case, row.mode == "training")
+        if problem:
+            left_out["everybody"] = problem
+            return result
+        if row.section != "call":  # there a floor of a microsecond says nothing
+            result["floor"] = floor_of(row.case, row.mode, ceilings, threads)
+        result["auto"] = auto_backend(row.case, row.mode == "training")
+    tolerance = bench.TOLERANCE[row.case.dtype if row.case else "float32"]
+    with contextlib.nullcontext() if row.mode != "forward" else torch.inference_mode():
+        # inference_mode is entered here, once for all: inside a contestant it would be part of the time
+        contestants = row.build(row, threads, left_out)
+        found = {}
+        for contestant in contestants:
+            try:
+                found[contestant.name] = contestant.results(contestant.run())
+            except Exception as error:
+                left_out[contestant.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reference = next((r for name, r in found.items() if name.startswith("torch.nn")), {})
+        runs = {}
+        for contestant in contestants:
+            if contestant.name not in found:
+                continue
+            apart = bench.difference(found[contestant.name], reference)
+            result["differences"][contestant.name] = apart
+            if apart <= tolerance:
+                runs[contestant.name] = contestant.run
+            else:
+                left_out[contestant.name] = f"wrong: {apart:.1e} from torch.nn, as a share of the largest value"
+        if runs:
+            start, cpu = time.perf_counter(), time.process_time()
+            times = bench.interleave(runs, seconds)
+            result["cpu_share"] = (time.process_time() - cpu) / (time.perf_counter() - start)
+            result["times"] = {name: dataclasses.asdict(timing) for name, timing in times.items()}
+    return result
+
+
+def floor_of(case: Case, mode: str, ceilings: dict[str, Any], threads: int) -> dict[str, Any]:
+    floor = ceiling.floor(case, mode == "training", ceilings, threads)
+    return {"seconds": floor.seconds, "bandwidth_share": floor.bandwidth_share, "bound": floor.bound}
+
+
+def auto_backend(case: Case, training: bool) -> str:
+    """Which backend "auto" picks for the case."""
+    work = Workload(case)
+    module = work.ours("auto")
+    input = work.input if work.packed is None else work.packed
+    with contextlib.nullcontext() if training else torch.inference_mode():
+        return rnn_ext.explain(module, input).backend
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    head = f"{row['section']} {row['name']} {row['mode']} x{row['threads']}"
+    times = {name: timing["median"] for name, timing in row["times"].items()}
+    parts = [f"{name} {duration(seconds)}" for name, seconds in times.items()]
+    ours, peer = times.get("rnn_ext"), table.best_peer(row)
+    if ours and peer:
+        ratio = times[peer] / ours
+        parts.append(f"{ratio:.2f}x {peer}" + (" LOSS" if ratio < bench.NOISE else ""))
+    if ours and row["floor"]:
+        parts.append(f"{100 * row['floor']['seconds'] / ours:.0f} % of the floor ({row['floor']['bound']})")
+    if table.is_disturbed(row):
+        parts.append(f"had the core for {100 * row['cpu_share']:.0f} % of the time only")
+    parts += [f"{name} left out ({why})" for name, why in row["left_out"].items() if why != "inference only"]
+    return f"{head}: {', '.join(parts)}"
+
+
+def measure(rows: list[str], threads: int, seconds: float) -> dict[str, Any]:
+    """The rows of these names, in a process of its own, pinned to `threads` cores."""
+    peers.set_jax_threads(threads)
+    chosen = {str(row): row for row in all_rows()}
+    with bench.pinned(threads) as cores:
+        found = ceiling.measure(min(3.0, 2 * seconds))
+        versions = {}
+        for peer in peers.PEERS:
+            missing = peer.missing()
+            if missing:
+                console.print(missing)
+            elif peer.packages:
+                versions[peer.name] = peer.version()
+        results = []
+        for name in rows:
+            results.append(measure_row(chosen[name], threads, seconds, found))
+            console.print(describe(results[-1]))
+        final = ceiling.better(found, ceiling.measure(min(3.0, 2 * seconds)))
+    for result in results:
+        if result["floor"]:
+            case = result["case"]
+            case = Case(**{**case, "lengths": case["lengths"] and tuple(case["lengths"])})
+            result["floor"] = floor_of(case, result["mode"], final, threads)
+    return {"rows": results, "ceilings": final, "cores": cores, "versions": versions}
+
+
+MEMORY_CASES = [
+    *(Case(cell, 32, 128, 256, 256) for cell in CELLS),
+    Case("lstm", 32, 500, 20, 64, bidirectional=True, lengths=CLASSIFIER_LENGTHS),
+]
+
+
+def measure_memory(case: Case, contestant: str) -> dict[str, Any]:
+    """Bytes kept for backward and the growth of the process at its peak, in a process of its own."""
+    torch.set_num_threads(1)
+    build = {"rnn_ext": peers.ours, "torch.nn": peers.torch_nn}[contestant]
+    small = dataclasses.replace(case, batch=2, length=8, lengths=(8, 4) if case.lengths else None)
+    build(Workload(small), True, 1)[0].run()  # what is loaded or cached at the first call is not this case's
+    work = Workload(case)
+    made = build(work, True, 1)[0]
+    module = work.ours() if contestant == "rnn_ext" else work.torch
+    before = _reset_peak()
+    made.run()
+    peak = _memory_of("VmHWM")
+    return {
+        "case": dataclasses.asdict(case),
+        "name": str(case),
+        "contestant": contestant,
+        "peak_bytes": peak - before if peak is not None and before is not None else None,
+        "saved_bytes": bench.saved_bytes(work.training(module), module),
+        "estimated_bytes": case.memory(True),
+    }
+
+
+def _memory_of(field: str) -> int | None:
+    with contextlib.suppress(OSError):
+        match = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+        return int(match[1]) * 1024 if match else None
+    return None
+
+
+def _reset_peak() -> int | None:
+    """Resident bytes now, and the peak set back to them; None where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _memory_of("VmRSS")
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def slug(about: Mapping[str, Any]) -> str:
+    """A file name for a machine."""
+    text = f"{about['processor']} {about['cores']} cores".lower()
+    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a regular expression ({error})") from None
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = bench.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cores = len(bench.allowed_cores())
+    parser.add_argument("--quick", action="store_true", help="a few small rows, less time for each")
+    parser.add_argument("--rows", type=pattern, help="regular expression for section, name and mode of a row")
+    parser.add_argument("--threads", type=bench.positive, nargs="+", help="(1 and all cores)")
+    parser.add_argument("--seconds", type=bench.seconds_of, help="for each row, about (3; quick: 0.4)")
+    parser.add_argument("--output", type=Path, help="JSON file (all rows: results/<machine>.json; else: none)")
+    options = parser.parse_args(argv)
+    options.threads = options.threads or sorted({1, cores})
+    options.seconds = options.seconds or (0.4 if options.quick else 3.0)
+    if max(options.threads) > cores:
+        parser.error(f"--threads {max(options.threads)}: this process may use {cores} core(s)")
+    if options.output and not options.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {options.output.parent}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 1 where our results were wrong or missing, 2 for bad options."""
+    options = parse(argv)
+    rows = [row for row in all_rows() if not options.quick or is_small(row)]
+    if options.rows:
+        rows = [row for row in rows if options.rows.search(str(row))]
+    whole = not options.quick and not options.rows
+    if not rows:
+        sections = ", ".join(dict.fromkeys(row.section for row in all_rows()))
+        print(f"error: --rows {options.rows.pattern!r} matches nothing; the sections are {sections}", file=sys.stderr)
+        return 2
+    if not ops.is_available():
+        print(f"error: {ops.load_error()}", file=sys.stderr)
+        return 1
+    about = bench.machine()
+    if about["load"] and about["load"][0] > 0.5:
+        console.print(f"Other work is running here (load {about['load'][0]:.1f}): the numbers will suffer.")
+    result: dict[str, Any] = {"format": 1, "machine": about, "seconds_per_row": options.seconds}
+    result |= {"ceilings": {}, "pinned": {}, "rows": [], "memory": []}
+    for threads in options.threads:
+        chosen = [str(row) for row in rows if row.all_threads or threads == min(options.threads)]
+        if not chosen:
+            continue
+        try:
+            part = in_fresh_process(measure, chosen, threads, options.seconds)
+        except BrokenProcessPool:
+            print(f"error: the process that measured with {threads} thread(s) died", file=sys.stderr)
+            return 1
+        result["ceilings"][str(threads)], result["pinned"][str(threads)] = part["ceilings"], part["cores"]
+        result["rows"] += part["rows"]
+        about["versions"] |= part["versions"]
+    if whole:
+        for case in MEMORY_CASES:
+            result["memory"] += [in_fresh_process(measure_memory, case, name) for name in ("rnn_ext", "torch.nn")]
+    about["load_after"] = bench.machine()["load"]
+
+    text = table.markdown(result)
+    print(f"\n{text}")
+    output = options.output or (FOLDER / "results" / f"{slug(about)}.json" if whole else None)
+    if output:
+        output.parent.mkdir(exist_ok=True)
+        output.write_text(json.dumps(result, indent=1) + "\n")
+        output.with_suffix(".md").write_text(text)
+        console.print(f"written to {output} and {output.with_suffix('.md').name}")
+    if whole and not options.output:
+        import plot
+
+        for path in plot.draw(result, FOLDER / "plots"):
+            console.print(f"drawn: {path}")
+    return 1 if any("rnn_ext" in row["left_out"] for row in result["rows"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""The results as Markdown, losses first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import ceilings as ceiling
+
+from rnn_ext.bench import NOISE, duration, size
+
+SECTIONS = {
+    "grid": "One layer, input size = H",
+    "ragged": "Packed, lengths differ",
+    "model": "Whole training steps of two models",
+    "call": "One timestep of one sequence: what a call costs",
+    "dtype": "bfloat16",
+    "length": "Cost against L (packed, L / 8 to L timesteps)",
+    "batch": "Cost against N",
+    "hidden": "Cost against H",
+}
+MODES = {"forward": "forward", "training": "forward + backward", "step": "training step"}
+
+
+def median(row: dict[str, Any], name: str) -> float | None:
+    return row["times"][name]["median"] if name in row["times"] else None
+
+
+def is_peer(name: str) -> bool:
+    """A padded pass over ragged input gives other numbers: shown, but not one to be compared with."""
+    return not name.startswith("rnn_ext") and name != "torch.nn padded"
+
+
+def best_peer(row: dict[str, Any]) -> str | None:
+    return min((name for name in row["times"] if is_peer(name)), key=lambda name: median(row, name) or 0, default=None)
+
+
+def torch_name(row: dict[str, Any]) -> str | None:
+    """torch.nn's contestant: of ragged input the one that takes it packed."""
+    return next((name for name in ("torch.nn", "torch.nn packed") if name in row["times"]), None)
+
+
+def speed_up(row: dict[str, Any], over: str | None) -> float | None:
+    ours, theirs = median(row, "rnn_ext"), median(row, over) if over else None
+    return theirs / ours if ours and theirs else None
+
+
+def floor_share(row: dict[str, Any]) -> float | None:
+    ours = median(row, "rnn_ext")
+    return row["floor"]["seconds"] / ours if ours and row["floor"] else None
+
+
+def is_disturbed(row: dict[str, Any]) -> bool:
+    """Whether other processes had the core for a part of the time. With more threads one cannot tell."""
+    return row["threads"] == 1 and row["cpu_share"] is not None and row["cpu_share"] < 0.97
+
+
+def losses(result: dict[str, Any]) -> list[tuple[dict[str, Any], str, float]]:
+    """(row, peer, ratio of the times) of every contestant that is faster than ours beyond noise, worst first."""
+    found = []
+    for row in result["rows"]:
+        for name in filter(is_peer, row["times"]):
+            ratio = speed_up(row, name)
+            if ratio is not None and ratio < NOISE:
+                found.append((row, name, ratio))
+    return sorted(found, key=lambda loss: loss[2])
+
+
+def markdown(result: dict[str, Any]) -> str:
+    return "\n".join(_lines(result)) + "\n"
+
+
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    about = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    kernels = f"our kernels for {about['instructions']}, torch's for {about['torch_instructions']}"
+    yield f"# {about['processor']}, {about['cores']} core(s)"
+    yield ""
+    yield f"{about['date']}; {versions}; {kernels}"
+    yield ""
+    for threads, ceilings in result["ceilings"].items():
+        levels = ceiling.levels(ceilings, about["caches"])
+        reads = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in levels.items())
+        half = f" ({ceilings['bfloat16_flops'] / 1e9:.0f} in bfloat16)" if ceilings["bfloat16_flops"] else ""
+        yield f"- Ceilings of a core, measured beside the rows with {threads} thread(s): {ceilings['flops'] / 1e9:.0f}"
+        yield f"  GFLOP/s{half}; reading {reads} GB/s."
+    yield ""
+    yield "Medians ± half of the middle 50 %. Speed-ups are the time of the other / the time of rnn_ext: below 1 is a"
+    yield "loss. The floor is what flops and reading the weights allow at best (benchmarks/ceilings.py). A * marks rows"
+    yield "that other processes disturbed."
+    yield ""
+    found = losses(result)
+    compared = sum(len(list(filter(is_peer, row["times"]))) for row in result["rows"])
+    yield f"## Losses: {len(found)} of {compared} comparisons"
+    yield ""
+    if found:
+        yield "| row | threads | faster | rnn_ext | it | speed-up |"
+        yield "|---|---|---|---|---|---|"
+    for row, name, ratio in found:
+        ours, theirs = (duration(median(row, contestant) or 0) for contestant in ("rnn_ext", name))
+        yield f"| {_name(row)} | {row['threads']} | {name} | {ours} | {theirs} | **{ratio:.2f}** |"
+    for section, title in SECTIONS.items():
+        for threads in result["ceilings"]:
+            rows = [row for row in result["rows"] if row["section"] == section and str(row["threads"]) == threads]
+            if rows:
+                yield ""
+                yield f"## {title}; {threads} thread(s)"
+                yield ""
+                yield from _table(rows)
+    if result["memory"]:
+        yield ""
+        yield "## Memory of a forward and a backward pass"
+        yield ""
+        yield "| row | kept for backward: rnn_ext | torch.nn | peak: rnn_ext | torch.nn |"
+        yield "|---|---|---|---|---|"
+        for name in dict.fromkeys(entry["name"] for entry in result["memory"]):
+            entries = {entry["contestant"]: entry for entry in result["memory"] if entry["name"] == name}
+            cells = [entries[who][what] for what in ("saved_bytes", "peak_bytes") for who in ("rnn_ext", "torch.nn")]
+            yield f"| {name} | {' | '.join('-' if cell is None else size(cell) for cell in cells)} |"
+    missing = [(row, name, why) for row in result["rows"] for name, why in row["left_out"].items()]
+    missing = [entry for entry in missing if entry[2] != "inference only"]
+    if missing:
+        yield ""
+        yield "## Left out"
+        yield ""
+        for row, name, why in missing:
+            yield f"- {_name(row)}, {row['threads']} thread(s): {name}: {why}"
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['section']}: {row['name']}, {MODES[row['mode']]}"
+
+
+def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row["times"]))
+    with_floor = any(row["floor"] for row in rows)
+    others = {"torch.nn padded": "over torch.nn padded", "rnn_ext float32": "over float32"}
+    others = {name: title for name, title in others.items() if name in names}
+    head = ["row", "", *names, "over torch.nn", "over the best other", *others.values()]
+    head += ["of the floor", "bound by", "auto"] * with_floor
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        cells = [row["name"] + " *" * is_disturbed(row), MODES[row["mode"]]]
+        for name in names:
+            timing = row["times"].get(name)
+            cells.append(_spread(timing) if timing else "-")
+        cells += [_ratio(speed_up(row, torch_name(row))), _ratio(speed_up(row, best_peer(row)))]
+        cells += [_ratio(speed_up(row, name)) for name in others]
+        if with_floor:
+            share = floor_share(row)
+            cells += [f"{100 * share:.0f} %" if share else "-", row["floor"]["bound"] if row["floor"] else "-"]
+            cells.append(row["auto"] or "-")
+        yield f"| {' | '.join(cells)} |"
+
+
+def _spread(timing: dict[str, Any]) -> str:
+    return f"{duration(timing['median'])} ±{50 * (timing['high'] - timing['low']) / timing['median']:.0f} %"
+
+
+def _ratio(ratio: float | None) -> str:
+    if ratio is None:
+        return "-"
+    return f"**{ratio:.2f}**" if ratio < NOISE else f"{ratio:.2f}"

@@ -1,0 +1,61 @@
+// Which kernel runs what, and why. The table is read from the top: the first row that applies is taken.
+//
+// Capacity decides the first rows and is exact. The others rest on counts of operations and bytes (see the headers of
+// the kernels) and on published launch costs, not on measurements of these kernels: a GPU run is to confirm or move
+// them.
+#pragma once
+
+#include "cuda/launch.h"
+#include "cuda/persistent_entries.h"
+
+namespace rnn_ext::cuda {
+
+struct Question {
+  RnnExtCell cell;
+  RnnExtDtype dtype;
+  int64_t batch, hidden;
+  int32_t directions;
+  bool projected;
+  bool backward;
+  int64_t shared_bytes;  // of a block on this device; stands for the architecture
+};
+
+// A block of `persistent` serves 4 rows. Four rounds of blocks on about 130 multiprocessors take 4 s G H^2 / 128 clocks
+// of shared-memory reads a step, which for the largest weights is what two launches and a library GEMM take (5 to 8
+// us).
+inline constexpr int64_t kMaxPersistentRows = 4 * 4 * 130;
+// Up to one row tile `step` reads the weight once, as a GEMM would, and saves a launch.
+inline constexpr int64_t kMaxStepRows = 32;
+// Below this the product is smaller than the launch that it would cost to have it from the library.
+inline constexpr int64_t kMinLibraryHidden = 256;
+
+inline bool persistent_fits(const Question& q) {
+  return rnn_ext_cuda_persistent_fits(q.cell, q.dtype, q.hidden, q.backward, q.shared_bytes) != 0;
+}
+
+struct DispatchRow {
+  bool (*applies)(const Question&);
+  RnnExtKernel kernel;
+  const char* reason;
+};
+
+inline constexpr DispatchRow kDispatchTable[] = {
+    {[](const Question& q) { return q.projected; }, RNN_EXT_KERNEL_POINTWISE,
+     "a projection is a product between two timesteps: both go to the library"},
+    {[](const Question& q) { return persistent_fits(q) && q.batch * q.directions <= kMaxPersistentRows; },
+     RNN_EXT_KERNEL_PERSISTENT, "the recurrent weight fits one block's shared memory: one launch for all timesteps"},
+    {[](const Question& q) { return q.batch <= kMaxStepRows; }, RNN_EXT_KERNEL_STEP,
+     "few rows: reading the weight bounds a timestep, and one fused launch reads it once"},
+    {[](const Question& q) { return q.hidden < kMinLibraryHidden; }, RNN_EXT_KERNEL_STEP,
+     "a small product: a second launch for a library GEMM would cost more than it saves"},
+    {[](const Question&) { return true; }, RNN_EXT_KERNEL_POINTWISE,
+     "a large product: a library GEMM and one fused pointwise kernel"},
+};
+
+inline const DispatchRow& dispatch(const Question& question) {
+  const DispatchRow* row = kDispatchTable;
+  while (!row->applies(question)) ++row;  // the last row always applies
+  return *row;
+}
+
+}  // namespace rnn_ext::cuda

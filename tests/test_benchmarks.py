@@ -1,0 +1,384 @@
+"""benchmarks/ and python -m rnn_ext bench: they run, and say what they could not do. Nothing here looks at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rnn_ext import bench, ops
+from rnn_ext.bench import Case, Timing, Workload
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = Case("gru", 3, 5, 4, 6, bidirectional=True, lengths=(5, 4, 2))
+CEILINGS = {"method": "made up", "flops": 1e11, "bfloat16_flops": 2e11, "read": {4096: 2e11, 2**20: 1e11, 2**27: 1e10}}
+
+pytestmark = pytest.mark.skipif(not ops.is_available(), reason="the C++ library cannot be loaded")
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch):
+    """The benchmarks are scripts that import each other by name. Nothing they set outlives a test."""
+    pytest.importorskip("rich")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+
+def torch_only(monkeypatch):
+    import peers
+
+    monkeypatch.setattr(peers, "PEERS", [peer for peer in peers.PEERS if not peer.packages])
+
+
+def here(function, *arguments):
+    return function(*arguments)
+
+
+# --- rnn_ext/bench.py
+
+
+def test_batch_sizes():
+    assert SMALL.batch_sizes == [3, 3, 2, 2, 1]
+    assert SMALL.rows == 11
+    assert dataclasses.replace(SMALL, lengths=None).batch_sizes == [3] * 5
+    assert bench.ragged(4, 2, 8) == (8, 6, 4, 2)
+    assert bench.ragged(1, 2, 8) == (8,)
+
+
+@pytest.mark.parametrize("cell", list(bench.CELLS))
+def test_parameters_are_those_of_the_module(cell):
+    case = Case(cell, 1, 1, 3, 5, num_layers=2, bidirectional=True)
+    assert case.parameters == sum(p.numel() for p in Workload(case).torch.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("case", [SMALL, Case("lstm", 2, 3, 4, 4, num_layers=2, dtype="bfloat16")], ids=str)
+def test_compare(case, training):
+    row = bench.compare(case, training, 0.01)
+    assert row["difference"] <= bench.TOLERANCE[case.dtype]
+    assert set(row["times"]) == {"torch.nn", "rnn_ext"}
+    assert all(times["least"] <= times["low"] <= times["median"] <= times["high"] for times in row["times"].values())
+    if training:
+        assert row["saved_bytes"]["rnn_ext"] > 0
+    json.dumps(row)
+
+
+def test_wrong_results_are_not_timed(monkeypatch):
+    monkeypatch.setattr(bench, "interleave", None)
+    torch.manual_seed(1)
+    monkeypatch.setattr(Workload, "ours", lambda self: torch.nn.GRU(4, 6, bidirectional=True))
+    with pytest.raises(bench.DifferentResults, match="differ by"):
+        bench.compare(SMALL, False, 0.01)
+
+
+def test_difference():
+    one = {"output": torch.tensor([1.0, -4.0])}
+    assert bench.difference(one, one) == 0
+    assert bench.difference({"output": torch.tensor([1.4, -4.0])}, one) == pytest.approx(0.1)
+    assert bench.difference({"output": torch.tensor([float("nan"), -4.0])}, one) == float("inf")
+    assert bench.difference({"output": torch.zeros(3)}, one) == float("inf")
+
+
+def test_interleave_takes_turns():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = bench.interleave(runs, seconds=0, sample=0)
+    assert "".join(order[4:]) == "abbaab"  # after two calls each to warm up
+    assert isinstance(times["a"], Timing)
+    assert times["a"].samples == 3
+
+
+def test_a_case_too_large_says_what_it_needs():
+    case = Case("lstm", 64, 10**6, 512, 512)
+    assert "needs about" in bench.too_large(case, True, available=2**30)
+    assert bench.too_large(SMALL, True, available=2**30) is None
+
+
+def test_pinned_works_without_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    with bench.pinned(1) as cores:
+        assert cores is None
+    assert bench.allowed_cores()
+
+
+def test_numbers_for_people():
+    texts = [bench.duration(seconds) for seconds in (1.23e-5, 9.996e-4, 0.1, 99.96, 1234.5)]
+    assert texts == ["12.3 us", "1.00 ms", "100 ms", "100 s", "1234 s"]
+    assert bench.size(3 * 2**20) == "3 MiB"
+
+
+def test_command(tmp_path, capsys):
+    file = tmp_path / "mine.json"
+    arguments = ["--cell", "rnn", "--hidden-size", "5", "--length", "4", "--ragged", "--batch-size", "3"]
+    assert bench.main([*arguments, "--seconds", "0.01", "--threads", "1", "--output", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "RNN N=3 L=1..4 H=5" in text
+    assert "forward + backward" in text
+    assert "Slower than torch.nn: " in text
+    result = json.loads(file.read_text())
+    assert [row["mode"] for row in result["rows"]] == ["forward", "training"]
+    assert result["machine"]["instructions"] == ops.cpu_capability()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--hidden-size", "0"], "0 is not positive"),
+        (["--seconds", "nan"], "nan is not positive"),
+        (["--cell", "qrnn"], "invalid choice"),
+        (["--length", "1000000000"], "needs about"),
+        (["--output", "/nowhere/at/all.json"], "there is no folder"),
+    ],
+)
+def test_command_refuses(arguments, message, capsys):
+    try:
+        status = bench.main(arguments)
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_command_without_the_library(monkeypatch, capsys):
+    monkeypatch.setattr(ops, "is_available", lambda: False)
+    monkeypatch.setattr(ops, "load_error", lambda: "it has not been built; run: pip install")
+    assert bench.main([]) == 1
+    assert "has not been built" in capsys.readouterr().err
+
+
+# --- benchmarks/
+
+
+def test_ceilings():
+    import ceilings
+
+    found = ceilings.measure(0.02, largest=2**16)
+    assert found["flops"] > 0
+    assert all(rate > 0 for rate in found["read"].values())
+    assert set(ceilings.better(found, found)) == set(found)
+
+
+def test_ceilings_without_a_compiler(monkeypatch):
+    import ceilings
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = ceilings.measure(0.02, largest=2**17)
+    assert found["method"] == "torch"
+    assert found["flops"] > 0
+    assert found["read"]
+    assert torch.get_num_threads() == 1
+
+
+def test_floor():
+    import ceilings
+
+    assert ceilings.read_rate(CEILINGS, 1) == 2e11
+    assert ceilings.read_rate(CEILINGS, 2**40) == 1e10
+    assert ceilings.read_rate(CEILINGS, 2**16) == pytest.approx(1.5e11)  # half way between 2^12 and 2^20
+
+    many = Case("lstm", 64, 10, 128, 128)
+    flops = 2 * 64 * 10 * 4 * 128 * (128 + 128)
+    forward = ceilings.floor(many, False, CEILINGS)
+    assert forward.bound == "flops"
+    assert forward.seconds == pytest.approx(flops / 1e11)
+    assert ceilings.floor(many, True, CEILINGS).seconds == pytest.approx(3 * forward.seconds)
+    assert ceilings.floor(many, False, CEILINGS, 2).seconds == pytest.approx(forward.seconds / 2)
+    half = dataclasses.replace(many, dtype="bfloat16")
+    assert ceilings.floor(half, False, CEILINGS).seconds == pytest.approx(forward.seconds / 2)
+
+    one = Case("rnn", 1, 10, 1, 512)  # 1 MiB of recurrent weights
+    assert ceilings.floor(one, False, CEILINGS).bound == "bandwidth"
+    assert ceilings.floor(one, False, CEILINGS).seconds == pytest.approx(10 * 2**20 / 1e11 + 2 * 10 * 512 / 1e11)
+
+
+def test_every_row_has_its_own_name_and_finds_its_contestants():
+    import run
+
+    rows = run.all_rows()
+    assert len({str(row) for row in rows}) == len(rows)
+    assert {row.section for row in rows} == set(run.table.SECTIONS)
+    assert any(run.is_small(row) for row in rows)
+    assert sum(run.CLASSIFIER_LENGTHS) == 9284
+
+
+@pytest.mark.parametrize("section", ["grid", "call", "dtype", "model", "ragged"])
+def test_contestants_agree(section, monkeypatch):
+    """The smallest row of each kind, with what is installed."""
+    import run
+
+    rows = [row for row in run.all_rows() if row.section == section and row.mode != "forward"]
+    row = min(rows, key=lambda row: row.case.rows * row.case.hidden_size if row.case else "demo" in row.name)
+    if section == "ragged":
+        row = dataclasses.replace(row, case=SMALL)
+    if row.case is None or section in ("grid", "dtype"):
+        monkeypatch.setattr(run, "CLASSIFIER_LENGTHS", (6, 3))
+        case = row.case and dataclasses.replace(row.case, length=4, input_size=8, hidden_size=8)
+        row = dataclasses.replace(row, case=case)
+    result = run.measure_row(row, 1, 0.01, CEILINGS)
+    assert "rnn_ext" in result["times"]
+    assert any(name.startswith("torch.nn") for name in result["times"])
+    assert not any("wrong" in why for why in result["left_out"].values())
+    assert result["floor"] is None or result["floor"]["seconds"] > 0
+    assert run.describe(result)
+
+
+def test_a_row_says_why_it_was_left_out(monkeypatch):
+    import run
+
+    case = Case("lstm", 64, 10**7, 512, 512)
+    result = run.measure_row(run.Row("grid", case, "forward", "large", run.layers), 1, 0.01, CEILINGS)
+    assert "needs about" in result["left_out"]["everybody"]
+
+    def fails(work, training, threads):
+        raise OSError("libpeer.so is broken")
+
+    monkeypatch.setattr(run.peers, "PEERS", [run.peers.PEERS[0], run.peers.Peer("broken", fails)])
+    result = run.measure_row(run.Row("grid", SMALL, "forward", "small", run.layers), 1, 0.01, CEILINGS)
+    assert result["left_out"] == {"broken": "OSError: libpeer.so is broken"}
+    assert set(result["times"]) == {"rnn_ext"}
+
+
+def test_a_peer_that_is_not_installed(monkeypatch):
+    import peers
+
+    monkeypatch.setitem(sys.modules, "no_such_peer", None)
+    missing = peers.Peer("nobody", peers.ours, ("no_such_peer",)).missing()
+    assert missing == "nobody is left out: no_such_peer is not installed"
+
+
+def test_run_end_to_end(monkeypatch, tmp_path, capsys):
+    """A grid of two tiny layers in this process, from the options to JSON, table and pictures."""
+    import plot
+    import run
+
+    torch_only(monkeypatch)
+    monkeypatch.setattr(run, "in_fresh_process", here)
+    monkeypatch.setattr(run.ceiling, "measure", lambda seconds: CEILINGS)
+    cases = [Case("rnn", 2, 3, 4, 4), dataclasses.replace(Case("gru", 1, 3, 4, 4))]
+    rows = [run.Row("grid", case, mode, str(case), run.layers, True) for case in cases for mode in plot.TITLES]
+    monkeypatch.setattr(run, "all_rows", lambda: rows)
+    file = tmp_path / "result.json"
+    assert run.main(["--threads", "1", "--seconds", "0.01", "--output", str(file), "--rows", "grid"]) == 0
+
+    result = json.loads(file.read_text())
+    assert result["format"] == 1
+    assert {"processor", "cores", "caches", "instructions", "versions", "date"} <= set(result["machine"])
+    assert [row["mode"] for row in result["rows"]] == list(plot.TITLES) * 2
+    for row in result["rows"]:
+        assert set(row["times"]) == {"rnn_ext", "torch.nn"}
+        assert set(row["times"]["rnn_ext"]) == {"median", "low", "high", "least", "samples"}
+        assert row["floor"]["bound"] in ("flops", "bandwidth")
+        assert row["auto"] in ("custom", "native")
+    text = file.with_suffix(".md").read_text()
+    assert text in capsys.readouterr().out
+    assert text.count("| GRU N=1 L=3 H=4") == 2
+    assert plot.main([str(file), str(tmp_path / "plots")]) == 0
+    assert (tmp_path / "plots" / "speed_up.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rows", "nothing-like-this"], "matches nothing; the sections are grid"),
+        (["--rows", "("], "( is not a regular expression"),
+        (["--threads", "100000"], "this process may use"),
+        (["--output", "/nowhere/at/all.json"], "there is no folder"),
+    ],
+)
+def test_run_refuses(arguments, message, capsys):
+    import run
+
+    try:
+        status = run.main(arguments)
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def made_up():
+    """A result with every section, two numbers of threads, and losses."""
+
+    def timing(seconds):
+        return dataclasses.asdict(Timing(seconds, 0.9 * seconds, 1.2 * seconds, 0.8 * seconds, 9))
+
+    def row(section, case, mode, threads=1, **times):
+        return {
+            "section": section,
+            "name": str(case),
+            "case": dataclasses.asdict(case),
+            "mode": mode,
+            "threads": threads,
+            "auto": "custom",
+            "times": {
+                name.replace("_nn", ".nn").replace("__", " "): timing(seconds) for name, seconds in times.items()
+            },
+            "differences": {},
+            "left_out": {"JAX": "it crashed"} if section == "ragged" else {},
+            "floor": {"seconds": 5e-4, "bandwidth_share": 0.6, "bound": "bandwidth"} if section == "grid" else None,
+            "cpu_share": 0.5 if section == "hidden" else 1.0,
+        }
+
+    rows = []
+    for mode in ("forward", "training"):
+        for threads in (1, 2):
+            rows.append(row("grid", Case("lstm", 1, 8, 4, 4), mode, threads, rnn_ext=1e-3, torch_nn=2e-3, JAX=5e-4))
+            rows.append(row("grid", Case("rnn", 1, 8, 4, 4), mode, threads, rnn_ext=2e-3, torch_nn=1e-3))
+        rows.append(row("ragged", SMALL, mode, rnn_ext=1e-3, torch_nn__packed=3e-2, torch_nn__padded=2e-3))
+        for k in range(3):
+            case = dataclasses.replace(SMALL, cell="lstm", length=2**k, lengths=(2**k,) * 3)
+            rows.append(row("length", case, mode, rnn_ext=2**k * 1e-3, torch_nn__packed=4**k * 1e-2))
+            rows.append(row("batch", Case("gru", 2**k, 8, 4, 4), mode, rnn_ext=1e-3, torch_nn=2e-3, OpenVINO=1e-2))
+            rows.append(row("hidden", Case("gru", 1, 8, 4, 2**k), mode, rnn_ext=1e-3, torch_nn=2e-3))
+    memory = {"name": "GRU", "case": None, "saved_bytes": 2048, "peak_bytes": None}
+    return {
+        "format": 1,
+        "machine": {**bench.machine(), "caches": {"L1": 2**15, "L2": 2**20}},
+        "ceilings": {"1": CEILINGS, "2": CEILINGS},
+        "pinned": {"1": [1], "2": None},
+        "rows": json.loads(json.dumps(rows)),
+        "memory": [{**memory, "contestant": name} for name in ("rnn_ext", "torch.nn")],
+    }
+
+
+def test_table_shows_losses():
+    import table
+
+    result = made_up()
+    found = table.losses(result)
+    assert sorted((name, ratio) for _, name, ratio in found) == [("JAX", 0.5)] * 4 + [("torch.nn", 0.5)] * 4
+    text = table.markdown(result)
+    assert "Losses: 8 of" in text
+    assert text.index("Losses: 8") < text.index("One layer")
+    assert "**0.50**" in text
+    assert "over torch.nn padded" in text
+    assert "JAX: it crashed" in text
+    assert "GRU N=1 L=8 I=4 H=2 *" in text  # disturbed
+    assert "| GRU | 2 KiB | 2 KiB | - | - |" in text
+
+
+def test_plots(tmp_path):
+    import plot
+
+    files = plot.draw(made_up(), tmp_path)
+    names = ["speed_up", "floor", "speed_up_2_threads", "floor_2_threads", "length", "scaling"]
+    assert [file.stem for file in files] == names
+    assert all(1000 < file.stat().st_size < 200_000 for file in files)
+    assert plot.draw({**made_up(), "rows": []}, tmp_path) == []
+
+
+def test_plot_refuses(tmp_path, capsys):
+    import plot
+
+    assert plot.main([]) == 2
+    assert plot.main([str(tmp_path / "nothing.json")]) == 2
+    assert "cannot be read" in capsys.readouterr().err

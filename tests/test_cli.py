@@ -1,0 +1,373 @@
+"""python -m rnn_ext: what it prints, writes and returns, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for package in ("matplotlib", "pandas", "rich"):
+    pytest.importorskip(package)
+
+import pandas as pd  # noqa: E402
+
+from rnn_ext import by_hand, datasets, demo, ops, training  # noqa: E402
+from rnn_ext.__main__ import main  # noqa: E402
+
+needs_kernels = pytest.mark.skipif(not ops.is_available(), reason="the kernels are not built")
+REGRESSOR = ["train", "regressor", "--window", "6", "--hidden-size", "4", "--batch-size", "16"]
+CLASSIFIER = ["train", "classifier", "--hidden-size", "4", "--batch-size", "8"]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    """No test writes elsewhere, nor reads the user's cache, nor the network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RNN_EXT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def offline(folder):
+        raise datasets.FetchError("pip could not download vaderSentiment==3.3.2 (no network)")
+
+    monkeypatch.setattr(datasets.movie_reviews, "__defaults__", (offline, lambda text: None))
+
+
+@pytest.fixture
+def series():
+    Path("level.csv").write_text("month,level\n" + "".join(f"m{i},{10 + i % 7}\n" for i in range(60)))
+    return ["--data", "level.csv"]
+
+
+@pytest.fixture
+def reviews():
+    rows = ["a fine film,1", "i loved it,1", "a dull film,0", "no no,0"] * 10
+    Path("reviews.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    return ["--data", "reviews.csv"]
+
+
+def fails(capsys, argv: list[str]) -> str:
+    """Runs what must be refused; returns the one sentence on stderr."""
+    try:
+        code = main(argv)
+    except SystemExit as exit:  # argparse
+        code = exit.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def score(text: str) -> float:
+    line = next(line for line in text.splitlines() if line.startswith(("RMSE", "accuracy")))
+    return float(line.split()[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------- train
+
+
+def test_train_evaluate_resume_regressor(capsys, series):
+    assert main([*REGRESSOR, *series, "--epochs", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "epoch 3/3" in out and "saved to rnn_ext_regressor.pt" in out and "after 3 epochs (last value " in out
+    trained = score(out)
+
+    assert main([*REGRESSOR, *series, "--evaluate"]) == 0
+    assert score(capsys.readouterr().out) == trained
+
+    assert main(["train", "regressor", *series, "--resume", "--epochs", "5"]) == 0
+    resumed = score(capsys.readouterr().out)
+    assert main([*REGRESSOR, *series, "--epochs", "5", "--checkpoint", "through.pt"]) == 0
+    assert score(capsys.readouterr().out) == resumed
+    one, other = (torch.load(name, weights_only=True) for name in ("rnn_ext_regressor.pt", "through.pt"))
+    assert one["epoch"] == 5 and one["losses"] == other["losses"] and one["config"] == other["config"]
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+
+    assert main(["train", "regressor", *series, "--resume"]) == 0
+    assert "has been trained for 5 epochs already; --epochs 6 would go on" in capsys.readouterr().out
+
+
+def test_train_evaluate_resume_classifier(capsys, reviews):
+    options = [*CLASSIFIER, *reviews, "--lr", "0.02", "--cell", "lstm"]
+    assert main([*options, "--epochs", "15"]) == 0
+    out = capsys.readouterr().out
+    assert "accuracy 1.0000 on 8 test examples after 15 epochs (majority 0." in out
+    assert main(["train", "classifier", *reviews, "--evaluate", "--test-fraction", "1"]) == 0
+    assert "accuracy 1.0000 on 40 test examples" in capsys.readouterr().out
+    assert main(["train", "classifier", *reviews, "--resume", "--epochs", "16"]) == 0
+    checkpoint = torch.load("rnn_ext_classifier.pt", weights_only=True)
+    assert checkpoint["epoch"] == 16 and checkpoint["task"]["labels"] == ["0", "1"]
+    assert checkpoint["config"]["lr"] == 0.02 and "film" in checkpoint["task"]["vocabulary"]
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_cells_and_seeds(capsys, series, cell):
+    scores = []
+    for seed in ("1", "1", "2"):
+        assert main([*REGRESSOR, *series, "--cell", cell, "--epochs", "1", "--seed", seed]) == 0
+        scores.append(score(capsys.readouterr().out))
+    assert scores[0] == scores[1] != scores[2]
+    assert torch.load("rnn_ext_regressor.pt", weights_only=True)["config"]["cell"] == cell
+
+
+@needs_kernels
+def test_backends_agree(capsys, series):
+    scores = []
+    for backend in ("native", "custom", "auto"):
+        assert main([*REGRESSOR, *series, "--epochs", "2", "--backend", backend]) == 0
+        scores.append(score(capsys.readouterr().out))
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3) and scores[0] == pytest.approx(scores[2], abs=1e-3)
+    assert main(["train", "regressor", *series, "--resume", "--epochs", "3", "--backend", "native"]) == 0
+
+
+def test_built_in_series(capsys):
+    assert main(["train", "regressor", "--epochs", "1"]) == 0
+    assert "on 142 test examples after 1 epochs (last value 1.1671, linear AR 0.5033)" in capsys.readouterr().out
+
+
+def test_own_columns(capsys):
+    Path("t.csv").write_text("a,b\n" + "".join(f"{i},{i % 5}\n" for i in range(40)))
+    assert main([*REGRESSOR, "--data", "t.csv", "--column", "b", "--epochs", "1"]) == 0
+    Path("u.csv").write_text("review,stars\n" + "good one,5\nbad one,1\n" * 6)
+    argv = [*CLASSIFIER, "--data", "u.csv", "--text-column", "review", "--label-column", "stars", "--epochs", "1"]
+    assert main(argv) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cell", "elman"], "argument --cell: invalid choice: 'elman' (choose from "),
+        (["--backend", "cudnn"], "argument --backend: invalid choice: 'cudnn' (choose from "),
+        (["--device", "gpu"], "--device gpu cannot be used"),
+        (["--device", "meta"], "--device meta cannot be used"),
+        (["--epochs", "0"], "argument --epochs: 0 is not positive"),
+        (["--epochs", "many"], "argument --epochs: invalid positive_int value: 'many'"),
+        (["--batch-size", "-3"], "argument --batch-size: -3 is not positive"),
+        (["--hidden-size", "1.5"], "argument --hidden-size: invalid positive_int value: '1.5'"),
+        (["--lr", "nan"], "argument --lr: nan is not above 0"),
+        (["--lr", "0"], "argument --lr: 0 is not above 0"),
+        (["--seed", "-1"], "argument --seed: -1 is not between 0 and"),
+        (["--test-fraction", "1.5"], "argument --test-fraction: 1.5 is not above 0 and at most 1"),
+        (["--test-fraction", "1"], "--test-fraction 1 leaves nothing to train on"),
+        (["--window", "60"], "level.csv has 60 values: a window of 60 needs at least 62"),
+        (["--column", "depth"], "level.csv has no column 'depth'"),
+        (["--resume"], "rnn_ext_regressor.pt: no such checkpoint"),
+        (["--evaluate", "--checkpoint", "level.csv"], "level.csv is damaged or not a checkpoint"),
+        (["--surprise"], "unrecognized arguments: --surprise"),
+        (["--checkpoint", "level.csv/model.pt", "--epochs", "1"], "level.csv"),
+    ],
+)
+def test_bad_options(capsys, series, options, message):
+    argv = ["train", "regressor", *series, *options]
+    assert message in fails(capsys, argv)
+    assert not Path("rnn_ext_regressor.pt").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda(capsys, series):
+    assert "--device cuda cannot be used" in fails(capsys, ["train", "regressor", *series, "--device", "cuda"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("level\n1\n\n3\n", "bad.csv, row 3 (the header is row 1), column 'level' is empty: expected a finite number"),
+        (
+            "level\n1\ntwo\n",
+            "bad.csv, row 3 (the header is row 1), column 'level' holds 'two': expected a finite number",
+        ),
+        ("", "bad.csv is empty"),
+        ("level\n1\n2\n3\n", "bad.csv has 3 values: a window of 24 needs at least 26"),
+    ],
+)
+def test_bad_data(capsys, text, message):
+    Path("bad.csv").write_text(text)
+    assert message in fails(capsys, ["train", "regressor", "--data", "bad.csv"])
+
+
+def test_bad_classifier_options(capsys, reviews):
+    assert "invalid choice: 'gru'" in fails(capsys, [*CLASSIFIER, *reviews, "--cell", "gru"])
+    assert "no column 'stars'" in fails(capsys, [*CLASSIFIER, *reviews, "--label-column", "stars"])
+    assert "no network" in fails(capsys, CLASSIFIER)
+
+
+def test_bad_checkpoints(capsys, series, reviews):
+    assert main([*REGRESSOR, *series, "--epochs", "1"]) == 0
+    capsys.readouterr()
+    resume = ["train", "regressor", *series, "--resume"]
+    expected = "rnn_ext_regressor.pt was trained with --hidden-size 4, not 5"
+    assert expected in fails(capsys, [*resume, "--hidden-size", "5"])
+    assert "was trained with --cell rnn, not gru" in fails(capsys, [*resume, "--cell", "gru"])
+    argv = ["train", "classifier", *reviews, "--resume", "--checkpoint", "rnn_ext_regressor.pt"]
+    assert "is a checkpoint of a regressor, expected one of a classifier" in fails(capsys, argv)
+    data = Path("rnn_ext_regressor.pt").read_bytes()
+    Path("rnn_ext_regressor.pt").write_bytes(data[:-100])
+    assert "rnn_ext_regressor.pt is damaged or not a checkpoint" in fails(capsys, resume)
+
+
+def test_custom_backend_without_kernels(capsys, series, monkeypatch):
+    monkeypatch.setattr(ops, "is_available", lambda: False)
+    monkeypatch.setattr(ops, "load_error", lambda: "the library is gone; run: make it")
+    expected = "--backend custom cannot be used: the library is gone; run: make it"
+    assert expected in fails(capsys, [*REGRESSOR, *series, "--backend", "custom"])
+
+
+def test_diverging_keeps_the_last_checkpoint(capsys, series):
+    assert main([*REGRESSOR, *series, "--epochs", "1"]) == 0
+    before = Path("rnn_ext_regressor.pt").read_bytes()
+    capsys.readouterr()
+    monstrous = ["--data", "huge.csv"]
+    Path("huge.csv").write_text("level\n" + "".join(f"{(-1) ** i}e300\n" for i in range(60)))
+    message = fails(capsys, ["train", "regressor", *monstrous, "--resume", "--epochs", "4"])
+    assert "no longer finite in epoch 2" in message
+    assert Path("rnn_ext_regressor.pt").read_bytes() == before
+
+
+def test_interrupted(capsys, series, monkeypatch):
+    def run_epoch(self):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+        yield from original(self)
+
+    original = training.Training.run_epoch
+    monkeypatch.setattr(training.Training, "run_epoch", run_epoch)
+    assert main([*REGRESSOR, *series, "--epochs", "3"]) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert torch.load("rnn_ext_regressor.pt", weights_only=True)["epoch"] == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- demo
+
+
+def check_png(path: Path) -> None:
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG") and data.endswith(b"IEND\xaeB`\x82")
+    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
+    assert width == 1200 and 300 <= height <= 800
+    assert 10_000 < len(data) < 200_000
+
+
+@needs_kernels
+def test_demo_quick_with_reviews(capsys, monkeypatch):
+    rows = [("a fine film", 1), ("i loved it", 1), ("a dull film", 0), ("no no", 0)] * 30
+    table = pd.DataFrame(rows, columns=["text", "label"])
+    monkeypatch.setattr(datasets, "movie_reviews", lambda note: table)
+    assert main(["demo", "--quick", "--out", "plots"]) == 0
+    out = capsys.readouterr().out
+    assert "by hand" in out and "-0.351980 +0.525252" in out  # the first timestep of the seed's exercise
+    results = json.loads(Path("plots/results.json").read_text(encoding="utf-8"))
+    assert results["by_hand_difference"] < 1e-6
+    assert results["machine"]["isa"] == ops.cpu_capability()
+    forecast, sentiment = results["tasks"].values()
+    assert forecast["metric"] == "RMSE" and sentiment["metric"] == "accuracy"
+    for task in (forecast, sentiment):
+        assert task["largest_loss_difference"] < 1e-3
+        assert task["native"]["train_loss"] == pytest.approx(task["custom"]["train_loss"], rel=1e-3)
+        assert task["native"]["epochs"] == task["custom"]["epochs"] == 2
+        ratio = task["native"]["seconds_per_epoch"] / task["custom"]["seconds_per_epoch"]
+        assert task["speed_up"] == pytest.approx(ratio)
+        assert f"{task['speed_up']:.2f}x" in out and f"{task['largest_loss_difference']:.1e}" in out
+    assert forecast["baselines"]["last value"] == pytest.approx(1.1671, abs=1e-3)
+    assert "1.167" in out and "0.503" in out
+    for name in ("forecast.png", "losses.png", "epoch_time.png"):
+        check_png(Path("plots", name))
+
+
+@needs_kernels
+def test_demo_offline_goes_on(capsys):
+    assert main(["demo", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "Left out: pip could not download" in out
+    assert "python -m rnn_ext train classifier --data my.csv" in out
+    assert list(json.loads(Path("rnn_ext_demo/results.json").read_text(encoding="utf-8"))["tasks"]) == [
+        "El Niño, tanh-RNN"
+    ]
+    check_png(Path("rnn_ext_demo/losses.png"))
+
+
+def test_demo_without_kernels(capsys, monkeypatch):
+    monkeypatch.setattr(ops, "is_available", lambda: False)
+    monkeypatch.setattr(ops, "load_error", lambda: "the library is gone; run: make it")
+    assert main(["demo", "--quick"]) == 1  # it could not show what it is for
+    out = capsys.readouterr().out
+    assert "Only torch's kernels can run: the library is gone; run: make it" in out
+    (task,) = json.loads(Path("rnn_ext_demo/results.json").read_text(encoding="utf-8"))["tasks"].values()
+    assert "native" in task and "custom" not in task and "speed_up" not in task
+
+
+def test_race_takes_turns_with_the_same_batches(monkeypatch):
+    """Both start from the same weights, see the same batches, and take turns in going first."""
+    order, batches = [], {"native": [], "auto": []}
+
+    class Recorded(training.Training):
+        def run_epoch(self):
+            order.append(self.config.backend)
+            return super().run_epoch()
+
+    class Task(training.Forecasting):
+        def forward(self, model, batch):
+            batches[model.rnn.backend].append(batch.target.clone())
+            return super().forward(model, batch)
+
+    monkeypatch.setattr(demo, "Training", Recorded)
+    monkeypatch.setattr(demo.plots, "NAMES", {"native": "one", "auto": "other"})
+    config = training.Config("regressor", hidden_size=4, window=6, epochs=4, batch_size=16)
+    task = Task(pd.Series(range(60), dtype=float), 6)
+    runs = demo.race(task, config, ["native", "auto"], demo.Console(quiet=True))
+    assert order == ["native", "auto", "auto", "native", "native", "auto", "auto", "native"]
+    assert len(batches["native"]) == 4 * runs["native"].steps
+    assert all(torch.equal(a, b) for a, b in zip(batches["native"], batches["auto"], strict=True))
+    assert runs["native"].losses[0] == pytest.approx(runs["auto"].losses[0], rel=1e-5)
+
+
+def test_by_hand():
+    result = by_hand.compare()
+    assert result.difference < 1e-6
+    x, rnn = result.input, torch.nn.RNN(5, 2, batch_first=True)
+    torch.testing.assert_close(by_hand.unroll(rnn, x), rnn(x.unsqueeze(0))[0][0])
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+
+
+def run(*argv: str, **env: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(Path(ops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *argv],
+        env={**os.environ, "PYTHONPATH": path, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_as_a_command():
+    done = run("-m", "rnn_ext", "train", "regressor", "--data", "none.csv")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: none.csv: no such file\n")
+
+
+def test_no_command(capsys):
+    assert "the following arguments are required: command" in fails(capsys, [])
+    assert "invalid choice: 'dance'" in fails(capsys, ["dance"])
+
+
+def test_doctor(capsys):
+    pytest.importorskip("rnn_ext.doctor")
+    assert main(["doctor"]) in (0, 1)
+    out = capsys.readouterr().out
+    assert torch.__version__ in out
+
+
+def test_without_the_demo_packages():
+    """The doctor runs without them; the rest says what to install."""
+    block = "import sys; sys.modules.update(rich=None, pandas=None, matplotlib=None); "
+    call = "from rnn_ext.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    done = run("-c", block + call, "demo")
+    assert done.returncode == 2
+    assert done.stderr == "error: pandas is not installed; run: python -m pip install 'rnn_ext[demo]'\n"
+    pytest.importorskip("rnn_ext.doctor")
+    assert "torch" in run("-c", block + call, "doctor").stdout
