@@ -64,6 +64,12 @@ def _peer_mark(axis: Any, at: float, place: int) -> None:
     axis.plot(at, place, "d", color="white", markeredgecolor=INK, markersize=5, markeredgewidth=1)
 
 
+def _value(axis: Any, at: float, place: int, text: str, bold: bool = False) -> None:
+    weight = "bold" if bold else "normal"
+    offset = {"xytext": (5, 0), "textcoords": "offset points"}
+    axis.annotate(text, (at, place), **offset, va="center", fontsize=7.5, color=INK, fontweight=weight)
+
+
 PEER_HANDLE = Line2D(
     [], [], marker="d", linestyle="", color="white", markeredgecolor=INK, label="fastest of the others"
 )
@@ -93,15 +99,14 @@ def speed_up(result: dict[str, Any], threads: int) -> Figure | None:
                 peer = row["times"][over]["median"] / row["times"][best]["median"]
                 _peer_mark(axis, peer, place)
                 end = max(end, peer)
-            text = f"{ratio:.3g}x" if ratio >= 10 else f"{ratio:.2f}x"
-            weight = "bold" if lost or beaten else "normal"
-            axis.text(end * 1.09, place, text, va="center", fontsize=7.5, color=INK, fontweight=weight)
+            digits = 0 if ratio >= 99.5 else 1 if ratio >= 9.95 else 2
+            _value(axis, end, place, f"{ratio:.{digits}f}x", bold=lost or beaten)
         axis.axvline(1, color=INK, linewidth=1)
         axis.set_xscale("log")
         low, high = axis.get_xlim()
         axis.set_xlim(min(low, 0.9), high * 1.6)
         _bars(axis, rows, axis is axes[0])
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 else (1, 3) if high < 2000 else (1,)))
         axis.xaxis.set_major_formatter("{x:g}x")
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_title(TITLES[mode])
@@ -134,7 +139,7 @@ def floor(result: dict[str, Any], threads: int) -> Figure | None:
             peer = 100 * row["floor"]["seconds"] / row["times"][best]["median"] if best else 0
             if best:
                 _peer_mark(axis, peer, place)
-            axis.text(max(share, peer) + 3, place, f"{share:.0f}", va="center", fontsize=7.5, color=INK)
+            _value(axis, max(share, peer), place, f"{share:.0f}")
         axis.axvline(100, color=INK, linewidth=1)
         _bars(axis, rows, axis is axes[0])
         axis.set_xlim(0, max(112, axis.get_xlim()[1]))

@@ -36,7 +36,14 @@ SWEEP = [
     *((3, 2, 5, size) for size in SIZES),
     *((3, size, 5, 11) for size in SIZES),
     *((2, 3, size, 5) for size in SIZES),
+    # Few enough rows that weights are used as they lie.
     (1, 1, 1, 1),
+    (1, 1, 129, 65),
+    (1, 3, 33, 16),
+    (2, 2, 31, 33),
+    (4, 1, 16, 37),
+    # One entry, and many.
+    (9, 1, 17, 33),
     (67, 2, 3, 5),
     (2, 33, 65, 31),
     (2, 17, 3, 129),
@@ -306,6 +313,27 @@ def test_strange_magnitudes(cell, dtype):
     if dtype == torch.float64:
         # A pre-activation of 1e4 is itself known to 1e-12 only.
         util.check(grads, expected_grads, 1e-10, 0.0, "gradient of")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_elementary_functions(dtype):
+    """tanh and sigmoid to a few units in the last place everywhere, and relative to their value near zero.
+
+    Read off cells whose weights let one number through: h of an RNN, and c of an LSTM whose c_0 is 1.
+    """
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-1, 1, 997), torch.logspace(-30, 2, 500)])
+    x = torch.cat([x, -x]).to(dtype).view(1, -1, 1)
+    eps = torch.finfo(dtype).eps
+    forget = torch.tensor([[0.0], [1.0], [0.0], [0.0]], dtype=dtype)
+    for _ in instruction_sets():
+        tanh, *_ = ops.layer(
+            x, None, None, [torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)], cell="rnn_tanh"
+        )
+        torch.testing.assert_close(tanh.double(), x.double().tanh(), rtol=4 * eps, atol=0)
+        states = [torch.zeros_like(x), torch.ones_like(x)]
+        _, _, sigmoid, _ = ops.layer(x, *states, [forget, torch.zeros(4, 1, dtype=dtype)], cell="lstm")
+        # Where exp overflows the result is a subnormal number, or zero.
+        torch.testing.assert_close(sigmoid.double(), x.double().sigmoid(), rtol=4 * eps, atol=torch.finfo(dtype).tiny)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

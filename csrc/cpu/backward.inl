@@ -220,7 +220,7 @@ class BackwardScan {
   /// where the sequence ends and the gradient of its final state comes in instead.
   void step(int64_t t, int64_t first, int64_t last, int64_t after, const ChunkGrads<Cell, T>* grads) {
     if (first >= last) return;
-    const bool single = layout_.batch_sizes[t] == 1;
+    const Order order = step_order(layout_.batch_sizes[t], t);
     const bool chained = grads != nullptr;
     const T* a_first = chained ? grads->gates_at(layout_, after, slice_.first + first) : nullptr;
     const int64_t a_stride = chained ? grads->stride : 0;
@@ -242,19 +242,19 @@ class BackwardScan {
     const auto cell = [&](int64_t r, int64_t unit, V dh) ALWAYS_INLINE_LAMBDA { backward_cell(t, first + r, unit, dh); };
     const int64_t blocks = blocks_of<T>(out);
     if (proj == 0) {
-      product<1>(last - first, blocks, single, a_row, weights_.hidden.get(), segments, init,
+      product<1>(last - first, blocks, order, a_row, weights_.hidden.get(), segments, init,
                  [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
                    cell(r, block * kLanes<T>, whole_dh(r, block * kLanes<T>, *acc));
                  });
       return;
     }
     if constexpr (Cell::kHasCell) {  // only such cells can be projected
-    product<1>(last - first, blocks, single, a_row, weights_.hidden.get(), segments, init,
+    product<1>(last - first, blocks, order, a_row, weights_.hidden.get(), segments, init,
                [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
                  store(proj_grads(t, first + r) + block * kLanes<T>, whole_dh(r, block * kLanes<T>, *acc));
                });
     product<1>(
-        last - first, blocks_of<T>(hidden_), single, [=, this](int64_t r) { return proj_grads(t, first + r); },
+        last - first, blocks_of<T>(hidden_), order, [=, this](int64_t r) { return proj_grads(t, first + r); },
         weights_.proj.get(), Segments{1, proj, {}, 1}, init,
         [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA { cell(r, block * kLanes<T>, *acc); });
     }

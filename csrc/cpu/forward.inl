@@ -242,7 +242,7 @@ class ForwardScan {
   }
 
   void step(int64_t t, int64_t rows, T* const* gates, const T* now, T* next) {
-    const bool single = layout_.batch_sizes[t] == 1;
+    const Order order = step_order(layout_.batch_sizes[t], t);
     const bool projected = args_.sizes.proj != 0;
     const int64_t hidden = hidden_, padded = padded_, out_padded = out_padded_, out = out_;
     T* c = c_.get();
@@ -292,7 +292,7 @@ class ForwardScan {
         }
       }
     } else {
-      product<G>(rows, blocks_of<T>(hidden), single, a_row, weights_.hidden.get(), Segments{1, out, {}, 1}, init, finish);
+      product<G>(rows, blocks_of<T>(hidden), order, a_row, weights_.hidden.get(), Segments{1, out, {}, 1}, init, finish);
     }
     if (projected) project(t, rows, next);
   }
@@ -314,7 +314,7 @@ class ForwardScan {
       p.c = output_rows_.get();
       p.b = weights_.proj.get();
       p.segments.length = hidden_;
-      p.single = layout_.batch_sizes[t] == 1;
+      p.order = step_order(layout_.batch_sizes[t], t);
       plain_product(p);
     }
     for (int64_t r = 0; r < rows; ++r)

@@ -3,6 +3,15 @@
 //
 // B is packed in blocks of G vectors: [block][k][G][lanes]. A is read element by element and broadcast.
 
+/// How a product walks its tiles. One row alone sums in another order than the same row in a tile, so the caller decides
+/// by a number that does not depend on threads. Walking every other step's blocks backwards finds the last ones of the
+/// step before still in the cache.
+enum class Order { kRows, kRow, kRowBackwards };
+
+inline Order step_order(int64_t rows, int64_t t) {
+  return rows != 1 ? Order::kRows : t & 1 ? Order::kRowBackwards : Order::kRow;
+}
+
 /// Up to four stretches of A's columns, one after another in k (gates whose slots do not follow each other).
 struct Segments {
   int count = 1;
@@ -114,16 +123,20 @@ ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, i
 }
 
 template <int NB, int G, class T, class Row, class Init, class Finish>
-ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bool single, const Row& a_row, const T* b,
+ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row, const T* b,
                                  const Segments& segments, const Init& init, const Finish& finish) {
   constexpr int kMaxRows = tile_rows(NB * G);
   const int64_t block_stride = segments.size() * G * kLanes<T>;
+  if (order != Order::kRows) {
+    const int64_t groups = (blocks - block) / NB;
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t at = block + NB * (order == Order::kRowBackwards ? groups - 1 - i : i);
+      run_tile<1, NB, G, true>(a_row, 0, at, b + at * block_stride, block_stride, segments, init, finish);
+    }
+    return block + groups * NB;
+  }
   for (; block + NB <= blocks; block += NB) {
     const T* b_block = b + block * block_stride;
-    if (single) {
-      run_tile<1, NB, G, true>(a_row, 0, block, b_block, block_stride, segments, init, finish);
-      continue;
-    }
     int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;  // of as equal heights as can be
     for (int64_t row = 0; tiles > 0; --tiles) {
       const int64_t height = (rows - row + tiles - 1) / tiles;
@@ -136,16 +149,15 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
 
 /// For rows 0..rows-1 and every block of B: acc[G] = init(row, block), acc += A row . B block, finish(row, block, acc).
 ///
-/// a_row(row) points at the row's element k = 0. `single`: the whole job is one row (the caller decides by a number that
-/// does not depend on threads, because the order of summation does).
+/// a_row(row) points at the row's element k = 0.
 template <int G, class T, class Row, class Init, class Finish>
-ALWAYS_INLINE void product(int64_t rows, int64_t blocks, bool single, const Row& a_row, const T* b,
+ALWAYS_INLINE void product(int64_t rows, int64_t blocks, Order order, const Row& a_row, const T* b,
                            const Segments& segments, const Init& init, const Finish& finish) {
   int64_t block = 0;
   if constexpr (G == 1) {
-    block = run_blocks<4, 1>(rows, block, blocks, single, a_row, b, segments, init, finish);
+    block = run_blocks<4, 1>(rows, block, blocks, order, a_row, b, segments, init, finish);
   }
-  run_blocks<1, G>(rows, block, blocks, single, a_row, b, segments, init, finish);
+  run_blocks<1, G>(rows, block, blocks, order, a_row, b, segments, init, finish);
 }
 
 template <class T>
@@ -230,14 +242,14 @@ struct PlainProduct {
   Segments segments;
   const T* bias = nullptr;  // [columns, padded to whole vectors]
   bool accumulate = false;  // add to what C holds
-  bool single = false;
+  Order order = Order::kRows;
 };
 
 template <class T>
 NO_INLINE void plain_product(const PlainProduct<T>& p) {
   using V = Vec<T>;
   product<1>(
-      p.rows, blocks_of<T>(p.columns), p.single, [&](int64_t r) { return p.a[r]; }, p.b, p.segments,
+      p.rows, blocks_of<T>(p.columns), p.order, [&](int64_t r) { return p.a[r]; }, p.b, p.segments,
       [&](int64_t, int64_t block, V* acc) {
         const int64_t column = block * kLanes<T>;
         *acc = p.bias ? load(p.bias + column) : V{};

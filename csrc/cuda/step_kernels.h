@@ -161,8 +161,7 @@ RNN_EXT_DEVICE void backward_unit(const BackwardStep<T>& step, const BackwardSte
   if constexpr (Cell::kHasCell) d.dc_carry[state] = dc;
 }
 
-// ---- the tile
-// --------------------------------------------------------------------------------------------------------
+// ---- the tile ---------------------------------------------------------------------------------------------
 
 // A block owns kTileRows batch rows x kTileUnits hidden units; a thread owns kRows rows of one unit, all its gates, so
 // the cell needs no exchange. The reduction is cut into chunks, double-buffered in shared memory: the next

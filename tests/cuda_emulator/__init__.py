@@ -1,6 +1,6 @@
 """Runs the CUDA kernels of csrc/cuda on the CPU: the very same sources, compiled by g++ (or clang++).
 
-emu/                the emulator: emulator.h says what it models and reports; cuda_builtins.h is the CUDA that kernels write
+emu/                emulator.h says what it models and reports; cuda_builtins.h is the CUDA that kernels write
 build.py            builds programs with it: plain, under ASan + UBSan, under TSan
 case.py, driver.cpp one layer call, compared with rnn_ext.reference in float64
 run.py              the command line: python -m tests.cuda_emulator.run --cell lstm --kernel persistent --backward
