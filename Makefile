@@ -36,12 +36,12 @@ test: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
-format: $(VENV)/.dev
+format: $(VENV)/.lint
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
@@ -61,7 +61,12 @@ $(VENV)/.torch:
 	$(PIP) "setuptools>=77" ninja "torch>=2.11"
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.torch $(BUILD_FILES)
+# The linters alone: nothing needs to be compiled for them. Their versions stand in pyproject.toml.
+$(VENV)/.lint: $(VENV)/.torch pyproject.toml
+	$(PIP) $$(sed -n 's/^dev = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.torch $(BUILD_FILES)
 	@echo "Installing rnn_ext[$(patsubst .%,%,$(@F))]"
 	$(PIP) --no-build-isolation --editable ".[$(patsubst .%,%,$(@F))]"
 	@touch $@

@@ -332,8 +332,10 @@ def test_elementary_functions(dtype):
         torch.testing.assert_close(tanh.double(), x.double().tanh(), rtol=4 * eps, atol=0)
         states = [torch.zeros_like(x), torch.ones_like(x)]
         _, _, sigmoid, _ = ops.layer(x, *states, [forget, torch.zeros(4, 1, dtype=dtype)], cell="lstm")
-        # Where exp overflows the result is a subnormal number, or zero.
-        torch.testing.assert_close(sigmoid.double(), x.double().sigmoid(), rtol=4 * eps, atol=torch.finfo(dtype).tiny)
+        # Near the smallest normal number it may be zero.
+        torch.testing.assert_close(
+            sigmoid.double(), x.double().sigmoid(), rtol=4 * eps, atol=2 * torch.finfo(dtype).tiny
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
