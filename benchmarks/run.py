@@ -4,11 +4,12 @@
     python benchmarks/run.py --quick               a few small rows, two minutes: does it run?
     python benchmarks/run.py --rows 'grid LSTM N=1 .*forward$' --threads 1 --output mine.json
 
-In each row all contestants compute the same thing, which is checked before the clock starts, and then take turns. A row
-is measured on as many pinned cores as there are threads; each number of threads has a process of its own, because most
-peers settle theirs once. The ceilings of the machine are measured in the same process, before the first row and after
-the last, and each row is given its floor (see ceilings.py). The medians, their quartiles and everything that was left
-out, with the reason, go to the JSON file.
+In each row all contestants compute the same thing, which is checked before the clock starts, and then take turns, on as
+many pinned cores as there are threads. With one thread the clock is the time that the process has had the core, so that
+it may be shared with others (the results say how much it was). Each number of threads has a process of its own, because
+most peers settle theirs once. The ceilings of the machine are measured in the same process, before the first row and
+after the last, and each row is given its floor (see ceilings.py). The medians, their quartiles and everything that was
+left out, with the reason, go to the JSON file.
 
 Modes: "forward" is inference; "training" is a forward and a backward pass with the gradients of the input and of all
 parameters; "step" is a whole training step of a model, with loss and optimizer.
@@ -263,7 +264,7 @@ def measure_row(row: Row, threads: int, seconds: float, ceilings: dict[str, Any]
                 left_out[contestant.name] = f"wrong: {apart:.1e} from torch.nn, as a share of the largest value"
         if runs:
             start, cpu = time.perf_counter(), time.process_time()
-            times = bench.interleave(runs, seconds)
+            times = bench.interleave(runs, seconds, clock=bench.clock_for(threads))
             result["cpu_share"] = (time.process_time() - cpu) / (time.perf_counter() - start)
             result["times"] = {name: dataclasses.asdict(timing) for name, timing in times.items()}
     return result

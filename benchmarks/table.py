@@ -87,7 +87,8 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "Medians ± half of the middle 50 %. Speed-ups are the time of the other / the time of rnn_ext: below 1 is a"
     yield "loss. The floor is what flops and reading the weights allow at best (benchmarks/ceilings.py). A * marks rows"
-    yield "that other processes disturbed."
+    yield "during which other processes had the core for more than 3 % of the time, which is not counted but leaves its"
+    yield "traces in the caches."
     yield ""
     found = losses(result)
     compared = sum(len(list(filter(is_peer, row["times"]))) for row in result["rows"])

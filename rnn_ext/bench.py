@@ -209,7 +209,11 @@ class Timing:
 
 
 def interleave(
-    functions: Mapping[str, Callable[[], Any]], seconds: float = 2.0, sample: float = 1e-3, least_rounds: int = 5
+    functions: Mapping[str, Callable[[], Any]],
+    seconds: float = 2.0,
+    sample: float = 1e-3,
+    least_rounds: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time functions side by side: in each round a sample of every one, each time another one first.
 
@@ -218,13 +222,14 @@ def interleave(
         seconds: for all of them. A round that has begun is finished, and there are at least `least_rounds`, or 3 when
             those would take more than twice as long. It ends sooner when all medians are known within half a percent.
         sample: seconds below which a sample is several calls in a row.
+        clock: see :func:`clock_for`.
     """
     calls = {}
     for name, function in functions.items():
         function()
-        start = time.perf_counter()
+        start = clock()
         function()
-        calls[name] = max(1, round(sample / max(time.perf_counter() - start, 1e-7)))
+        calls[name] = max(1, round(sample / max(clock() - start, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     enabled = gc.isenabled()
@@ -235,10 +240,10 @@ def interleave(
         while True:
             for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
                 function, count = functions[name], range(calls[name])
-                before = time.perf_counter()
+                before = clock()
                 for _ in count:
                     function()
-                samples[name].append((time.perf_counter() - before) / len(count))
+                samples[name].append((clock() - before) / len(count))
             rounds += 1
             elapsed = time.perf_counter() - start
             known = rounds >= 15 and all(_precision(values) < 0.005 for values in samples.values())
@@ -250,6 +255,14 @@ def interleave(
         if enabled:
             gc.enable()
     return {name: timing(values) for name, values in samples.items()}
+
+
+def clock_for(threads: int) -> Callable[[], float]:
+    """With one thread, the time that this process has had a core: what it has to wait for other processes is not in it.
+
+    With more there are workers that wait by spinning, and only the clock on the wall is fair.
+    """
+    return time.process_time if threads == 1 else time.perf_counter
 
 
 def timing(samples: list[float]) -> Timing:
@@ -404,7 +417,7 @@ def compare(case: Case, training: bool, seconds: float) -> dict[str, Any]:
         apart = difference(results[1], results[0])
         if not apart <= TOLERANCE[case.dtype]:
             raise DifferentResults(f"{case}: results differ by {apart:.1e} of the largest value")
-        times = interleave(runs, seconds)
+        times = interleave(runs, seconds, clock=clock_for(torch.get_num_threads()))
     return {
         "case": dataclasses.asdict(case),
         "mode": "training" if training else "forward",

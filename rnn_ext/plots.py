@@ -82,7 +82,7 @@ def losses(path: Path, races: dict[str, dict[str, Training]]) -> None:
         for (title, runs), (top, bottom) in zip(races.items(), axes.T, strict=True):
             style = {"native": {"linewidth": 5.0, "alpha": 0.45}, "custom": {"linewidth": 1.4}}
             first = next(iter(runs.values()))
-            ends = np.unique(np.linspace(0, len(first.losses), 101).astype(int)[1:])  # of what each point summarises
+            ends = np.unique(np.linspace(0, len(first.losses), 101).astype(int))[1:]  # of what each point summarises
             epochs = ends / first.steps
             for backend, run in runs.items():
                 means = [part.mean() for part in np.split(np.array(run.losses), ends[:-1])]

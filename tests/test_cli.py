@@ -324,6 +324,14 @@ def test_race_takes_turns_with_the_same_batches(monkeypatch):
     assert runs["native"].losses[0] == pytest.approx(runs["auto"].losses[0], rel=1e-5)
 
 
+def test_busy_machine_is_pointed_out(capsys, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.3, 0.0, 0.0))
+    main(["demo", "--quick"])
+    assert capsys.readouterr().out.count("This machine was busy before the demo began (a load of 9.3 on") == 2
+    assert demo.busy({"load_before": 0.9, "cores": 2}) is None
+    assert demo.busy({"load_before": 1.1, "cores": 2})
+
+
 def test_by_hand():
     result = by_hand.compare()
     assert result.difference < 1e-6

@@ -1,6 +1,6 @@
-// The scan over time, backward. Time is walked in chunks: the gate gradients of a chunk, fused with the recurrent product
-// and chained from step to step; then, while they are in the cache, their share of the gradients of input, weights and
-// biases, as products over all rows of the chunk. So no gradient of all gates at all timesteps ever exists.
+// The scan over time, backward. Time is walked in chunks: the gate gradients of a chunk, fused with the recurrent
+// product and chained from step to step; then, while they are in the cache, their share of the gradients of input,
+// weights and biases, as products over all rows of the chunk. So no gradient of all gates at all timesteps ever exists.
 
 /// Walks the rows (t, j) of a layout in their internal order.
 class RowCursor {
@@ -236,10 +236,12 @@ class BackwardScan {
       V dh = cut[r] ? V{} : acc;
       if (Cell::kDirectCarry || !chained) dh += load(dh_carried + r * out_padded + unit);
       if (args_.grad_output.data)
-        dh += load_part(args_.grad_output.at(layout_, t, slice_.first + first + r) + direction_ * out + unit, out - unit);
+        dh +=
+            load_part(args_.grad_output.at(layout_, t, slice_.first + first + r) + direction_ * out + unit, out - unit);
       return dh;
     };
-    const auto cell = [&](int64_t r, int64_t unit, V dh) ALWAYS_INLINE_LAMBDA { backward_cell(t, first + r, unit, dh); };
+    const auto cell = [&](int64_t r, int64_t unit, V dh)
+                          ALWAYS_INLINE_LAMBDA { backward_cell(t, first + r, unit, dh); };
     const int64_t blocks = blocks_of<T>(out);
     if (proj == 0) {
       product<1>(last - first, blocks, order, a_row, weights_.hidden.get(), segments, init,
@@ -249,14 +251,14 @@ class BackwardScan {
       return;
     }
     if constexpr (Cell::kHasCell) {  // only such cells can be projected
-    product<1>(last - first, blocks, order, a_row, weights_.hidden.get(), segments, init,
-               [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
-                 store(proj_grads(t, first + r) + block * kLanes<T>, whole_dh(r, block * kLanes<T>, *acc));
-               });
-    product<1>(
-        last - first, blocks_of<T>(hidden_), order, [=, this](int64_t r) { return proj_grads(t, first + r); },
-        weights_.proj.get(), Segments{1, proj, {}, 1}, init,
-        [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA { cell(r, block * kLanes<T>, *acc); });
+      product<1>(last - first, blocks, order, a_row, weights_.hidden.get(), segments, init,
+                 [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
+                   store(proj_grads(t, first + r) + block * kLanes<T>, whole_dh(r, block * kLanes<T>, *acc));
+                 });
+      product<1>(
+          last - first, blocks_of<T>(hidden_), order, [=, this](int64_t r) { return proj_grads(t, first + r); },
+          weights_.proj.get(), Segments{1, proj, {}, 1}, init,
+          [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA { cell(r, block * kLanes<T>, *acc); });
     }
   }
 

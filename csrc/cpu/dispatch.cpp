@@ -1,5 +1,7 @@
 // Chooses the instruction set at run time.
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cells/cells.h"
 #include "cpu/kernels.h"
@@ -13,7 +15,8 @@ struct Level {
   bool (*supported)();
 };
 
-const Level kLevels[] = {  // best first
+const Level kLevels[] = {
+    // best first
 #if defined(RNN_EXT_X86_KERNELS)
     {"avx512", &avx512::kKernels,
      [] {
@@ -46,6 +49,10 @@ Executor worthwhile(const Executor& executor, const Sizes& sizes, const Layout& 
 int gates_of(CellKind cell) { return cell == CellKind::kLstm ? 4 : cell == CellKind::kGru ? 3 : 1; }
 
 }  // namespace
+
+void out_of_memory(size_t bytes) {
+  throw std::runtime_error("rnn_ext: not enough memory: " + std::to_string(bytes) + " bytes of workspace are needed");
+}
 
 const char* capability() { return current->name; }
 

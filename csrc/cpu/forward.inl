@@ -7,7 +7,7 @@ class Buffer {
   explicit Buffer(int64_t size, bool zero = false) {
     const size_t bytes = (size_t(size) * sizeof(T) + 63) / 64 * 64;
     data_ = static_cast<T*>(bytes ? std::aligned_alloc(64, bytes) : nullptr);
-    if (bytes && !data_) throw std::bad_alloc();
+    if (bytes && !data_) out_of_memory(bytes);
     if (zero && bytes) std::memset(static_cast<void*>(data_), 0, bytes);
   }
   ~Buffer() { std::free(data_); }
@@ -40,8 +40,9 @@ void parallel(const Executor& executor, int64_t tasks, const Fn& fn) {
   if (executor.threads <= 1 || tasks <= 1) {
     for (int64_t i = 0; i < tasks; ++i) fn(i);
   } else {
-    executor.run(tasks, [](void* context, int64_t i) { (*static_cast<const Fn*>(context))(i); },
-                 const_cast<void*>(static_cast<const void*>(&fn)));
+    executor.run(
+        tasks, [](void* context, int64_t i) { (*static_cast<const Fn*>(context))(i); },
+        const_cast<void*>(static_cast<const void*>(&fn)));
   }
 }
 
@@ -118,11 +119,11 @@ struct ForwardWeights {
   }
 
   Weights<const T> plain;  // as they came; the only ones there are if not packed
-  Buffer<T> input;       // [G * padded H / lanes][I][lanes]
-  Buffer<T> hidden;      // [H / lanes][P][G][lanes]
-  Buffer<T> proj;        // [P / lanes][H][lanes]
-  Buffer<T> bias;        // [G, padded H]: both biases, of a split gate the input's alone
-  Buffer<T> split_bias;  // [padded H]: bias_hh of the split gate
+  Buffer<T> input;         // [G * padded H / lanes][I][lanes]
+  Buffer<T> hidden;        // [H / lanes][P][G][lanes]
+  Buffer<T> proj;          // [P / lanes][H][lanes]
+  Buffer<T> bias;          // [G, padded H]: both biases, of a split gate the input's alone
+  Buffer<T> split_bias;    // [padded H]: bias_hh of the split gate
 };
 
 template <class Cell, class T>
@@ -181,7 +182,9 @@ class ForwardScan {
         if (args_.resets.data) reset(t, rows, now);
         step(t, rows, gate_rows_.get() + row, now, next);
         row += rows;
-        const int64_t stay = reverse_ ? (t > 0 ? layout_.batch_sizes[t] : 0) : t + 1 < steps ? layout_.batch_sizes[t + 1] : 0;
+        const int64_t stay = reverse_        ? (t > 0 ? layout_.batch_sizes[t] : 0)
+                             : t + 1 < steps ? layout_.batch_sizes[t + 1]
+                                             : 0;
         write_states(h_n, out_, next, out_padded_, layout_, slice_, stay, layout_.batch_sizes[t]);
         T* swap = now;
         now = next;
@@ -249,11 +252,14 @@ class ForwardScan {
     T* unprojected = unprojected_.get();
     const T* split_bias = weights_.split_bias.get();
     const bool keep = keep_;
-    const auto output = [=, this](int64_t r) { return args_.output.at(layout_, t, slice_.first + r) + direction_ * out; };
+    const auto output = [=, this](int64_t r) {
+      return args_.output.at(layout_, t, slice_.first + r) + direction_ * out;
+    };
     const auto a_row = [=](int64_t r) { return now + r * out_padded; };
     const auto init = [=](int64_t r, int64_t block, V* acc) {
       const T* from = gates[r] + block * kLanes<T>;
-      for (int g = 0; g < G; ++g) acc[g] = load(g < G - Cell::kSplit ? from + g * padded : split_bias + block * kLanes<T>);
+      for (int g = 0; g < G; ++g)
+        acc[g] = load(g < G - Cell::kSplit ? from + g * padded : split_bias + block * kLanes<T>);
     };
     const auto finish = [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
       const int64_t unit = block * kLanes<T>;
@@ -292,7 +298,8 @@ class ForwardScan {
         }
       }
     } else {
-      product<G>(rows, blocks_of<T>(hidden), order, a_row, weights_.hidden.get(), Segments{1, out, {}, 1}, init, finish);
+      product<G>(rows, blocks_of<T>(hidden), order, a_row, weights_.hidden.get(), Segments{1, out, {}, 1}, init,
+                 finish);
     }
     if (projected) project(t, rows, next);
   }
@@ -332,24 +339,23 @@ class ForwardScan {
   const int saved_;
   const bool short_, keep_;
   const int64_t gates_stride_, chunk_rows_;
-  Buffer<T> gates_;               // [chunk rows, G, padded H], where the input gates do not go straight into `saved`
-  Buffer<const T*> input_rows_;   // [chunk rows]
-  Buffer<T*> gate_rows_;          // [chunk rows]
-  Buffer<T> h_now_, h_next_;      // [slice, padded P]
-  Buffer<T> c_;                   // [slice, padded H]
-  Buffer<T> hidden_gates_;        // [G, padded H], of one row, where weights are not packed
-  Buffer<T> unprojected_;         // [slice, padded H]
-  Buffer<T*> output_rows_;        // [slice]
+  Buffer<T> gates_;              // [chunk rows, G, padded H], where the input gates do not go straight into `saved`
+  Buffer<const T*> input_rows_;  // [chunk rows]
+  Buffer<T*> gate_rows_;         // [chunk rows]
+  Buffer<T> h_now_, h_next_;     // [slice, padded P]
+  Buffer<T> c_;                  // [slice, padded H]
+  Buffer<T> hidden_gates_;       // [G, padded H], of one row, where weights are not packed
+  Buffer<T> unprojected_;        // [slice, padded H]
+  Buffer<T*> output_rows_;       // [slice]
 };
 
 template <class Cell, class T>
 void forward(const ForwardArgs<T>& args, const Executor& executor) {
   const int directions = args.sizes.directions;
   Pair<ForwardWeights<Cell, T>> weights;
-  parallel(executor, directions,
-           [&](int64_t d) {
-             weights.item[d] = new ForwardWeights<Cell, T>(args.weights[d], args.sizes, !is_short(args.layout));
-           });
+  parallel(executor, directions, [&](int64_t d) {
+    weights.item[d] = new ForwardWeights<Cell, T>(args.weights[d], args.sizes, !is_short(args.layout));
+  });
   const int64_t slices = count_slices(args.layout, args.sizes, executor);
   parallel(executor, directions * slices, [&](int64_t task) {
     const int d = int(task / slices);

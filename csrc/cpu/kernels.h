@@ -16,6 +16,9 @@
 
 namespace rnn_ext::cpu {
 
+/// Throws, with the number of bytes that could not be had.
+[[noreturn]] void out_of_memory(size_t bytes);
+
 struct Kernels {
   void (*forward_float)(const ForwardArgs<float>&, const Executor&);
   void (*forward_double)(const ForwardArgs<double>&, const Executor&);

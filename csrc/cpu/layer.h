@@ -74,10 +74,10 @@ struct ForwardArgs {
   CellKind cell;
   Sizes sizes;
   Layout layout;
-  Sequence<const T> input;     // (.., I)
-  Sequence<const bool> resets; // (..): a sequence of its own begins here; data may be null
-  const T* h_0 = nullptr;      // [D, N, P], null: zeros
-  const T* c_0 = nullptr;      // [D, N, H], null: zeros
+  Sequence<const T> input;      // (.., I)
+  Sequence<const bool> resets;  // (..): a sequence of its own begins here; data may be null
+  const T* h_0 = nullptr;       // [D, N, P], null: zeros
+  const T* c_0 = nullptr;       // [D, N, H], null: zeros
   Weights<const T> weights[2];
   Sequence<T> output;  // (.., D*P)
   Sequence<T> cells;   // (.., D*H), data may be null
@@ -98,11 +98,11 @@ struct BackwardArgs {
   Weights<const T> weights[2];
   Sequence<const T> output;
   const T* saved = nullptr;
-  Sequence<const T> grad_output;   // data may be null: zeros, as in the following three
+  Sequence<const T> grad_output;  // data may be null: zeros, as in the following three
   Sequence<const T> grad_cells;
   const T* grad_h_n = nullptr;
   const T* grad_c_n = nullptr;
-  Sequence<T> grad_input;          // data may be null: not wanted, as in all that follow
+  Sequence<T> grad_input;  // data may be null: not wanted, as in all that follow
   T* grad_h_0 = nullptr;
   T* grad_c_0 = nullptr;
   Weights<T> grad_weights[2];

@@ -3,9 +3,9 @@
 //
 // B is packed in blocks of G vectors: [block][k][G][lanes]. A is read element by element and broadcast.
 
-/// How a product walks its tiles. One row alone sums in another order than the same row in a tile, so the caller decides
-/// by a number that does not depend on threads. Walking every other step's blocks backwards finds the last ones of the
-/// step before still in the cache.
+/// How a product walks its tiles. One row alone sums in another order than the same row in a tile, so the caller
+/// decides by a number that does not depend on threads. Walking every other step's blocks backwards finds the last ones
+/// of the step before still in the cache.
 enum class Order { kRows, kRow, kRowBackwards };
 
 inline Order step_order(int64_t rows, int64_t t) {
@@ -177,7 +177,8 @@ void pack_gates(T* out, const T* weight, int64_t gates, int64_t hidden, int64_t 
       for (int64_t k = 0; k < depth; k += n) {
         Vec<T> square[n];
 #pragma GCC unroll 16
-        for (int i = 0; i < n; ++i) square[i] = unit + i < hidden ? load_part(from + i * depth + k, depth - k) : Vec<T>{};
+        for (int i = 0; i < n; ++i)
+          square[i] = unit + i < hidden ? load_part(from + i * depth + k, depth - k) : Vec<T>{};
         transpose<T>(square);
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i) {

@@ -48,8 +48,9 @@ ALWAYS_INLINE void store_part(T* p, Vec<T> v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
-/// a * b + c, rounded once where the processor can. Said explicitly, and compiled with -ffp-contract=off: a compiler left
-/// to fuse as it likes does so differently in each instance of a template, and results would depend on the tile height.
+/// a * b + c, rounded once where the processor can. Said explicitly, and compiled with -ffp-contract=off: a compiler
+/// left to fuse as it likes does so differently in each instance of a template, and results would depend on the tile
+/// height.
 #if RNN_EXT_VECTOR_BYTES == 64
 ALWAYS_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
 ALWAYS_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }

@@ -118,9 +118,9 @@ using OptionalTensors = c10::List<OptionalTensor>;
 const auto& layer_double_backward_reference_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("rnn_ext::layer_double_backward_reference", "")
-                             .typed<std::vector<at::Tensor>(const OptionalTensors&, const OptionalTensors&,
-                                                            const OptionalTensor&, const OptionalTensor&,
-                                                            const OptionalTensor&, std::string_view, bool, bool, bool)>();
+                             .typed<std::vector<at::Tensor>(
+                                 const OptionalTensors&, const OptionalTensors&, const OptionalTensor&,
+                                 const OptionalTensor&, const OptionalTensor&, std::string_view, bool, bool, bool)>();
   return op;
 }
 
@@ -191,9 +191,8 @@ struct LayerBackward : public Node {
     for (size_t i = 0; i < result.size(); ++i) mask.push_back(task_should_compute_output(i));
     const std::vector<at::Tensor> weights = call.unpack_weights();
     auto [dx, dh_0, dc_0, dw] = layer_backward_call(
-        optional(grads[0]), optional(grads[1]), optional(grads[2]),
-        optional(grads[3]), call.input.unpack(), unpack(call.h_0), unpack(call.c_0),
-        weights, unpack(call.batch_sizes), unpack(call.lengths),
+        optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]), call.input.unpack(),
+        unpack(call.h_0), unpack(call.c_0), weights, unpack(call.batch_sizes), unpack(call.lengths),
         unpack(call.resets), output.unpack(getptr()), saved.unpack(), call.options(), mask);
     if (mask.get(0)) result[0] = std::move(dx);
     if (mask.get(1)) result[1] = std::move(dh_0);
@@ -219,8 +218,8 @@ variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
   for (const SavedVariable* saved : {&call.input, &call.h_0, &call.c_0}) tensors.push_back(unpack(*saved));
   for (at::Tensor& weight : call.unpack_weights()) tensors.push_back(std::move(weight));
   std::vector<at::Tensor> found = layer_double_backward_reference_op().call(
-      cotangents, tensors, unpack(call.batch_sizes), unpack(call.lengths), unpack(call.resets), call.cell, call.bidirectional, call.batch_first,
-      call.cell_states);
+      cotangents, tensors, unpack(call.batch_sizes), unpack(call.lengths), unpack(call.resets), call.cell,
+      call.bidirectional, call.batch_first, call.cell_states);
   size_t next = 0;
   for (size_t i = 0; i < result.size(); ++i) {
     if (tensors.get(i).has_value()) result[i] = std::move(found[next++]);
@@ -234,8 +233,8 @@ LayerResult layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, c
                            bool cell_states, bool save) {
   const LayerOptions options{cell, bidirectional, batch_first, cell_states};
   if (has_tangent(input) || has_tangent(h_0) || has_tangent(c_0) || any_has_tangent(weights)) {
-    auto [output, h_n, c_n, cells] = layer_reference_op().call(
-        input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states);
+    auto [output, h_n, c_n, cells] = layer_reference_op().call(input, h_0, c_0, weights, batch_sizes, lengths, resets,
+                                                               cell, bidirectional, batch_first, cell_states);
     return {output, h_n, c_n, cells, at::Tensor(input.new_empty({0}))};
   }
   if (!torch::autograd::compute_requires_grad(input, h_0, c_0, weights)) {
@@ -281,8 +280,8 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
   if (has_tangent(grad_output) || has_tangent(grad_h_n) || has_tangent(grad_c_n) || has_tangent(grad_cells) ||
       has_tangent(input) || has_tangent(h_0) || has_tangent(c_0) || any_has_tangent(weights)) {
     return layer_backward_reference_op().call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights,
-                                         batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states,
-                                         output_mask);
+                                              batch_sizes, lengths, resets, cell, bidirectional, batch_first,
+                                              cell_states, output_mask);
   }
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;

@@ -89,8 +89,8 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
   weights_per_direction = int(count);
   bias = count >= 4;
   const bool projected = count == 3 || count == 5;
-  TORCH_CHECK_VALUE(!projected || cell.has_cell, "only an lstm can be projected, got ", count, " weights a direction for ",
-                    std::string(options.cell));
+  TORCH_CHECK_VALUE(!projected || cell.has_cell, "only an lstm can be projected, got ", count,
+                    " weights a direction for ", std::string(options.cell));
   TORCH_CHECK(at::isFloatingType(input.scalar_type()), "expected input of a floating-point dtype, got ",
               input.scalar_type());
 
@@ -136,6 +136,12 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
   } else {
     length = input.size(batch_first ? 1 : 0);
     batch = input.size(batch_first ? 0 : 1);
+    int64_t positions = 0, numel = 0;
+    const int64_t widest = std::max(sizes.input, cpu::Sizes::padded(sizes.hidden) * 2 * cell.gates);
+    TORCH_CHECK(!__builtin_mul_overflow(length, batch, &positions) &&
+                    !__builtin_mul_overflow(positions, widest * int64_t(sizeof(double)), &numel) &&
+                    length <= (int64_t(1) << 40) / int64_t(sizeof(int64_t)),
+                "input of size ", input.sizes(), " is too large: its gates alone would not fit any memory");
     batch_sizes.assign(length, batch);
     if (lengths.has_value()) {
       TORCH_CHECK_TYPE(at::isIntegralType(lengths->scalar_type(), false), "expected lengths of an integer dtype, got ",
@@ -160,8 +166,8 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
     offsets[t] = rows;
     rows += batch_sizes[t];
   }
-  TORCH_CHECK(!packed || rows == input.size(0), "expected ", rows, " rows of packed input, the sum of batch_sizes, got ",
-              input.size(0));
+  TORCH_CHECK(!packed || rows == input.size(0), "expected ", rows,
+              " rows of packed input, the sum of batch_sizes, got ", input.size(0));
 
   if (h_0.has_value()) {
     check_like_input(*h_0, input, "h_0");

@@ -33,9 +33,7 @@ bool reduced(const at::Tensor& input) {
 }
 
 /// The dtype the kernels compute in, in memory they can walk.
-at::Tensor prepare(const at::Tensor& tensor, at::ScalarType dtype) {
-  return tensor.to(dtype).contiguous();
-}
+at::Tensor prepare(const at::Tensor& tensor, at::ScalarType dtype) { return tensor.to(dtype).contiguous(); }
 
 OptionalTensor prepare(const OptionalTensor& tensor, at::ScalarType dtype) {
   if (!tensor.has_value() || !tensor->defined()) return std::nullopt;
@@ -128,8 +126,8 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
   at::Tensor output = new_sequence(sizes.directions * sizes.output());
   at::Tensor cells = cell_states ? new_sequence(sizes.directions * sizes.hidden) : at::empty({0}, options);
   at::Tensor h_n = at::empty({sizes.directions, shape.batch, sizes.output()}, options);
-  at::Tensor c_n = shape.cell.has_cell ? at::empty({sizes.directions, shape.batch, sizes.hidden}, options)
-                                       : at::empty({0}, options);
+  at::Tensor c_n =
+      shape.cell.has_cell ? at::empty({sizes.directions, shape.batch, sizes.hidden}, options) : at::empty({0}, options);
   at::Tensor saved = at::empty({save ? saved_numel(shape) : 0}, options);
 
   AT_DISPATCH_FLOATING_TYPES(dtype, "rnn_ext::layer", [&] {

@@ -6,8 +6,9 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of rnn_ext; see rnn_ext.ops.";
   m.def("cpu_capability", [] { return rnn_ext::cpu::capability(); }, "Instruction set in use.");
-  m.def("set_cpu_capability", [](const char* name) { return rnn_ext::cpu::set_capability(name); },
-        "Choose baseline, avx2 or avx512; False where this processor or build lacks it.");
+  m.def(
+      "set_cpu_capability", [](const char* name) { return rnn_ext::cpu::set_capability(name); },
+      "Choose baseline, avx2 or avx512; False where this processor or build lacks it.");
   m.def(
       "saved_values",
       [](int cell, bool projected) { return rnn_ext::cpu::saved_values(rnn_ext::cpu::CellKind(cell), projected); },
