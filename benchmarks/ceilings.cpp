@@ -34,26 +34,26 @@ constexpr int64_t kRounds = 4096;
 constexpr int kChains = 12;  // independent sums: enough for two units of latency 4, few enough for 16 registers
 
 // A macro and not a template: an attribute `target` does not carry over into a function that is inlined.
-#define DEFINE_KERNELS(name, bytes, attributes)                                                       \
-  typedef float Vec_##name __attribute__((vector_size(bytes)));                                       \
-  attributes void fma_##name() {                                                                      \
-    Vec_##name acc[kChains] = {}, x = {}, y = {};                                                     \
-    for (int c = 0; c < kChains; ++c) acc[c] += float(c); /* equal chains would be merged */          \
-    x += 0.5f + sink;                                                                                 \
-    y += 0.25f + sink;                                                                                \
-    for (int64_t i = 0; i < kRounds; ++i) {                                                           \
-      _Pragma("GCC unroll 12") for (int c = 0; c < kChains; ++c) acc[c] = acc[c] * x + y;             \
-    }                                                                                                 \
-    for (int c = 1; c < kChains; ++c) acc[0] += acc[c];                                               \
-    sink = acc[0][0] * 0.f;                                                                           \
-  }                                                                                                   \
-  attributes void read_##name(const char* from, const char* to) {                                     \
-    Vec_##name acc[8] = {};                                                                           \
-    for (const char* p = from; p < to; p += 8 * bytes) {                                              \
-      _Pragma("GCC unroll 8") for (int c = 0; c < 8; ++c) acc[c] += ((const Vec_##name*)p)[c];        \
-    }                                                                                                 \
-    for (int c = 1; c < 8; ++c) acc[0] += acc[c];                                                     \
-    sink = acc[0][0] * 0.f;                                                                           \
+#define DEFINE_KERNELS(name, bytes, attributes)                                                \
+  typedef float Vec_##name __attribute__((vector_size(bytes)));                                \
+  attributes void fma_##name() {                                                               \
+    Vec_##name acc[kChains] = {}, x = {}, y = {};                                              \
+    for (int c = 0; c < kChains; ++c) acc[c] += float(c); /* equal chains would be merged */   \
+    x += 0.5f + sink;                                                                          \
+    y += 0.25f + sink;                                                                         \
+    for (int64_t i = 0; i < kRounds; ++i) {                                                    \
+      _Pragma("GCC unroll 12") for (int c = 0; c < kChains; ++c) acc[c] = acc[c] * x + y;      \
+    }                                                                                          \
+    for (int c = 1; c < kChains; ++c) acc[0] += acc[c];                                        \
+    sink = acc[0][0] * 0.f;                                                                    \
+  }                                                                                            \
+  attributes void read_##name(const char* from, const char* to) {                              \
+    Vec_##name acc[8] = {};                                                                    \
+    for (const char* p = from; p < to; p += 8 * bytes) {                                       \
+      _Pragma("GCC unroll 8") for (int c = 0; c < 8; ++c) acc[c] += ((const Vec_##name*)p)[c]; \
+    }                                                                                          \
+    for (int c = 1; c < 8; ++c) acc[0] += acc[c];                                              \
+    sink = acc[0][0] * 0.f;                                                                    \
   }
 
 DEFINE_KERNELS(baseline, 16, )
@@ -97,14 +97,13 @@ extern "C" double fma_rate(double seconds) {
 /// bfloat16 products summed in float32; 0 where the processor has no instruction for it.
 extern "C" double bfloat16_rate(double seconds) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512bf16"))
-    return best_rate(seconds, 4.0 * 16 * kChains * kRounds, dot_bfloat16);
+  if (__builtin_cpu_supports("avx512bf16")) return best_rate(seconds, 4.0 * 16 * kChains * kRounds, dot_bfloat16);
 #endif
   return seconds * 0;
 }
 
-/// data: `bytes` bytes, a multiple of 4096, aligned to a cache line. Read over and over in the same order, or zigzag: to
-/// the end and back, a page at a time, so that what was read last, and is still in a faster cache, comes first.
+/// data: `bytes` bytes, a multiple of 4096, aligned to a cache line. Read over and over in the same order, or zigzag:
+/// to the end and back, a page at a time, so that what was read last, and is still in a faster cache, comes first.
 extern "C" double read_rate(const char* data, int64_t bytes, int zigzag, double seconds) {
   const Kernels k = kernels();
   constexpr int64_t kPage = 4096;

@@ -16,7 +16,7 @@ struct Level {
 };
 
 const Level kLevels[] = {
-    // best first
+// best first
 #if defined(RNN_EXT_X86_KERNELS)
     {"avx512", &avx512::kKernels,
      [] {
