@@ -324,6 +324,25 @@ def test_race_takes_turns_with_the_same_batches(monkeypatch):
     assert runs["native"].losses[0] == pytest.approx(runs["auto"].losses[0], rel=1e-5)
 
 
+def test_measure():
+    """The numbers of the table, from losses and times that are known."""
+
+    class Run:
+        def __init__(self, losses, seconds):
+            self.losses, self.seconds, self.steps, self.epoch = losses, seconds, 2, 2
+            self.task = training.Forecasting(pd.Series(range(60), dtype=float), 6)
+
+        def evaluate(self):
+            return self.losses[-1]
+
+    runs = {"native": Run([4.0, 3, 2, 1], [6.0, 1, 5]), "custom": Run([4.0, 3.5, 2, 0.75], [2.0, 9, 1])}
+    found = demo.measure(runs)
+    assert found["largest_loss_difference"] == 0.5
+    assert found["speed_up"] == 2.5  # of the medians, 5 and 2
+    assert found["native"] == {"train_loss": 1.5, "RMSE": 1, "seconds_per_epoch": 5, "epochs": 2}
+    assert found["custom"]["train_loss"] == 1.375
+
+
 def test_busy_machine_is_pointed_out(capsys, monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (9.3, 0.0, 0.0))
     main(["demo", "--quick"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,7 +273,9 @@ class Foreign:
     """Something that only an unsafe load would make."""
 
 
-@pytest.mark.parametrize("content", [b"hello", b"\x80\x04N.", torch.nn.RNN(1, 2), Foreign()], ids=str)
+@pytest.mark.parametrize(
+    "content", [b"hello", b"\x80\x04N.", torch.nn.RNN(1, 2), Foreign()], ids=["bytes", "pickle", "module", "foreign"]
+)
 def test_not_a_checkpoint(tmp_path, content):
     path = tmp_path / "model.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -288,6 +291,19 @@ def test_foreign_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(InputError, match=r"model\.pt is not a checkpoint of rnn_ext"):
         load_checkpoint(tmp_path / "model.pt", "regressor")
+
+
+class Malicious:
+    def __reduce__(self):
+        return Path.touch, (Path("run"),)
+
+
+def test_loading_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": training.CHECKPOINT_FORMAT, "model": Malicious()}, "model.pt")
+    with pytest.raises(InputError, match=r"model\.pt is damaged or not a checkpoint"):
+        load_checkpoint(Path("model.pt"), "regressor")
+    assert not Path("run").exists()
 
 
 def test_checkpoint_of_another_task(checkpoint):
