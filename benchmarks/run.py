@@ -408,6 +408,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def save(result: dict[str, Any], output: Path | None) -> None:
+    if output:
+        output.parent.mkdir(exist_ok=True)
+        output.write_text(json.dumps(result, indent=1) + "\n")
+        output.with_suffix(".md").write_text(table.markdown(result))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 where our results were wrong or missing, 2 for bad options."""
     options = parse(argv)
@@ -427,6 +434,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"Other work is running here (load {about['load'][0]:.1f}): the numbers will suffer.")
     result: dict[str, Any] = {"format": 1, "machine": about, "seconds_per_row": options.seconds}
     result |= {"ceilings": {}, "pinned": {}, "rows": [], "memory": []}
+    output = options.output or (FOLDER / "results" / f"{slug(about)}.json" if whole else None)
     for threads in options.threads:
         chosen = [str(row) for row in rows if row.all_threads or threads == min(options.threads)]
         if not chosen:
@@ -439,19 +447,16 @@ def main(argv: list[str] | None = None) -> int:
         result["ceilings"][str(threads)], result["pinned"][str(threads)] = part["ceilings"], part["cores"]
         result["rows"] += part["rows"]
         about["versions"] |= part["versions"]
+        save(result, output)  # what comes now takes minutes, and may not end well
     if whole:
         for case in MEMORY_CASES:
             result["memory"] += [in_fresh_process(measure_memory, case, name) for name in ("rnn_ext", "torch.nn")]
     about["load_after"] = bench.machine()["load"]
 
-    text = table.markdown(result)
-    print(f"\n{text}")
-    output = options.output or (FOLDER / "results" / f"{slug(about)}.json" if whole else None)
+    print(f"\n{table.markdown(result)}")
+    save(result, output)
     if output:
-        output.parent.mkdir(exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n")
-        output.with_suffix(".md").write_text(text)
-        console.print(f"written to {output} and {output.with_suffix('.md').name}")
+        console.print(f"written: {output} and {output.with_suffix('.md').name}")
     if whole and not options.output:
         import plot
 
