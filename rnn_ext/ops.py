@@ -242,10 +242,9 @@ def _layer_backward_fake(
     grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights, batch_sizes, lengths, resets, output, saved,
     cell, bidirectional, batch_first, cell_states, output_mask,
 ):  # fmt: skip
-    directions, hidden, out, _, batch, _, _ = _shape(
-        input, weights, h_0, batch_sizes is not None, batch_first, cell, bidirectional
-    )
-    sizes = [input.shape, (directions, batch, out), (directions, batch, hidden), *(w.shape for w in weights)]
+    # A gradient is wanted only of states that are there, and the size of a packed batch is known from them alone.
+    states = [() if state is None else state.shape for state in (h_0, c_0)]
+    sizes = [input.shape, *states, *(w.shape for w in weights)]
     grads = [input.new_empty(size if mask else 0) for size, mask in zip(sizes, output_mask, strict=True)]
     return grads[0], grads[1], grads[2], grads[3:]
 
@@ -286,7 +285,7 @@ def _layer_vmap(info, in_dims, *args):
         return x.flatten(at, at + 1)
 
     def unfold(x: Tensor, at: int) -> Tensor:
-        return x.unflatten(at, (size, x.shape[at] // size)) if x.dim() > at else x
+        return x.unflatten(at, (size, x.shape[at] // size)) if x.dim() > 1 else x  # what was not asked for is (0,)
 
     lengths = fold(lengths, in_dims[5], 0)
     output, h_n, c_n, cells, saved = torch.ops.rnn_ext.layer(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -321,20 +323,39 @@ def test_hooks_and_checkpoint_and_saved_tensor_hooks():
     assert sorted(seen) == ["leaf", "node"]
 
 
-def test_saved_memory_is_freed_by_backward():
-    """Nothing of a graph outlives its backward: the same storage count before and after."""
-    import gc
+class Upstream(torch.autograd.Function):
+    """A node that Python can watch: alive as long as a graph holds it."""
 
-    def alive():
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_graphs_die_with_their_results(cell):
+    """No cycle keeps a graph alive, used for no backward, one or a double one; backward frees what was saved."""
+    for orders in range(3):
+        problem = build(Case(cell, bidirectional=True)).requiring()
+        input = Upstream.apply(problem.input)
+        node, saved = weakref.ref(input.grad_fn), weakref.ref(input)
+        results = run(problem.having({"input": input}))
+        del input
+        total = sum(t.sum() for t in results.values())
+        if orders == 1:
+            total.backward()
+            gc.collect()
+            assert saved() is None, "the input is still saved after backward"
+        if orders == 2:
+            (grad,) = torch.autograd.grad(total, problem.input, create_graph=True)
+            total = grad.sum()
+        del results, total
+        grad = None
         gc.collect()
-        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
-
-    problem = build(Case())
-    gradients(run, problem)
-    before = alive()
-    for _ in range(5):
-        gradients(run, problem)
-    assert alive() <= before
+        assert node() is None and saved() is None, orders
 
 
 # --- torch.func -------------------------------------------------------------------------------------------------
@@ -391,6 +412,51 @@ def test_vmap(case):
         check_values(dict(zip(keys, vmapped(*stacked), strict=True)), dict(zip(keys, looped, strict=True)))
 
 
+def test_vmap_over_masks_and_twice():
+    """Lengths and resets of their own for each entry; vmap inside vmap."""
+    for cell in CELLS:
+        problem = build(Case(cell, "batch_first", True, lengths=True, resets=True, size=(4, 3, 2, 3)))
+        generator = torch.Generator().manual_seed(4)
+        resets = torch.rand(2, 3, 4, generator=generator) < 0.4
+        lengths = torch.randint(0, 5, (2, 3), generator=generator)
+
+        def masked(fn, problem=problem):
+            return lambda r, n: tuple(fn(dataclasses.replace(problem, resets=r, lengths=n)).values())
+
+        for dims in ((0, None), (None, 0), (0, 0)):
+            given = (resets if dims[0] == 0 else resets[0], lengths if dims[1] == 0 else lengths[0])
+            actual, expected = (torch.func.vmap(masked(fn), in_dims=dims)(*given) for fn in (run, oracle))
+            keys = list(oracle(problem))
+            check_values(dict(zip(keys, actual, strict=True)), dict(zip(keys, expected, strict=True)))
+
+        def output(fn, problem=problem):
+            return lambda input: fn(problem.having({"input": input}))["output"]
+
+        inputs = torch.randn(2, 3, *problem.input.shape, generator=generator, dtype=torch.float64)
+        actual, expected = (torch.vmap(torch.vmap(output(fn)))(inputs) for fn in (run, oracle))
+        check_values({"output": actual}, {"output": expected})
+
+
+@pytest.mark.parametrize("case", FUNC_CASES, ids=str)
+def test_gradients_of_an_ensemble(case):
+    """vmap(grad) over weights, inputs and states together."""
+    problem = build(case)
+    names = list(problem.leaves())
+    generator = torch.Generator().manual_seed(6)
+    stacked = [
+        t + 0.5 * torch.randn(3, *t.shape, generator=generator, dtype=t.dtype) for t in problem.leaves().values()
+    ]
+
+    def grads(fn):
+        def loss(*leaves):
+            results = fn(problem.having(dict(zip(names, leaves, strict=True))))
+            return sum((t * t).sum() for t in results.values())
+
+        return torch.func.vmap(torch.func.grad(loss, argnums=tuple(range(len(names)))))(*stacked)
+
+    check_gradients(dict(zip(names, grads(run), strict=True)), dict(zip(names, grads(oracle), strict=True)))
+
+
 @pytest.mark.parametrize("case", FUNC_CASES, ids=str)
 def test_per_sample_gradients(case):
     """vmap(grad): gradients of shared weights, one set per sample."""
@@ -428,6 +494,33 @@ def test_jacobians_and_forward_mode(case):
     expected_values, expected = torch.func.jvp(of(oracle), tuple(leaves), tuple(tangents))
     check_values(values, expected_values)
     check_gradients(actual, expected)
+
+
+@pytest.mark.parametrize("case", [case for case in FUNC_CASES if case.layout != "dense"], ids=str)
+def test_forward_mode_of_each_leaf_alone(case):
+    """A tangent of one argument only, of the results and of the gradients, cotangents included."""
+    problem = build(case)
+    grad_of = cotangents(oracle(problem))
+    leaves = problem.leaves()
+    given = leaves | {"grad_" + name: t for name, t in grad_of.items()}
+    for name, t in given.items():
+        tangent = torch.randn(t.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+        def results(fn, name=name):
+            return lambda x: fn(problem.having({name: x}))
+
+        def grads(fn, name=name):
+            def of(x):
+                arguments = given | {name: x}
+                inner = {key: arguments[key] for key in leaves}
+                _, vjp = torch.func.vjp(lambda p: fn(problem.having(p)), inner)
+                return vjp({key: arguments["grad_" + key] for key in grad_of})[0]
+
+            return of
+
+        for transform in [results] * (name in leaves) + [grads]:
+            (_, actual), (_, expected) = (torch.func.jvp(transform(fn), (t,), (tangent,)) for fn in (run, oracle))
+            check_gradients(actual, expected)
 
 
 def test_forward_over_reverse():

@@ -367,6 +367,32 @@ def test_empty(cell, layout, size):
             assert torch.equal(actual["h_n"], problem.h_0)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_input_features(cell):
+    """I=0: the input says nothing but its lengths, and the biases and the state drive the cell."""
+    agree(build(Case(cell, bidirectional=True, lengths=True, size=(3, 4, 0, 7))))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_hidden_units(cell):
+    """H=0 and P=0, which torch.nn refuses to construct: refused, or empty results, but no crash."""
+    weights = [torch.zeros(0, 3), torch.zeros(0, 0), torch.zeros(0), torch.zeros(0)]
+    try:
+        output, h_n, _, _ = ops.layer(torch.zeros(5, 2, 3), None, None, weights, cell=cell)
+    except (ValueError, RuntimeError) as error:
+        assert re.search(r"hidden|weight_ih|weight_hh", str(error)) and "INTERNAL" not in str(error)
+    else:
+        assert output.shape == (5, 2, 0) and h_n.shape == (1, 2, 0)
+    if cell == "lstm":
+        weights = [torch.zeros(28, 3), torch.zeros(28, 0), torch.zeros(0, 7)]
+        try:
+            output, *_ = ops.layer(torch.zeros(5, 2, 3), None, None, weights, cell=cell)
+        except (ValueError, RuntimeError) as error:
+            assert re.search(r"weight_hr|weight_hh|proj", str(error)) and "INTERNAL" not in str(error)
+        else:
+            assert output.shape == (5, 2, 0)
+
+
 def test_inference_mode():
     problem = build(Case())
     expected = run(problem)

@@ -317,16 +317,17 @@ def test_autocast():
         input = randn(7, 3, I, dtype=torch.float32)
         expected, expected_grads = everything(second, input)
         packed = pack_sequence([randn(2, I), randn(4, I)], enforce_sorted=False).to(torch.float32)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            results, grads = everything(first, input)
-            for given in (input, packed, input.bfloat16()):
-                assert all(t.dtype == torch.bfloat16 for t in flatten(first(given)).values())
-            with torch.autocast("cpu", enabled=False):
-                assert first(input)[0].dtype == torch.float32
-        check_values(results, expected, torch.bfloat16)
-        assert all(t.dtype == torch.float32 for t in grads.values())
-        if cell != "rnn_relu":
-            check_gradients(grads, expected_grads, torch.bfloat16)
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype=dtype):
+                results, grads = everything(first, input)
+                for given in (input, packed, input.to(dtype)):
+                    assert all(t.dtype == dtype for t in flatten(first(given)).values())
+                with torch.autocast("cpu", enabled=False):
+                    assert first(input)[0].dtype == torch.float32
+            check_values(results, expected, dtype)
+            assert all(t.dtype == torch.float32 for t in grads.values())
+            if cell != "rnn_relu":
+                check_gradients(grads, expected_grads, dtype)
 
 
 # --- a module among modules --------------------------------------------------------------------------------------
@@ -472,6 +473,21 @@ def test_fx_trace(cell):
     for length in (5, 9):
         assert torch.equal(traced(randn(3, length, I)), model(randn(3, length, I)))
 
+    class Stateful(Model):
+        def forward(self, x, hx, lengths, resets):
+            return self.rnn(x, hx, lengths=lengths, resets=resets)[0]
+
+    given = (randn(3, 5, I), initial(cell, 1, 3), torch.tensor([2, 5, 0]), torch.eye(3, 5, dtype=torch.bool))
+    model = Stateful()
+    assert torch.equal(torch.fx.symbolic_trace(model)(*given), model(*given))
+    if cell == "lstm":
+
+        class Cells(Model):
+            def forward(self, x):
+                return self.rnn(x, return_cell_states=True)[2]
+
+        assert torch.equal(torch.fx.symbolic_trace(Cells())(given[0]), Cells()(given[0]))
+
 
 def test_hooks_and_apply():
     module, seen = ours("gru"), []
@@ -517,6 +533,21 @@ def test_compile(cell):
         for got, want in zip(grads, expected_grads, strict=True):
             check_gradients({"": got}, {"": want})
     assert counter.frame_count <= 2
+
+
+def test_compile_packed():
+    """A PackedSequence in and out of one graph, with other lengths and batch sizes each time."""
+    torch._dynamo.reset()
+    module = ours("lstm", num_layers=2, bidirectional=True)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for lengths in ([5, 3, 3, 1], [2, 7, 4]):
+        given = pack_sequence([randn(n, I, seed=n) for n in lengths], enforce_sorted=False)
+        results, expected = compiled(given), module(given)
+        check_values(flatten(results), flatten(expected))
+        parameters = list(module.parameters())
+        grads, expected_grads = (torch.autograd.grad(r[0].data.square().sum(), parameters) for r in (results, expected))
+        for got, want in zip(grads, expected_grads, strict=True):
+            check_gradients({"": got}, {"": want})
 
 
 # --- inputs of every kind -----------------------------------------------------------------------------------------
@@ -572,7 +603,9 @@ def test_empty(cell):
 def packed_by_hand(module, input, lengths, hx):
     """torch.nn on the rows that have a length, packed; zeros and the given state for the others."""
     states, batch = module.num_layers * (1 + module.bidirectional), len(lengths)
-    hx = initial("lstm" if module.mode == "LSTM" else "gru", states, batch) if hx is None else hx
+    if hx is None:
+        zeros = torch.zeros(states, batch, H, dtype=torch.float64)
+        hx = (zeros, zeros) if module.mode == "LSTM" else zeros
     kept = [n for n, length in enumerate(lengths) if length]
     parts = hx if isinstance(hx, tuple) else (hx,)
     rows = pack_padded_sequence(input[:, kept], [lengths[n] for n in kept], enforce_sorted=False)
@@ -600,14 +633,20 @@ def test_lengths(cell):
     by_batch = ours(cell, num_layers=2, bidirectional=True, batch_first=True)
     result = flatten(by_batch(dirty.transpose(0, 1), hx, lengths=lengths))
     check_values(result | {"output": result["output"].transpose(0, 1)}, expected)
+    first.backend = "native"  # which knows no lengths: they are packed for it
+    check_values(flatten(first(dirty, hx, lengths=lengths)), expected)
+    check_values(flatten(first(dirty, lengths=lengths)), flatten(packed_by_hand(second, input, lengths, None)))
+    first.backend = "custom"
+    check_values(flatten(first(dirty, lengths=lengths)), flatten(packed_by_hand(second, input, lengths, None)))
     # gradients, of every parameter, the input and the state
     second.zero_grad()
     leaf = input.clone().requires_grad_()
     results = flatten(packed_by_hand(second, leaf, lengths, hx))
     sum((t * randn(*t.shape, seed=7)).sum() for t in results.values()).backward()
-    _, grads = everything(first, dirty, hx, lengths=lengths)
     expected_grads = {name: p.grad for name, p in second.named_parameters()} | {"input": leaf.grad}
-    check_gradients({name: grads[name] for name in expected_grads}, expected_grads)
+    for first.backend in ("native", "custom"):
+        _, grads = everything(first, dirty, hx, lengths=lengths)
+        check_gradients({name: grads[name] for name in expected_grads}, expected_grads)
     # unbatched: one length
     check_values(
         flatten(first(input[:, 0], lengths=[3])),

@@ -137,7 +137,7 @@ def script(text: str, **env: str) -> str:
 
 
 FORKED = """
-import os, torch, traceback
+import os, signal, torch, traceback
 from test_threads import LARGE, CASES
 from util import build, cotangents, run
 
@@ -156,6 +156,7 @@ expected = [compute(*job) for job in jobs]
 def child():
     pid = os.fork()
     if pid == 0:
+        signal.alarm(100)  # a child that hangs ends by itself
         try:
             found = [compute(*job) for job in jobs]
             # torch's own operators hang here until they are held to one thread; comparing is one of them

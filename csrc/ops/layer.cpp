@@ -101,6 +101,9 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
   sizes.input = w_ih.size(1);
   sizes.hidden = w_ih.size(0) / cell.gates;
   sizes.proj = projected ? w_hh.size(1) : 0;
+  TORCH_CHECK_VALUE(sizes.hidden > 0, "expected at least one hidden unit, got weight_ih of size ", w_ih.sizes());
+  TORCH_CHECK_VALUE(!projected || sizes.proj > 0,
+                    "expected a projection to at least one feature, got weight_hh of size ", w_hh.sizes());
   const int64_t gate_rows = cell.gates * sizes.hidden;
   for (int d = 0; d < sizes.directions; ++d) {
     const std::vector<int64_t> expected[] = {
