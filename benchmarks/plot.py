@@ -110,14 +110,14 @@ def speed_up(result: dict[str, Any], threads: int) -> Figure | None:
         axis.xaxis.set_major_formatter("{x:g}x")
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_title(TITLES[mode])
-    figure.supxlabel(f"speed of rnn_ext over torch.nn; {where(result, threads)}", fontsize=9)
+    figure.supxlabel(f"speed of rnn_ext over torch.nn (Bi...: packed); {where(result, threads)}", fontsize=9)
     handles = [
-        Patch(color=COLOURS["custom"], label="rnn_ext is fastest"),
+        Patch(color=COLOURS["custom"], label="rnn_ext is fastest, or within 3 %"),
         Patch(color=PEER_WINS, label="another is faster"),
         Patch(facecolor=COLOURS["native"], hatch="////", edgecolor="white", label="torch.nn is faster"),
         PEER_HANDLE,
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9)
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9, columnspacing=1.2)
     return figure
 
 
@@ -183,6 +183,14 @@ def _legend(figure: Figure, rows: list[dict[str, Any]]) -> None:
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8.5, columnspacing=1.2)
 
 
+def _guide(axis: Any, first: float, last: float, end: float, slope: int, label: str) -> None:
+    """A grey line of a power of x, to compare slopes with."""
+    start = end * (first / last) ** slope
+    axis.plot([first, last], [start, end], color=GREY, linewidth=0.9, zorder=0)
+    side = {"va": "top", "xytext": (4, -3)} if slope == 1 else {"ha": "right", "va": "bottom", "xytext": (-4, 0)}
+    axis.annotate(label, (first, start), textcoords="offset points", fontsize=8, color=GREY, **side)
+
+
 def length(result: dict[str, Any], threads: int) -> Figure | None:
     """Time against the number of timesteps, with lines of slope 1 and 2."""
     panels = {mode: select(result, "length", mode) for mode in TITLES}
@@ -194,21 +202,11 @@ def length(result: dict[str, Any], threads: int) -> Figure | None:
         _lines(axis, rows, lambda row: row["case"]["length"])
         axis.set_title(TITLES[mode])
         low, high = axis.get_xlim()
-        first, last = rows[0]["case"]["length"], rows[-1]["case"]["length"]
-        slowest = max(rows[-1]["times"], key=lambda name: rows[-1]["times"][name]["median"])
-        for slope, name in ((1, "rnn_ext"), (2, slowest)):
-            if name not in rows[-1]["times"] or (slope == 2 and mode == "forward"):
-                continue
-            end = rows[-1]["times"][name]["median"] * (0.6 if slope == 1 else 1.6)
-            axis.plot([first, last], [end * (first / last) ** slope, end], color=GREY, linewidth=0.9, zorder=0)
-            axis.text(
-                first * 1.05,
-                end * (first / last) ** slope,
-                "linear" if slope == 1 else "quadratic",
-                fontsize=8,
-                color=GREY,
-                va="top" if slope == 1 else "bottom",
-            )
+        last = rows[-1]["case"]["length"]
+        times = {name: timing["median"] for name, timing in rows[-1]["times"].items()}
+        _guide(axis, rows[0]["case"]["length"], last, 0.6 * min(times.values()), 1, "linear")
+        if mode == "training":
+            _guide(axis, last / 4, last, 1.7 * max(times.values()), 2, "quadratic")
         axis.set_xlim(low, high)
     case = panels["forward"][0]["case"]
     what = f"packed LSTM, N={case['batch']}, H={case['hidden_size']}, sequences of L / 8 to L timesteps"

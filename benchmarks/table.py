@@ -84,6 +84,8 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         half = f" ({ceilings['bfloat16_flops'] / 1e9:.0f} in bfloat16)" if ceilings["bfloat16_flops"] else ""
         yield f"- Ceilings of a core, measured beside the rows with {threads} thread(s): {ceilings['flops'] / 1e9:.0f}"
         yield f"  GFLOP/s{half}; reading {reads} GB/s."
+    if about["load"] and about["load"][0] > 0.5:
+        yield f"- Other work was running, load {about['load'][0]:.1f}: rows with several threads are not to be trusted."
     yield ""
     yield "Medians ± half of the middle 50 %. Speed-ups are the time of the other / the time of rnn_ext: below 1 is a"
     yield "loss. The floor is what flops and reading the weights allow at best (benchmarks/ceilings.py). A * marks rows"

@@ -339,16 +339,27 @@ def test_measure():
     found = demo.measure(runs)
     assert found["largest_loss_difference"] == 0.5
     assert found["speed_up"] == 2.5  # of the medians, 5 and 2
-    assert found["native"] == {"train_loss": 1.5, "RMSE": 1, "seconds_per_epoch": 5, "epochs": 2}
+    assert found["native"] == {
+        "train_loss": 1.5,
+        "RMSE": 1,
+        "seconds_per_epoch": 5,
+        "seconds_quartiles": [3, 5.5],
+        "epochs": 2,
+    }
     assert found["custom"]["train_loss"] == 1.375
 
 
-def test_busy_machine_is_pointed_out(capsys, monkeypatch):
+def test_doubtful_times_are_pointed_out(capsys, monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (9.3, 0.0, 0.0))
     main(["demo", "--quick"])
-    assert capsys.readouterr().out.count("This machine was busy before the demo began (a load of 9.3 on") == 2
-    assert demo.busy({"load_before": 0.9, "cores": 2}) is None
-    assert demo.busy({"load_before": 1.1, "cores": 2})
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert out.count("do not rely on the times and speed-ups: a load of 9.3 on") == 2
+    quiet = {"load_before": 0.9, "cores": 2}
+    steady, uneven = ({"native": {"seconds_quartiles": quartiles}} for quartiles in ([4.0, 5.0], [4.0, 14.0]))
+    assert demo.doubts({"machine": quiet, "tasks": {"A": steady}}) is None
+    assert "a load of 1.1 on 2 cores" in demo.doubts({"machine": {**quiet, "load_before": 1.1}, "tasks": {}})
+    expected = "A by torch.nn: the middle half of the epochs took 4 to 14 s"
+    assert expected in demo.doubts({"machine": quiet, "tasks": {"A": uneven}})
 
 
 def test_by_hand():
