@@ -264,7 +264,7 @@ def measure_row(row: Row, threads: int, seconds: float, ceilings: dict[str, Any]
                 left_out[contestant.name] = f"wrong: {apart:.1e} from torch.nn, as a share of the largest value"
         if runs:
             start, cpu = time.perf_counter(), time.process_time()
-            times = bench.interleave(runs, seconds, clock=bench.clock_for(threads))
+            times = bench.interleave(runs, seconds, threads)
             result["cpu_share"] = (time.process_time() - cpu) / (time.perf_counter() - start)
             result["times"] = {name: dataclasses.asdict(timing) for name, timing in times.items()}
     return result

@@ -211,19 +211,24 @@ class Timing:
 def interleave(
     functions: Mapping[str, Callable[[], Any]],
     seconds: float = 2.0,
+    threads: int = 1,
     sample: float = 1e-3,
     least_rounds: int = 5,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time functions side by side: in each round a sample of every one, each time another one first.
+
+    Before its sample a function runs for a while unobserved, until the caches are its own and, of several threads, the
+    workers of the one before have stopped spinning on its cores and its own are awake.
 
     Args:
         functions: already called once: whatever is done only the first time has been done.
         seconds: for all of them. A round that has begun is finished, and there are at least `least_rounds`, or 3 when
             those would take more than twice as long. It ends sooner when all medians are known within half a percent.
+        threads: with one, the clock is the time that this process has had a core: what it waits for other processes is
+            not in it. With more it is the clock on the wall.
         sample: seconds below which a sample is several calls in a row.
-        clock: see :func:`clock_for`.
     """
+    clock, settle = (time.process_time, 0.004) if threads == 1 else (time.perf_counter, 0.02)
     calls = {}
     for name, function in functions.items():
         function()
@@ -240,6 +245,9 @@ def interleave(
         while True:
             for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
                 function, count = functions[name], range(calls[name])
+                until = time.perf_counter() + settle
+                while time.perf_counter() < until:
+                    function()
                 before = clock()
                 for _ in count:
                     function()
@@ -255,14 +263,6 @@ def interleave(
         if enabled:
             gc.enable()
     return {name: timing(values) for name, values in samples.items()}
-
-
-def clock_for(threads: int) -> Callable[[], float]:
-    """With one thread, the time that this process has had a core: what it has to wait for other processes is not in it.
-
-    With more there are workers that wait by spinning, and only the clock on the wall is fair.
-    """
-    return time.process_time if threads == 1 else time.perf_counter
 
 
 def timing(samples: list[float]) -> Timing:
@@ -417,7 +417,7 @@ def compare(case: Case, training: bool, seconds: float) -> dict[str, Any]:
         apart = difference(results[1], results[0])
         if not apart <= TOLERANCE[case.dtype]:
             raise DifferentResults(f"{case}: results differ by {apart:.1e} of the largest value")
-        times = interleave(runs, seconds, clock=clock_for(torch.get_num_threads()))
+        times = interleave(runs, seconds, torch.get_num_threads())
     return {
         "case": dataclasses.asdict(case),
         "mode": "training" if training else "forward",
