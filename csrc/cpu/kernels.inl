@@ -2,6 +2,7 @@
 //   RNN_EXT_ISA               the namespace the kernels go to
 //   RNN_EXT_VECTOR_BYTES      width of a vector
 //   RNN_EXT_VECTOR_REGISTERS  how many there are
+//   RNN_EXT_BFLOAT16          defined: only the kernels for BFloat16, which the instruction set multiplies in pairs
 // and includes csrc/cpu/kernels.h first, so that no library header is compiled for a special instruction set: an inline
 // function of one, compiled twice, could be linked in the version that the processor cannot run.
 
@@ -19,8 +20,8 @@ namespace {
 #include "cpu/forward.inl"
 #include "cpu/backward.inl"
 
-template <class T>
-void forward_any(const ForwardArgs<T>& args, const Executor& executor) {
+template <class S>
+void forward_any(const ForwardArgs<S>& args, const Executor& executor) {
   switch (args.cell) {
     case CellKind::kRnnTanh:
       return forward<cells::RnnTanh>(args, executor);
@@ -33,8 +34,8 @@ void forward_any(const ForwardArgs<T>& args, const Executor& executor) {
   }
 }
 
-template <class T>
-void backward_any(const BackwardArgs<T>& args, const Executor& executor) {
+template <class S>
+void backward_any(const BackwardArgs<S>& args, const Executor& executor) {
   switch (args.cell) {
     case CellKind::kRnnTanh:
       return backward<cells::RnnTanh>(args, executor);
@@ -49,7 +50,11 @@ void backward_any(const BackwardArgs<T>& args, const Executor& executor) {
 
 }  // namespace
 
-extern const Kernels kKernels;
-const Kernels kKernels = {forward_any<float>, forward_any<double>, backward_any<float>, backward_any<double>};
+#if defined(RNN_EXT_BFLOAT16)
+const Kernels<BFloat16> kBFloat16 = {forward_any<BFloat16>, backward_any<BFloat16>};
+#else
+const Kernels<float> kFloat = {forward_any<float>, backward_any<float>};
+const Kernels<double> kDouble = {forward_any<double>, backward_any<double>};
+#endif
 
 }  // namespace rnn_ext::cpu::RNN_EXT_ISA

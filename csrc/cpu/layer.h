@@ -1,5 +1,6 @@
 // All timesteps of one recurrent layer, both directions, on the CPU: the interface between csrc/ops and the kernels.
-// Nothing here knows torch; T is float or double. Every array is dense in its last dimension.
+// Nothing here knows torch. S is what tensors are stored in: float, double or, where computes_bfloat16(), BFloat16;
+// sums, cell states and gradients are of type Compute<S>. Every array is dense in its last dimension.
 //
 // L timesteps, N batch entries, I input size, H hidden size, P size of the output (H without projection), G gates,
 // D directions, T = rows: how many (timestep, entry) pairs exist.
@@ -8,6 +9,22 @@
 #include <cstdint>
 
 namespace rnn_ext::cpu {
+
+/// The upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class S>
+struct ComputeOf {
+  using type = S;
+};
+template <>
+struct ComputeOf<BFloat16> {
+  using type = float;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
 
 enum class CellKind { kRnnTanh, kRnnRelu, kGru, kLstm };
 
@@ -69,43 +86,43 @@ struct Sizes {
 /// Values of each row kept for backward, per hidden unit.
 int saved_values(CellKind cell, bool projected);
 
-template <class T>
+template <class S>
 struct ForwardArgs {
   CellKind cell;
   Sizes sizes;
   Layout layout;
-  Sequence<const T> input;      // (.., I)
+  Sequence<const S> input;      // (.., I)
   Sequence<const bool> resets;  // (..): a sequence of its own begins here; data may be null
-  const T* h_0 = nullptr;       // [D, N, P], null: zeros
-  const T* c_0 = nullptr;       // [D, N, H], null: zeros
-  Weights<const T> weights[2];
-  Sequence<T> output;  // (.., D*P)
-  Sequence<T> cells;   // (.., D*H), data may be null
-  T* h_n = nullptr;    // [D, N, P]
-  T* c_n = nullptr;    // [D, N, H], of a cell with a cell state
-  T* saved = nullptr;  // [D, T, saved_values, padded H], null: nothing is kept
+  const S* h_0 = nullptr;       // [D, N, P], null: zeros
+  const S* c_0 = nullptr;       // [D, N, H], null: zeros
+  Weights<const S> weights[2];
+  Sequence<S> output;           // (.., D*P)
+  Sequence<S> cells;            // (.., D*H), data may be null
+  S* h_n = nullptr;             // [D, N, P]
+  S* c_n = nullptr;             // [D, N, H], of a cell with a cell state
+  Compute<S>* saved = nullptr;  // [D, T, saved_values, padded H], null: nothing is kept
 };
 
-template <class T>
+template <class S>
 struct BackwardArgs {
   CellKind cell;
   Sizes sizes;
   Layout layout;
-  Sequence<const T> input;
+  Sequence<const S> input;
   Sequence<const bool> resets;
-  const T* h_0 = nullptr;
-  const T* c_0 = nullptr;
-  Weights<const T> weights[2];
-  Sequence<const T> output;
-  const T* saved = nullptr;
-  Sequence<const T> grad_output;  // data may be null: zeros, as in the following three
-  Sequence<const T> grad_cells;
-  const T* grad_h_n = nullptr;
-  const T* grad_c_n = nullptr;
-  Sequence<T> grad_input;  // data may be null: not wanted, as in all that follow
-  T* grad_h_0 = nullptr;
-  T* grad_c_0 = nullptr;
-  Weights<T> grad_weights[2];
+  const S* h_0 = nullptr;
+  const S* c_0 = nullptr;
+  Weights<const S> weights[2];
+  Sequence<const S> output;
+  const Compute<S>* saved = nullptr;
+  Sequence<const S> grad_output;  // data may be null: zeros, as in the following three
+  Sequence<const S> grad_cells;
+  const S* grad_h_n = nullptr;
+  const S* grad_c_n = nullptr;
+  Sequence<Compute<S>> grad_input;  // data may be null: not wanted, as in all that follow
+  Compute<S>* grad_h_0 = nullptr;
+  Compute<S>* grad_c_0 = nullptr;
+  Weights<Compute<S>> grad_weights[2];
 };
 
 /// The instruction set whose kernels run: "baseline", "avx2" or "avx512"; the best the processor has.
@@ -114,9 +131,12 @@ const char* capability();
 /// Choose another; false where the processor or the build lacks it.
 bool set_capability(const char* name);
 
-template <class T>
-void layer_forward(const ForwardArgs<T>& args, const Executor& executor);
-template <class T>
-void layer_backward(const BackwardArgs<T>& args, const Executor& executor);
+/// Whether the instruction set in use multiplies BFloat16.
+bool computes_bfloat16();
+
+template <class S>
+void layer_forward(const ForwardArgs<S>& args, const Executor& executor);
+template <class S>
+void layer_backward(const BackwardArgs<S>& args, const Executor& executor);
 
 }  // namespace rnn_ext::cpu

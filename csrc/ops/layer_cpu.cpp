@@ -1,5 +1,5 @@
-// The layer op on the CPU: hands tensors to csrc/cpu. Reduced precision is storage: computed in float32.
-#include <ATen/Dispatch.h>
+// The layer op on the CPU: hands tensors to csrc/cpu. float16, and bfloat16 where the processor does not multiply it,
+// is converted to float32 and back.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -28,11 +28,35 @@ cpu::Executor executor() {
   return executor;
 }
 
-bool reduced(const at::Tensor& input) {
-  return input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
+/// What the kernels store sequences, states and weights in, and what they sum, keep for backward and return gradients
+/// in.
+at::ScalarType storage_type(const at::Tensor& input) {
+  const at::ScalarType type = input.scalar_type();
+  const bool converted = type == at::kHalf || (type == at::kBFloat16 && !cpu::computes_bfloat16());
+  return converted ? at::kFloat : type;
+}
+at::ScalarType compute_type(const at::Tensor& input) {
+  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-/// The dtype the kernels compute in, in memory they can walk.
+/// Calls fn(S()) with the type S of csrc/cpu for a storage type.
+template <class Fn>
+void with_storage(at::ScalarType type, const Fn& fn) {
+  if (type == at::kDouble) return fn(double());
+  if (type == at::kBFloat16) return fn(cpu::BFloat16());
+  fn(float());
+}
+
+template <class T>
+T* data(const at::Tensor& tensor) {
+  if constexpr (std::is_const_v<T>) {
+    return static_cast<T*>(tensor.const_data_ptr());
+  } else {
+    return static_cast<T*>(tensor.mutable_data_ptr());
+  }
+}
+
+/// In memory the kernels can walk.
 at::Tensor prepare(const at::Tensor& tensor, at::ScalarType dtype) { return tensor.to(dtype).contiguous(); }
 
 OptionalTensor prepare(const OptionalTensor& tensor, at::ScalarType dtype) {
@@ -53,13 +77,8 @@ OptionalTensor prepare_sequence(const OptionalTensor& tensor, at::ScalarType dty
 
 template <class T>
 cpu::Sequence<T> sequence(const at::Tensor& tensor, const LayerShape& shape) {
-  using Value = std::remove_const_t<T>;
   cpu::Sequence<T> result;
-  if constexpr (std::is_const_v<T>) {
-    result.data = tensor.const_data_ptr<Value>();
-  } else {
-    result.data = tensor.data_ptr<Value>();
-  }
+  result.data = data<T>(tensor);
   if (shape.packed) {
     result.row = tensor.stride(0);
   } else {
@@ -76,7 +95,7 @@ cpu::Sequence<T> sequence(const OptionalTensor& tensor, const LayerShape& shape)
 
 template <class T>
 const T* pointer(const OptionalTensor& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
+  return tensor.has_value() ? data<const T>(*tensor) : nullptr;
 }
 
 /// The weights of one direction: T is const for weights, not for their gradients. Undefined tensors give null.
@@ -84,12 +103,7 @@ template <class T>
 cpu::Weights<T> named_weights(at::TensorList flat, const LayerShape& shape, int direction) {
   const auto find = [&](LayerShape::Weight weight) -> T* {
     const int index = shape.index(direction, weight);
-    if (index < 0 || !flat[index].defined()) return nullptr;
-    if constexpr (std::is_const_v<T>) {
-      return flat[index].const_data_ptr<std::remove_const_t<T>>();
-    } else {
-      return flat[index].data_ptr<T>();
-    }
+    return index < 0 || !flat[index].defined() ? nullptr : data<T>(flat[index]);
   };
   return {find(LayerShape::kWeightIh), find(LayerShape::kWeightHh), find(LayerShape::kBiasIh),
           find(LayerShape::kBiasHh), find(LayerShape::kWeightHr)};
@@ -108,7 +122,7 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
                       bool cell_states, bool save) {
   const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets,
                          {cell, bidirectional, batch_first, cell_states});
-  const at::ScalarType dtype = reduced(input) ? at::kFloat : input.scalar_type();
+  const at::ScalarType dtype = storage_type(input);
   const auto options = input.options().dtype(dtype);
   const cpu::Sizes& sizes = shape.sizes;
 
@@ -128,9 +142,10 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
   at::Tensor h_n = at::empty({sizes.directions, shape.batch, sizes.output()}, options);
   at::Tensor c_n =
       shape.cell.has_cell ? at::empty({sizes.directions, shape.batch, sizes.hidden}, options) : at::empty({0}, options);
-  at::Tensor saved = at::empty({save ? saved_numel(shape) : 0}, options);
+  at::Tensor saved = at::empty({save ? saved_numel(shape) : 0}, options.dtype(compute_type(input)));
 
-  AT_DISPATCH_FLOATING_TYPES(dtype, "rnn_ext::layer", [&] {
+  with_storage(dtype, [&](auto storage) {
+    using scalar_t = decltype(storage);
     cpu::ForwardArgs<scalar_t> args;
     args.cell = shape.cell.kind;
     args.sizes = sizes;
@@ -141,9 +156,9 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
     args.c_0 = pointer<scalar_t>(c);
     args.output = sequence<scalar_t>(output, shape);
     if (cell_states) args.cells = sequence<scalar_t>(cells, shape);
-    args.h_n = h_n.data_ptr<scalar_t>();
-    args.c_n = shape.cell.has_cell ? c_n.data_ptr<scalar_t>() : nullptr;
-    args.saved = save ? saved.data_ptr<scalar_t>() : nullptr;
+    args.h_n = data<scalar_t>(h_n);
+    args.c_n = shape.cell.has_cell ? data<scalar_t>(c_n) : nullptr;
+    args.saved = save ? data<cpu::Compute<scalar_t>>(saved) : nullptr;
     for (int d = 0; d < sizes.directions; ++d) args.weights[d] = named_weights<const scalar_t>(w, shape, d);
     cpu::layer_forward(args, executor());
   });
@@ -160,13 +175,13 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
                               const c10::List<bool>& output_mask) {
   const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets,
                          {cell, bidirectional, batch_first, cell_states});
-  const at::ScalarType dtype = reduced(input) ? at::kFloat : input.scalar_type();
-  const auto options = input.options().dtype(dtype);
+  const at::ScalarType dtype = storage_type(input);
+  const auto options = input.options().dtype(compute_type(input));
   const cpu::Sizes& sizes = shape.sizes;
   TORCH_CHECK(output_mask.size() == 3 + weights.size(), "expected output_mask of ", 3 + weights.size(), " values, got ",
               output_mask.size());
   TORCH_CHECK(output.sizes() == at::IntArrayRef(shape.sequence_sizes(sizes.directions * sizes.output())) &&
-                  saved.scalar_type() == dtype && saved.numel() == saved_numel(shape),
+                  saved.scalar_type() == compute_type(input) && saved.numel() == saved_numel(shape),
               "output and saved are not those of a forward call with these inputs");
   const auto check_grad = [&](const OptionalTensor& grad, at::IntArrayRef expected, const char* name) {
     TORCH_CHECK(!grad.has_value() || !grad->defined() || grad->sizes() == expected, "expected ", name, " of size ",
@@ -199,7 +214,9 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     if (output_mask.get(3 + i)) dw[i] = at::empty(weights[i].sizes(), options);
   }
 
-  AT_DISPATCH_FLOATING_TYPES(dtype, "rnn_ext::layer_backward", [&] {
+  with_storage(dtype, [&](auto storage) {
+    using scalar_t = decltype(storage);
+    using compute_t = cpu::Compute<scalar_t>;
     cpu::BackwardArgs<scalar_t> args;
     args.cell = shape.cell.kind;
     args.sizes = sizes;
@@ -209,17 +226,17 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     args.h_0 = pointer<scalar_t>(h);
     args.c_0 = pointer<scalar_t>(c);
     args.output = sequence<const scalar_t>(y, shape);
-    args.saved = kept.const_data_ptr<scalar_t>();
+    args.saved = data<const compute_t>(kept);
     args.grad_output = sequence<const scalar_t>(dy, shape);
     args.grad_cells = sequence<const scalar_t>(dcells, shape);
     args.grad_h_n = pointer<scalar_t>(dh_n);
     args.grad_c_n = pointer<scalar_t>(dc_n);
-    if (dx.defined()) args.grad_input = sequence<scalar_t>(dx, shape);
-    args.grad_h_0 = dh_0.defined() ? dh_0.data_ptr<scalar_t>() : nullptr;
-    args.grad_c_0 = dc_0.defined() ? dc_0.data_ptr<scalar_t>() : nullptr;
+    if (dx.defined()) args.grad_input = sequence<compute_t>(dx, shape);
+    args.grad_h_0 = dh_0.defined() ? data<compute_t>(dh_0) : nullptr;
+    args.grad_c_0 = dc_0.defined() ? data<compute_t>(dc_0) : nullptr;
     for (int d = 0; d < sizes.directions; ++d) {
       args.weights[d] = named_weights<const scalar_t>(w, shape, d);
-      args.grad_weights[d] = named_weights<scalar_t>(dw, shape, d);
+      args.grad_weights[d] = named_weights<compute_t>(dw, shape, d);
     }
     cpu::layer_backward(args, executor());
   });
