@@ -14,21 +14,22 @@ struct Level {
   const char* name;
   const Kernels<float>* float_kernels;
   const Kernels<double>* double_kernels;
+  void (*digest)(Digest*, const void*, size_t);
   bool (*supported)();
 };
 
 const Level kLevels[] = {
 // best first
 #if defined(RNN_EXT_X86_KERNELS)
-    {"avx512", &avx512::kFloat, &avx512::kDouble,
+    {"avx512", &avx512::kFloat, &avx512::kDouble, &avx512::add_to_digest,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {"avx2", &avx2::kFloat, &avx2::kDouble,
+    {"avx2", &avx2::kFloat, &avx2::kDouble, &avx2::add_to_digest,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"baseline", &baseline::kFloat, &baseline::kDouble, [] { return true; }},
+    {"baseline", &baseline::kFloat, &baseline::kDouble, &baseline::add_to_digest, [] { return true; }},
 };
 
 const Level* best() {
@@ -105,6 +106,20 @@ const Kernels<S>& kernels() {
 }
 
 }  // namespace
+
+bool uses_packed_weights(const Layout& layout) {
+  return layout.rows > 4;  // for fewer, packing costs more than it saves (measured: about even at 8)
+}
+
+template <class S>
+std::unique_ptr<PackedWeights> pack_weights(CellKind cell, const Sizes& sizes, const Weights<const S>& weights) {
+  return kernels<S>().pack(cell, sizes, weights);
+}
+template std::unique_ptr<PackedWeights> pack_weights(CellKind, const Sizes&, const Weights<const float>&);
+template std::unique_ptr<PackedWeights> pack_weights(CellKind, const Sizes&, const Weights<const double>&);
+template std::unique_ptr<PackedWeights> pack_weights(CellKind, const Sizes&, const Weights<const BFloat16>&);
+
+void add_to_digest(Digest* digest, const void* data, size_t bytes) { current->digest(digest, data, bytes); }
 
 template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor) {

@@ -87,16 +87,12 @@ void write_states(To* states, int64_t width, const From* rows, int64_t stride, c
     copy_row(states + layout.entry(j) * width, rows + (j - slice.first) * stride, width);
 }
 
-/// So few rows that packing the weights would cost more than it saves (measured: about even at 8).
-inline bool is_short(const Layout& layout) { return layout.rows <= 4; }
-
 /// One direction's weights as the forward scan wants them.
 template <class Cell, class S>
-struct ForwardWeights {
+struct ForwardWeights : PackedWeights {
   using T = Compute<S>;
   ForwardWeights(const Weights<const S>& w, const Sizes& s, bool pack)
-      : plain(w),
-        input(pack ? elements<S>(s.input) * Cell::kGates * s.padded() : 0),
+      : input(pack ? elements<S>(s.input) * Cell::kGates * s.padded() : 0),
         hidden(pack ? elements<S>(s.output()) * Cell::kGates * s.padded() : 0),
         proj(pack && s.proj ? elements<S>(s.hidden) * Sizes::padded(s.proj) : 0),
         bias(Cell::kGates * s.padded(), true),
@@ -121,7 +117,6 @@ struct ForwardWeights {
     if (s.proj) pack_gates(proj.get(), w.weight_hr, 1, s.proj, s.hidden, blocks_of<T>(s.proj));
   }
 
-  Weights<const S> plain;     // as they came; the only ones there are if not packed
   Buffer<Element<S>> input;   // [G * padded H / lanes][I][lanes]
   Buffer<Element<S>> hidden;  // [H / lanes][P][G][lanes]
   Buffer<Element<S>> proj;    // [P / lanes][H][lanes]
@@ -148,7 +143,7 @@ class ForwardScan {
         out_(args.sizes.output()),
         out_padded_(Sizes::padded(out_)),
         saved_(saved_values(args.cell, args.sizes.proj != 0)),
-        short_(is_short(args.layout)),
+        short_(!uses_packed_weights(args.layout)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
         gates_stride_((keep_ ? saved_ : G) * padded_),
         chunk_rows_(larger(slice.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))))),
@@ -252,7 +247,7 @@ class ForwardScan {
       }
     }
     if (short_) {
-      const Weights<const S>& w = weights_.plain;
+      const Weights<const S>& w = args_.weights[direction_];
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t g = 0; g < G; ++g)
           dot_rows(gates[r] + g * padded_, weights_.bias.get() + g * padded_,
@@ -335,7 +330,7 @@ class ForwardScan {
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t g = 0; g < G; ++g)
           dot_rows(hidden_gates_.get() + g * padded, static_cast<const T*>(nullptr),
-                   weights_.plain.weight_hh + g * hidden * out, hidden, out, a_row(r));
+                   args_.weights[direction_].weight_hh + g * hidden * out, hidden, out, a_row(r));
         for (int64_t block = 0; block < blocks_of<T>(hidden); ++block) {
           V acc[G];
           init(r, block, acc);
@@ -358,8 +353,8 @@ class ForwardScan {
     }
     if (short_) {
       for (int64_t r = 0; r < rows; ++r)
-        dot_rows(next.h + r * out_padded_, static_cast<const T*>(nullptr), weights_.plain.weight_hr, out_, hidden_,
-                 unprojected_.get() + r * padded_);
+        dot_rows(next.h + r * out_padded_, static_cast<const T*>(nullptr), args_.weights[direction_].weight_hr, out_,
+                 hidden_, unprojected_.get() + r * padded_);
     } else {
       PlainProduct<S> p;
       p.rows = rows;
@@ -405,13 +400,18 @@ class ForwardScan {
 template <class Cell, class S>
 void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const int directions = args.sizes.directions;
-  Both<ForwardWeights<Cell, S>> weights;
+  using Packed = ForwardWeights<Cell, S>;
+  const bool pack = uses_packed_weights(args.layout);
+  Both<Packed> own;
+  const Packed* weights[2] = {};
   parallel(executor, directions, [&](int64_t d) {
-    weights.item[d] = new ForwardWeights<Cell, S>(args.weights[d], args.sizes, !is_short(args.layout));
+    const bool given = pack && args.packed[d];
+    if (!given) own.item[d] = new Packed(args.weights[d], args.sizes, pack);
+    weights[d] = given ? static_cast<const Packed*>(args.packed[d]) : own.item[d];
   });
   const int64_t slices = count_slices(args.layout, args.sizes, executor);
   parallel(executor, directions * slices, [&](int64_t task) {
     const int d = int(task / slices);
-    ForwardScan<Cell, S>(args, *weights.item[d], d, slice_of(args.layout, task % slices, slices)).run();
+    ForwardScan<Cell, S>(args, *weights[d], d, slice_of(args.layout, task % slices, slices)).run();
   });
 }

@@ -23,6 +23,7 @@ namespace rnn_ext::cpu {
 /// The kernels for one storage type.
 template <class S>
 struct Kernels {
+  std::unique_ptr<PackedWeights> (*pack)(CellKind, const Sizes&, const Weights<const S>&);
   void (*forward)(const ForwardArgs<S>&, const Executor&);
   void (*backward)(const BackwardArgs<S>&, const Executor&);
 };
@@ -30,16 +31,19 @@ struct Kernels {
 namespace baseline {
 extern const Kernels<float> kFloat;
 extern const Kernels<double> kDouble;
+void add_to_digest(Digest* digest, const void* data, size_t bytes);
 }  // namespace baseline
 #if defined(__x86_64__)
 #define RNN_EXT_X86_KERNELS 1
 namespace avx2 {
 extern const Kernels<float> kFloat;
 extern const Kernels<double> kDouble;
+void add_to_digest(Digest* digest, const void* data, size_t bytes);
 }  // namespace avx2
 namespace avx512 {
 extern const Kernels<float> kFloat;
 extern const Kernels<double> kDouble;
+void add_to_digest(Digest* digest, const void* data, size_t bytes);
 }  // namespace avx512
 namespace avx512_bf16 {
 extern const Kernels<BFloat16> kBFloat16;

@@ -6,7 +6,9 @@
 // D directions, T = rows: how many (timestep, entry) pairs exist.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace rnn_ext::cpu {
 
@@ -86,6 +88,11 @@ struct Sizes {
 /// Values of each row kept for backward, per hidden unit.
 int saved_values(CellKind cell, bool projected);
 
+/// One direction's weights rearranged for the forward pass, by and for the instruction set in use.
+struct PackedWeights {
+  virtual ~PackedWeights() = default;
+};
+
 template <class S>
 struct ForwardArgs {
   CellKind cell;
@@ -96,11 +103,12 @@ struct ForwardArgs {
   const S* h_0 = nullptr;       // [D, N, P], null: zeros
   const S* c_0 = nullptr;       // [D, N, H], null: zeros
   Weights<const S> weights[2];
-  Sequence<S> output;           // (.., D*P)
-  Sequence<S> cells;            // (.., D*H), data may be null
-  S* h_n = nullptr;             // [D, N, P]
-  S* c_n = nullptr;             // [D, N, H], of a cell with a cell state
-  Compute<S>* saved = nullptr;  // [D, T, saved_values, padded H], null: nothing is kept
+  const PackedWeights* packed[2] = {};  // of these very weights; null: the call packs them itself
+  Sequence<S> output;                   // (.., D*P)
+  Sequence<S> cells;                    // (.., D*H), data may be null
+  S* h_n = nullptr;                     // [D, N, P]
+  S* c_n = nullptr;                     // [D, N, H], of a cell with a cell state
+  Compute<S>* saved = nullptr;          // [D, T, saved_values, padded H], null: nothing is kept
 };
 
 template <class S>
@@ -133,6 +141,19 @@ bool set_capability(const char* name);
 
 /// Whether the instruction set in use multiplies BFloat16.
 bool computes_bfloat16();
+
+/// Whether a layer of this layout uses packed weights.
+bool uses_packed_weights(const Layout& layout);
+
+template <class S>
+std::unique_ptr<PackedWeights> pack_weights(CellKind cell, const Sizes& sizes, const Weights<const S>& weights);
+
+/// A digest of memory, to notice that weights have changed. Any change of a single number changes it.
+struct Digest {
+  uint64_t sums[16] = {};
+  bool operator==(const Digest&) const = default;
+};
+void add_to_digest(Digest* digest, const void* data, size_t bytes);
 
 template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor);

@@ -9,6 +9,7 @@
 #include <atomic>
 
 #include "ops/layer.h"
+#include "ops/packed_cache.h"
 
 namespace rnn_ext::ops {
 namespace {
@@ -159,7 +160,15 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
     args.h_n = data<scalar_t>(h_n);
     args.c_n = shape.cell.has_cell ? data<scalar_t>(c_n) : nullptr;
     args.saved = save ? data<cpu::Compute<scalar_t>>(saved) : nullptr;
-    for (int d = 0; d < sizes.directions; ++d) args.weights[d] = named_weights<const scalar_t>(w, shape, d);
+    std::shared_ptr<const cpu::PackedWeights> packed[2];
+    for (int d = 0; d < sizes.directions; ++d) {
+      args.weights[d] = named_weights<const scalar_t>(w, shape, d);
+      if (save || !cpu::uses_packed_weights(args.layout)) continue;
+      const int hh = shape.index(d, LayerShape::kWeightHh), ih = shape.index(d, LayerShape::kWeightIh);
+      if (!w[hh].is_same(weights[hh]) || !w[ih].is_same(weights[ih])) continue;  // converted for this call alone
+      packed[d] = cached_weights(args.cell, sizes, args.weights[d], w[hh]);
+      args.packed[d] = packed[d].get();
+    }
     cpu::layer_forward(args, executor());
   });
   const at::ScalarType result = input.scalar_type();

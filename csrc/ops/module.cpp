@@ -2,6 +2,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/layer.h"
+#include "ops/packed_cache.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of rnn_ext; see rnn_ext.ops.";
@@ -13,6 +14,8 @@ PYBIND11_MODULE(_C, m) {
       "saved_values",
       [](int cell, bool projected) { return rnn_ext::cpu::saved_values(rnn_ext::cpu::CellKind(cell), projected); },
       "Values per hidden unit and row kept for backward.");
+  m.def("cached_weights_count", &rnn_ext::ops::cached_weights_count, "Directions whose packed weights are kept.");
+  m.def("clear_cached_weights", &rnn_ext::ops::clear_cached_weights, "Forget all packed weights.");
   m.def(
       "require_grad", [](at::Tensor tensor) { return tensor.set_requires_grad(true); },
       "tensor.requires_grad_(), also inside a torch.func transform, for a tensor that nobody else has seen.");
