@@ -161,13 +161,16 @@ class BackwardScan {
   using V = Vec<T>;
 
  public:
-  BackwardScan(const BackwardArgs<S>& args, const BackwardWeights<Cell, S>& weights, int direction, Slice slice)
+  BackwardScan(const BackwardArgs<S>& args, const BackwardWeights<Cell, S>& weights, int direction, Slice slice,
+               int member, int members)
       : args_(args),
         layout_(args.layout),
         weights_(weights),
         direction_(direction),
         reverse_(direction == 1),
         slice_(slice),
+        hidden_part_(part_of<T>(args.sizes.hidden, member, members)),
+        out_part_(part_of<T>(args.sizes.output(), member, members)),
         hidden_(args.sizes.hidden),
         padded_(args.sizes.padded()),
         out_(args.sizes.output()),
@@ -191,21 +194,19 @@ class BackwardScan {
       read_states(c_0_.get(), padded_, args_.c_0 + states * hidden_, hidden_, layout_, slice_);
   }
 
-  /// The steps of `now`'s chunk; `before` holds the chunk walked before it, if any.
-  void run(const ChunkGrads<Cell, S>& now, const ChunkGrads<Cell, S>& before) {
-    now_ = &now;
+  /// The steps of `now`'s chunk, for some members of a team of which `threads` threads run a share each; `before` holds
+  /// the chunk walked before it, if any.
+  static void run(BackwardScan* const* scans, int count, const ChunkGrads<Cell, S>& now,
+                  const ChunkGrads<Cell, S>& before, Team& team, int threads) {
+    const BackwardScan& any = *scans[0];
     const int64_t steps = now.chunk.last - now.chunk.first;
     for (int64_t s = 0; s < steps; ++s) {
-      const int64_t t = reverse_ ? now.chunk.first + s : now.chunk.last - 1 - s;
-      const int64_t rows = slice_.active(layout_, t);
+      const int64_t t = any.reverse_ ? now.chunk.first + s : now.chunk.last - 1 - s;
+      const int64_t rows = any.slice_.active(any.layout_, t);
       if (rows == 0) continue;
-      const int64_t after = reverse_ ? t - 1 : t + 1;  // the step this direction ran next
-      const bool last = reverse_ ? t == 0 : after == layout_.steps;
-      const int64_t chained = last ? 0 : smaller(rows, slice_.active(layout_, after));
-      prepare(t, rows, after, chained);
-      step(t, 0, chained, after, s == 0 ? &before : &now);
-      step(t, chained, rows, after, nullptr);
-      leave(t, rows);
+      for (int i = 0; i < count; ++i) scans[i]->run_step(t, rows, now, s == 0 ? before : now);
+      team.meet(threads);
+      for (int i = 0; i < count; ++i) scans[i]->leave(t, rows);
     }
   }
 
@@ -213,13 +214,28 @@ class BackwardScan {
   void finish() {
     const int64_t states = layout_.batch * direction_;
     const int64_t alive = layout_.steps ? layout_.batch_sizes[0] : 0;
-    if (args_.grad_h_0)
-      write_states(args_.grad_h_0 + states * out_, out_, dh_.get(), out_padded_, layout_, slice_, alive, layout_.batch);
+    if (args_.grad_h_0) write_grad_h_0(alive, layout_.batch);
     if (Cell::kHasCell && args_.grad_c_0)
-      write_states(args_.grad_c_0 + states * hidden_, hidden_, dc_.get(), padded_, layout_, slice_, 0, layout_.batch);
+      write_states(args_.grad_c_0 + states * hidden_, hidden_, dc_.get(), padded_, layout_, slice_, 0, layout_.batch,
+                   hidden_part_.first * kLanes<T>, smaller(hidden_part_.last * kLanes<T>, hidden_));
   }
 
  private:
+  void run_step(int64_t t, int64_t rows, const ChunkGrads<Cell, S>& now, const ChunkGrads<Cell, S>& chained_to) {
+    now_ = &now;
+    const int64_t after = reverse_ ? t - 1 : t + 1;  // the step this direction ran next
+    const bool last = reverse_ ? t == 0 : after == layout_.steps;
+    const int64_t chained = last ? 0 : smaller(rows, slice_.active(layout_, after));
+    prepare(t, rows, after, chained);
+    step(t, 0, chained, after, &chained_to);
+    step(t, chained, rows, after, nullptr);
+  }
+
+  void write_grad_h_0(int64_t from, int64_t to) {
+    write_states(args_.grad_h_0 + layout_.batch * direction_ * out_, out_, dh_.get(), out_padded_, layout_, slice_,
+                 from, to, out_part_.first * kLanes<T>, smaller(out_part_.last * kLanes<T>, out_));
+  }
+
   S* gate_grads(int64_t t, int64_t r) const { return now_->gates_at(layout_, t, slice_.first + r); }
   S* proj_grads(int64_t t, int64_t r) const { return now_->proj_at(layout_, t, slice_.first + r); }
   const T* saved(int64_t t, int64_t r) const {
@@ -282,22 +298,21 @@ class BackwardScan {
     };
     const auto cell = [&](int64_t r, int64_t unit, V dh)
                           ALWAYS_INLINE_LAMBDA { backward_cell(t, first + r, unit, dh); };
-    const int64_t blocks = blocks_of<T>(out);
     if (proj == 0) {
-      product<1, S>(last - first, blocks, order, a_row, weights_.hidden.get(), segments, init,
+      product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.get(), segments, init,
                     [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
                       cell(r, block * kLanes<T>, whole_dh(r, block * kLanes<T>, *acc));
                     });
       return;
     }
     if constexpr (Cell::kHasCell) {  // only such cells can be projected
-      product<1, S>(last - first, blocks, order, a_row, weights_.hidden.get(), segments, init,
+      product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.get(), segments, init,
                     [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
                       const int64_t unit = block * kLanes<T>;
                       store_grads(proj_grads(t, first + r) + unit, whole_dh(r, unit, *acc), out - unit);
                     });
       product<1, S>(
-          last - first, blocks_of<T>(hidden_), order,
+          last - first, hidden_part_.first, hidden_part_.last, order,
           [=, this](int64_t r) { return reinterpret_cast<const Element<S>*>(proj_grads(t, first + r)); },
           weights_.proj.get(), Segments{1, elements<S>(proj), {}, 1}, init,
           [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA { cell(r, block * kLanes<T>, *acc); });
@@ -337,7 +352,6 @@ class BackwardScan {
   void leave(int64_t t, int64_t rows) {
     const int64_t from = reverse_ ? (t + 1 < layout_.steps ? slice_.active(layout_, t + 1) : 0) : t == 0 ? 0 : rows;
     if (from >= rows) return;
-    const int64_t states = (layout_.batch * direction_);
     if (args_.grad_h_0) {
       Buffer<const S*> dgates(rows - from);
       Buffer<T*> dh(rows - from);
@@ -352,14 +366,14 @@ class BackwardScan {
       p.c = dh.get();
       p.b = weights_.hidden.get();
       p.segments = hidden_segments_;
+      p.first = out_part_.first;
+      p.last = out_part_.last;
       p.accumulate = Cell::kDirectCarry;
       plain_product(p);
     }
     for (int64_t r = from; r < rows && args_.resets.data; ++r)
       if (begins(args_.resets, layout_, reverse_, t, slice_.first + r)) clear(r);
-    if (args_.grad_h_0)
-      write_states(args_.grad_h_0 + states * out_, out_, dh_.get(), out_padded_, layout_, slice_, slice_.first + from,
-                   slice_.first + rows);
+    if (args_.grad_h_0) write_grad_h_0(slice_.first + from, slice_.first + rows);
   }
 
   const BackwardArgs<S>& args_;
@@ -369,6 +383,7 @@ class BackwardScan {
   const int direction_;
   const bool reverse_;
   const Slice slice_;
+  const UnitBlocks hidden_part_, out_part_;  // this member's
   const int64_t hidden_, padded_, out_, out_padded_, saved_stride_;
   Segments hidden_segments_;
   Buffer<T> dh_;               // [slice, padded P]: the final state's gradient, then what skips the recurrent product
@@ -499,17 +514,20 @@ class BackwardPass {
   using T = Compute<S>;
 
  public:
-  BackwardPass(const BackwardArgs<S>& args, int direction, int64_t slices)
+  BackwardPass(const BackwardArgs<S>& args, int direction, int64_t slices, int members)
       : args_(args),
         direction_(direction),
         weights_(args.weights[direction], args.sizes, args.grad_input.data != nullptr),
         chunks_(args.layout, direction == 1),
         grads_{{args.sizes, args.layout}, {args.sizes, args.layout}},
-        scans_(slices),
+        scans_(slices * members),
         slices_(slices),
+        members_(members),
         bias_sum_(grads_[0].stride, true) {
-    for (int64_t i = 0; i < slices; ++i)
-      scans_.get()[i] = new BackwardScan<Cell, S>(args, weights_, direction, slice_of(args.layout, i, slices));
+    for (int64_t i = 0; i < slices * members; ++i) {
+      const Slice slice = slice_of(args.layout, i / members, slices);
+      scans_.get()[i] = new BackwardScan<Cell, S>(args, weights_, direction, slice, int(i % members), members);
+    }
     const Weights<T>& to = args.grad_weights[direction];
     const auto pieces = [](const T* grad, int64_t width) { return grad ? (width + kColumns - 1) / kColumns : 0; };
     tasks_[0] = pieces(to.weight_ih, args.sizes.input);
@@ -518,7 +536,7 @@ class BackwardPass {
     tasks_[3] = to.bias_ih || to.bias_hh;
   }
   ~BackwardPass() {
-    for (int64_t i = 0; i < slices_; ++i) delete scans_.get()[i];
+    for (int64_t i = 0; i < slices_ * members_; ++i) delete scans_.get()[i];
   }
 
   bool next_chunk() {
@@ -527,7 +545,16 @@ class BackwardPass {
     return chunks_.next(&grads_[turn_].chunk);
   }
 
-  void scan(int64_t slice) { scans_.get()[slice]->run(grads_[turn_], grads_[turn_ ^ 1]); }
+  void scan(int64_t slice) {
+    Team alone;
+    BackwardScan<Cell, S>::run(scans_.get() + slice * members_, members_, grads_[turn_], grads_[turn_ ^ 1], alone, 1);
+  }
+
+  /// The share of one of several threads in the only slice.
+  void scan_share(int thread, int threads) {
+    const int first = members_ * thread / threads, last = members_ * (thread + 1) / threads;
+    BackwardScan<Cell, S>::run(scans_.get() + first, last - first, grads_[turn_], grads_[turn_ ^ 1], team_, threads);
+  }
 
   /// After the scans, before the products.
   void pair() { grads_[turn_].pair(); }
@@ -553,7 +580,7 @@ class BackwardPass {
   }
 
   void finish() {
-    for (int64_t i = 0; i < slices_; ++i) scans_.get()[i]->finish();
+    for (int64_t i = 0; i < slices_ * members_; ++i) scans_.get()[i]->finish();
     const Weights<T>& to = args_.grad_weights[direction_];
     const int64_t hidden = args_.sizes.hidden, padded = args_.sizes.padded();
     const size_t bytes = size_t(hidden) * sizeof(T);
@@ -582,6 +609,8 @@ class BackwardPass {
   ChunkGrads<Cell, S> grads_[2];
   Buffer<BackwardScan<Cell, S>*> scans_;
   const int64_t slices_;
+  const int members_;
+  Team team_;
   Buffer<T> bias_sum_;  // [gate gradients, padded H]
   int64_t tasks_[4];    // weight_ih, weight_hh, weight_hr, biases
   int turn_ = 0;
@@ -594,9 +623,10 @@ template <class Cell, class S>
 void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int last, Compute<S>* apart,
           bool accumulate) {
   const int64_t slices = count_slices(args.layout, args.sizes, executor);
+  const int members = team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
   Both<BackwardPass<Cell, S>> passes;
   parallel(executor, last - first,
-           [&](int64_t i) { passes.item[i] = new BackwardPass<Cell, S>(args, first + int(i), slices); });
+           [&](int64_t i) { passes.item[i] = new BackwardPass<Cell, S>(args, first + int(i), slices, members); });
   for (;;) {
     bool more[2] = {false, false};
     int64_t scans = 0, products[2] = {0, 0};
@@ -608,7 +638,12 @@ void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int 
     }
     if (scans == 0) break;
     const int lead = more[0] ? 0 : 1;
-    parallel(executor, scans, [&](int64_t task) { passes.item[lead + task / slices]->scan(task % slices); });
+    if (members > 1) {
+      run_teams(executor, int(scans), members,
+                [&](int i, int thread, int threads) { passes.item[lead + i]->scan_share(thread, threads); });
+    } else {
+      parallel(executor, scans, [&](int64_t task) { passes.item[lead + task / slices]->scan(task % slices); });
+    }
     if (kPack<S> > 1) {
       parallel(executor, last - first, [&](int64_t i) {
         if (more[i]) passes.item[i]->pair();

@@ -79,12 +79,87 @@ void read_states(To* rows, int64_t stride, const From* states, int64_t width, co
     copy_row(rows + (j - slice.first) * stride, states + layout.entry(j) * width, width);
 }
 
+/// Columns [begin, end) of the rows [from, to).
 template <class To, class From>
 void write_states(To* states, int64_t width, const From* rows, int64_t stride, const Layout& layout, Slice slice,
-                  int64_t from, int64_t to) {
+                  int64_t from, int64_t to, int64_t begin, int64_t end) {
   if (!states) return;
   for (int64_t j = larger(from, slice.first); j < smaller(to, slice.last); ++j)
-    copy_row(states + layout.entry(j) * width, rows + (j - slice.first) * stride, width);
+    copy_row(states + layout.entry(j) * width + begin, rows + (j - slice.first) * stride + begin, end - begin);
+}
+
+/// Threads that share the hidden units of a slice: each runs the whole scan for its own and meets the others after
+/// every step. They spin, because a step is shorter than waking a thread, but not for long: there may be fewer
+/// processors than threads.
+class Team {
+ public:
+  void meet(int members) {
+    if (members == 1) return;
+    const int round = __atomic_load_n(&round_, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == members) {
+      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&round_, __ATOMIC_ACQUIRE) == round; ++spins) {
+      if (spins < kSpins) {
+#if defined(__x86_64__)
+        _mm_pause();
+#endif
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 4000;
+  alignas(64) int arrived_ = 0;
+  alignas(64) int round_ = 0;
+};
+
+/// How many threads share the units of each direction: only where the batch is too small to be cut, and where a step is
+/// long against a meeting (0.1 to 0.3 us).
+inline int team_size(const Layout& layout, const Sizes& sizes, int gates, const Executor& executor, int64_t slices) {
+  constexpr double kWorthwhile = 6e4;  // multiply-adds of a step
+  if (!executor.run_team || slices > 1 || sizes.proj || layout.steps == 0 || !uses_packed_weights(layout)) return 1;
+  const double step =
+      double(gates) * double(sizes.hidden) * double(sizes.hidden) * double(layout.rows) / double(layout.steps);
+  if (step < kWorthwhile) return 1;
+  return int(larger(1, smaller(executor.threads / sizes.directions, sizes.hidden / 64)));
+}
+
+/// Calls fn(direction - first, member, members) for the directions [first, last), all members of one at the same time.
+template <class Fn>
+void run_teams(const Executor& executor, int directions, int members, const Fn& fn) {
+  struct Call {
+    const Fn& fn;
+    int directions, members;
+  } call{fn, directions, members};
+  executor.run_team(
+      directions * members,
+      [](void* context, int thread, int threads) {
+        const Call& call = *static_cast<const Call*>(context);
+        const int members = int(smaller(call.members, threads / call.directions));
+        if (members > 0) {
+          if (thread < call.directions * members) call.fn(thread / members, thread % members, members);
+        } else if (thread == 0) {
+          for (int d = 0; d < call.directions; ++d) call.fn(d, 0, 1);
+        }
+      },
+      &call);
+}
+
+/// Blocks of hidden units.
+struct UnitBlocks {
+  int64_t first, last;
+};
+
+/// In whole tiles of the widest product, so that the sums do not depend on the number of members.
+template <class T>
+UnitBlocks part_of(int64_t hidden, int member, int members) {
+  const int64_t blocks = blocks_of<T>(hidden), tiles = (blocks + 3) / 4;
+  return {smaller(blocks, tiles * member / members * 4), smaller(blocks, tiles * (member + 1) / members * 4)};
 }
 
 /// One direction's weights as the forward scan wants them.
@@ -124,6 +199,33 @@ struct ForwardWeights : PackedWeights {
   Buffer<T> split_bias;       // [padded H]: bias_hh of the split gate
 };
 
+/// What the members of a team share: the states after the last two steps, [slice, padded P], and as the recurrent
+/// product wants them too, where that is another type.
+template <class S>
+struct ForwardStates {
+  using T = Compute<S>;
+  static constexpr bool kReduced = !std::is_same_v<S, T>;
+
+  ForwardStates(const ForwardArgs<S>& args, int direction, Slice slice)
+      : stride(Sizes::padded(args.sizes.output())),
+        h{Buffer<T>(slice.size() * stride, true), Buffer<T>(slice.size() * stride, true)},
+        reduced{Buffer<S>(kReduced ? slice.size() * stride : 0, true),
+                Buffer<S>(kReduced ? slice.size() * stride : 0, true)} {
+    if (!args.h_0) return;
+    const int64_t out = args.sizes.output();
+    const S* h_0 = args.h_0 + args.layout.batch * direction * out;
+    for (int i = 0; i < 2; ++i) {
+      read_states(h[i].get(), stride, h_0, out, args.layout, slice);
+      if constexpr (kReduced) read_states(reduced[i].get(), stride, h_0, out, args.layout, slice);
+    }
+  }
+
+  const int64_t stride;
+  Buffer<T> h[2];
+  Buffer<S> reduced[2];
+};
+
+/// The scan of one direction for a slice of the batch and, where a team shares it, a part of the hidden units.
 template <class Cell, class S>
 class ForwardScan {
   static constexpr int G = Cell::kGates;
@@ -131,13 +233,19 @@ class ForwardScan {
   using V = Vec<T>;
 
  public:
-  ForwardScan(const ForwardArgs<S>& args, const ForwardWeights<Cell, S>& weights, int direction, Slice slice)
+  ForwardScan(const ForwardArgs<S>& args, const ForwardWeights<Cell, S>& weights, int direction, Slice slice,
+              ForwardStates<S>& states, Team& team, int member, int members)
       : args_(args),
         layout_(args.layout),
         weights_(weights),
         direction_(direction),
         reverse_(direction == 1),
         slice_(slice),
+        states_(states),
+        team_(team),
+        member_(member),
+        members_(members),
+        part_(part_of<T>(args.sizes.hidden, member, members)),
         hidden_(args.sizes.hidden),
         padded_(args.sizes.padded()),
         out_(args.sizes.output()),
@@ -151,10 +259,6 @@ class ForwardScan {
         input_rows_(chunk_rows_),
         filled_up_(fill_up() ? chunk_rows_ * Sizes::padded(args.sizes.input) : 0),
         gate_rows_(chunk_rows_),
-        h_now_(slice.size() * out_padded_, true),
-        h_next_(slice.size() * out_padded_, true),
-        operand_now_(kReduced ? slice.size() * out_padded_ : 0, true),
-        operand_next_(kReduced ? slice.size() * out_padded_ : 0, true),
         c_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         hidden_gates_(short_ ? G * padded_ : 0),
         unprojected_(args.sizes.proj ? slice.size() * padded_ : 0, kReduced),
@@ -162,22 +266,16 @@ class ForwardScan {
 
   void run() {
     const int64_t states = layout_.batch * direction_;
-    S* h_n = args_.h_n + states * out_;
-    const S* h_0 = args_.h_0 ? args_.h_0 + states * out_ : nullptr;
-    read_states(h_now_.get(), out_padded_, h_0, out_, layout_, slice_);
-    read_states(h_next_.get(), out_padded_, h_0, out_, layout_, slice_);
-    if constexpr (kReduced) {
-      read_states(operand_now_.get(), out_padded_, h_0, out_, layout_, slice_);
-      read_states(operand_next_.get(), out_padded_, h_0, out_, layout_, slice_);
-    }
     if (Cell::kHasCell && args_.c_0)
       read_states(c_.get(), padded_, args_.c_0 + states * hidden_, hidden_, layout_, slice_);
-
-    State now = {h_now_.get(), operand_now_.get()};
-    State next = {h_next_.get(), operand_next_.get()};
+    State now = {states_.h[0].get(), states_.reduced[0].get()};
+    State next = {states_.h[1].get(), states_.reduced[1].get()};
+    const auto write_h_n = [&](const State& state, int64_t from, int64_t to) {
+      if (member_ == 0)
+        write_states(args_.h_n + states * out_, out_, state.h, out_padded_, layout_, slice_, from, to, 0, out_);
+    };
     const int64_t steps = layout_.steps;
-    const int64_t alive = steps ? layout_.batch_sizes[0] : 0;
-    write_states(h_n, out_, now.h, out_padded_, layout_, slice_, alive, layout_.batch);
+    write_h_n(now, steps ? layout_.batch_sizes[0] : 0, layout_.batch);
     for (int64_t s = 0; s < steps;) {
       const int64_t end = fill_chunk(s);
       int64_t row = 0;
@@ -185,26 +283,30 @@ class ForwardScan {
         const int64_t t = time(s);
         const int64_t rows = slice_.active(layout_, t);
         if (rows == 0) continue;
-        if (args_.resets.data) reset(t, rows, now);
+        if (args_.resets.data) {
+          reset(t, rows, now);
+          team_.meet(members_);
+        }
         step(t, rows, gate_rows_.get() + row, now, next);
+        team_.meet(members_);
         row += rows;
         const int64_t stay = reverse_        ? (t > 0 ? layout_.batch_sizes[t] : 0)
                              : t + 1 < steps ? layout_.batch_sizes[t + 1]
                                              : 0;
-        write_states(h_n, out_, next.h, out_padded_, layout_, slice_, stay, layout_.batch_sizes[t]);
+        write_h_n(next, stay, layout_.batch_sizes[t]);
         std::swap(now, next);
       }
     }
     if constexpr (Cell::kHasCell)
-      write_states(args_.c_n + states * hidden_, hidden_, c_.get(), padded_, layout_, slice_, 0, layout_.batch);
+      write_states(args_.c_n + states * hidden_, hidden_, c_.get(), padded_, layout_, slice_, 0, layout_.batch,
+                   part_.first * kLanes<T>, smaller(part_.last * kLanes<T>, hidden_));
   }
 
  private:
   static constexpr int64_t kChunkBytes = 256 * 1024;  // input gates that stay in the second-level cache until used
 
-  static constexpr bool kReduced = !std::is_same_v<S, T>;
+  static constexpr bool kReduced = ForwardStates<S>::kReduced;
 
-  /// The state after a step, [slice, padded P]; as the recurrent product wants it too, where that is another type.
   struct State {
     T* h;
     S* reduced;
@@ -272,15 +374,23 @@ class ForwardScan {
     p.b = weights_.input.get();
     p.segments.length = elements<S>(args_.sizes.input);
     p.bias = weights_.bias.get();
-    plain_product(p);
+    const int64_t gate_blocks = padded_ / kLanes<T>;
+    for (int64_t g = 0; members_ > 1 && g < G; ++g) {
+      p.first = g * gate_blocks + part_.first;
+      p.last = g * gate_blocks + part_.last;
+      plain_product(p);
+    }
+    if (members_ == 1) plain_product(p);
     return s;
   }
 
   void reset(int64_t t, int64_t rows, State now) {
     for (int64_t r = 0; r < rows; ++r) {
       if (!begins(args_.resets, layout_, reverse_, t, slice_.first + r)) continue;
-      std::memset(now.h + r * out_padded_, 0, size_t(out_) * sizeof(T));
-      if (kReduced) std::memset(now.reduced + r * out_padded_, 0, size_t(out_) * sizeof(S));
+      if (member_ == 0) {
+        std::memset(now.h + r * out_padded_, 0, size_t(out_) * sizeof(T));
+        if (kReduced) std::memset(now.reduced + r * out_padded_, 0, size_t(out_) * sizeof(S));
+      }
       if (Cell::kHasCell) std::memset(c_.get() + r * padded_, 0, size_t(hidden_) * sizeof(T));
     }
   }
@@ -340,8 +450,9 @@ class ForwardScan {
       }
     } else {
       product<G, S>(
-          rows, blocks_of<T>(hidden), order, [=](int64_t r) { return reinterpret_cast<const Element<S>*>(a_row(r)); },
-          weights_.hidden.get(), Segments{1, elements<S>(out), {}, 1}, init, finish);
+          rows, part_.first, part_.last, order,
+          [=](int64_t r) { return reinterpret_cast<const Element<S>*>(a_row(r)); }, weights_.hidden.get(),
+          Segments{1, elements<S>(out), {}, 1}, init, finish);
     }
     if (projected) project(t, rows, next);
   }
@@ -381,6 +492,10 @@ class ForwardScan {
   const int direction_;
   const bool reverse_;
   const Slice slice_;
+  ForwardStates<S>& states_;
+  Team& team_;
+  const int member_, members_;
+  const UnitBlocks part_;
   const int64_t hidden_, padded_, out_, out_padded_;
   const int saved_;
   const bool short_, keep_;
@@ -389,12 +504,10 @@ class ForwardScan {
   Buffer<const S*> input_rows_;  // [chunk rows]
   Buffer<S> filled_up_;          // [chunk rows, padded I], where fill_up()
   Buffer<T*> gate_rows_;         // [chunk rows]
-  Buffer<T> h_now_, h_next_;     // [slice, padded P]
-  Buffer<S> operand_now_, operand_next_;  // [slice, padded P], where kReduced
-  Buffer<T> c_;                           // [slice, padded H]
-  Buffer<T> hidden_gates_;                // [G, padded H], of one row, where weights are not packed
-  Buffer<S> unprojected_;                 // [slice, padded H]
-  Buffer<T*> output_rows_;                // [slice]
+  Buffer<T> c_;                  // [slice, padded H]
+  Buffer<T> hidden_gates_;       // [G, padded H], of one row, where weights are not packed
+  Buffer<S> unprojected_;        // [slice, padded H]
+  Buffer<T*> output_rows_;       // [slice]
 };
 
 template <class Cell, class S>
@@ -410,8 +523,23 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
     weights[d] = given ? static_cast<const Packed*>(args.packed[d]) : own.item[d];
   });
   const int64_t slices = count_slices(args.layout, args.sizes, executor);
-  parallel(executor, directions * slices, [&](int64_t task) {
-    const int d = int(task / slices);
-    ForwardScan<Cell, S>(args, *weights[d], d, slice_of(args.layout, task % slices, slices)).run();
-  });
+  const auto scan = [&](int d, Slice slice, ForwardStates<S>& states, Team& team, int member, int members) {
+    ForwardScan<Cell, S>(args, *weights[d], d, slice, states, team, member, members).run();
+  };
+  const int members = team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
+  if (members == 1) {
+    return parallel(executor, directions * slices, [&](int64_t task) {
+      const int d = int(task / slices);
+      const Slice slice = slice_of(args.layout, task % slices, slices);
+      ForwardStates<S> states(args, d, slice);
+      Team alone;
+      scan(d, slice, states, alone, 0, 1);
+    });
+  }
+  const Slice whole = slice_of(args.layout, 0, 1);
+  Both<ForwardStates<S>> states;
+  Team teams[2];
+  for (int d = 0; d < directions; ++d) states.item[d] = new ForwardStates<S>(args, d, whole);
+  run_teams(executor, directions, members,
+            [&](int d, int member, int actual) { scan(d, whole, *states.item[d], teams[d], member, actual); });
 }

@@ -1,6 +1,8 @@
 // The table of kernels that each instruction set fills, and every library header the kernels use.
 #pragma once
 
+#include <sched.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>

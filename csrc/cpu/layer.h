@@ -71,6 +71,9 @@ struct Weights {
 struct Executor {
   int threads = 1;
   void (*run)(int64_t tasks, void (*fn)(void*, int64_t), void* context) = nullptr;
+  /// Runs fn(context, i, n) for i = 0 .. n - 1 on n threads at the same time, which may wait for each other; n is what
+  /// could be had of the `threads` wished for. Null: cannot.
+  void (*run_team)(int threads, void (*fn)(void*, int, int), void* context) = nullptr;
 };
 
 struct Sizes {

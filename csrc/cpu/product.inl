@@ -152,13 +152,13 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, Or
   return block;
 }
 
-/// For rows 0..rows-1 and every block of B: acc[G] = init(row, block), acc += A row . B block, finish(row, block, acc).
+/// For rows 0..rows-1 and the blocks [block, blocks) of B, `block` a multiple of 4: acc[G] = init(row, block), acc += A
+/// row . B block, finish(row, block, acc).
 ///
 /// a_row(row) points at the row's element k = 0.
 template <int G, class S, class Row, class Init, class Finish>
-ALWAYS_INLINE void product(int64_t rows, int64_t blocks, Order order, const Row& a_row, const Element<S>* b,
-                           const Segments& segments, const Init& init, const Finish& finish) {
-  int64_t block = 0;
+ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
+                           const Element<S>* b, const Segments& segments, const Init& init, const Finish& finish) {
   if constexpr (G == 1) {
     block = run_blocks<4, 1, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
   }
@@ -259,6 +259,8 @@ struct PlainProduct {
   Compute<S>* const* c = nullptr;  // [rows], of `columns` elements each
   const Element<S>* b = nullptr;   // packed, [columns / lanes][k][lanes]
   Segments segments;
+  int64_t first = 0;                 // blocks of columns, a multiple of 4, and
+  int64_t last = -1;                 // the end of them; -1: of all
   const Compute<S>* bias = nullptr;  // [columns, padded to whole vectors]
   bool accumulate = false;           // add to what C holds
   Order order = Order::kRows;
@@ -269,8 +271,8 @@ NO_INLINE void plain_product(const PlainProduct<S>& p) {
   using T = Compute<S>;
   using V = Vec<T>;
   product<1, S>(
-      p.rows, blocks_of<T>(p.columns), p.order, [&](int64_t r) { return reinterpret_cast<const Element<S>*>(p.a[r]); },
-      p.b, p.segments,
+      p.rows, p.first, p.last < 0 ? blocks_of<T>(p.columns) : p.last, p.order,
+      [&](int64_t r) { return reinterpret_cast<const Element<S>*>(p.a[r]); }, p.b, p.segments,
       [&](int64_t, int64_t block, V* acc) {
         const int64_t column = block * kLanes<T>;
         *acc = p.bias ? load(p.bias + column) : V{};

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <omp.h>
 #include <pthread.h>
 #include <torch/library.h>
 
@@ -25,6 +26,12 @@ cpu::Executor executor() {
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) fn(context, i);
     });
+  };
+  // at::parallel_for may give one thread several tasks, one after the other: threads that wait for each other need a
+  // region of their own, in the same pool.
+  executor.run_team = [](int threads, void (*fn)(void*, int, int), void* context) {
+#pragma omp parallel num_threads(threads)
+    fn(context, omp_get_thread_num(), omp_get_num_threads());
   };
   return executor;
 }
