@@ -1,7 +1,7 @@
 // The layer op on the CPU: hands tensors to csrc/cpu. Reduced precision is storage: computed in float32.
 #include <ATen/Dispatch.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <pthread.h>
 #include <torch/library.h>
@@ -32,8 +32,18 @@ bool reduced(const at::Tensor& input) {
   return input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
 }
 
+/// at::empty without a trip through the dispatcher, of which a call makes five.
+at::Tensor empty(at::IntArrayRef size, const at::TensorOptions& options) {
+  return at::detail::empty_cpu(size, options);
+}
+
+/// tensor.to(dtype), which even with nothing to do costs a trip through the dispatcher.
+at::Tensor cast(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+}
+
 /// The dtype the kernels compute in, in memory they can walk.
-at::Tensor prepare(const at::Tensor& tensor, at::ScalarType dtype) { return tensor.to(dtype).contiguous(); }
+at::Tensor prepare(const at::Tensor& tensor, at::ScalarType dtype) { return cast(tensor, dtype).contiguous(); }
 
 OptionalTensor prepare(const OptionalTensor& tensor, at::ScalarType dtype) {
   if (!tensor.has_value() || !tensor->defined()) return std::nullopt;
@@ -42,8 +52,8 @@ OptionalTensor prepare(const OptionalTensor& tensor, at::ScalarType dtype) {
 
 /// A sequence only needs unit stride in its features: transposed, sliced and expanded ones are read where they lie.
 at::Tensor prepare_sequence(const at::Tensor& tensor, at::ScalarType dtype) {
-  const at::Tensor cast = tensor.to(dtype);
-  return cast.stride(-1) == 1 || cast.size(-1) <= 1 ? cast : cast.contiguous();
+  const at::Tensor result = cast(tensor, dtype);
+  return result.stride(-1) == 1 || result.size(-1) <= 1 ? result : result.contiguous();
 }
 
 OptionalTensor prepare_sequence(const OptionalTensor& tensor, at::ScalarType dtype) {
@@ -121,14 +131,14 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
   // Positions past a sequence's length are not visited.
   const auto new_sequence = [&](int64_t features) {
     return lengths.has_value() ? at::zeros(shape.sequence_sizes(features), options)
-                               : at::empty(shape.sequence_sizes(features), options);
+                               : empty(shape.sequence_sizes(features), options);
   };
   at::Tensor output = new_sequence(sizes.directions * sizes.output());
-  at::Tensor cells = cell_states ? new_sequence(sizes.directions * sizes.hidden) : at::empty({0}, options);
-  at::Tensor h_n = at::empty({sizes.directions, shape.batch, sizes.output()}, options);
+  at::Tensor cells = cell_states ? new_sequence(sizes.directions * sizes.hidden) : empty({0}, options);
+  at::Tensor h_n = empty({sizes.directions, shape.batch, sizes.output()}, options);
   at::Tensor c_n =
-      shape.cell.has_cell ? at::empty({sizes.directions, shape.batch, sizes.hidden}, options) : at::empty({0}, options);
-  at::Tensor saved = at::empty({save ? saved_numel(shape) : 0}, options);
+      shape.cell.has_cell ? empty({sizes.directions, shape.batch, sizes.hidden}, options) : empty({0}, options);
+  at::Tensor saved = empty({save ? saved_numel(shape) : 0}, options);
 
   AT_DISPATCH_FLOATING_TYPES(dtype, "rnn_ext::layer", [&] {
     cpu::ForwardArgs<scalar_t> args;
@@ -148,7 +158,7 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
     cpu::layer_forward(args, executor());
   });
   const at::ScalarType result = input.scalar_type();
-  return {output.to(result), h_n.to(result), c_n.to(result), cells.to(result), saved};
+  return {cast(output, result), cast(h_n, result), cast(c_n, result), cast(cells, result), saved};
 }
 
 LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -190,13 +200,13 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   at::Tensor dx, dh_0, dc_0;
   if (output_mask.get(0)) {
     const auto size = shape.sequence_sizes(sizes.input);
-    dx = lengths.has_value() ? at::zeros(size, options) : at::empty(size, options);
+    dx = lengths.has_value() ? at::zeros(size, options) : empty(size, options);
   }
-  if (output_mask.get(1)) dh_0 = at::empty({sizes.directions, shape.batch, sizes.output()}, options);
-  if (output_mask.get(2)) dc_0 = at::empty({sizes.directions, shape.batch, sizes.hidden}, options);
+  if (output_mask.get(1)) dh_0 = empty({sizes.directions, shape.batch, sizes.output()}, options);
+  if (output_mask.get(2)) dc_0 = empty({sizes.directions, shape.batch, sizes.hidden}, options);
   std::vector<at::Tensor> dw(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
-    if (output_mask.get(3 + i)) dw[i] = at::empty(weights[i].sizes(), options);
+    if (output_mask.get(3 + i)) dw[i] = empty(weights[i].sizes(), options);
   }
 
   AT_DISPATCH_FLOATING_TYPES(dtype, "rnn_ext::layer_backward", [&] {
@@ -226,7 +236,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
 
   // A schema's results are defined: what was not asked for is empty.
   const auto finish = [&](const at::Tensor& grad) {
-    return grad.defined() ? grad.to(input.scalar_type()) : at::empty({0}, input.options());
+    return grad.defined() ? cast(grad, input.scalar_type()) : empty({0}, input.options());
   };
   for (at::Tensor& grad : dw) grad = finish(grad);
   return {finish(dx), finish(dh_0), finish(dc_0), std::move(dw)};
