@@ -34,7 +34,7 @@ if distributed:
     model = DistributedDataParallel(classifier)
 optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
-for epoch in range(8):
+for _epoch in range(8):
     for batch in torch.randperm(len(text)).split(128):
         mine = batch[rank::processes]
         probability = model(text[mine], lengths[mine])
