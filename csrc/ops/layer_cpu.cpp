@@ -2,11 +2,13 @@
 #include <ATen/Dispatch.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/zeros.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 
 #include "ops/layer.h"
 
@@ -32,9 +34,20 @@ bool reduced(const at::Tensor& input) {
   return input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
 }
 
-/// at::empty without a trip through the dispatcher, of which a call makes five.
+/// at::empty without a trip through the dispatcher, of which a call makes five. Large memory comes fresh from the
+/// system at each call, and faulting it in by pages of 4 KiB can take a third of a training step: ask for huge ones.
 at::Tensor empty(at::IntArrayRef size, const at::TensorOptions& options) {
-  return at::detail::empty_cpu(size, options);
+  at::Tensor tensor = at::detail::empty_cpu(size, options);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+  if (tensor.nbytes() >= 2 * kHugePage) {
+    const auto data = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+    const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t end = (data + tensor.nbytes()) / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // where there are none, so be it
+  }
+#endif
+  return tensor;
 }
 
 /// tensor.to(dtype), which even with nothing to do costs a trip through the dispatcher.
@@ -105,6 +118,20 @@ cpu::Weights<T> named_weights(at::TensorList flat, const LayerShape& shape, int 
           find(LayerShape::kBiasHh), find(LayerShape::kWeightHr)};
 }
 
+/// Zeros where a sequence has ended: the kernels do not visit these positions.
+template <class T>
+void zero_past_end(const cpu::Sequence<T>& sequence, const cpu::Layout& layout, int64_t features) {
+  int64_t end = layout.steps;
+  for (int64_t j = 0; j < layout.batch; ++j) {
+    while (end > 0 && layout.batch_sizes[end - 1] <= j) --end;
+    if (sequence.step == features) {
+      std::fill_n(sequence.at(layout, end, j), (layout.steps - end) * features, T(0));
+    } else {
+      for (int64_t t = end; t < layout.steps; ++t) std::fill_n(sequence.at(layout, t, j), features, T(0));
+    }
+  }
+}
+
 /// Of padded input every position counts, so that the size does not depend on the lengths' values.
 int64_t saved_numel(const LayerShape& shape) {
   const int64_t rows = shape.packed ? shape.rows : shape.length * shape.batch;
@@ -128,11 +155,7 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
   w.reserve(weights.size());
   for (const at::Tensor& weight : weights) w.push_back(prepare(weight, dtype));
 
-  // Positions past a sequence's length are not visited.
-  const auto new_sequence = [&](int64_t features) {
-    return lengths.has_value() ? at::zeros(shape.sequence_sizes(features), options)
-                               : empty(shape.sequence_sizes(features), options);
-  };
+  const auto new_sequence = [&](int64_t features) { return empty(shape.sequence_sizes(features), options); };
   at::Tensor output = new_sequence(sizes.directions * sizes.output());
   at::Tensor cells = cell_states ? new_sequence(sizes.directions * sizes.hidden) : empty({0}, options);
   at::Tensor h_n = empty({sizes.directions, shape.batch, sizes.output()}, options);
@@ -151,6 +174,10 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
     args.c_0 = pointer<scalar_t>(c);
     args.output = sequence<scalar_t>(output, shape);
     if (cell_states) args.cells = sequence<scalar_t>(cells, shape);
+    if (lengths.has_value()) {
+      zero_past_end(args.output, args.layout, output.size(-1));
+      if (cell_states) zero_past_end(args.cells, args.layout, cells.size(-1));
+    }
     args.h_n = h_n.data_ptr<scalar_t>();
     args.c_n = shape.cell.has_cell ? c_n.data_ptr<scalar_t>() : nullptr;
     args.saved = save ? saved.data_ptr<scalar_t>() : nullptr;
@@ -198,10 +225,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   for (const at::Tensor& weight : weights) w.push_back(prepare(weight, dtype));
 
   at::Tensor dx, dh_0, dc_0;
-  if (output_mask.get(0)) {
-    const auto size = shape.sequence_sizes(sizes.input);
-    dx = lengths.has_value() ? at::zeros(size, options) : empty(size, options);
-  }
+  if (output_mask.get(0)) dx = empty(shape.sequence_sizes(sizes.input), options);
   if (output_mask.get(1)) dh_0 = empty({sizes.directions, shape.batch, sizes.output()}, options);
   if (output_mask.get(2)) dc_0 = empty({sizes.directions, shape.batch, sizes.hidden}, options);
   std::vector<at::Tensor> dw(weights.size());
@@ -224,7 +248,10 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     args.grad_cells = sequence<const scalar_t>(dcells, shape);
     args.grad_h_n = pointer<scalar_t>(dh_n);
     args.grad_c_n = pointer<scalar_t>(dc_n);
-    if (dx.defined()) args.grad_input = sequence<scalar_t>(dx, shape);
+    if (dx.defined()) {
+      args.grad_input = sequence<scalar_t>(dx, shape);
+      if (lengths.has_value()) zero_past_end(args.grad_input, args.layout, sizes.input);
+    }
     args.grad_h_0 = dh_0.defined() ? dh_0.data_ptr<scalar_t>() : nullptr;
     args.grad_c_0 = dc_0.defined() ? dc_0.data_ptr<scalar_t>() : nullptr;
     for (int d = 0; d < sizes.directions; ++d) {
