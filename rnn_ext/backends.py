@@ -79,14 +79,14 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: object = None
         ValueError, RuntimeError: its backend is unknown, or is ``"custom"`` and cannot run, as the call itself would.
     """
     if not _has_backend(module):
-        raise TypeError(f"explain expects an rnn_ext.RNN, LSTM or GRU, got {type(module).__name__}")
+        raise TypeError(f"explain expects an rnn_ext.RNN, LSTM, GRU or cell of these, got {type(module).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
     cell = module.mode.lower()
     custom = use_custom(module.backend, data)
     reason = can_run_custom(data)[1] if module.backend == "auto" else f"backend={module.backend!r} was asked for"
     if custom:
         return Explanation("custom", f"rnn_ext::layer {cell}, {ops.cpu_capability()}", reason)
-    return Explanation("native", f"torch.{cell}", reason)
+    return Explanation("native", f"torch.{cell}{'_cell' if isinstance(module, nn.RNNCellBase) else ''}", reason)
 
 
 def set_backend(model: ModuleT, backend: str) -> ModuleT:
@@ -103,7 +103,7 @@ def set_backend(model: ModuleT, backend: str) -> ModuleT:
 
 
 def _has_backend(module: nn.Module) -> bool:
-    return isinstance(module, nn.RNNBase) and hasattr(module, "backend")
+    return isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and hasattr(module, "backend")
 
 
 def native(

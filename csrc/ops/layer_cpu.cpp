@@ -1,13 +1,15 @@
 // The layer op on the CPU: hands tensors to csrc/cpu. float16, and bfloat16 where the processor does not multiply it,
 // is converted to float32 and back.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <omp.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
@@ -64,8 +66,29 @@ T* data(const at::Tensor& tensor) {
   }
 }
 
+/// at::empty without a trip through the dispatcher, of which a call makes five. Large memory comes fresh from the
+/// system at each call, and faulting it in by pages of 4 KiB can take a third of a training step: ask for huge ones.
+at::Tensor empty(at::IntArrayRef size, const at::TensorOptions& options) {
+  at::Tensor tensor = at::detail::empty_cpu(size, options);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+  if (tensor.nbytes() >= 2 * kHugePage) {
+    const auto data = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+    const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t end = (data + tensor.nbytes()) / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // where there are none, so be it
+  }
+#endif
+  return tensor;
+}
+
+/// tensor.to(dtype), which even with nothing to do costs a trip through the dispatcher.
+at::Tensor cast(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+}
+
 /// In memory the kernels can walk.
-at::Tensor prepare(const at::Tensor& tensor, at::ScalarType dtype) { return tensor.to(dtype).contiguous(); }
+at::Tensor prepare(const at::Tensor& tensor, at::ScalarType dtype) { return cast(tensor, dtype).contiguous(); }
 
 OptionalTensor prepare(const OptionalTensor& tensor, at::ScalarType dtype) {
   if (!tensor.has_value() || !tensor->defined()) return std::nullopt;
@@ -74,8 +97,8 @@ OptionalTensor prepare(const OptionalTensor& tensor, at::ScalarType dtype) {
 
 /// A sequence only needs unit stride in its features: transposed, sliced and expanded ones are read where they lie.
 at::Tensor prepare_sequence(const at::Tensor& tensor, at::ScalarType dtype) {
-  const at::Tensor cast = tensor.to(dtype);
-  return cast.stride(-1) == 1 || cast.size(-1) <= 1 ? cast : cast.contiguous();
+  const at::Tensor result = cast(tensor, dtype);
+  return result.stride(-1) == 1 || result.size(-1) <= 1 ? result : result.contiguous();
 }
 
 OptionalTensor prepare_sequence(const OptionalTensor& tensor, at::ScalarType dtype) {
@@ -117,6 +140,20 @@ cpu::Weights<T> named_weights(at::TensorList flat, const LayerShape& shape, int 
           find(LayerShape::kBiasHh), find(LayerShape::kWeightHr)};
 }
 
+/// Zeros where a sequence has ended: the kernels do not visit these positions.
+template <class T>
+void zero_past_end(const cpu::Sequence<T>& sequence, const cpu::Layout& layout, int64_t features) {
+  int64_t end = layout.steps;
+  for (int64_t j = 0; j < layout.batch; ++j) {
+    while (end > 0 && layout.batch_sizes[end - 1] <= j) --end;
+    if (sequence.step == features) {
+      std::fill_n(sequence.at(layout, end, j), (layout.steps - end) * features, T(0));
+    } else {
+      for (int64_t t = end; t < layout.steps; ++t) std::fill_n(sequence.at(layout, t, j), features, T(0));
+    }
+  }
+}
+
 /// Of padded input every position counts, so that the size does not depend on the lengths' values.
 int64_t saved_numel(const LayerShape& shape) {
   const int64_t rows = shape.packed ? shape.rows : shape.length * shape.batch;
@@ -140,17 +177,13 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
   w.reserve(weights.size());
   for (const at::Tensor& weight : weights) w.push_back(prepare(weight, dtype));
 
-  // Positions past a sequence's length are not visited.
-  const auto new_sequence = [&](int64_t features) {
-    return lengths.has_value() ? at::zeros(shape.sequence_sizes(features), options)
-                               : at::empty(shape.sequence_sizes(features), options);
-  };
+  const auto new_sequence = [&](int64_t features) { return empty(shape.sequence_sizes(features), options); };
   at::Tensor output = new_sequence(sizes.directions * sizes.output());
-  at::Tensor cells = cell_states ? new_sequence(sizes.directions * sizes.hidden) : at::empty({0}, options);
-  at::Tensor h_n = at::empty({sizes.directions, shape.batch, sizes.output()}, options);
+  at::Tensor cells = cell_states ? new_sequence(sizes.directions * sizes.hidden) : empty({0}, options);
+  at::Tensor h_n = empty({sizes.directions, shape.batch, sizes.output()}, options);
   at::Tensor c_n =
-      shape.cell.has_cell ? at::empty({sizes.directions, shape.batch, sizes.hidden}, options) : at::empty({0}, options);
-  at::Tensor saved = at::empty({save ? saved_numel(shape) : 0}, options.dtype(compute_type(input)));
+      shape.cell.has_cell ? empty({sizes.directions, shape.batch, sizes.hidden}, options) : empty({0}, options);
+  at::Tensor saved = empty({save ? saved_numel(shape) : 0}, options.dtype(compute_type(input)));
 
   with_storage(dtype, [&](auto storage) {
     using scalar_t = decltype(storage);
@@ -164,6 +197,10 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
     args.c_0 = pointer<scalar_t>(c);
     args.output = sequence<scalar_t>(output, shape);
     if (cell_states) args.cells = sequence<scalar_t>(cells, shape);
+    if (lengths.has_value()) {
+      zero_past_end(args.output, args.layout, output.size(-1));
+      if (cell_states) zero_past_end(args.cells, args.layout, cells.size(-1));
+    }
     args.h_n = data<scalar_t>(h_n);
     args.c_n = shape.cell.has_cell ? data<scalar_t>(c_n) : nullptr;
     args.saved = save ? data<cpu::Compute<scalar_t>>(saved) : nullptr;
@@ -179,7 +216,7 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
     cpu::layer_forward(args, executor());
   });
   const at::ScalarType result = input.scalar_type();
-  return {output.to(result), h_n.to(result), c_n.to(result), cells.to(result), saved};
+  return {cast(output, result), cast(h_n, result), cast(c_n, result), cast(cells, result), saved};
 }
 
 LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -219,15 +256,12 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   for (const at::Tensor& weight : weights) w.push_back(prepare(weight, dtype));
 
   at::Tensor dx, dh_0, dc_0;
-  if (output_mask.get(0)) {
-    const auto size = shape.sequence_sizes(sizes.input);
-    dx = lengths.has_value() ? at::zeros(size, options) : at::empty(size, options);
-  }
-  if (output_mask.get(1)) dh_0 = at::empty({sizes.directions, shape.batch, sizes.output()}, options);
-  if (output_mask.get(2)) dc_0 = at::empty({sizes.directions, shape.batch, sizes.hidden}, options);
+  if (output_mask.get(0)) dx = empty(shape.sequence_sizes(sizes.input), options);
+  if (output_mask.get(1)) dh_0 = empty({sizes.directions, shape.batch, sizes.output()}, options);
+  if (output_mask.get(2)) dc_0 = empty({sizes.directions, shape.batch, sizes.hidden}, options);
   std::vector<at::Tensor> dw(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
-    if (output_mask.get(3 + i)) dw[i] = at::empty(weights[i].sizes(), options);
+    if (output_mask.get(3 + i)) dw[i] = empty(weights[i].sizes(), options);
   }
 
   with_storage(dtype, [&](auto storage) {
@@ -247,7 +281,10 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     args.grad_cells = sequence<const scalar_t>(dcells, shape);
     args.grad_h_n = pointer<scalar_t>(dh_n);
     args.grad_c_n = pointer<scalar_t>(dc_n);
-    if (dx.defined()) args.grad_input = sequence<compute_t>(dx, shape);
+    if (dx.defined()) {
+      args.grad_input = sequence<compute_t>(dx, shape);
+      if (lengths.has_value()) zero_past_end(args.grad_input, args.layout, sizes.input);
+    }
     args.grad_h_0 = dh_0.defined() ? data<compute_t>(dh_0) : nullptr;
     args.grad_c_0 = dc_0.defined() ? data<compute_t>(dc_0) : nullptr;
     for (int d = 0; d < sizes.directions; ++d) {
@@ -259,7 +296,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
 
   // A schema's results are defined: what was not asked for is empty.
   const auto finish = [&](const at::Tensor& grad) {
-    return grad.defined() ? grad.to(input.scalar_type()) : at::empty({0}, input.options());
+    return grad.defined() ? cast(grad, input.scalar_type()) : empty({0}, input.options());
   };
   for (at::Tensor& grad : dw) grad = finish(grad);
   return {finish(dx), finish(dh_0), finish(dc_0), std::move(dw)};
