@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from rnn_ext.backends import check_backend
-from rnn_ext.modules import GRU, LSTM, RNN
+from rnn_ext.modules import GRU, LSTM, OPTIONS, RNN
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -39,6 +39,7 @@ def convert(model: ModuleT, backend: str = "auto") -> ModuleT:
     for module in _change_class(model, TO_CUSTOM):
         module.__dict__.pop("_flat_weights", None)  # ours is a property
         module.backend = backend
+        vars(module).update(OPTIONS)
     return model
 
 
@@ -49,6 +50,8 @@ def to_native(model: ModuleT) -> ModuleT:
     """
     for module in _change_class(model, TO_NATIVE):
         del module.backend
+        for option in OPTIONS:
+            del module.__dict__[option]
         module._init_flat_weights()
     return model
 

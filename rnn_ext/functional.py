@@ -12,6 +12,8 @@ The four functions take the same options:
   PackedSequence.
 - `resets` (bool (L, N), or (N, L) if batch_first, (L,) if unbatched, None): timesteps at which an independent sequence
   begins: the state before it is zero, in both directions. Not for a PackedSequence; custom backend only.
+- `recompute` (bool, False): keep only `input` and the initial states for backward, which then runs forward once more.
+  Saves memory and changes nothing else; the native backend, which cannot, runs as ever. Figures: :class:`rnn_ext.RNN`.
 - `backend` (``"auto"``, ``"custom"`` or ``"native"``): see :mod:`rnn_ext.backends`.
 
 `weights` is flat, in the order of ``module.parameters()``: for each layer, for each direction, weight_ih (G*H, I),
@@ -30,7 +32,7 @@ They raise
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -50,7 +52,17 @@ class Options(TypedDict, total=False):
     training: bool
     lengths: Sequence[int] | Tensor | None
     resets: Tensor | None
+    recompute: bool
     backend: str
+
+
+class Extras(NamedTuple):
+    """What torch.nn's layers do not have and that is the same for every layer of a stack."""
+
+    recompute: bool = False
+
+
+NO_EXTRAS = Extras()
 
 
 def rnn_tanh(
@@ -137,18 +149,22 @@ def recurrent(
     lengths: Sequence[int] | Tensor | None = None,
     resets: Tensor | None = None,
     cell_states: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor | PackedSequence, Tensor, Tensor | None, Tensor | PackedSequence | None]:
     """Any cell, input in any layout: output, h_n, c_n (None unless lstm), cells (None unless asked for)."""
     stack = (num_layers, bidirectional, dropout, training)
+    extras = Extras(recompute) if recompute else NO_EXTRAS
     if isinstance(input, PackedSequence):
         if lengths is not None or resets is not None:
             raise ValueError("lengths and resets are for padded input, got a PackedSequence, which has its own lengths")
-        return _packed(cell, input, h_0, c_0, weights, stack, backend, cell_states)
+        return _packed(cell, input, h_0, c_0, weights, stack, backend, cell_states, extras)
     dim = input.dim()
     if dim == 3:
-        return _layers(cell, input, h_0, c_0, weights, *stack, batch_first, backend, None, lengths, resets, cell_states)
+        return _layers(
+            cell, input, h_0, c_0, weights, *stack, batch_first, backend, None, lengths, resets, cell_states, extras
+        )
     if dim == 2:
-        return _unbatched(cell, input, h_0, c_0, weights, stack, backend, lengths, resets, cell_states)
+        return _unbatched(cell, input, h_0, c_0, weights, stack, backend, lengths, resets, cell_states, extras)
     raise ValueError(f"{cell}: Expected input to be 2D or 3D, got {dim}D instead: {list(input.shape)}")
 
 
@@ -163,6 +179,7 @@ def _unbatched(
     lengths: Sequence[int] | Tensor | None,
     resets: Tensor | None,
     cell_states: bool,
+    extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     for state in (h_0, c_0):
         if state is not None and state.dim() != 2:
@@ -172,7 +189,9 @@ def _unbatched(
         resets = resets.unsqueeze(1)
     h_0, c_0 = _map(lambda state: state.unsqueeze(1), h_0, c_0)
     input = input.unsqueeze(1)
-    results = _layers(cell, input, h_0, c_0, weights, *stack, False, backend, None, lengths, resets, cell_states)
+    results = _layers(
+        cell, input, h_0, c_0, weights, *stack, False, backend, None, lengths, resets, cell_states, extras
+    )
     return _map(lambda tensor: tensor.squeeze(1), *results)
 
 
@@ -185,6 +204,7 @@ def _packed(
     stack: tuple[int, bool, float, bool],
     backend: str,
     cell_states: bool,
+    extras: Extras,
 ) -> tuple[PackedSequence, Tensor, Tensor | None, PackedSequence | None]:
     """States come and go in the order that the sequences had before they were sorted by length."""
     data, batch_sizes, order, inverse = input
@@ -196,7 +216,7 @@ def _packed(
                 raise RuntimeError(f"Expected hx to have {order.shape[0]} sequences in dim 1, got {list(state.shape)}")
         h_0, c_0 = _map(lambda state: state.index_select(1, order), h_0, c_0)
     output, h_n, c_n, cells = _layers(
-        cell, data, h_0, c_0, weights, *stack, False, backend, batch_sizes, None, None, cell_states
+        cell, data, h_0, c_0, weights, *stack, False, backend, batch_sizes, None, None, cell_states, extras
     )
     if inverse is not None:
         h_n, c_n = _map(lambda state: state.index_select(1, inverse), h_n, c_n)
@@ -224,6 +244,7 @@ def _layers(
     lengths: Sequence[int] | Tensor | None,
     resets: Tensor | None,
     cell_states: bool,
+    extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Padded (L, N, I) or (N, L, I), or packed (sum of lengths, I): check, choose the backend, run.
 
@@ -261,6 +282,7 @@ def _layers(
         lengths,
         resets,
         cell_states,
+        extras,
     )
 
 
@@ -326,6 +348,7 @@ def _custom(
     lengths: Tensor | None,
     resets: Tensor | None,
     cell_states: bool,
+    extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One op for each layer. States are in torch's order: layer 0 forward, layer 0 reverse, layer 1 forward, ..."""
     options = {
@@ -335,6 +358,7 @@ def _custom(
         "resets": resets,
         "bidirectional": bidirectional,
         "batch_first": batch_first,
+        "recompute": extras.recompute,
     }
     if num_layers == 1:
         output, h_n, c_n, cells = ops.layer(input, h_0, c_0, weights, cell_states=cell_states, **options)
@@ -381,6 +405,7 @@ def _native(
     lengths: Tensor | None,
     resets: Tensor | None,
     cell_states: bool,
+    extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """torch's kernels, which know packed sequences but neither lengths nor resets nor cell states."""
     if resets is not None or cell_states:
@@ -402,7 +427,7 @@ def _native(
     packed = pack_padded_sequence(
         input.masked_fill(empty_row, 0), lengths.clamp(min=1), batch_first, enforce_sorted=False
     )
-    output, h_n, c_n, _ = _packed(cell, packed, h_0, c_0, weights, stack, "native", False)
+    output, h_n, c_n, _ = _packed(cell, packed, h_0, c_0, weights, stack, "native", False, NO_EXTRAS)
     output, _ = pad_packed_sequence(output, batch_first, total_length=total_length)
     h_n = torch.where(empty, 0 if h_0 is None else h_0, h_n)
     if cell == "lstm":

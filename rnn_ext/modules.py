@@ -17,6 +17,9 @@ from torch.nn.utils.rnn import PackedSequence
 from rnn_ext import functional
 from rnn_ext.backends import check_backend
 
+# What torch.nn's layers do not have: attributes, with the values that make a layer do as torch.nn's does.
+OPTIONS = {"recompute": False}
+
 
 class _Layer(nn.RNNBase):
     """What the three layers share.
@@ -26,11 +29,14 @@ class _Layer(nn.RNNBase):
 
     backend: str
 
-    def __init__(self, mode: str, *args, backend: str = "auto", **kwargs) -> None:
+    def __init__(self, mode: str, *args, backend: str = "auto", recompute: bool = False, **kwargs) -> None:
         if mode != "LSTM" and "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(mode, *args, **kwargs)
         self.backend = check_backend(backend)
+        if not isinstance(recompute, bool):
+            raise TypeError(f"recompute must be a bool, got {recompute!r}")
+        self.recompute = recompute
 
     @property
     def _flat_weights(self) -> list[Tensor]:
@@ -71,6 +77,7 @@ class _Layer(nn.RNNBase):
             self.backend,
             lengths,
             resets,
+            recompute=self.recompute,
         )
         return output, h_n
 
@@ -84,7 +91,10 @@ class _Layer(nn.RNNBase):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"
+        for name, default in {"backend": "auto", **OPTIONS}.items():
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)!r}"
+        return text
 
 
 class RNN(_Layer):
@@ -105,6 +115,11 @@ class RNN(_Layer):
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16 (native: whatever torch supports).
         backend: ``"auto"``, ``"custom"`` or ``"native"``, see :mod:`rnn_ext.backends`; an attribute, can be changed.
+        recompute: keep only `input` and the initial states for backward, which then runs forward once more: less
+            memory, the same bits. An attribute, can be changed; without effect on the native backend. One layer of
+            N = 32, L = 128, I = H = 256 in float32 keeps 4 MiB instead of 28 (LSTM), 24 (GRU) or 8 (RNN), two layers
+            8 instead of 52, 44 or 12; forward and backward on one core take 1.3 (LSTM), 1.25 (GRU) or 1.4 (RNN) times
+            as long.
 
     Raises:
         ValueError, TypeError: as torch.nn.RNN for the same mistake; ValueError for an unknown `backend`.
@@ -124,6 +139,7 @@ class RNN(_Layer):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
+        recompute: bool = False,
         **kwargs,
     ) -> None:
         if nonlinearity not in ("tanh", "relu"):
@@ -140,6 +156,7 @@ class RNN(_Layer):
             device=device,
             dtype=dtype,
             backend=backend,
+            recompute=recompute,
             **kwargs,
         )
         self.nonlinearity = nonlinearity
@@ -165,6 +182,7 @@ class GRU(_Layer):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
+        recompute: bool = False,
         **kwargs,
     ) -> None:
         super().__init__(
@@ -179,6 +197,7 @@ class GRU(_Layer):
             device=device,
             dtype=dtype,
             backend=backend,
+            recompute=recompute,
             **kwargs,
         )
 
@@ -207,6 +226,7 @@ class LSTM(_Layer):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -221,6 +241,7 @@ class LSTM(_Layer):
             device=device,
             dtype=dtype,
             backend=backend,
+            recompute=recompute,
         )
 
     def forward(
@@ -256,5 +277,6 @@ class LSTM(_Layer):
             lengths,
             resets,
             return_cell_states,
+            recompute=self.recompute,
         )
         return (output, (h_n, c_n), cells) if return_cell_states else (output, (h_n, c_n))

@@ -16,6 +16,7 @@ output         in the layout of the input, D * (P or H) features; zeros where a 
 h_n, c_n       (D, N, P or H), (D, N, H); c_n is empty for cells without a cell state
 cells          the cell state of every timestep, D * H features, where ``cell_states``; else empty
 saved          what backward needs, opaque; empty unless ``save``, which autograd sets by itself
+recompute      whether autograd keeps neither ``saved`` nor ``output`` and its backward computes them once more
 =============  ========================================================================================================
 
 All floating-point tensors share one dtype out of float32, float64, bfloat16 and float16 and one device. Reduced
@@ -79,6 +80,7 @@ def layer(
     bidirectional: bool = False,
     batch_first: bool = False,
     cell_states: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer: output, h_n, c_n, cells. Shapes, dtypes and meanings as in the table at the top of this module.
 
@@ -86,8 +88,9 @@ def layer(
         ValueError, TypeError, RuntimeError: as torch.nn does, with what was found and what was expected.
     """
     return _layer(
-        input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, False
-    )[:4]
+        input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, False,
+        recompute,
+    )[:4]  # fmt: skip
 
 
 def _layer_reference(
@@ -219,8 +222,9 @@ def _shape(input: Tensor, weights: Sequence[Tensor], h_0: Tensor | None, packed:
 
 
 def _layer_fake(
-    input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, save
-):
+    input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, save,
+    recompute=False,
+):  # fmt: skip
     directions, hidden, out, projected, batch, rows, lead = _shape(
         input, weights, h_0, batch_sizes is not None, batch_first, cell, bidirectional
     )
@@ -271,7 +275,8 @@ def _loop(op: Callable, size: int, in_dims: Sequence[Any], args: Sequence[Any]) 
 
 
 def _layer_vmap(info, in_dims, *args):
-    input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, save = args
+    (input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, save,
+     *recompute) = args  # fmt: skip
     size = info.batch_size
     if any(dim is not None for dim in in_dims[3] or ()) or batch_sizes is not None:
         return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
@@ -291,6 +296,7 @@ def _layer_vmap(info, in_dims, *args):
     output, h_n, c_n, cells, saved = torch.ops.rnn_ext.layer(
         fold(input, in_dims[0], batch), fold(h_0, in_dims[1], 1), fold(c_0, in_dims[2], 1), weights, None, lengths,
         fold(resets, in_dims[6], batch), cell, bidirectional, batch_first, cell_states, save,
+        *recompute,
     )  # fmt: skip
     output = unfold(output, batch)
     c_n_dim = 1 if c_n.dim() > 1 else None

@@ -73,11 +73,12 @@ struct SavedCall {
 };
 
 const auto& layer_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("rnn_ext::layer", "")
-                             .typed<LayerResult(const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                                at::TensorList, const OptionalTensor&, const OptionalTensor&,
-                                                const OptionalTensor&, std::string_view, bool, bool, bool, bool)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("rnn_ext::layer", "")
+          .typed<LayerResult(const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList,
+                             const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string_view,
+                             bool, bool, bool, bool, bool)>();
   return op;
 }
 
@@ -128,9 +129,9 @@ const auto& layer_double_backward_reference_op() {
 
 LayerResult layer_call(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                        at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                       const OptionalTensor& resets, const LayerOptions& options, bool save) {
+                       const OptionalTensor& resets, const LayerOptions& options, bool save, bool recompute) {
   return layer_op().call(input, h_0, c_0, weights, batch_sizes, lengths, resets, options.cell, options.bidirectional,
-                         options.batch_first, options.cell_states, save);
+                         options.batch_first, options.cell_states, save, recompute);
 }
 
 LayerGrads layer_backward_call(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -172,7 +173,8 @@ struct LayerBackwardBackward : public Node {
 
 struct LayerBackward : public Node {
   SavedCall call;
-  SavedVariable output, saved;
+  SavedVariable output, saved;  // neither where `recompute`
+  bool recompute = false;
 
   std::string name() const override { return "RnnExtLayerBackward"; }
   void release_variables() override {
@@ -190,10 +192,24 @@ struct LayerBackward : public Node {
     c10::List<bool> mask;
     for (size_t i = 0; i < result.size(); ++i) mask.push_back(task_should_compute_output(i));
     const std::vector<at::Tensor> weights = call.unpack_weights();
-    auto [dx, dh_0, dc_0, dw] = layer_backward_call(
-        optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]), call.input.unpack(),
-        unpack(call.h_0), unpack(call.c_0), weights, unpack(call.batch_sizes), unpack(call.lengths),
-        unpack(call.resets), output.unpack(getptr()), saved.unpack(), call.options(), mask);
+    const at::Tensor input = call.input.unpack();
+    const OptionalTensor h_0 = unpack(call.h_0), c_0 = unpack(call.c_0);
+    const OptionalTensor batch_sizes = unpack(call.batch_sizes), lengths = unpack(call.lengths),
+                         resets = unpack(call.resets);
+    at::Tensor forward_output, forward_saved;
+    if (recompute) {
+      at::NoGradGuard no_grad;  // derivatives of a derivative go through the inputs alone
+      LayerResult again =
+          layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, call.options(), true, true);
+      forward_output = std::get<0>(again);
+      forward_saved = std::get<4>(again);
+    } else {
+      forward_output = output.unpack(getptr());
+      forward_saved = saved.unpack();
+    }
+    auto [dx, dh_0, dc_0, dw] = layer_backward_call(optional(grads[0]), optional(grads[1]), optional(grads[2]),
+                                                    optional(grads[3]), input, h_0, c_0, weights, batch_sizes, lengths,
+                                                    resets, forward_output, forward_saved, call.options(), mask);
     if (mask.get(0)) result[0] = std::move(dx);
     if (mask.get(1)) result[1] = std::move(dh_0);
     if (mask.get(2)) result[2] = std::move(dc_0);
@@ -230,7 +246,7 @@ variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
 LayerResult layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                            at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                            const OptionalTensor& resets, std::string_view cell, bool bidirectional, bool batch_first,
-                           bool cell_states, bool save) {
+                           bool cell_states, bool save, bool recompute) {
   const LayerOptions options{cell, bidirectional, batch_first, cell_states};
   if (has_tangent(input) || has_tangent(h_0) || has_tangent(c_0) || any_has_tangent(weights)) {
     auto [output, h_n, c_n, cells] = layer_reference_op().call(input, h_0, c_0, weights, batch_sizes, lengths, resets,
@@ -239,7 +255,7 @@ LayerResult layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, c
   }
   if (!torch::autograd::compute_requires_grad(input, h_0, c_0, weights)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, options, save);
+    return layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, options, save, recompute);
   }
   auto node = make_node<LayerBackward>();
   torch::autograd::edge_list edges;
@@ -255,15 +271,18 @@ LayerResult layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, c
   node->call.save(input, h_0, c_0, weights, batch_sizes, lengths, resets, options);
   LayerResult result = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, options, true);
+    return layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, options, save || !recompute, recompute);
   }();
   auto& [output, h_n, c_n, cells, saved] = result;
   torch::autograd::set_history(output, node);
   torch::autograd::set_history(h_n, node);
   torch::autograd::set_history(cell_info(cell).has_cell ? c_n : at::Tensor(), node);
   torch::autograd::set_history(cell_states ? cells : at::Tensor(), node);
-  node->output = SavedVariable(output, true);
-  node->saved = SavedVariable(saved, false);
+  node->recompute = recompute;
+  if (!recompute) {
+    node->output = SavedVariable(output, true);
+    node->saved = SavedVariable(saved, false);
+  }
   if (!save) saved = saved.new_empty({0});
   return result;
 }
@@ -323,7 +342,7 @@ template <c10::DeviceType kDevice, c10::DispatchKey kKey>
 LayerResult layer_autocast(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                            at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                            const OptionalTensor& resets, std::string_view cell, bool bidirectional, bool batch_first,
-                           bool cell_states, bool save) {
+                           bool cell_states, bool save, bool recompute) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
   const auto cast = [&](const at::Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, kDevice); };
@@ -333,7 +352,7 @@ LayerResult layer_autocast(const at::Tensor& input, const OptionalTensor& h_0, c
   std::vector<at::Tensor> cast_weights;
   for (const at::Tensor& weight : weights) cast_weights.push_back(cast(weight));
   return layer_call(cast(input), cast_optional(h_0), cast_optional(c_0), cast_weights, batch_sizes, lengths, resets,
-                    {cell, bidirectional, batch_first, cell_states}, save);
+                    {cell, bidirectional, batch_first, cell_states}, save, recompute);
 }
 
 TORCH_LIBRARY_IMPL(rnn_ext, Autograd, m) {

@@ -13,7 +13,8 @@ namespace rnn_ext::ops {
 TORCH_LIBRARY(rnn_ext, m) {
   m.def(
       "layer(Tensor input, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? resets, str cell, bool bidirectional, bool batch_first, bool cell_states, bool save) "
+      "Tensor? resets, str cell, bool bidirectional, bool batch_first, bool cell_states, bool save, "
+      "bool recompute=False) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor saved)");
   m.def(
       "layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, Tensor input, "

@@ -29,7 +29,7 @@ using LayerGrads = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at
 
 LayerResult layer_call(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                        at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                       const OptionalTensor& resets, const LayerOptions& options, bool save);
+                       const OptionalTensor& resets, const LayerOptions& options, bool save, bool recompute);
 
 LayerGrads layer_backward_call(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,

@@ -105,7 +105,7 @@ int64_t saved_numel(const LayerShape& shape) {
 LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                       at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                       const OptionalTensor& resets, std::string_view cell, bool bidirectional, bool batch_first,
-                      bool cell_states, bool save) {
+                      bool cell_states, bool save, bool /*recompute*/) {
   const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets,
                          {cell, bidirectional, batch_first, cell_states});
   const at::ScalarType dtype = reduced(input) ? at::kFloat : input.scalar_type();
