@@ -47,7 +47,16 @@ def to_native(model: ModuleT) -> ModuleT:
     """The reverse of :func:`convert`: every rnn_ext.RNN, LSTM and GRU becomes torch.nn's; in place, returns `model`.
 
     For what reads the class of a layer: quantization, TorchScript, ONNX export.
+
+    Raises:
+        ValueError: a layer has an option that torch.nn lacks (`recompute` aside, which changes no result); nothing is
+            converted.
     """
+    for name, module in model.named_modules():
+        if type(module) in TO_NATIVE:
+            for option, default in OPTIONS.items():
+                if option != "recompute" and getattr(module, option) != default:
+                    raise ValueError(f"{name or 'model'} has {option}={getattr(module, option)!r}, torch.nn has not")
     for module in _change_class(model, TO_NATIVE):
         del module.backend
         for option in OPTIONS:

@@ -14,18 +14,27 @@ The four functions take the same options:
   begins: the state before it is zero, in both directions. Not for a PackedSequence; custom backend only.
 - `recompute` (bool, False): keep only `input` and the initial states for backward, which then runs forward once more.
   Saves memory and changes nothing else; the native backend, which cannot, runs as ever. Figures: :class:`rnn_ext.RNN`.
+- `weight_dropout` (float, 0.0): in training, the probability of zeroing an element of weight_hh, the rest is scaled by
+  1 / (1 - p) (DropConnect; Merity, Keskar and Socher 2018). One mask per call; `weights` stay as they are.
+- `recurrent_dropout` (float, 0.0): in training, the probability of zeroing an element of h_{t-1} where it enters
+  ``W_hh h``, the rest is scaled by 1 / (1 - p). One mask for all timesteps of a sequence (variational dropout; Gal and
+  Ghahramani 2016), its own for each layer and direction. Custom backend only.
+- `zoneout` (float, 0.0; lstm: also a pair, of h and of c): in training, the probability of an element of the state to
+  stay what it was before the timestep; else its share, ``p h_{t-1} + (1 - p) h_t`` (Krueger et al. 2017). The cell's h
+  is computed from c before zoneout. Custom backend only.
 - `backend` (``"auto"``, ``"custom"`` or ``"native"``): see :mod:`rnn_ext.backends`.
 
 `weights` is flat, in the order of ``module.parameters()``: for each layer, for each direction, weight_ih (G*H, I),
 weight_hh (G*H, P or H), then bias_ih and bias_hh (G*H,) if there are biases, then weight_hr (P, H) if the LSTM is
-projected. G is 1 for an RNN, 3 for a GRU, 4 for an LSTM. All tensors have the same dtype, float32, float64, bfloat16
-or float16 (native: whatever torch supports), and are on the same device.
+projected, then weight_norm_ih, weight_norm_hh (G*H,), weight_norm_c and bias_norm_c (H,) if it has layer normalisation,
+see :class:`rnn_ext.LSTM`. G is 1 for an RNN, 3 for a GRU, 4 for an LSTM. All tensors have the same dtype, float32,
+float64, bfloat16 or float16 (native: whatever torch supports), and are on the same device.
 
 They raise
 
 - ValueError: number of dimensions or dtype of `input`; values or shape of `lengths`, shape of `resets`; number of
-  `weights`; an unknown backend, or an option that the backend cannot run.
-- TypeError: `lengths` that are not integers, `resets` that are not bool.
+  `weights`; a probability outside [0, 1); an unknown backend, or an option that the backend cannot run.
+- TypeError: `lengths` that are not integers, `resets` that are not bool, a probability that is no number.
 - RuntimeError: any other mismatch of sizes, dtypes or devices; backend ``"custom"`` where it cannot run.
 """
 
@@ -53,6 +62,9 @@ class Options(TypedDict, total=False):
     lengths: Sequence[int] | Tensor | None
     resets: Tensor | None
     recompute: bool
+    zoneout: float | tuple[float, float]
+    recurrent_dropout: float
+    weight_dropout: float
     backend: str
 
 
@@ -60,9 +72,39 @@ class Extras(NamedTuple):
     """What torch.nn's layers do not have and that is the same for every layer of a stack."""
 
     recompute: bool = False
+    zoneout: tuple[float, float] = (0.0, 0.0)  # of h and of c
+    recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
 
 
 NO_EXTRAS = Extras()
+
+
+def check_extras(
+    cell: str,
+    recompute: bool,
+    zoneout: float | tuple[float, float],
+    recurrent_dropout: float,
+    weight_dropout: float,
+) -> Extras:
+    """The options, checked: TypeError or ValueError with the name of the wrong one."""
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute must be a bool, got {recompute!r}")
+    pair = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout if cell == "lstm" else 0.0)
+    if len(pair) != 2 or (pair is zoneout and cell != "lstm"):
+        expected = "a number or a pair of numbers" if cell == "lstm" else "a number"
+        raise TypeError(f"zoneout must be {expected}, got {zoneout!r}")
+    for name, value in (
+        ("zoneout", pair[0]),
+        ("zoneout", pair[1]),
+        ("recurrent_dropout", recurrent_dropout),
+        ("weight_dropout", weight_dropout),
+    ):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be a probability in [0, 1), got {value!r}")
+    return Extras(recompute, (float(pair[0]), float(pair[1])), float(recurrent_dropout), float(weight_dropout))
 
 
 def rnn_tanh(
@@ -150,10 +192,15 @@ def recurrent(
     resets: Tensor | None = None,
     cell_states: bool = False,
     recompute: bool = False,
+    zoneout: float | tuple[float, float] = 0.0,
+    recurrent_dropout: float = 0.0,
+    weight_dropout: float = 0.0,
 ) -> tuple[Tensor | PackedSequence, Tensor, Tensor | None, Tensor | PackedSequence | None]:
     """Any cell, input in any layout: output, h_n, c_n (None unless lstm), cells (None unless asked for)."""
     stack = (num_layers, bidirectional, dropout, training)
-    extras = Extras(recompute) if recompute else NO_EXTRAS
+    extras = NO_EXTRAS
+    if recompute or zoneout or recurrent_dropout or weight_dropout:
+        extras = check_extras(cell, recompute, zoneout, recurrent_dropout, weight_dropout)
     if isinstance(input, PackedSequence):
         if lengths is not None or resets is not None:
             raise ValueError("lengths and resets are for padded input, got a PackedSequence, which has its own lengths")
@@ -253,9 +300,10 @@ def _layers(
     """
     states = num_layers * 2 if bidirectional else num_layers
     count, rest = divmod(len(weights), states)
-    if rest or not 2 <= count <= 5:
+    if rest or not 2 <= count <= (9 if cell == "lstm" else 5):
         raise ValueError(
-            f"Expected 2 to 5 weights for each of {states} layers and directions, got {len(weights)} in all"
+            f"Expected 2 to 5 weights for each of {states} layers and directions"
+            f"{' (6 to 9 with layer normalisation)' if cell == 'lstm' else ''}, got {len(weights)} in all"
         )
     weight_ih = weights[0]
     if input.dtype != weight_ih.dtype and not torch.is_autocast_enabled(input.device.type):
@@ -266,6 +314,11 @@ def _layers(
         lengths = _check_lengths(lengths, input, batch_first)
     if resets is not None:
         _check_resets(resets, input.shape[:2])
+    if training and extras.weight_dropout:
+        weights = [
+            torch.nn.functional.dropout(w, extras.weight_dropout) if i % count == 1 else w
+            for i, w in enumerate(weights)
+        ]
     run = _custom if backends.use_custom(backend, input) else _native
     return run(
         cell,
@@ -361,7 +414,8 @@ def _custom(
         "recompute": extras.recompute,
     }
     if num_layers == 1:
-        output, h_n, c_n, cells = ops.layer(input, h_0, c_0, weights, cell_states=cell_states, **options)
+        masks = _masks(cell, input, h_0, weights, training, extras, batch_first, bidirectional, batch_sizes)
+        output, h_n, c_n, cells = ops.layer(input, h_0, c_0, weights, cell_states=cell_states, masks=masks, **options)
         return output, h_n, c_n if cell == "lstm" else None, cells if cell_states else None
 
     directions = 2 if bidirectional else 1
@@ -374,12 +428,55 @@ def _custom(
         if k > 0 and training and dropout > 0:
             input = _dropout(input, dropout, batch_first)
         last = k == num_layers - 1
+        part = weights[k * count : (k + 1) * count]
+        masks = _masks(cell, input, h_0s[k], part, training, extras, batch_first, bidirectional, batch_sizes)
         input, h_n, c_n, cells = ops.layer(
-            input, h_0s[k], c_0s[k], weights[k * count : (k + 1) * count], cell_states=cell_states and last, **options
+            input, h_0s[k], c_0s[k], part, cell_states=cell_states and last, masks=masks, **options
         )
         h_ns.append(h_n)
         c_ns.append(c_n)
     return input, torch.cat(h_ns), torch.cat(c_ns) if cell == "lstm" else None, cells if cell_states else None
+
+
+def _masks(
+    cell: str,
+    input: Tensor,
+    h_0: Tensor | None,
+    weights: Sequence[Tensor],
+    training: bool,
+    extras: Extras,
+    batch_first: bool,
+    bidirectional: bool,
+    batch_sizes: Tensor | None,
+) -> Sequence[Tensor | None]:
+    """The op's `masks` for one layer, drawn with torch's generator, or constants in eval."""
+    if extras is NO_EXTRAS:
+        return ()
+    zoneout_h, zoneout_c = extras.zoneout
+    recurrent = extras.recurrent_dropout if training else 0.0
+    if not (zoneout_h or zoneout_c or recurrent):
+        return ()
+    dtype = torch.promote_types(input.dtype, torch.float32)  # a probability is not to be rounded to bfloat16
+    directions = 2 if bidirectional else 1
+    features = weights[1].shape[1]
+    hidden_mask = None
+    if recurrent:
+        if batch_sizes is None:
+            batch = input.shape[0 if batch_first else 1]
+        else:
+            batch = int(batch_sizes[0]) if h_0 is None else h_0.shape[1]
+        ones = input.new_ones(directions, batch, features, dtype=dtype)
+        hidden_mask = torch.nn.functional.dropout(ones, recurrent)
+
+    def keep(p: float, features: int) -> Tensor | None:
+        if not p:
+            return None
+        shape = (*input.shape[:-1], directions * features)
+        if training:
+            return torch.bernoulli(input.new_empty(shape, dtype=dtype), p)
+        return input.new_full(shape[-1:], p, dtype=dtype).expand(shape)
+
+    return hidden_mask, keep(zoneout_h, features), keep(zoneout_c, weights[0].shape[0] // 4)
 
 
 def _dropout(output: Tensor, dropout: float, batch_first: bool) -> Tensor:
@@ -408,10 +505,17 @@ def _native(
     extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """torch's kernels, which know packed sequences but neither lengths nor resets nor cell states."""
-    if resets is not None or cell_states:
-        option = "resets" if resets is not None else "return_cell_states"
+    states = num_layers * (2 if bidirectional else 1)
+    asked = {
+        "resets": resets is not None,
+        "return_cell_states": cell_states,
+        "layer_norm": len(weights) // states > 5,
+        "zoneout": any(extras.zoneout),
+        "recurrent_dropout": training and extras.recurrent_dropout,
+    }
+    for option in (name for name, wanted in asked.items() if wanted):
         raise ValueError(f"{option} is an option of the custom backend, but this call runs on the native one")
-    _check_states(input, h_0, c_0, weights, num_layers * (2 if bidirectional else 1), batch_first, batch_sizes)
+    _check_states(input, h_0, c_0, weights, states, batch_first, batch_sizes)
     stack = (num_layers, bidirectional, dropout, training)
     if lengths is None:
         output, h_n, c_n = backends.native(cell, input, batch_sizes, h_0, c_0, weights, *stack, batch_first)

@@ -114,16 +114,28 @@ struct ForwardWeights {
       }
     }
     if (!pack) return;
-    pack_gates(hidden.get(), w.weight_hh, Cell::kGates, s.hidden, s.output(), blocks_of<T>(s.hidden));
+    if constexpr (cells::kIsVariant<Cell>) {
+      for (int64_t g = 0; g < Cell::kGates; ++g)
+        pack_gates(hidden.get() + g * gate_blocks * s.output() * kLanes<T>, w.weight_hh + g * s.hidden * s.output(), 1,
+                   s.hidden, s.output(), gate_blocks);
+    } else {
+      pack_gates(hidden.get(), w.weight_hh, Cell::kGates, s.hidden, s.output(), blocks_of<T>(s.hidden));
+    }
     if (s.proj) pack_gates(proj.get(), w.weight_hr, 1, s.proj, s.hidden, blocks_of<T>(s.proj));
   }
 
   Weights<const T> plain;  // as they came; the only ones there are if not packed
   Buffer<T> input;         // [G * padded H / lanes][I][lanes]
-  Buffer<T> hidden;        // [H / lanes][P][G][lanes]
+  Buffer<T> hidden;        // [H / lanes][P][G][lanes], of a variant [G * padded H / lanes][P][lanes]
   Buffer<T> proj;          // [P / lanes][H][lanes]
   Buffer<T> bias;          // [G, padded H]: both biases, of a split gate the input's alone
   Buffer<T> split_bias;    // [padded H]: bias_hh of the split gate
+};
+
+/// What the scan of a variant has besides; see variants.inl.
+template <class Cell, class T, bool = cells::kIsVariant<Cell>>
+struct VariantForward {
+  VariantForward(const ForwardArgs<T>&, int, Slice) {}
 };
 
 template <class Cell, class T>
@@ -143,7 +155,7 @@ class ForwardScan {
         padded_(args.sizes.padded()),
         out_(args.sizes.output()),
         out_padded_(Sizes::padded(out_)),
-        saved_(saved_values(args.cell, args.sizes.proj != 0)),
+        saved_(saved_values(args.cell, args.sizes.proj != 0, args.variant)),
         short_(is_short(args.layout)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
         gates_stride_((keep_ ? saved_ : G) * padded_),
@@ -156,7 +168,8 @@ class ForwardScan {
         c_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         hidden_gates_(short_ ? G * padded_ : 0),
         unprojected_(args.sizes.proj ? slice.size() * padded_ : 0),
-        output_rows_(args.sizes.proj ? slice.size() : 0) {}
+        output_rows_(args.sizes.proj ? slice.size() : 0),
+        variant_(args, direction, slice) {}
 
   void run() {
     const int64_t states = layout_.batch * direction_;
@@ -202,6 +215,7 @@ class ForwardScan {
 
   /// The input gates of as many steps from s as the chunk holds, as one product. Returns the step after them.
   int64_t fill_chunk(int64_t s) {
+    const T* bias = cells::kIsNormed<Cell> ? nullptr : weights_.bias.get();
     const T** inputs = input_rows_.get();
     T** gates = gate_rows_.get();
     int64_t count = 0;
@@ -219,7 +233,7 @@ class ForwardScan {
       const Weights<const T>& w = weights_.plain;
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t g = 0; g < G; ++g)
-          dot_rows(gates[r] + g * padded_, weights_.bias.get() + g * padded_,
+          dot_rows(gates[r] + g * padded_, bias ? bias + g * padded_ : nullptr,
                    w.weight_ih + g * hidden_ * args_.sizes.input, hidden_, args_.sizes.input, inputs[r]);
       }
       return s;
@@ -231,7 +245,7 @@ class ForwardScan {
     p.c = gates;
     p.b = weights_.input.get();
     p.segments.length = args_.sizes.input;
-    p.bias = weights_.bias.get();
+    p.bias = bias;
     plain_product(p);
     return s;
   }
@@ -244,7 +258,10 @@ class ForwardScan {
     }
   }
 
+  void variant_step(int64_t t, int64_t rows, T* const* gates, const T* now, T* next);
+
   void step(int64_t t, int64_t rows, T* const* gates, const T* now, T* next) {
+    if constexpr (cells::kIsVariant<Cell>) return variant_step(t, rows, gates, now, next);
     const Order order = step_order(layout_.batch_sizes[t], t);
     const bool projected = args_.sizes.proj != 0;
     const int64_t hidden = hidden_, padded = padded_, out_padded = out_padded_, out = out_;
@@ -347,6 +364,7 @@ class ForwardScan {
   Buffer<T> hidden_gates_;       // [G, padded H], of one row, where weights are not packed
   Buffer<T> unprojected_;        // [slice, padded H]
   Buffer<T*> output_rows_;       // [slice]
+  VariantForward<Cell, T> variant_;
 };
 
 template <class Cell, class T>

@@ -18,18 +18,33 @@ namespace {
 #include "cpu/product.inl"
 #include "cpu/forward.inl"
 #include "cpu/backward.inl"
+#include "cpu/variants.inl"
+
+template <class Cell, class T>
+void forward_cell(const ForwardArgs<T>& args, const Executor& executor) {
+  if (args.variant == Variant::kPlain) return forward<Cell>(args, executor);
+  if (args.variant == Variant::kMasked) return forward<cells::Masked<Cell>>(args, executor);
+  return forward<cells::LayerNormLstm>(args, executor);
+}
+
+template <class Cell, class T>
+void backward_cell(const BackwardArgs<T>& args, const Executor& executor) {
+  if (args.variant == Variant::kPlain) return backward<Cell>(args, executor);
+  if (args.variant == Variant::kMasked) return backward<cells::Masked<Cell>>(args, executor);
+  return backward<cells::LayerNormLstm>(args, executor);
+}
 
 template <class T>
 void forward_any(const ForwardArgs<T>& args, const Executor& executor) {
   switch (args.cell) {
     case CellKind::kRnnTanh:
-      return forward<cells::RnnTanh>(args, executor);
+      return forward_cell<cells::RnnTanh>(args, executor);
     case CellKind::kRnnRelu:
-      return forward<cells::RnnRelu>(args, executor);
+      return forward_cell<cells::RnnRelu>(args, executor);
     case CellKind::kGru:
-      return forward<cells::Gru>(args, executor);
+      return forward_cell<cells::Gru>(args, executor);
     case CellKind::kLstm:
-      return forward<cells::Lstm>(args, executor);
+      return forward_cell<cells::Lstm>(args, executor);
   }
 }
 
@@ -37,13 +52,13 @@ template <class T>
 void backward_any(const BackwardArgs<T>& args, const Executor& executor) {
   switch (args.cell) {
     case CellKind::kRnnTanh:
-      return backward<cells::RnnTanh>(args, executor);
+      return backward_cell<cells::RnnTanh>(args, executor);
     case CellKind::kRnnRelu:
-      return backward<cells::RnnRelu>(args, executor);
+      return backward_cell<cells::RnnRelu>(args, executor);
     case CellKind::kGru:
-      return backward<cells::Gru>(args, executor);
+      return backward_cell<cells::Gru>(args, executor);
     case CellKind::kLstm:
-      return backward<cells::Lstm>(args, executor);
+      return backward_cell<cells::Lstm>(args, executor);
   }
 }
 

@@ -11,6 +11,9 @@ namespace rnn_ext::cpu {
 
 enum class CellKind { kRnnTanh, kRnnRelu, kGru, kLstm };
 
+/// What is done around the cell: nothing, zoneout and recurrent dropout, or (lstm) layer normalisation with both.
+enum class Variant { kPlain, kMasked, kLayerNorm };
+
 /// Which pairs (timestep, entry) exist. Kernel rows are ordered by falling length, so that the rows alive at step t are
 /// the first batch_sizes[t]; row (t, j) is number offsets[t] + j in every internal array.
 struct Layout {
@@ -46,6 +49,11 @@ struct Weights {
   T* bias_ih = nullptr;    // [G*H] or null
   T* bias_hh = nullptr;    // [G*H] or null
   T* weight_hr = nullptr;  // [P, H] or null
+  // Of layer normalisation, all or none:
+  T* weight_norm_ih = nullptr;  // [G*H]
+  T* weight_norm_hh = nullptr;  // [G*H]
+  T* weight_norm_c = nullptr;   // [H]
+  T* bias_norm_c = nullptr;     // [H]
 };
 
 /// Runs fn(context, 0) .. fn(context, tasks - 1), on at most `threads` threads.
@@ -67,7 +75,15 @@ struct Sizes {
 };
 
 /// Values of each row kept for backward, per hidden unit.
-int saved_values(CellKind cell, bool projected);
+int saved_values(CellKind cell, bool projected, Variant variant);
+
+/// Of a variant; all may be null, nothing is differentiated with respect to them.
+template <class T>
+struct Masks {
+  const T* hidden = nullptr;    // [D, N, P]: factors of h before the recurrent product
+  Sequence<const T> zoneout_h;  // (.., D*P): the share of h and c that stays what it was before the timestep
+  Sequence<const T> zoneout_c;  // (.., D*H)
+};
 
 template <class T>
 struct ForwardArgs {
@@ -84,6 +100,8 @@ struct ForwardArgs {
   T* h_n = nullptr;    // [D, N, P]
   T* c_n = nullptr;    // [D, N, H], of a cell with a cell state
   T* saved = nullptr;  // [D, T, saved_values, padded H], null: nothing is kept
+  Variant variant = Variant::kPlain;
+  Masks<T> masks;
 };
 
 template <class T>
@@ -106,6 +124,8 @@ struct BackwardArgs {
   T* grad_h_0 = nullptr;
   T* grad_c_0 = nullptr;
   Weights<T> grad_weights[2];
+  Variant variant = Variant::kPlain;
+  Masks<T> masks;
 };
 
 /// The instruction set whose kernels run: "baseline", "avx2" or "avx512"; the best the processor has.

@@ -91,22 +91,39 @@ cpu::Weights<T> named_weights(at::TensorList flat, const LayerShape& shape, int 
       return flat[index].data_ptr<T>();
     }
   };
-  return {find(LayerShape::kWeightIh), find(LayerShape::kWeightHh), find(LayerShape::kBiasIh),
-          find(LayerShape::kBiasHh), find(LayerShape::kWeightHr)};
+  return {find(LayerShape::kWeightIh),     find(LayerShape::kWeightHh),    find(LayerShape::kBiasIh),
+          find(LayerShape::kBiasHh),       find(LayerShape::kWeightHr),    find(LayerShape::kWeightNormIh),
+          find(LayerShape::kWeightNormHh), find(LayerShape::kWeightNormC), find(LayerShape::kBiasNormC)};
 }
+
+/// The masks in the dtype the kernels compute in; all null where there are none.
+struct PreparedMasks {
+  PreparedMasks(const OptionalTensors& masks, at::ScalarType dtype) {
+    if (masks.empty()) return;
+    hidden = prepare(OptionalTensor(masks.get(LayerShape::kHiddenMask)), dtype);
+    zoneout_h = prepare_sequence(OptionalTensor(masks.get(LayerShape::kZoneoutH)), dtype);
+    zoneout_c = prepare_sequence(OptionalTensor(masks.get(LayerShape::kZoneoutC)), dtype);
+  }
+  OptionalTensor hidden, zoneout_h, zoneout_c;
+
+  template <class T>
+  cpu::Masks<T> get(const LayerShape& shape) const {
+    return {pointer<T>(hidden), sequence<const T>(zoneout_h, shape), sequence<const T>(zoneout_c, shape)};
+  }
+};
 
 /// Of padded input every position counts, so that the size does not depend on the lengths' values.
 int64_t saved_numel(const LayerShape& shape) {
   const int64_t rows = shape.packed ? shape.rows : shape.length * shape.batch;
-  return shape.sizes.directions * rows * cpu::saved_values(shape.cell.kind, shape.sizes.proj != 0) *
+  return shape.sizes.directions * rows * cpu::saved_values(shape.cell.kind, shape.sizes.proj != 0, shape.variant) *
          shape.sizes.padded();
 }
 
 LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                       at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                      const OptionalTensor& resets, std::string_view cell, bool bidirectional, bool batch_first,
-                      bool cell_states, bool save, bool /*recompute*/) {
-  const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets,
+                      const OptionalTensor& resets, const OptionalTensors& masks, std::string_view cell,
+                      bool bidirectional, bool batch_first, bool cell_states, bool save, bool /*recompute*/) {
+  const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
                          {cell, bidirectional, batch_first, cell_states});
   const at::ScalarType dtype = reduced(input) ? at::kFloat : input.scalar_type();
   const auto options = input.options().dtype(dtype);
@@ -114,6 +131,7 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
 
   const at::Tensor x = prepare_sequence(input, dtype);
   const OptionalTensor h = prepare(h_0, dtype), c = prepare(c_0, dtype);
+  const PreparedMasks prepared_masks(masks, dtype);
   std::vector<at::Tensor> w;
   w.reserve(weights.size());
   for (const at::Tensor& weight : weights) w.push_back(prepare(weight, dtype));
@@ -135,6 +153,8 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
     args.cell = shape.cell.kind;
     args.sizes = sizes;
     args.layout = shape.layout();
+    args.variant = shape.variant;
+    args.masks = prepared_masks.get<scalar_t>(shape);
     args.input = sequence<const scalar_t>(x, shape);
     args.resets = sequence<const bool>(resets, shape);
     args.h_0 = pointer<scalar_t>(h);
@@ -155,10 +175,10 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
                               const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells, const at::Tensor& input,
                               const OptionalTensor& h_0, const OptionalTensor& c_0, at::TensorList weights,
                               const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                              const OptionalTensor& resets, const at::Tensor& output, const at::Tensor& saved,
-                              std::string_view cell, bool bidirectional, bool batch_first, bool cell_states,
-                              const c10::List<bool>& output_mask) {
-  const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets,
+                              const OptionalTensor& resets, const OptionalTensors& masks, const at::Tensor& output,
+                              const at::Tensor& saved, std::string_view cell, bool bidirectional, bool batch_first,
+                              bool cell_states, const c10::List<bool>& output_mask) {
+  const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
                          {cell, bidirectional, batch_first, cell_states});
   const at::ScalarType dtype = reduced(input) ? at::kFloat : input.scalar_type();
   const auto options = input.options().dtype(dtype);
@@ -181,6 +201,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   const at::Tensor y = prepare_sequence(output, dtype);
   const at::Tensor kept = saved.contiguous();
   const OptionalTensor h = prepare(h_0, dtype), c = prepare(c_0, dtype);
+  const PreparedMasks prepared_masks(masks, dtype);
   const OptionalTensor dy = prepare_sequence(grad_output, dtype), dcells = prepare_sequence(grad_cells, dtype);
   const OptionalTensor dh_n = prepare(grad_h_n, dtype), dc_n = prepare(grad_c_n, dtype);
   std::vector<at::Tensor> w;
@@ -204,6 +225,8 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     args.cell = shape.cell.kind;
     args.sizes = sizes;
     args.layout = shape.layout();
+    args.variant = shape.variant;
+    args.masks = prepared_masks.get<scalar_t>(shape);
     args.input = sequence<const scalar_t>(x, shape);
     args.resets = sequence<const bool>(resets, shape);
     args.h_0 = pointer<scalar_t>(h);

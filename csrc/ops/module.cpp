@@ -11,7 +11,9 @@ PYBIND11_MODULE(_C, m) {
       "Choose baseline, avx2 or avx512; False where this processor or build lacks it.");
   m.def(
       "saved_values",
-      [](int cell, bool projected) { return rnn_ext::cpu::saved_values(rnn_ext::cpu::CellKind(cell), projected); },
+      [](int cell, bool projected, int variant) {
+        return rnn_ext::cpu::saved_values(rnn_ext::cpu::CellKind(cell), projected, rnn_ext::cpu::Variant(variant));
+      },
       "Values per hidden unit and row kept for backward.");
   m.def(
       "require_grad", [](at::Tensor tensor) { return tensor.set_requires_grad(true); },
