@@ -404,18 +404,15 @@ def _custom(
     extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One op for each layer. States are in torch's order: layer 0 forward, layer 0 reverse, layer 1 forward, ..."""
-    options = {
-        "cell": cell,
-        "batch_sizes": batch_sizes,
-        "lengths": lengths,
-        "resets": resets,
-        "bidirectional": bidirectional,
-        "batch_first": batch_first,
-        "recompute": extras.recompute,
-    }
+    call = (cell, batch_sizes, lengths, resets, bidirectional, batch_first)
+
+    def extra(input: Tensor, h_0: Tensor | None, weights: Sequence[Tensor]) -> tuple[Sequence[Tensor | None], bool]:
+        masks = _masks(input, h_0, weights, training, extras, batch_first, bidirectional, batch_sizes)
+        return masks, extras.recompute
+
     if num_layers == 1:
-        masks = _masks(cell, input, h_0, weights, training, extras, batch_first, bidirectional, batch_sizes)
-        output, h_n, c_n, cells = ops.layer(input, h_0, c_0, weights, cell_states=cell_states, masks=masks, **options)
+        more = () if extras is NO_EXTRAS else extra(input, h_0, weights)
+        output, h_n, c_n, cells = ops.layer(input, h_0, c_0, weights, *call, cell_states, *more)
         return output, h_n, c_n if cell == "lstm" else None, cells if cell_states else None
 
     directions = 2 if bidirectional else 1
@@ -429,17 +426,14 @@ def _custom(
             input = _dropout(input, dropout, batch_first)
         last = k == num_layers - 1
         part = weights[k * count : (k + 1) * count]
-        masks = _masks(cell, input, h_0s[k], part, training, extras, batch_first, bidirectional, batch_sizes)
-        input, h_n, c_n, cells = ops.layer(
-            input, h_0s[k], c_0s[k], part, cell_states=cell_states and last, masks=masks, **options
-        )
+        more = () if extras is NO_EXTRAS else extra(input, h_0s[k], part)
+        input, h_n, c_n, cells = ops.layer(input, h_0s[k], c_0s[k], part, *call, cell_states and last, *more)
         h_ns.append(h_n)
         c_ns.append(c_n)
     return input, torch.cat(h_ns), torch.cat(c_ns) if cell == "lstm" else None, cells if cell_states else None
 
 
 def _masks(
-    cell: str,
     input: Tensor,
     h_0: Tensor | None,
     weights: Sequence[Tensor],
@@ -450,8 +444,6 @@ def _masks(
     batch_sizes: Tensor | None,
 ) -> Sequence[Tensor | None]:
     """The op's `masks` for one layer, drawn with torch's generator, or constants in eval."""
-    if extras is NO_EXTRAS:
-        return ()
     zoneout_h, zoneout_c = extras.zoneout
     recurrent = extras.recurrent_dropout if training else 0.0
     if not (zoneout_h or zoneout_c or recurrent):
@@ -465,7 +457,7 @@ def _masks(
             batch = input.shape[0 if batch_first else 1]
         else:
             batch = int(batch_sizes[0]) if h_0 is None else h_0.shape[1]
-        ones = input.new_ones(directions, batch, features, dtype=dtype)
+        ones = torch.ones(directions, batch, features, dtype=dtype, device=input.device)
         hidden_mask = torch.nn.functional.dropout(ones, recurrent)
 
     def keep(p: float, features: int) -> Tensor | None:
@@ -473,8 +465,8 @@ def _masks(
             return None
         shape = (*input.shape[:-1], directions * features)
         if training:
-            return torch.bernoulli(input.new_empty(shape, dtype=dtype), p)
-        return input.new_full(shape[-1:], p, dtype=dtype).expand(shape)
+            return torch.bernoulli(torch.empty(shape, dtype=dtype, device=input.device), p)
+        return torch.full(shape[-1:], p, dtype=dtype, device=input.device).expand(shape)
 
     return hidden_mask, keep(zoneout_h, features), keep(zoneout_c, weights[0].shape[0] // 4)
 

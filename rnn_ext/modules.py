@@ -96,10 +96,11 @@ class _Layer(nn.RNNBase):
             self.backend,
             lengths,
             resets,
-            recompute=self.recompute,
-            zoneout=self.zoneout,
-            recurrent_dropout=self.recurrent_dropout,
-            weight_dropout=self.weight_dropout,
+            False,
+            self.recompute,
+            self.zoneout,
+            self.recurrent_dropout,
+            self.weight_dropout,
         )
         return output, h_n
 
@@ -313,6 +314,7 @@ class LSTM(_Layer):
                 self.register_parameter(name + suffix, parameter)
                 weights.append(name + suffix)
         self._flat_weights_names = [name for weights in self._all_weights for name in weights]
+        self._init_flat_weights()
 
     def reset_parameters(self) -> None:
         """Draw the weights anew as torch.nn does, and set those of layer normalisation to ones and zeros."""
@@ -363,9 +365,9 @@ class LSTM(_Layer):
             lengths,
             resets,
             return_cell_states,
-            recompute=self.recompute,
-            zoneout=self.zoneout,
-            recurrent_dropout=self.recurrent_dropout,
-            weight_dropout=self.weight_dropout,
+            self.recompute,
+            self.zoneout,
+            self.recurrent_dropout,
+            self.weight_dropout,
         )
         return (output, (h_n, c_n), cells) if return_cell_states else (output, (h_n, c_n))

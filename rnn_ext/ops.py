@@ -76,15 +76,14 @@ def layer(
     h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
-    *,
     cell: str,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
-    masks: Sequence[Tensor | None] = (),
     bidirectional: bool = False,
     batch_first: bool = False,
     cell_states: bool = False,
+    masks: Sequence[Tensor | None] = (),
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer: output, h_n, c_n, cells. Shapes, dtypes and meanings as in the table at the top of this module.
@@ -92,9 +91,14 @@ def layer(
     Raises:
         ValueError, TypeError, RuntimeError: as torch.nn does, with what was found and what was expected.
     """
+    if recompute:  # passed only where it is True: arguments cost a streaming call time
+        return _layer(
+            input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first,
+            cell_states, False, True,
+        )[:4]  # fmt: skip
     return _layer(
         input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states,
-        False, recompute,
+        False,
     )[:4]  # fmt: skip
 
 

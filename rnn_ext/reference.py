@@ -44,7 +44,8 @@ def gru(igates: Tensor, hgates: Tensor, state: State) -> State:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Layer normalisation (Ba, Kiros and Hinton 2016) of the last dimension."""
-    y = (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + 1e-5) * weight
+    d = x - x.mean(-1, keepdim=True)
+    y = d * torch.rsqrt(d.square().mean(-1, keepdim=True) + 1e-5) * weight
     return y if bias is None else y + bias
 
 

@@ -119,17 +119,13 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
   TORCH_CHECK_VALUE(!projected || sizes.proj > 0,
                     "expected a projection to at least one feature, got weight_hh of size ", w_hh.sizes());
   const int64_t gate_rows = cell.gates * sizes.hidden;
+  const int64_t input_gates[] = {gate_rows, sizes.input}, hidden_gates[] = {gate_rows, sizes.output()};
+  const int64_t projection[] = {sizes.proj, sizes.hidden};
+  const at::IntArrayRef gates(gate_rows), hidden(sizes.hidden);
+  const at::IntArrayRef expected[] = {input_gates, hidden_gates, gates,  gates, projection,
+                                      gates,       gates,        hidden, hidden};
   for (int d = 0; d < sizes.directions; ++d) {
-    const std::vector<int64_t> expected[] = {{gate_rows, sizes.input},
-                                             {gate_rows, sizes.output()},
-                                             {gate_rows},
-                                             {gate_rows},
-                                             {sizes.proj, sizes.hidden},
-                                             {gate_rows},
-                                             {gate_rows},
-                                             {sizes.hidden},
-                                             {sizes.hidden}};
-    for (int i = 0; i < kWeights; ++i) {
+    for (int i = 0; i < (normed ? kWeights : kWeightNormIh); ++i) {
       const Weight weight = Weight(i);
       if (index(d, weight) < 0) continue;
       const at::Tensor& tensor = weights[index(d, weight)];
