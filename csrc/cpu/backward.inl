@@ -177,8 +177,13 @@ class BackwardScan {
       const bool last = reverse_ ? t == 0 : after == layout_.steps;
       const int64_t chained = last ? 0 : smaller(rows, slice_.active(layout_, after));
       prepare(t, rows, after, chained);
-      step(t, 0, chained, after, s == 0 ? &before : &now);
-      step(t, chained, rows, after, nullptr);
+      if constexpr (cells::kIsVariant<Cell>) {
+        variant_step(t, 0, chained, after, s == 0 ? &before : &now);
+        variant_step(t, chained, rows, after, nullptr);
+      } else {
+        step(t, 0, chained, after, s == 0 ? &before : &now);
+        step(t, chained, rows, after, nullptr);
+      }
       leave(t, rows);
     }
   }
@@ -234,7 +239,6 @@ class BackwardScan {
   /// where the sequence ends and the gradient of its final state comes in instead.
   void step(int64_t t, int64_t first, int64_t last, int64_t after, const ChunkGrads<Cell, T>* grads) {
     if (first >= last) return;
-    if constexpr (cells::kIsVariant<Cell>) return variant_step(t, first, last, after, grads);
     const Order order = step_order(layout_.batch_sizes[t], t);
     const bool chained = grads != nullptr;
     const T* a_first = chained ? grads->gates_at(layout_, after, slice_.first + first) : nullptr;

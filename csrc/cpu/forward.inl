@@ -193,7 +193,11 @@ class ForwardScan {
         const int64_t rows = slice_.active(layout_, t);
         if (rows == 0) continue;
         if (args_.resets.data) reset(t, rows, now);
-        step(t, rows, gate_rows_.get() + row, now, next);
+        if constexpr (cells::kIsVariant<Cell>) {
+          variant_step(t, rows, gate_rows_.get() + row, now, next);
+        } else {
+          step(t, rows, gate_rows_.get() + row, now, next);
+        }
         row += rows;
         const int64_t stay = reverse_        ? (t > 0 ? layout_.batch_sizes[t] : 0)
                              : t + 1 < steps ? layout_.batch_sizes[t + 1]
@@ -261,7 +265,6 @@ class ForwardScan {
   void variant_step(int64_t t, int64_t rows, T* const* gates, const T* now, T* next);
 
   void step(int64_t t, int64_t rows, T* const* gates, const T* now, T* next) {
-    if constexpr (cells::kIsVariant<Cell>) return variant_step(t, rows, gates, now, next);
     const Order order = step_order(layout_.batch_sizes[t], t);
     const bool projected = args_.sizes.proj != 0;
     const int64_t hidden = hidden_, padded = padded_, out_padded = out_padded_, out = out_;

@@ -295,6 +295,7 @@ template <class Cell, class T>
 void BackwardScan<Cell, T>::variant_step(int64_t t, int64_t first, int64_t last, int64_t after,
                                          const ChunkGrads<Cell, T>* grads) {
   if constexpr (cells::kIsVariant<Cell>) {
+    if (first >= last) return;
     const Order order = step_order(layout_.batch_sizes[t], t);
     const int64_t proj = args_.sizes.proj;
     if (grads) {
