@@ -9,7 +9,7 @@ from torch import nn
 
 from rnn_ext.backends import check_backend
 from rnn_ext.cells import GRUCell, LSTMCell, RNNCell
-from rnn_ext.modules import GRU, LSTM, RNN
+from rnn_ext.modules import GRU, LSTM, OPTIONS, RNN
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -47,6 +47,7 @@ def convert(model: ModuleT, backend: str = "auto") -> ModuleT:
     for module in _change_class(model, TO_CUSTOM):
         module.__dict__.pop("_flat_weights", None)  # ours is a property
         module.backend = backend
+        vars(module).update(OPTIONS)
     return model
 
 
@@ -54,10 +55,21 @@ def to_native(model: ModuleT) -> ModuleT:
     """The reverse of :func:`convert`: all layers and cells of rnn_ext become torch.nn's; in place, returns `model`.
 
     For what reads the class of a layer: quantization, TorchScript, ONNX export.
+
+    Raises:
+        ValueError: a layer has an option that torch.nn lacks (`recompute` aside, which changes no result); nothing is
+            converted.
     """
+    for name, module in model.named_modules():
+        if type(module) in TO_NATIVE and isinstance(module, nn.RNNBase):
+            for option, default in OPTIONS.items():
+                if option != "recompute" and getattr(module, option) != default:
+                    raise ValueError(f"{name or 'model'} has {option}={getattr(module, option)!r}, torch.nn has not")
     for module in _change_class(model, TO_NATIVE):
         del module.backend
         if isinstance(module, nn.RNNBase):
+            for option in OPTIONS:
+                del module.__dict__[option]
             module._init_flat_weights()
     return model
 

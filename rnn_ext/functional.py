@@ -12,25 +12,36 @@ The four functions take the same options:
   PackedSequence.
 - `resets` (bool (L, N), or (N, L) if batch_first, (L,) if unbatched, None): timesteps at which an independent sequence
   begins: the state before it is zero, in both directions. Not for a PackedSequence; custom backend only.
+- `recompute` (bool, False): keep only `input` and the initial states for backward, which then runs forward once more.
+  Saves memory and changes nothing else; the native backend, which cannot, runs as ever. Figures: :class:`rnn_ext.RNN`.
+- `weight_dropout` (float, 0.0): in training, the probability of zeroing an element of weight_hh, the rest is scaled by
+  1 / (1 - p) (DropConnect; Merity, Keskar and Socher 2018). One mask per call; `weights` stay as they are.
+- `recurrent_dropout` (float, 0.0): in training, the probability of zeroing an element of h_{t-1} where it enters
+  ``W_hh h``, the rest is scaled by 1 / (1 - p). One mask for all timesteps of a sequence (variational dropout; Gal and
+  Ghahramani 2016), its own for each layer and direction. Custom backend only.
+- `zoneout` (float, 0.0; lstm: also a pair, of h and of c): in training, the probability of an element of the state to
+  stay what it was before the timestep; else its share, ``p h_{t-1} + (1 - p) h_t`` (Krueger et al. 2017). The cell's h
+  is computed from c before zoneout. Custom backend only.
 - `backend` (``"auto"``, ``"custom"`` or ``"native"``): see :mod:`rnn_ext.backends`.
 
 `weights` is flat, in the order of ``module.parameters()``: for each layer, for each direction, weight_ih (G*H, I),
 weight_hh (G*H, P or H), then bias_ih and bias_hh (G*H,) if there are biases, then weight_hr (P, H) if the LSTM is
-projected. G is 1 for an RNN, 3 for a GRU, 4 for an LSTM. All tensors have the same dtype, float32, float64, bfloat16
-or float16 (native: whatever torch supports), and are on the same device.
+projected, then weight_norm_ih, weight_norm_hh (G*H,), weight_norm_c and bias_norm_c (H,) if it has layer normalisation,
+see :class:`rnn_ext.LSTM`. G is 1 for an RNN, 3 for a GRU, 4 for an LSTM. All tensors have the same dtype, float32,
+float64, bfloat16 or float16 (native: whatever torch supports), and are on the same device.
 
 They raise
 
 - ValueError: number of dimensions or dtype of `input`; values or shape of `lengths`, shape of `resets`; number of
-  `weights`; an unknown backend, or an option that the backend cannot run.
-- TypeError: `lengths` that are not integers, `resets` that are not bool.
+  `weights`; a probability outside [0, 1); an unknown backend, or an option that the backend cannot run.
+- TypeError: `lengths` that are not integers, `resets` that are not bool, a probability that is no number.
 - RuntimeError: any other mismatch of sizes, dtypes or devices; backend ``"custom"`` where it cannot run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -50,7 +61,50 @@ class Options(TypedDict, total=False):
     training: bool
     lengths: Sequence[int] | Tensor | None
     resets: Tensor | None
+    recompute: bool
+    zoneout: float | tuple[float, float]
+    recurrent_dropout: float
+    weight_dropout: float
     backend: str
+
+
+class Extras(NamedTuple):
+    """What torch.nn's layers do not have and that is the same for every layer of a stack."""
+
+    recompute: bool = False
+    zoneout: tuple[float, float] = (0.0, 0.0)  # of h and of c
+    recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
+
+
+NO_EXTRAS = Extras()
+
+
+def check_extras(
+    cell: str,
+    recompute: bool,
+    zoneout: float | tuple[float, float],
+    recurrent_dropout: float,
+    weight_dropout: float,
+) -> Extras:
+    """The options, checked: TypeError or ValueError with the name of the wrong one."""
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute must be a bool, got {recompute!r}")
+    pair = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout if cell == "lstm" else 0.0)
+    if len(pair) != 2 or (pair is zoneout and cell != "lstm"):
+        expected = "a number or a pair of numbers" if cell == "lstm" else "a number"
+        raise TypeError(f"zoneout must be {expected}, got {zoneout!r}")
+    for name, value in (
+        ("zoneout", pair[0]),
+        ("zoneout", pair[1]),
+        ("recurrent_dropout", recurrent_dropout),
+        ("weight_dropout", weight_dropout),
+    ):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be a probability in [0, 1), got {value!r}")
+    return Extras(recompute, (float(pair[0]), float(pair[1])), float(recurrent_dropout), float(weight_dropout))
 
 
 def rnn_tanh(
@@ -137,18 +191,27 @@ def recurrent(
     lengths: Sequence[int] | Tensor | None = None,
     resets: Tensor | None = None,
     cell_states: bool = False,
+    recompute: bool = False,
+    zoneout: float | tuple[float, float] = 0.0,
+    recurrent_dropout: float = 0.0,
+    weight_dropout: float = 0.0,
 ) -> tuple[Tensor | PackedSequence, Tensor, Tensor | None, Tensor | PackedSequence | None]:
     """Any cell, input in any layout: output, h_n, c_n (None unless lstm), cells (None unless asked for)."""
     stack = (num_layers, bidirectional, dropout, training)
+    extras = NO_EXTRAS
+    if recompute or zoneout or recurrent_dropout or weight_dropout:
+        extras = check_extras(cell, recompute, zoneout, recurrent_dropout, weight_dropout)
     if isinstance(input, PackedSequence):
         if lengths is not None or resets is not None:
             raise ValueError("lengths and resets are for padded input, got a PackedSequence, which has its own lengths")
-        return _packed(cell, input, h_0, c_0, weights, stack, backend, cell_states)
+        return _packed(cell, input, h_0, c_0, weights, stack, backend, cell_states, extras)
     dim = input.dim()
     if dim == 3:
-        return _layers(cell, input, h_0, c_0, weights, *stack, batch_first, backend, None, lengths, resets, cell_states)
+        return _layers(
+            cell, input, h_0, c_0, weights, *stack, batch_first, backend, None, lengths, resets, cell_states, extras
+        )
     if dim == 2:
-        return _unbatched(cell, input, h_0, c_0, weights, stack, backend, lengths, resets, cell_states)
+        return _unbatched(cell, input, h_0, c_0, weights, stack, backend, lengths, resets, cell_states, extras)
     raise ValueError(f"{cell}: Expected input to be 2D or 3D, got {dim}D instead: {list(input.shape)}")
 
 
@@ -162,13 +225,16 @@ def step(
     dropout: float,
     training: bool,
     backend: str,
+    layer_norm: bool = False,
+    zoneout: float | tuple[float, float] = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One timestep of any cell, in one direction: `input` is (N, I) or (I,); output, h_n, c_n (None unless lstm)."""
-    if num_layers == 1 and input.dim() == 2 and input.dtype == weights[0].dtype and backends.use_custom(backend, input):
+    plain = not (layer_norm or zoneout)
+    if plain and num_layers == 1 and input.dim() == 2 and input.dtype == weights[0].dtype and backends.use_custom(backend, input):
         output, h_n, c_n = ops.step(input, h_0, c_0, weights, cell, False)
         return output, h_n, c_n if cell == "lstm" else None
     stack = (num_layers, False, False, dropout, training)
-    output, h_n, c_n, _ = recurrent(cell, input.unsqueeze(0), h_0, c_0, weights, *stack, backend)
+    output, h_n, c_n, _ = recurrent(cell, input.unsqueeze(0), h_0, c_0, weights, *stack, backend, zoneout=zoneout)
     return output.squeeze(0), h_n, c_n
 
 
@@ -183,6 +249,7 @@ def _unbatched(
     lengths: Sequence[int] | Tensor | None,
     resets: Tensor | None,
     cell_states: bool,
+    extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     for state in (h_0, c_0):
         if state is not None and state.dim() != 2:
@@ -192,7 +259,9 @@ def _unbatched(
         resets = resets.unsqueeze(1)
     h_0, c_0 = _map(lambda state: state.unsqueeze(1), h_0, c_0)
     input = input.unsqueeze(1)
-    results = _layers(cell, input, h_0, c_0, weights, *stack, False, backend, None, lengths, resets, cell_states)
+    results = _layers(
+        cell, input, h_0, c_0, weights, *stack, False, backend, None, lengths, resets, cell_states, extras
+    )
     return _map(lambda tensor: tensor.squeeze(1), *results)
 
 
@@ -205,6 +274,7 @@ def _packed(
     stack: tuple[int, bool, float, bool],
     backend: str,
     cell_states: bool,
+    extras: Extras,
 ) -> tuple[PackedSequence, Tensor, Tensor | None, PackedSequence | None]:
     """States come and go in the order that the sequences had before they were sorted by length."""
     data, batch_sizes, order, inverse = input
@@ -216,7 +286,7 @@ def _packed(
                 raise RuntimeError(f"Expected hx to have {order.shape[0]} sequences in dim 1, got {list(state.shape)}")
         h_0, c_0 = _map(lambda state: state.index_select(1, order), h_0, c_0)
     output, h_n, c_n, cells = _layers(
-        cell, data, h_0, c_0, weights, *stack, False, backend, batch_sizes, None, None, cell_states
+        cell, data, h_0, c_0, weights, *stack, False, backend, batch_sizes, None, None, cell_states, extras
     )
     if inverse is not None:
         h_n, c_n = _map(lambda state: state.index_select(1, inverse), h_n, c_n)
@@ -244,6 +314,7 @@ def _layers(
     lengths: Sequence[int] | Tensor | None,
     resets: Tensor | None,
     cell_states: bool,
+    extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Padded (L, N, I) or (N, L, I), or packed (sum of lengths, I): check, choose the backend, run.
 
@@ -252,9 +323,10 @@ def _layers(
     """
     states = num_layers * 2 if bidirectional else num_layers
     count, rest = divmod(len(weights), states)
-    if rest or not 2 <= count <= 5:
+    if rest or not 2 <= count <= (9 if cell == "lstm" else 5):
         raise ValueError(
-            f"Expected 2 to 5 weights for each of {states} layers and directions, got {len(weights)} in all"
+            f"Expected 2 to 5 weights for each of {states} layers and directions"
+            f"{' (6 to 9 with layer normalisation)' if cell == 'lstm' else ''}, got {len(weights)} in all"
         )
     weight_ih = weights[0]
     if input.dtype != weight_ih.dtype and not torch.is_autocast_enabled(input.device.type):
@@ -265,6 +337,9 @@ def _layers(
         lengths = _check_lengths(lengths, input, batch_first)
     if resets is not None:
         _check_resets(resets, input.shape[:2])
+    if training and extras.weight_dropout:
+        p = extras.weight_dropout
+        weights = [w * _dropout_mask(w.shape, p, w).to(w.dtype) if i % count == 1 else w for i, w in enumerate(weights)]
     run = _custom if backends.use_custom(backend, input) else _native
     return run(
         cell,
@@ -281,6 +356,7 @@ def _layers(
         lengths,
         resets,
         cell_states,
+        extras,
     )
 
 
@@ -346,18 +422,18 @@ def _custom(
     lengths: Tensor | None,
     resets: Tensor | None,
     cell_states: bool,
+    extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One op for each layer. States are in torch's order: layer 0 forward, layer 0 reverse, layer 1 forward, ..."""
-    options = {
-        "cell": cell,
-        "batch_sizes": batch_sizes,
-        "lengths": lengths,
-        "resets": resets,
-        "bidirectional": bidirectional,
-        "batch_first": batch_first,
-    }
+    call = (cell, batch_sizes, lengths, resets, bidirectional, batch_first)
+
+    def extra(input: Tensor, h_0: Tensor | None, weights: Sequence[Tensor]) -> tuple[Sequence[Tensor | None], bool]:
+        masks = _masks(input, h_0, weights, training, extras, batch_first, bidirectional, batch_sizes)
+        return masks, extras.recompute
+
     if num_layers == 1:
-        output, h_n, c_n, cells = ops.layer(input, h_0, c_0, weights, cell_states=cell_states, **options)
+        more = () if extras is NO_EXTRAS else extra(input, h_0, weights)
+        output, h_n, c_n, cells = ops.layer(input, h_0, c_0, weights, *call, cell_states, *more)
         return output, h_n, c_n if cell == "lstm" else None, cells if cell_states else None
 
     directions = 2 if bidirectional else 1
@@ -370,12 +446,65 @@ def _custom(
         if k > 0 and training and dropout > 0:
             input = _dropout(input, dropout, batch_first)
         last = k == num_layers - 1
-        input, h_n, c_n, cells = ops.layer(
-            input, h_0s[k], c_0s[k], weights[k * count : (k + 1) * count], cell_states=cell_states and last, **options
-        )
+        part = weights[k * count : (k + 1) * count]
+        more = () if extras is NO_EXTRAS else extra(input, h_0s[k], part)
+        input, h_n, c_n, cells = ops.layer(input, h_0s[k], c_0s[k], part, *call, cell_states and last, *more)
         h_ns.append(h_n)
         c_ns.append(c_n)
     return input, torch.cat(h_ns), torch.cat(c_ns) if cell == "lstm" else None, cells if cell_states else None
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    """At least float32: a probability is not to be rounded to bfloat16."""
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def _ones(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
+    """1 with probability p, else 0; not mapped by torch.func.vmap where `like` is. Torch's bernoulli takes three times
+    as long."""
+    uniform = torch.rand(shape, dtype=_wide(like), device=like.device)
+    return uniform.add_(min(p, 1 - 2**-24)).floor_()  # a larger p could round a sum up to 2
+
+
+def _dropout_mask(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
+    """0 with probability p, else 1 / (1 - p)."""
+    return _ones(shape, 1 - p, like).mul_(1 / (1 - p))
+
+
+def _masks(
+    input: Tensor,
+    h_0: Tensor | None,
+    weights: Sequence[Tensor],
+    training: bool,
+    extras: Extras,
+    batch_first: bool,
+    bidirectional: bool,
+    batch_sizes: Tensor | None,
+) -> Sequence[Tensor | None]:
+    """The op's `masks` for one layer, drawn with torch's generator, or constants in eval."""
+    zoneout_h, zoneout_c = extras.zoneout
+    recurrent = extras.recurrent_dropout if training else 0.0
+    if not (zoneout_h or zoneout_c or recurrent):
+        return ()
+    directions = 2 if bidirectional else 1
+    features = weights[1].shape[1]
+    hidden_mask = None
+    if recurrent:
+        if batch_sizes is None:
+            batch = input.shape[0 if batch_first else 1]
+        else:
+            batch = int(batch_sizes[0]) if h_0 is None else h_0.shape[1]
+        hidden_mask = _dropout_mask((directions, batch, features), recurrent, input)
+
+    def keep(p: float, features: int) -> Tensor | None:
+        if not p:
+            return None
+        shape = (*input.shape[:-1], directions * features)
+        if training:
+            return _ones(shape, p, input)
+        return torch.full(shape[-1:], p, dtype=_wide(input), device=input.device).expand(shape)
+
+    return hidden_mask, keep(zoneout_h, features), keep(zoneout_c, weights[0].shape[0] // 4)
 
 
 def _dropout(output: Tensor, dropout: float, batch_first: bool) -> Tensor:
@@ -401,12 +530,20 @@ def _native(
     lengths: Tensor | None,
     resets: Tensor | None,
     cell_states: bool,
+    extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """torch's kernels, which know packed sequences but neither lengths nor resets nor cell states."""
-    if resets is not None or cell_states:
-        option = "resets" if resets is not None else "return_cell_states"
+    states = num_layers * (2 if bidirectional else 1)
+    asked = {
+        "resets": resets is not None,
+        "return_cell_states": cell_states,
+        "layer_norm": len(weights) // states > 5,
+        "zoneout": any(extras.zoneout),
+        "recurrent_dropout": training and extras.recurrent_dropout,
+    }
+    for option in (name for name, wanted in asked.items() if wanted):
         raise ValueError(f"{option} is an option of the custom backend, but this call runs on the native one")
-    _check_states(input, h_0, c_0, weights, num_layers * (2 if bidirectional else 1), batch_first, batch_sizes)
+    _check_states(input, h_0, c_0, weights, states, batch_first, batch_sizes)
     stack = (num_layers, bidirectional, dropout, training)
     if lengths is None:
         output, h_n, c_n = backends.native(cell, input, batch_sizes, h_0, c_0, weights, *stack, batch_first)
@@ -422,7 +559,7 @@ def _native(
     packed = pack_padded_sequence(
         input.masked_fill(empty_row, 0), lengths.clamp(min=1), batch_first, enforce_sorted=False
     )
-    output, h_n, c_n, _ = _packed(cell, packed, h_0, c_0, weights, stack, "native", False)
+    output, h_n, c_n, _ = _packed(cell, packed, h_0, c_0, weights, stack, "native", False, NO_EXTRAS)
     output, _ = pad_packed_sequence(output, batch_first, total_length=total_length)
     h_n = torch.where(empty, 0 if h_0 is None else h_0, h_n)
     if cell == "lstm":

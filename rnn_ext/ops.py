@@ -7,15 +7,20 @@ input          (L, N, I), (N, L, I) with ``batch_first``, or packed (sum of batc
 h_0            (D, N, P or H), or None for zeros
 c_0            (D, N, H), or None for zeros (lstm only)
 weights        per direction: weight_ih (G*H, I), weight_hh (G*H, P or H)[, bias_ih (G*H,), bias_hh (G*H,)]
-               [, weight_hr (P, H)], gates in torch's order
+               [, weight_hr (P, H)][, weight_norm_ih (G*H,), weight_norm_hh (G*H,), weight_norm_c (H,), bias_norm_c (H,)
+               for layer normalisation (lstm only)], gates in torch's order
 batch_sizes    (L,) int64 on the CPU, positive and non-increasing: the input is packed
 lengths        (N,) integers from 0 to L, in any order: of a padded input only these first timesteps exist
 resets         bool, in the layout of the input without its features: True where an independent sequence begins
+masks          [] or [hidden_mask, zoneout_h, zoneout_c], each float or None, without gradient: (D, N, P or H), by which
+               h is multiplied before the recurrent product; in the layout of the input, D * (P or H) and D * H
+               features, the share of h and of c that stays what it was before the timestep
 cell           "rnn_tanh", "rnn_relu", "gru" or "lstm"
 output         in the layout of the input, D * (P or H) features; zeros where a sequence has ended
 h_n, c_n       (D, N, P or H), (D, N, H); c_n is empty for cells without a cell state
 cells          the cell state of every timestep, D * H features, where ``cell_states``; else empty
 saved          what backward needs, opaque; empty unless ``save``, which autograd sets by itself
+recompute      whether autograd keeps neither ``saved`` nor ``output`` and its backward computes them once more
 =============  ========================================================================================================
 
 All floating-point tensors share one dtype out of float32, float64, bfloat16 and float16 and one device. Reduced
@@ -72,7 +77,6 @@ def layer(
     h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
-    *,
     cell: str,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -80,15 +84,19 @@ def layer(
     bidirectional: bool = False,
     batch_first: bool = False,
     cell_states: bool = False,
+    masks: Sequence[Tensor | None] = (),
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer: output, h_n, c_n, cells. Shapes, dtypes and meanings as in the table at the top of this module.
 
     Raises:
         ValueError, TypeError, RuntimeError: as torch.nn does, with what was found and what was expected.
     """
-    return (_layer if _is_traced(input, h_0, c_0, weights) else _fast_layer)(
-        input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, False
-    )[:4]
+    tensors = (input, h_0, c_0, weights, batch_sizes, lengths, resets)
+    options = (cell, bidirectional, batch_first, cell_states, False)
+    if masks or recompute or _is_traced(input, h_0, c_0, weights):
+        return _layer(*tensors, masks, *options, recompute)[:4]
+    return _fast_layer(*tensors, *options)[:4]
 
 
 def step(
@@ -125,13 +133,14 @@ def _layer_reference(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    masks: Sequence[Tensor | None],
     cell: str,
     bidirectional: bool,
     batch_first: bool,
     cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     output, h_n, c_n, cells = reference.layer(
-        input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first
+        input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, masks
     )
     empty = input.new_empty(0)
     return output, h_n, empty if c_n is None else c_n, cells if cell_states and cells is not None else empty
@@ -149,6 +158,7 @@ def _layer_backward_reference(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    masks: Sequence[Tensor | None],
     cell: str,
     bidirectional: bool,
     batch_first: bool,
@@ -162,7 +172,7 @@ def _layer_backward_reference(
     def forward(*wanted: Tensor) -> Sequence[Tensor]:
         a = _replaced(inputs, places, wanted)
         return _layer_reference(
-            a[0], a[1], a[2], a[3:], batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states
+            a[0], a[1], a[2], a[3:], batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states
         )
 
     found = _vjp(forward, [inputs[i] for i in places], (grad_output, grad_h_n, grad_c_n, grad_cells))
@@ -176,6 +186,7 @@ def _layer_double_backward_reference(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    masks: Sequence[Tensor | None],
     cell: str,
     bidirectional: bool,
     batch_first: bool,
@@ -188,7 +199,7 @@ def _layer_double_backward_reference(
     def backward(*present: Tensor) -> Sequence[Tensor]:
         a = _replaced(tensors, places, present)
         *grads, dw = _layer_backward_reference(
-            *a[:7], a[7:], batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, mask
+            *a[:7], a[7:], batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, mask
         )
         return *grads, *dw
 
@@ -235,7 +246,7 @@ def _shape(input: Tensor, weights: Sequence[Tensor], h_0: Tensor | None, packed:
            bidirectional: bool):  # fmt: skip
     """Directions, hidden size, output size, batch size, (timestep, entry) pairs and leading sizes of a sequence."""
     directions = 2 if bidirectional else 1
-    projected = len(weights) // directions in (3, 5)
+    projected = len(weights) // directions in (3, 5, 7, 9)
     hidden = weights[0].shape[0] // reference.CELLS[cell].gates
     out = weights[1].shape[1]
     if packed:
@@ -246,8 +257,9 @@ def _shape(input: Tensor, weights: Sequence[Tensor], h_0: Tensor | None, packed:
 
 
 def _layer_fake(
-    input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, save
-):
+    input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, save,
+    recompute=False,
+):  # fmt: skip
     directions, hidden, out, projected, batch, rows, lead = _shape(
         input, weights, h_0, batch_sizes is not None, batch_first, cell, bidirectional
     )
@@ -255,7 +267,9 @@ def _layer_fake(
 
     has_cell = reference.CELLS[cell].has_cell_state
     dtype = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
-    kept = directions * rows * _C.saved_values(_CELL_KINDS.index(cell), projected) * _padded(hidden) if save else 0
+    variant = 2 if len(weights) // directions > 5 else 1 if masks else 0  # in the order of csrc/cpu/layer.h
+    values = _C.saved_values(_CELL_KINDS.index(cell), projected, variant) if save else 0
+    kept = directions * rows * values * _padded(hidden)
     return (
         input.new_empty(*lead, directions * out),
         input.new_empty(directions, batch, out),
@@ -266,8 +280,8 @@ def _layer_fake(
 
 
 def _layer_backward_fake(
-    grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights, batch_sizes, lengths, resets, output, saved,
-    cell, bidirectional, batch_first, cell_states, output_mask,
+    grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, output,
+    saved, cell, bidirectional, batch_first, cell_states, output_mask,
 ):  # fmt: skip
     # A gradient is wanted only of states that are there, and the size of a packed batch is known from them alone.
     states = [() if state is None else state.shape for state in (h_0, c_0)]
@@ -298,7 +312,8 @@ def _loop(op: Callable, size: int, in_dims: Sequence[Any], args: Sequence[Any]) 
 
 
 def _layer_vmap(info, in_dims, *args):
-    input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, save = args
+    (input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, save,
+     *recompute) = args  # fmt: skip
     size = info.batch_size
     if any(dim is not None for dim in in_dims[3] or ()) or batch_sizes is not None:
         return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
@@ -315,9 +330,12 @@ def _layer_vmap(info, in_dims, *args):
         return x.unflatten(at, (size, x.shape[at] // size)) if x.dim() > 1 else x  # what was not asked for is (0,)
 
     lengths = fold(lengths, in_dims[5], 0)
+    mask_dims = in_dims[7] or [None] * len(masks)
+    masks = [fold(mask, dim, at) for mask, dim, at in zip(masks, mask_dims, (1, batch, batch), strict=False)]
     output, h_n, c_n, cells, saved = torch.ops.rnn_ext.layer(
         fold(input, in_dims[0], batch), fold(h_0, in_dims[1], 1), fold(c_0, in_dims[2], 1), weights, None, lengths,
-        fold(resets, in_dims[6], batch), cell, bidirectional, batch_first, cell_states, save,
+        fold(resets, in_dims[6], batch), masks, cell, bidirectional, batch_first, cell_states,
+        save, *recompute,
     )  # fmt: skip
     output = unfold(output, batch)
     c_n_dim = 1 if c_n.dim() > 1 else None

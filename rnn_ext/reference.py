@@ -26,10 +26,12 @@ def rnn_relu(igates: Tensor, hgates: Tensor, state: State) -> State:
     return (torch.relu(igates + hgates),)
 
 
-def lstm(igates: Tensor, hgates: Tensor, state: State) -> State:
+def lstm(
+    igates: Tensor, hgates: Tensor, state: State, weight_norm_c: Tensor | None = None, bias_norm_c: Tensor | None = None
+) -> State:
     i, f, g, o = (igates + hgates).chunk(4, -1)
     c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+    return torch.sigmoid(o) * torch.tanh(c if weight_norm_c is None else layer_norm(c, weight_norm_c, bias_norm_c)), c
 
 
 def gru(igates: Tensor, hgates: Tensor, state: State) -> State:
@@ -38,6 +40,19 @@ def gru(igates: Tensor, hgates: Tensor, state: State) -> State:
     r, z = torch.sigmoid(i_r + h_r), torch.sigmoid(i_z + h_z)
     n = torch.tanh(i_n + r * h_n)
     return ((1 - z) * n + z * state[0],)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Layer normalisation (Ba, Kiros and Hinton 2016) of the last dimension."""
+    d = x - x.mean(-1, keepdim=True)
+    y = d * torch.rsqrt(d.square().mean(-1, keepdim=True) + 1e-5) * weight
+    return y if bias is None else y + bias
+
+
+def zoneout(keep: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Zoneout (Krueger et al. 2017): of the state, the share ``keep`` stays what it was."""
+    keep = keep.to(after.dtype)
+    return keep * before + (1 - keep) * after
 
 
 class Cell(NamedTuple):
@@ -55,26 +70,50 @@ CELLS: dict[str, Cell] = {
 
 
 class LayerWeights(NamedTuple):
-    """One direction of one layer, as torch.nn names them: (G*H, I), (G*H, P or H), (G*H,), (G*H,), (P, H)."""
+    """One direction of one layer, as torch.nn names them: (G*H, I), (G*H, P or H), (G*H,), (G*H,), (P, H).
+
+    Where the gates and the cell state of an LSTM are normalised, those of that follow: (G*H,), (G*H,), (H,), (H,).
+    """
 
     weight_ih: Tensor
     weight_hh: Tensor
     bias_ih: Tensor | None = None
     bias_hh: Tensor | None = None
     weight_hr: Tensor | None = None
+    weight_norm_ih: Tensor | None = None
+    weight_norm_hh: Tensor | None = None
+    weight_norm_c: Tensor | None = None
+    bias_norm_c: Tensor | None = None
+
+
+class Masks(NamedTuple):
+    """What holds a state or drops it; differentiated with respect to the states alone."""
+
+    hidden_mask: Tensor | None = None  # (.., N, P or H): factors of h before the recurrent product
+    zoneout_h: Tensor | None = None  # (L, N, P or H): the share of h that stays what it was before the timestep
+    zoneout_c: Tensor | None = None  # (L, N, H): the same of c
+
+
+NO_MASKS = Masks()
 
 
 def split_weights(weights: Sequence[Tensor], directions: int) -> list[LayerWeights]:
-    """Name the flat weights of one layer: 2 to 5 a direction, told apart by their number (3 is no bias, projected)."""
-    count, rest = divmod(len(weights), directions)
+    """Name the flat weights of one layer, told apart by their number: 2 to 5 a direction (3 is no bias, projected),
+    with layer normalisation 6 to 9."""
+    total, rest = divmod(len(weights), directions)
+    count = total - 4 if total > 5 else total
     if rest or not 2 <= count <= 5:
-        raise ValueError(f"expected 2 to 5 weights for each of {directions} directions, got {len(weights)} in all")
+        raise ValueError(
+            f"expected 2 to 5 weights (6 to 9 with layer normalisation) for each of {directions} directions, got "
+            f"{len(weights)} in all"
+        )
     layers = []
     for d in range(directions):
-        part = list(weights[d * count : (d + 1) * count])
+        part = list(weights[d * total : d * total + count])
+        norm = weights[d * total + count : (d + 1) * total]
         weight_hr = part.pop() if count in (3, 5) else None
         biases = part[2:] if count >= 4 else [None, None]
-        layers.append(LayerWeights(part[0], part[1], biases[0], biases[1], weight_hr))
+        layers.append(LayerWeights(part[0], part[1], biases[0], biases[1], weight_hr, *norm))
     return layers
 
 
@@ -86,6 +125,7 @@ def scan(
     active: Tensor,
     resets: Tensor | None = None,
     reverse: bool = False,
+    masks: Masks = NO_MASKS,
 ) -> tuple[Tensor, State, Tensor | None]:
     """One direction over all timesteps.
 
@@ -97,13 +137,22 @@ def scan(
         active: (L, N) bool, True where the timestep exists; elsewhere the state stands still and the output is zero.
         resets: (L, N) bool, True where an independent sequence begins (the state before it is zero).
         reverse: run from the last timestep to the first.
+        masks: of this direction.
 
     Returns:
         output (L, N, P or H), the final state, and the cell states (L, N, H) of a cell that has them.
     """
     step = CELLS[cell].step
     linear = torch.nn.functional.linear
-    igates = linear(torch.where(active.unsqueeze(-1), input, 0), weights.weight_ih, weights.bias_ih)
+    normed = weights.weight_norm_c is not None
+
+    def gates(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None) -> Tensor:
+        return layer_norm(linear(x, weight), norm, bias) if normed else linear(x, weight, bias)
+
+    visible = torch.where(active.unsqueeze(-1), input, 0)
+    igates = gates(visible, weights.weight_ih, weights.weight_norm_ih, weights.bias_ih)
+    norm_c = (weights.weight_norm_c, weights.bias_norm_c) if normed else ()
+    hidden_mask = None if masks.hidden_mask is None else masks.hidden_mask.to(input.dtype)
     outputs: list[Tensor] = []
     cells: list[Tensor] = []
     length = input.shape[0]
@@ -113,10 +162,13 @@ def scan(
             if first < length:
                 begins = (resets[first] & active[first]).unsqueeze(-1)
                 state = tuple(torch.where(begins, 0, s) for s in state)
-        hgates = linear(state[0], weights.weight_hh, weights.bias_hh)
-        new = step(igates[t], hgates, state)
+        h = state[0] if hidden_mask is None else state[0] * hidden_mask
+        hgates = gates(h, weights.weight_hh, weights.weight_norm_hh, weights.bias_hh)
+        new = step(igates[t], hgates, state, *norm_c)
         if weights.weight_hr is not None:
             new = (linear(new[0], weights.weight_hr), *new[1:])
+        keeps = (masks.zoneout_h, masks.zoneout_c)
+        new = tuple(n if k is None else zoneout(k[t], s, n) for k, s, n in zip(keeps, state, new, strict=False))
         row = active[t].unsqueeze(-1)
         state = tuple(torch.where(row, n, s) for n, s in zip(new, state, strict=True))
         outputs.append(torch.where(row, state[0], 0))
@@ -151,25 +203,27 @@ def layer(
     cell: str,
     bidirectional: bool,
     batch_first: bool,
+    masks: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """What the op ``rnn_ext::layer`` computes (see ``rnn_ext/ops.py`` for the shapes): output, h_n, c_n, cells."""
     directions = 2 if bidirectional else 1
-    if batch_sizes is not None:
-        sizes = batch_sizes.tolist()
-        length, batch = len(sizes), sizes[0]
-        steps = input.split(sizes)
-        rows = [torch.cat([s, s.new_zeros(batch - s.shape[0], s.shape[1])]) for s in steps]
+    sizes = None if batch_sizes is None else batch_sizes.tolist()
+
+    def padded_sequence(sequence: Tensor) -> Tensor:
+        """(L, N, ..) of what lies in the layout of the input."""
+        if sizes is None:
+            return sequence.transpose(0, 1) if batch_first else sequence
+        parts = sequence.split(sizes)
+        return torch.stack([torch.cat([s, s.new_zeros(sizes[0] - s.shape[0], *s.shape[1:])]) for s in parts])
+
+    padded = padded_sequence(input)
+    length, batch = padded.shape[:2]
+    if sizes is not None:
         lengths = torch.tensor([sum(size > n for size in sizes) for n in range(batch)])
-        padded = torch.stack(rows)
-        if resets is not None:
-            parts = resets.split(sizes)
-            resets = torch.stack([torch.cat([part, part.new_zeros(batch - part.shape[0])]) for part in parts])
-    else:
-        padded = input.transpose(0, 1) if batch_first else input
-        length, batch = padded.shape[:2]
-        sizes = None
-        if resets is not None and batch_first:
-            resets = resets.transpose(0, 1)
+    if resets is not None:
+        resets = padded_sequence(resets)
+    hidden_mask, *zoneouts = masks or (None, None, None)
+    zoneouts = [None if z is None else padded_sequence(z).chunk(directions, -1) for z in zoneouts]
     active = active_mask(length, batch, lengths, input.device)
     parts = []
     for d, w in enumerate(split_weights(weights, directions)):
@@ -178,7 +232,8 @@ def layer(
         state: State = (h,)
         if CELLS[cell].has_cell_state:
             state = (h, c_0[d] if c_0 is not None else input.new_zeros(batch, hidden))
-        parts.append(scan(cell, padded, state, w, active, resets, reverse=d == 1))
+        of_direction = Masks(*(None if m is None else m[d] for m in (hidden_mask, *zoneouts)))
+        parts.append(scan(cell, padded, state, w, active, resets, reverse=d == 1, masks=of_direction))
     outputs, states, cells = zip(*parts, strict=True)
 
     def gather(tensors: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ SAMPLES = [
 def arguments(case: Case, dtype=torch.float32, needed=("input", "weight_hh", "h_0")) -> tuple:
     assert ops.is_available(), ops.load_error()
     p = build(case).to(dtype).requiring(needed)
-    masks = (p.batch_sizes, p.lengths, p.resets)
+    masks = (p.batch_sizes, p.lengths, p.resets, [])
     flags = (case.cell, case.bidirectional, case.layout == "batch_first", case.has_cell_state, False)
     return (p.input, p.h_0, p.c_0, list(p.weights.values()), *masks, *flags)
 

@@ -4,6 +4,7 @@
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
+#include "cells/variants.h"
 
 #define RNN_EXT_FOR_EACH_CELL(X) \
   X(RnnTanh)                     \

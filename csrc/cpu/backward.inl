@@ -43,6 +43,13 @@ const S* previous_output(const BackwardArgs<S>& args, int direction, int64_t t, 
   return args.h_0 ? args.h_0 + (direction * layout.batch + layout.entry(j)) * width : nullptr;
 }
 
+/// out = a * b, elementwise; out is padded to whole vectors.
+template <class T>
+void multiply_rows(T* out, const T* a, const T* b, int64_t columns) {
+  for (int64_t i = 0; i < columns; i += kLanes<T>)
+    store(out + i, load_part(a + i, columns - i) * load_part(b + i, columns - i));
+}
+
 /// One direction's weights as the backward passes want them: rows of the weight are rows of B.
 template <class Cell, class S>
 struct BackwardWeights {
@@ -155,6 +162,12 @@ struct ChunkGrads {
   }
 };
 
+/// What the scan of a variant has besides; see variants.inl.
+template <class Cell, class S, bool = cells::kIsVariant<Cell>>
+struct VariantBackward {
+  VariantBackward(const BackwardArgs<S>&, int, Slice) {}
+};
+
 template <class Cell, class S>
 class BackwardScan {
   using T = Compute<S>;
@@ -175,14 +188,15 @@ class BackwardScan {
         padded_(args.sizes.padded()),
         out_(args.sizes.output()),
         out_padded_(Sizes::padded(out_)),
-        saved_stride_(saved_values(args.cell, args.sizes.proj != 0) * padded_),
+        saved_stride_(saved_values(args.cell, args.sizes.proj != 0, args.variant) * padded_),
         dh_(slice.size() * out_padded_, true),
         dc_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         c_0_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         zeros_(padded_, true),
         h_before_(slice.size()),
         c_before_(slice.size()),
-        cut_(slice.size()) {
+        cut_(slice.size()),
+        variant_(args, direction, slice) {
     for (int g = 0; g < Cell::kGates; ++g) hidden_segments_.offset[g] = Cell::hh_slot(g) * padded_ / kPack<S>;
     hidden_segments_.count = Cell::kGates;
     hidden_segments_.length = elements<S>(hidden_);
@@ -227,8 +241,13 @@ class BackwardScan {
     const bool last = reverse_ ? t == 0 : after == layout_.steps;
     const int64_t chained = last ? 0 : smaller(rows, slice_.active(layout_, after));
     prepare(t, rows, after, chained);
-    step(t, 0, chained, after, &chained_to);
-    step(t, chained, rows, after, nullptr);
+    if constexpr (cells::kIsVariant<Cell>) {
+      variant_step(t, 0, chained, after, &chained_to);
+      variant_step(t, chained, rows, after, nullptr);
+    } else {
+      step(t, 0, chained, after, &chained_to);
+      step(t, chained, rows, after, nullptr);
+    }
   }
 
   void write_grad_h_0(int64_t from, int64_t to) {
@@ -319,6 +338,11 @@ class BackwardScan {
     }
   }
 
+  void variant_step(int64_t t, int64_t first, int64_t last, int64_t after, const ChunkGrads<Cell, S>* grads);
+  void variant_cell(int64_t t, int64_t r, const T* dh);
+  template <class GateGrads>
+  void add_recurrent(int64_t first, int64_t last, Order order, const GateGrads& gate_grads);
+
   ALWAYS_INLINE void backward_cell(int64_t t, int64_t r, int64_t unit, V dh) {
     const int64_t rest = hidden_ - unit;
     V kept[Cell::kSaved + 1], h = {}, h_before = {}, c_before = {}, dc = {}, dgates[Cell::kGradGates];
@@ -352,7 +376,9 @@ class BackwardScan {
   void leave(int64_t t, int64_t rows) {
     const int64_t from = reverse_ ? (t + 1 < layout_.steps ? slice_.active(layout_, t + 1) : 0) : t == 0 ? 0 : rows;
     if (from >= rows) return;
-    if (args_.grad_h_0) {
+    if (args_.grad_h_0 && cells::kIsVariant<Cell>) {
+      add_recurrent(from, rows, Order::kRows, [&](int64_t r) { return gate_grads(t, r); });
+    } else if (args_.grad_h_0) {
       Buffer<const S*> dgates(rows - from);
       Buffer<T*> dh(rows - from);
       for (int64_t r = from; r < rows; ++r) {
@@ -393,6 +419,7 @@ class BackwardScan {
   Buffer<const S*> h_before_;  // [slice]
   Buffer<const T*> c_before_;  // [slice]
   Buffer<bool> cut_;           // [slice]
+  VariantBackward<Cell, S> variant_;
 };
 
 /// Rows [first, last) of the chunk's grad_input: gate gradients times weight_ih, on top of another direction's where
@@ -458,6 +485,12 @@ void weight_gradient(Compute<S>* grad, int64_t width, int64_t first, int64_t col
 /// What the gradients of one direction's parameters are made of.
 enum class Part { kWeightIh, kWeightHh, kWeightHr, kBias };
 
+/// The sums over a chunk's rows that the gradients of the biases and of layer normalisation consist of.
+template <class T>
+void norm_sums(const BackwardArgs<T>& args, const ChunkGrads<cells::LayerNormLstm, T>& grads, int direction, T* sums);
+template <class T>
+void write_norm_sums(const Weights<T>& to, const T* sums, int64_t hidden, int64_t padded);
+
 /// Adds a chunk's share of some columns of one weight's gradient, or of the sum of the gate gradients for the biases.
 template <class Cell, class S>
 void weight_task(const BackwardArgs<S>& args, const ChunkGrads<Cell, S>& grads, int direction, Part part, int64_t first,
@@ -480,15 +513,23 @@ void weight_task(const BackwardArgs<S>& args, const ChunkGrads<Cell, S>& grads, 
                        offset, sizes.hidden, rows, accumulate, row);
   } else if (part == Part::kWeightHh) {
     for (int g = 0; g < Cell::kGates; ++g) offset[g] = Cell::hh_slot(g) * padded;
+    Buffer<S> masked(cells::kIsVariant<Cell> && args.masks.hidden ? Sizes::padded(sizes.output()) : 0);
     const auto row = [&](int64_t) -> const S* {
       const S* at = previous_output(args, direction, cursor.t, cursor.j);
+      if constexpr (cells::kIsVariant<Cell>) {
+        if (args.masks.hidden && at) {
+          const int64_t entry = direction * layout.batch + layout.entry(cursor.j);
+          multiply_rows(masked.get(), at, args.masks.hidden + entry * sizes.output(), sizes.output());
+          at = masked.get();
+        }
+      }
       cursor.next();
       return at;
     };
     weight_gradient<S>(to.weight_hh, sizes.output(), first, columns, grads.gate_columns(), grads.stride, Cell::kGates,
                        offset, sizes.hidden, rows, accumulate, row);
   } else if (part == Part::kWeightHr) {
-    const int64_t stride = saved_values(args.cell, true) * padded;
+    const int64_t stride = saved_values(args.cell, true, args.variant) * padded;
     const T* unprojected = args.saved + (direction * layout.rows + grads.chunk.row) * stride + Cell::kSaved * padded;
     const auto row = [&](int64_t) {
       const T* at = unprojected;
@@ -497,6 +538,8 @@ void weight_task(const BackwardArgs<S>& args, const ChunkGrads<Cell, S>& grads, 
     };
     weight_gradient<S>(to.weight_hr, sizes.hidden, first, columns, grads.proj_columns(), grads.proj_stride, 1, offset,
                        sizes.proj, rows, accumulate, row);
+  } else if constexpr (cells::kIsNormed<Cell>) {
+    norm_sums(args, grads, direction, bias_sum);
   } else {
     for (int64_t r = 0; r < rows; ++r) {
       const S* from = grads.gates.get() + r * grads.stride;
@@ -533,7 +576,8 @@ class BackwardPass {
     tasks_[0] = pieces(to.weight_ih, args.sizes.input);
     tasks_[1] = pieces(to.weight_hh, args.sizes.output());
     tasks_[2] = pieces(to.weight_hr, args.sizes.hidden);
-    tasks_[3] = to.bias_ih || to.bias_hh;
+    tasks_[3] =
+        to.bias_ih || to.bias_hh || to.weight_norm_ih || to.weight_norm_hh || to.weight_norm_c || to.bias_norm_c;
   }
   ~BackwardPass() {
     for (int64_t i = 0; i < slices_ * members_; ++i) delete scans_.get()[i];
@@ -584,7 +628,8 @@ class BackwardPass {
     const Weights<T>& to = args_.grad_weights[direction_];
     const int64_t hidden = args_.sizes.hidden, padded = args_.sizes.padded();
     const size_t bytes = size_t(hidden) * sizeof(T);
-    for (int g = 0; g < Cell::kGates; ++g) {
+    if constexpr (cells::kIsNormed<Cell>) write_norm_sums(to, bias_sum_.get(), hidden, padded);
+    for (int g = 0; g < Cell::kGates && !cells::kIsNormed<Cell>; ++g) {
       if (to.bias_ih) std::memcpy(to.bias_ih + g * hidden, bias_sum_.get() + Cell::ih_slot(g) * padded, bytes);
       if (to.bias_hh) std::memcpy(to.bias_hh + g * hidden, bias_sum_.get() + Cell::hh_slot(g) * padded, bytes);
     }
@@ -623,7 +668,7 @@ template <class Cell, class S>
 void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int last, Compute<S>* apart,
           bool accumulate) {
   const int64_t slices = count_slices(args.layout, args.sizes, executor);
-  const int members = team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
+  const int members = cells::kIsVariant<Cell> ? 1 : team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
   Both<BackwardPass<Cell, S>> passes;
   parallel(executor, last - first,
            [&](int64_t i) { passes.item[i] = new BackwardPass<Cell, S>(args, first + int(i), slices, members); });

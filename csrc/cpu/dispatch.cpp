@@ -70,14 +70,16 @@ bool set_capability(const char* name) {
   return false;
 }
 
-int saved_values(CellKind cell, bool projected) {
+int saved_values(CellKind cell, bool projected, Variant variant) {
+  if (variant == Variant::kLayerNorm) return cells::LayerNormLstm::kSaved + projected;
+  const bool masked = variant == Variant::kMasked;
   switch (cell) {
     case CellKind::kGru:
       return cells::Gru::kSaved;
     case CellKind::kLstm:
-      return cells::Lstm::kSaved + projected;  // h before the projection
+      return (masked ? cells::Masked<cells::Lstm>::kSaved : cells::Lstm::kSaved) + projected;  // h before it
     default:
-      return 0;
+      return masked ? cells::Masked<cells::RnnTanh>::kSaved : 0;
   }
 }
 

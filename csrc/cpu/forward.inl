@@ -188,12 +188,18 @@ struct ForwardWeights : PackedWeights {
       }
     }
     if (!pack) return;
-    pack_gates(hidden.get(), w.weight_hh, Cell::kGates, s.hidden, s.output(), blocks_of<T>(s.hidden));
+    if constexpr (cells::kIsVariant<Cell>) {
+      for (int64_t g = 0; g < Cell::kGates; ++g)
+        pack_gates(hidden.get() + g * gate_blocks * s.output() * kLanes<T>, w.weight_hh + g * s.hidden * s.output(), 1,
+                   s.hidden, s.output(), gate_blocks);
+    } else {
+      pack_gates(hidden.get(), w.weight_hh, Cell::kGates, s.hidden, s.output(), blocks_of<T>(s.hidden));
+    }
     if (s.proj) pack_gates(proj.get(), w.weight_hr, 1, s.proj, s.hidden, blocks_of<T>(s.proj));
   }
 
   Buffer<Element<S>> input;   // [G * padded H / lanes][I][lanes]
-  Buffer<Element<S>> hidden;  // [H / lanes][P][G][lanes]
+  Buffer<Element<S>> hidden;  // [H / lanes][P][G][lanes], of a variant [G * padded H / lanes][P][lanes]
   Buffer<Element<S>> proj;    // [P / lanes][H][lanes]
   Buffer<T> bias;             // [G, padded H]: both biases, of a split gate the input's alone
   Buffer<T> split_bias;       // [padded H]: bias_hh of the split gate
@@ -225,6 +231,12 @@ struct ForwardStates {
   Buffer<S> reduced[2];
 };
 
+/// What the scan of a variant has besides; see variants.inl.
+template <class Cell, class S, bool = cells::kIsVariant<Cell>>
+struct VariantForward {
+  VariantForward(const ForwardArgs<S>&, int, Slice) {}
+};
+
 /// The scan of one direction for a slice of the batch and, where a team shares it, a part of the hidden units.
 template <class Cell, class S>
 class ForwardScan {
@@ -250,7 +262,7 @@ class ForwardScan {
         padded_(args.sizes.padded()),
         out_(args.sizes.output()),
         out_padded_(Sizes::padded(out_)),
-        saved_(saved_values(args.cell, args.sizes.proj != 0)),
+        saved_(saved_values(args.cell, args.sizes.proj != 0, args.variant)),
         short_(!uses_packed_weights(args.layout)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
         gates_stride_((keep_ ? saved_ : G) * padded_),
@@ -262,7 +274,8 @@ class ForwardScan {
         c_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         hidden_gates_(short_ ? G * padded_ : 0),
         unprojected_(args.sizes.proj ? slice.size() * padded_ : 0, kReduced),
-        output_rows_(args.sizes.proj ? slice.size() : 0) {}
+        output_rows_(args.sizes.proj ? slice.size() : 0),
+        variant_(args, direction, slice) {}
 
   void run() {
     const int64_t states = layout_.batch * direction_;
@@ -287,7 +300,11 @@ class ForwardScan {
           reset(t, rows, now);
           team_.meet(members_);
         }
-        step(t, rows, gate_rows_.get() + row, now, next);
+        if constexpr (cells::kIsVariant<Cell>) {
+          variant_step(t, rows, gate_rows_.get() + row, now, next);
+        } else {
+          step(t, rows, gate_rows_.get() + row, now, next);
+        }
         team_.meet(members_);
         row += rows;
         const int64_t stay = reverse_        ? (t > 0 ? layout_.batch_sizes[t] : 0)
@@ -335,6 +352,7 @@ class ForwardScan {
 
   /// The input gates of as many steps from s as the chunk holds, as one product. Returns the step after them.
   int64_t fill_chunk(int64_t s) {
+    const T* bias = cells::kIsNormed<Cell> ? nullptr : weights_.bias.get();
     const S** inputs = input_rows_.get();
     T** gates = gate_rows_.get();
     int64_t count = 0;
@@ -352,7 +370,7 @@ class ForwardScan {
       const Weights<const S>& w = args_.weights[direction_];
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t g = 0; g < G; ++g)
-          dot_rows(gates[r] + g * padded_, weights_.bias.get() + g * padded_,
+          dot_rows(gates[r] + g * padded_, bias ? bias + g * padded_ : nullptr,
                    w.weight_ih + g * hidden_ * args_.sizes.input, hidden_, args_.sizes.input, inputs[r]);
       }
       return s;
@@ -373,7 +391,7 @@ class ForwardScan {
     p.c = gates;
     p.b = weights_.input.get();
     p.segments.length = elements<S>(args_.sizes.input);
-    p.bias = weights_.bias.get();
+    p.bias = bias;
     const int64_t gate_blocks = padded_ / kLanes<T>;
     for (int64_t g = 0; members_ > 1 && g < G; ++g) {
       p.first = g * gate_blocks + part_.first;
@@ -394,6 +412,8 @@ class ForwardScan {
       if (Cell::kHasCell) std::memset(c_.get() + r * padded_, 0, size_t(hidden_) * sizeof(T));
     }
   }
+
+  void variant_step(int64_t t, int64_t rows, T* const* gates, State before_step, State after_step);
 
   void step(int64_t t, int64_t rows, T* const* gates, State now, State next) {
     const Order order = step_order(layout_.batch_sizes[t], t);
@@ -508,6 +528,7 @@ class ForwardScan {
   Buffer<T> hidden_gates_;       // [G, padded H], of one row, where weights are not packed
   Buffer<S> unprojected_;        // [slice, padded H]
   Buffer<T*> output_rows_;       // [slice]
+  VariantForward<Cell, S> variant_;
 };
 
 template <class Cell, class S>
@@ -526,7 +547,7 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const auto scan = [&](int d, Slice slice, ForwardStates<S>& states, Team& team, int member, int members) {
     ForwardScan<Cell, S>(args, *weights[d], d, slice, states, team, member, members).run();
   };
-  const int members = team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
+  const int members = cells::kIsVariant<Cell> ? 1 : team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
   if (members == 1) {
     return parallel(executor, directions * slices, [&](int64_t task) {
       const int d = int(task / slices);

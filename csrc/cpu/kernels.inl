@@ -19,6 +19,26 @@ namespace {
 #include "cpu/product.inl"
 #include "cpu/forward.inl"
 #include "cpu/backward.inl"
+#include "cpu/variants.inl"
+
+// Variants are not computed in BFloat16.
+template <class Cell, class S>
+void forward_cell(const ForwardArgs<S>& args, const Executor& executor) {
+  if constexpr (std::is_same_v<S, Compute<S>>) {
+    if (args.variant == Variant::kMasked) return forward<cells::Masked<Cell>>(args, executor);
+    if (args.variant == Variant::kLayerNorm) return forward<cells::LayerNormLstm>(args, executor);
+  }
+  forward<Cell>(args, executor);
+}
+
+template <class Cell, class S>
+void backward_cell(const BackwardArgs<S>& args, const Executor& executor) {
+  if constexpr (std::is_same_v<S, Compute<S>>) {
+    if (args.variant == Variant::kMasked) return backward<cells::Masked<Cell>>(args, executor);
+    if (args.variant == Variant::kLayerNorm) return backward<cells::LayerNormLstm>(args, executor);
+  }
+  backward<Cell>(args, executor);
+}
 
 template <class S>
 std::unique_ptr<PackedWeights> pack_any(CellKind cell, const Sizes& sizes, const Weights<const S>& weights) {
@@ -39,13 +59,13 @@ template <class S>
 void forward_any(const ForwardArgs<S>& args, const Executor& executor) {
   switch (args.cell) {
     case CellKind::kRnnTanh:
-      return forward<cells::RnnTanh>(args, executor);
+      return forward_cell<cells::RnnTanh>(args, executor);
     case CellKind::kRnnRelu:
-      return forward<cells::RnnRelu>(args, executor);
+      return forward_cell<cells::RnnRelu>(args, executor);
     case CellKind::kGru:
-      return forward<cells::Gru>(args, executor);
+      return forward_cell<cells::Gru>(args, executor);
     case CellKind::kLstm:
-      return forward<cells::Lstm>(args, executor);
+      return forward_cell<cells::Lstm>(args, executor);
   }
 }
 
@@ -53,13 +73,13 @@ template <class S>
 void backward_any(const BackwardArgs<S>& args, const Executor& executor) {
   switch (args.cell) {
     case CellKind::kRnnTanh:
-      return backward<cells::RnnTanh>(args, executor);
+      return backward_cell<cells::RnnTanh>(args, executor);
     case CellKind::kRnnRelu:
-      return backward<cells::RnnRelu>(args, executor);
+      return backward_cell<cells::RnnRelu>(args, executor);
     case CellKind::kGru:
-      return backward<cells::Gru>(args, executor);
+      return backward_cell<cells::Gru>(args, executor);
     case CellKind::kLstm:
-      return backward<cells::Lstm>(args, executor);
+      return backward_cell<cells::Lstm>(args, executor);
   }
 }
 

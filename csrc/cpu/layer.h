@@ -30,6 +30,9 @@ using Compute = typename ComputeOf<S>::type;
 
 enum class CellKind { kRnnTanh, kRnnRelu, kGru, kLstm };
 
+/// What is done around the cell: nothing, zoneout and recurrent dropout, or (lstm) layer normalisation with both.
+enum class Variant { kPlain, kMasked, kLayerNorm };
+
 /// Which pairs (timestep, entry) exist. Kernel rows are ordered by falling length, so that the rows alive at step t are
 /// the first batch_sizes[t]; row (t, j) is number offsets[t] + j in every internal array.
 struct Layout {
@@ -65,6 +68,11 @@ struct Weights {
   T* bias_ih = nullptr;    // [G*H] or null
   T* bias_hh = nullptr;    // [G*H] or null
   T* weight_hr = nullptr;  // [P, H] or null
+  // Of layer normalisation, all or none:
+  T* weight_norm_ih = nullptr;  // [G*H]
+  T* weight_norm_hh = nullptr;  // [G*H]
+  T* weight_norm_c = nullptr;   // [H]
+  T* bias_norm_c = nullptr;     // [H]
 };
 
 /// Runs fn(context, 0) .. fn(context, tasks - 1), on at most `threads` threads.
@@ -89,7 +97,15 @@ struct Sizes {
 };
 
 /// Values of each row kept for backward, per hidden unit.
-int saved_values(CellKind cell, bool projected);
+int saved_values(CellKind cell, bool projected, Variant variant);
+
+/// Of a variant; all may be null, nothing is differentiated with respect to them.
+template <class T>
+struct Masks {
+  const T* hidden = nullptr;    // [D, N, P]: factors of h before the recurrent product
+  Sequence<const T> zoneout_h;  // (.., D*P): the share of h and c that stays what it was before the timestep
+  Sequence<const T> zoneout_c;  // (.., D*H)
+};
 
 /// One direction's weights rearranged for the forward pass, by and for the instruction set in use.
 struct PackedWeights {
@@ -112,6 +128,8 @@ struct ForwardArgs {
   S* h_n = nullptr;                     // [D, N, P]
   S* c_n = nullptr;                     // [D, N, H], of a cell with a cell state
   Compute<S>* saved = nullptr;          // [D, T, saved_values, padded H], null: nothing is kept
+  Variant variant = Variant::kPlain;
+  Masks<S> masks;
 };
 
 template <class S>
@@ -134,6 +152,8 @@ struct BackwardArgs {
   Compute<S>* grad_h_0 = nullptr;
   Compute<S>* grad_c_0 = nullptr;
   Weights<Compute<S>> grad_weights[2];
+  Variant variant = Variant::kPlain;
+  Masks<S> masks;
 };
 
 /// The instruction set whose kernels run: "baseline", "avx2" or "avx512"; the best the processor has.

@@ -39,13 +39,13 @@ OptionalTensor unpack(const SavedVariable& saved) { return optional(saved.unpack
 struct SavedCall {
   // Also what is never differentiable: a saved variable notices when it was changed in place.
   SavedVariable input, h_0, c_0, batch_sizes, lengths, resets;
-  std::vector<SavedVariable> weights;
+  std::vector<SavedVariable> weights, masks;
   std::string cell;
   bool bidirectional = false, batch_first = false, cell_states = false;
 
   void save(const at::Tensor& input_, const OptionalTensor& h_0_, const OptionalTensor& c_0_, at::TensorList weights_,
             const OptionalTensor& batch_sizes_, const OptionalTensor& lengths_, const OptionalTensor& resets_,
-            const LayerOptions& options) {
+            const OptionalTensors& masks_, const LayerOptions& options) {
     input = SavedVariable(input_, false);
     h_0 = SavedVariable(h_0_, false);
     c_0 = SavedVariable(c_0_, false);
@@ -54,6 +54,7 @@ struct SavedCall {
     batch_sizes = SavedVariable(batch_sizes_, false);
     lengths = SavedVariable(lengths_, false);
     resets = SavedVariable(resets_, false);
+    for (const OptionalTensor& mask : masks_) masks.emplace_back(mask, false);
     cell = options.cell;
     bidirectional = options.bidirectional;
     batch_first = options.batch_first;
@@ -62,6 +63,7 @@ struct SavedCall {
   void release() {
     for (SavedVariable* saved : {&input, &h_0, &c_0, &batch_sizes, &lengths, &resets}) saved->reset_data();
     for (SavedVariable& weight : weights) weight.reset_data();
+    for (SavedVariable& mask : masks) mask.reset_data();
   }
   std::vector<at::Tensor> unpack_weights() const {
     std::vector<at::Tensor> result;
@@ -69,15 +71,21 @@ struct SavedCall {
     for (const SavedVariable& weight : weights) result.push_back(weight.unpack());
     return result;
   }
+  OptionalTensors unpack_masks() const {
+    OptionalTensors result;
+    for (const SavedVariable& mask : masks) result.push_back(unpack(mask));
+    return result;
+  }
   LayerOptions options() const { return {cell, bidirectional, batch_first, cell_states}; }
 };
 
 const auto& layer_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("rnn_ext::layer", "")
-                             .typed<LayerResult(const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                                at::TensorList, const OptionalTensor&, const OptionalTensor&,
-                                                const OptionalTensor&, std::string_view, bool, bool, bool, bool)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("rnn_ext::layer", "")
+          .typed<LayerResult(const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList,
+                             const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                             const OptionalTensors&, std::string_view, bool, bool, bool, bool, bool)>();
   return op;
 }
 
@@ -87,18 +95,19 @@ const auto& layer_backward_op() {
           .findSchemaOrThrow("rnn_ext::layer_backward", "")
           .typed<LayerGrads(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                             const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList,
-                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const at::Tensor&,
-                            const at::Tensor&, std::string_view, bool, bool, bool, const c10::List<bool>&)>();
+                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensors&,
+                            const at::Tensor&, const at::Tensor&, std::string_view, bool, bool, bool,
+                            const c10::List<bool>&)>();
   return op;
 }
 
 const auto& layer_reference_op() {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("rnn_ext::layer_reference", "")
-          .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
-              const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList, const OptionalTensor&,
-              const OptionalTensor&, const OptionalTensor&, std::string_view, bool, bool, bool)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rnn_ext::layer_reference", "")
+                             .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+                                 const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList,
+                                 const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                 const OptionalTensors&, std::string_view, bool, bool, bool)>();
   return op;
 }
 
@@ -108,19 +117,18 @@ const auto& layer_backward_reference_op() {
           .findSchemaOrThrow("rnn_ext::layer_backward_reference", "")
           .typed<LayerGrads(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                             const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList,
-                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string_view, bool,
-                            bool, bool, const c10::List<bool>&)>();
+                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensors&,
+                            std::string_view, bool, bool, bool, const c10::List<bool>&)>();
   return op;
 }
 
-using OptionalTensors = c10::List<OptionalTensor>;
-
 const auto& layer_double_backward_reference_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("rnn_ext::layer_double_backward_reference", "")
-                             .typed<std::vector<at::Tensor>(
-                                 const OptionalTensors&, const OptionalTensors&, const OptionalTensor&,
-                                 const OptionalTensor&, const OptionalTensor&, std::string_view, bool, bool, bool)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("rnn_ext::layer_double_backward_reference", "")
+          .typed<std::vector<at::Tensor>(const OptionalTensors&, const OptionalTensors&, const OptionalTensor&,
+                                         const OptionalTensor&, const OptionalTensor&, const OptionalTensors&,
+                                         std::string_view, bool, bool, bool)>();
   return op;
 }
 
@@ -128,19 +136,21 @@ const auto& layer_double_backward_reference_op() {
 
 LayerResult layer_call(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                        at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                       const OptionalTensor& resets, const LayerOptions& options, bool save) {
-  return layer_op().call(input, h_0, c_0, weights, batch_sizes, lengths, resets, options.cell, options.bidirectional,
-                         options.batch_first, options.cell_states, save);
+                       const OptionalTensor& resets, const OptionalTensors& masks, const LayerOptions& options,
+                       bool save, bool recompute) {
+  return layer_op().call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options.cell,
+                         options.bidirectional, options.batch_first, options.cell_states, save, recompute);
 }
 
 LayerGrads layer_backward_call(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,
                                const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                                at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                               const OptionalTensor& resets, const at::Tensor& output, const at::Tensor& saved,
-                               const LayerOptions& options, const c10::List<bool>& output_mask) {
+                               const OptionalTensor& resets, const OptionalTensors& masks, const at::Tensor& output,
+                               const at::Tensor& saved, const LayerOptions& options,
+                               const c10::List<bool>& output_mask) {
   return layer_backward_op().call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights, batch_sizes,
-                                  lengths, resets, output, saved, options.cell, options.bidirectional,
+                                  lengths, resets, masks, output, saved, options.cell, options.bidirectional,
                                   options.batch_first, options.cell_states, output_mask);
 }
 
@@ -172,7 +182,8 @@ struct LayerBackwardBackward : public Node {
 
 struct LayerBackward : public Node {
   SavedCall call;
-  SavedVariable output, saved;
+  SavedVariable output, saved;  // neither where `recompute`
+  bool recompute = false;
 
   std::string name() const override { return "RnnExtLayerBackward"; }
   void release_variables() override {
@@ -190,10 +201,25 @@ struct LayerBackward : public Node {
     c10::List<bool> mask;
     for (size_t i = 0; i < result.size(); ++i) mask.push_back(task_should_compute_output(i));
     const std::vector<at::Tensor> weights = call.unpack_weights();
-    auto [dx, dh_0, dc_0, dw] = layer_backward_call(
-        optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]), call.input.unpack(),
-        unpack(call.h_0), unpack(call.c_0), weights, unpack(call.batch_sizes), unpack(call.lengths),
-        unpack(call.resets), output.unpack(getptr()), saved.unpack(), call.options(), mask);
+    const at::Tensor input = call.input.unpack();
+    const OptionalTensor h_0 = unpack(call.h_0), c_0 = unpack(call.c_0);
+    const OptionalTensor batch_sizes = unpack(call.batch_sizes), lengths = unpack(call.lengths),
+                         resets = unpack(call.resets);
+    const OptionalTensors masks = call.unpack_masks();
+    at::Tensor forward_output, forward_saved;
+    if (recompute) {
+      at::NoGradGuard no_grad;  // derivatives of a derivative go through the inputs alone
+      LayerResult again =
+          layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, call.options(), true, true);
+      forward_output = std::get<0>(again);
+      forward_saved = std::get<4>(again);
+    } else {
+      forward_output = output.unpack(getptr());
+      forward_saved = saved.unpack();
+    }
+    auto [dx, dh_0, dc_0, dw] = layer_backward_call(optional(grads[0]), optional(grads[1]), optional(grads[2]),
+                                                    optional(grads[3]), input, h_0, c_0, weights, batch_sizes, lengths,
+                                                    resets, masks, forward_output, forward_saved, call.options(), mask);
     if (mask.get(0)) result[0] = std::move(dx);
     if (mask.get(1)) result[1] = std::move(dh_0);
     if (mask.get(2)) result[2] = std::move(dc_0);
@@ -218,8 +244,8 @@ variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
   for (const SavedVariable* saved : {&call.input, &call.h_0, &call.c_0}) tensors.push_back(unpack(*saved));
   for (at::Tensor& weight : call.unpack_weights()) tensors.push_back(std::move(weight));
   std::vector<at::Tensor> found = layer_double_backward_reference_op().call(
-      cotangents, tensors, unpack(call.batch_sizes), unpack(call.lengths), unpack(call.resets), call.cell,
-      call.bidirectional, call.batch_first, call.cell_states);
+      cotangents, tensors, unpack(call.batch_sizes), unpack(call.lengths), unpack(call.resets), call.unpack_masks(),
+      call.cell, call.bidirectional, call.batch_first, call.cell_states);
   size_t next = 0;
   for (size_t i = 0; i < result.size(); ++i) {
     if (tensors.get(i).has_value()) result[i] = std::move(found[next++]);
@@ -229,17 +255,17 @@ variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
 
 LayerResult layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                            at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                           const OptionalTensor& resets, std::string_view cell, bool bidirectional, bool batch_first,
-                           bool cell_states, bool save) {
+                           const OptionalTensor& resets, const OptionalTensors& masks, std::string_view cell,
+                           bool bidirectional, bool batch_first, bool cell_states, bool save, bool recompute) {
   const LayerOptions options{cell, bidirectional, batch_first, cell_states};
   if (has_tangent(input) || has_tangent(h_0) || has_tangent(c_0) || any_has_tangent(weights)) {
     auto [output, h_n, c_n, cells] = layer_reference_op().call(input, h_0, c_0, weights, batch_sizes, lengths, resets,
-                                                               cell, bidirectional, batch_first, cell_states);
+                                                               masks, cell, bidirectional, batch_first, cell_states);
     return {output, h_n, c_n, cells, at::Tensor(input.new_empty({0}))};
   }
   if (!torch::autograd::compute_requires_grad(input, h_0, c_0, weights)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, options, save);
+    return layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options, save, recompute);
   }
   auto node = make_node<LayerBackward>();
   torch::autograd::edge_list edges;
@@ -252,18 +278,22 @@ LayerResult layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, c
   add_edge(c_0.value_or(at::Tensor()));
   for (const at::Tensor& weight : weights) add_edge(weight);
   node->set_next_edges(std::move(edges));
-  node->call.save(input, h_0, c_0, weights, batch_sizes, lengths, resets, options);
+  node->call.save(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options);
   LayerResult result = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, options, true);
+    return layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options, save || !recompute,
+                      recompute);
   }();
   auto& [output, h_n, c_n, cells, saved] = result;
   torch::autograd::set_history(output, node);
   torch::autograd::set_history(h_n, node);
   torch::autograd::set_history(cell_info(cell).has_cell ? c_n : at::Tensor(), node);
   torch::autograd::set_history(cell_states ? cells : at::Tensor(), node);
-  node->output = SavedVariable(output, true);
-  node->saved = SavedVariable(saved, false);
+  node->recompute = recompute;
+  if (!recompute) {
+    node->output = SavedVariable(output, true);
+    node->saved = SavedVariable(saved, false);
+  }
   if (!save) saved = saved.new_empty({0});
   return result;
 }
@@ -273,20 +303,20 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
                                    const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                                    at::TensorList weights, const OptionalTensor& batch_sizes,
                                    const OptionalTensor& lengths, const OptionalTensor& resets,
-                                   const at::Tensor& output, const at::Tensor& saved, std::string_view cell,
-                                   bool bidirectional, bool batch_first, bool cell_states,
+                                   const OptionalTensors& masks, const at::Tensor& output, const at::Tensor& saved,
+                                   std::string_view cell, bool bidirectional, bool batch_first, bool cell_states,
                                    const c10::List<bool>& output_mask) {
   const LayerOptions options{cell, bidirectional, batch_first, cell_states};
   if (has_tangent(grad_output) || has_tangent(grad_h_n) || has_tangent(grad_c_n) || has_tangent(grad_cells) ||
       has_tangent(input) || has_tangent(h_0) || has_tangent(c_0) || any_has_tangent(weights)) {
     return layer_backward_reference_op().call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights,
-                                              batch_sizes, lengths, resets, cell, bidirectional, batch_first,
+                                              batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first,
                                               cell_states, output_mask);
   }
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return layer_backward_call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights, batch_sizes,
-                               lengths, resets, output, saved, options, output_mask);
+                               lengths, resets, masks, output, saved, options, output_mask);
   };
   if (!torch::autograd::compute_requires_grad(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights))
     return compute();
@@ -306,7 +336,7 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
   add_edge(c_0);
   for (const at::Tensor& weight : weights) add_edge(weight);
   node->set_next_edges(std::move(edges));
-  node->call.save(input, h_0, c_0, weights, batch_sizes, lengths, resets, options);
+  node->call.save(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options);
   LayerGrads result = compute();
   auto& [dx, dh_0, dc_0, dw] = result;
   const auto attach = [&](size_t i, const at::Tensor& grad) {
@@ -322,8 +352,8 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
 LayerResult layer_autocast(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                            at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                           const OptionalTensor& resets, std::string_view cell, bool bidirectional, bool batch_first,
-                           bool cell_states, bool save) {
+                           const OptionalTensor& resets, const OptionalTensors& masks, std::string_view cell,
+                           bool bidirectional, bool batch_first, bool cell_states, bool save, bool recompute) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
   const auto cast = [&](const at::Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, kDevice); };
@@ -333,7 +363,7 @@ LayerResult layer_autocast(const at::Tensor& input, const OptionalTensor& h_0, c
   std::vector<at::Tensor> cast_weights;
   for (const at::Tensor& weight : weights) cast_weights.push_back(cast(weight));
   return layer_call(cast(input), cast_optional(h_0), cast_optional(c_0), cast_weights, batch_sizes, lengths, resets,
-                    {cell, bidirectional, batch_first, cell_states}, save);
+                    masks, {cell, bidirectional, batch_first, cell_states}, save, recompute);
 }
 
 TORCH_LIBRARY_IMPL(rnn_ext, Autograd, m) {

@@ -13,28 +13,29 @@ namespace rnn_ext::ops {
 TORCH_LIBRARY(rnn_ext, m) {
   m.def(
       "layer(Tensor input, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? resets, str cell, bool bidirectional, bool batch_first, bool cell_states, bool save) "
+      "Tensor? resets, Tensor?[] masks, str cell, bool bidirectional, bool batch_first, bool cell_states, bool save, "
+      "bool recompute=False) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor saved)");
   m.def(
       "layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, Tensor input, "
       "Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
-      "Tensor output, Tensor saved, str cell, bool bidirectional, bool batch_first, bool cell_states, "
+      "Tensor?[] masks, Tensor output, Tensor saved, str cell, bool bidirectional, bool batch_first, bool cell_states, "
       "bool[] output_mask) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)");
   // The following are written in Python with reference.py, and differentiable as often as one likes.
   m.def(
       "layer_reference(Tensor input, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? resets, str cell, bool bidirectional, bool batch_first, bool cell_states) "
+      "Tensor? resets, Tensor?[] masks, str cell, bool bidirectional, bool batch_first, bool cell_states) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells)");
   m.def(
       "layer_backward_reference(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, "
       "Tensor input, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
-      "str cell, bool bidirectional, bool batch_first, bool cell_states, bool[] output_mask) "
+      "Tensor?[] masks, str cell, bool bidirectional, bool batch_first, bool cell_states, bool[] output_mask) "
       "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)");
   // The gradient of layer_backward: `tensors` are its first eight arguments, `grad_grads` the cotangents of its results
   // in the order input, h_0, c_0, weights. Returns a gradient for each of `tensors` that is there.
   m.def(
       "layer_double_backward_reference(Tensor?[] grad_grads, Tensor?[] tensors, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? resets, str cell, bool bidirectional, bool batch_first, bool cell_states) -> Tensor[]");
+      "Tensor? resets, Tensor?[] masks, str cell, bool bidirectional, bool batch_first, bool cell_states) -> Tensor[]");
 }
 
 CellInfo cell_info(std::string_view name) {
@@ -47,7 +48,10 @@ CellInfo cell_info(std::string_view name) {
 
 namespace {
 
-const char* const kWeightNames[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"};
+const char* const kWeightNames[] = {"weight_ih",      "weight_hh",      "bias_ih",       "bias_hh",    "weight_hr",
+                                    "weight_norm_ih", "weight_norm_hh", "weight_norm_c", "bias_norm_c"};
+const char* const kMaskNames[] = {"hidden_mask", "zoneout_h", "zoneout_c"};
+constexpr int kNormWeights = 4;
 
 void check_like_input(const at::Tensor& tensor, const at::Tensor& input, const char* name) {
   TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), name, " is ", tensor.scalar_type(), " but input is ",
@@ -72,21 +76,31 @@ int LayerShape::index(int direction, Weight weight) const {
     case kBiasHh:
       return bias ? base + weight : -1;
     case kWeightHr:
-      return sizes.proj ? base + weights_per_direction - 1 : -1;
+      return sizes.proj ? base + (bias ? 4 : 2) : -1;
+    default:
+      return variant == cpu::Variant::kLayerNorm
+                 ? base + weights_per_direction - kNormWeights + (weight - kWeightNormIh)
+                 : -1;
   }
-  return -1;
 }
 
 LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                        at::TensorList weights, const OptionalTensor& batch_sizes_, const OptionalTensor& lengths,
-                       const OptionalTensor& resets, const LayerOptions& options)
+                       const OptionalTensor& resets, const OptionalTensors& masks, const LayerOptions& options)
     : cell(cell_info(options.cell)), packed(batch_sizes_.has_value()), batch_first(options.batch_first && !packed) {
   sizes.directions = options.bidirectional ? 2 : 1;
-  const int64_t count = int64_t(weights.size()) / sizes.directions;
-  TORCH_CHECK_VALUE(int64_t(weights.size()) == count * sizes.directions && count >= 2 && count <= 5,
-                    "expected 2 to 5 weights for each of ", sizes.directions, " directions, got ", weights.size(),
-                    " in all");
+  int64_t count = int64_t(weights.size()) / sizes.directions;
+  const bool normed = count > 5;
   weights_per_direction = int(count);
+  if (normed) count -= kNormWeights;
+  TORCH_CHECK_VALUE(int64_t(weights.size()) == weights_per_direction * sizes.directions && count >= 2 && count <= 5,
+                    "expected 2 to 5 weights (6 to 9 with layer normalisation) for each of ", sizes.directions,
+                    " directions, got ", weights.size(), " in all");
+  TORCH_CHECK_VALUE(!normed || cell.has_cell, "only an lstm can have layer normalisation, got ", weights_per_direction,
+                    " weights a direction for ", std::string(options.cell));
+  TORCH_CHECK_VALUE(masks.empty() || masks.size() == kMasks, "expected no masks or ", int(kMasks), ", got ",
+                    masks.size());
+  variant = normed ? cpu::Variant::kLayerNorm : masks.empty() ? cpu::Variant::kPlain : cpu::Variant::kMasked;
   bias = count >= 4;
   const bool projected = count == 3 || count == 5;
   TORCH_CHECK_VALUE(!projected || cell.has_cell, "only an lstm can be projected, got ", count,
@@ -105,18 +119,19 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
   TORCH_CHECK_VALUE(!projected || sizes.proj > 0,
                     "expected a projection to at least one feature, got weight_hh of size ", w_hh.sizes());
   const int64_t gate_rows = cell.gates * sizes.hidden;
+  const int64_t input_gates[] = {gate_rows, sizes.input}, hidden_gates[] = {gate_rows, sizes.output()};
+  const int64_t projection[] = {sizes.proj, sizes.hidden};
+  const at::IntArrayRef gates(gate_rows), hidden(sizes.hidden);
+  const at::IntArrayRef expected[] = {input_gates, hidden_gates, gates,  gates, projection,
+                                      gates,       gates,        hidden, hidden};
   for (int d = 0; d < sizes.directions; ++d) {
-    const auto check = [&](Weight weight, at::IntArrayRef expected) {
-      if (index(d, weight) < 0) return;
+    for (int i = 0; i < (normed ? kWeights : kWeightNormIh); ++i) {
+      const Weight weight = Weight(i);
+      if (index(d, weight) < 0) continue;
       const at::Tensor& tensor = weights[index(d, weight)];
       check_like_input(tensor, input, kWeightNames[weight]);
-      check_sizes(tensor, expected, kWeightNames[weight]);
-    };
-    check(kWeightIh, {gate_rows, sizes.input});
-    check(kWeightHh, {gate_rows, sizes.output()});
-    check(kBiasIh, gate_rows);
-    check(kBiasHh, gate_rows);
-    check(kWeightHr, {sizes.proj, sizes.hidden});
+      check_sizes(tensor, expected[i], kWeightNames[i]);
+    }
   }
 
   TORCH_CHECK(input.dim() == (packed ? 2 : 3), "expected input with ", packed ? 2 : 3, " dimensions",
@@ -192,6 +207,21 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
     TORCH_CHECK(resets->device() == input.device(), "resets is on ", resets->device(), " but input is on ",
                 input.device(), ": expected the same device");
     check_sizes(*resets, input.sizes().slice(0, input.dim() - 1), "resets");
+  }
+  for (int i = 0; i < int(masks.size()); ++i) {
+    const OptionalTensor mask = masks.get(size_t(i));
+    if (!mask.has_value()) continue;
+    TORCH_CHECK_VALUE(i != kZoneoutC || cell.has_cell, "zoneout_c was given, but ", std::string(options.cell),
+                      " has no cell state");
+    TORCH_CHECK(at::isFloatingType(mask->scalar_type()) && mask->device() == input.device(), "expected ", kMaskNames[i],
+                " of a floating-point dtype on ", input.device(), ", got ", mask->scalar_type(), " on ",
+                mask->device());
+    if (i == kHiddenMask) {
+      check_sizes(*mask, {sizes.directions, batch, sizes.output()}, kMaskNames[i]);
+    } else {
+      check_sizes(*mask, sequence_sizes(sizes.directions * (i == kZoneoutH ? sizes.output() : sizes.hidden)),
+                  kMaskNames[i]);
+    }
   }
 }
 

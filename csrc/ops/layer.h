@@ -15,6 +15,7 @@
 namespace rnn_ext::ops {
 
 using OptionalTensor = std::optional<at::Tensor>;
+using OptionalTensors = c10::List<OptionalTensor>;
 
 /// What selects the computation besides the tensors.
 struct LayerOptions {
@@ -29,14 +30,16 @@ using LayerGrads = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at
 
 LayerResult layer_call(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                        at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                       const OptionalTensor& resets, const LayerOptions& options, bool save);
+                       const OptionalTensor& resets, const OptionalTensors& masks, const LayerOptions& options,
+                       bool save, bool recompute);
 
 LayerGrads layer_backward_call(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,
                                const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                                at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                               const OptionalTensor& resets, const at::Tensor& output, const at::Tensor& saved,
-                               const LayerOptions& options, const c10::List<bool>& output_mask);
+                               const OptionalTensor& resets, const OptionalTensors& masks, const at::Tensor& output,
+                               const at::Tensor& saved, const LayerOptions& options,
+                               const c10::List<bool>& output_mask);
 
 /// A cell's facts by its name in the schema; ValueError for any other name.
 struct CellInfo {
@@ -48,14 +51,16 @@ CellInfo cell_info(std::string_view name);
 
 /// The checked shape of a call. Raises what torch.nn raises, with the shape found and the shape expected.
 struct LayerShape {
+  enum Mask { kHiddenMask, kZoneoutH, kZoneoutC, kMasks };
   LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0, at::TensorList weights,
              const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& resets,
-             const LayerOptions& options);
+             const OptionalTensors& masks, const LayerOptions& options);
 
   CellInfo cell;
   cpu::Sizes sizes;
   int weights_per_direction;
   bool bias;
+  cpu::Variant variant = cpu::Variant::kPlain;
   int64_t length = 0;  // L
   int64_t batch = 0;   // N
   int64_t rows = 0;    // (timestep, entry) pairs that exist
@@ -70,7 +75,18 @@ struct LayerShape {
   /// Sizes of a sequence of `features` in the caller's layout.
   std::vector<int64_t> sequence_sizes(int64_t features) const;
   /// Position of weight `name` of direction d in the flat list, or -1.
-  enum Weight { kWeightIh, kWeightHh, kBiasIh, kBiasHh, kWeightHr };
+  enum Weight {
+    kWeightIh,
+    kWeightHh,
+    kBiasIh,
+    kBiasHh,
+    kWeightHr,
+    kWeightNormIh,
+    kWeightNormHh,
+    kWeightNormC,
+    kBiasNormC,
+    kWeights
+  };
   int index(int direction, Weight weight) const;
 };
 

@@ -40,9 +40,10 @@ cpu::Executor executor() {
 
 /// What the kernels store sequences, states and weights in, and what they sum, keep for backward and return gradients
 /// in.
-at::ScalarType storage_type(const at::Tensor& input) {
+at::ScalarType storage_type(const at::Tensor& input, cpu::Variant variant) {
   const at::ScalarType type = input.scalar_type();
-  const bool converted = type == at::kHalf || (type == at::kBFloat16 && !cpu::computes_bfloat16());
+  const bool multiplied = cpu::computes_bfloat16() && variant == cpu::Variant::kPlain;
+  const bool converted = type == at::kHalf || (type == at::kBFloat16 && !multiplied);
   return converted ? at::kFloat : type;
 }
 at::ScalarType compute_type(const at::Tensor& input) {
@@ -136,8 +137,9 @@ cpu::Weights<T> named_weights(at::TensorList flat, const LayerShape& shape, int 
     const int index = shape.index(direction, weight);
     return index < 0 || !flat[index].defined() ? nullptr : data<T>(flat[index]);
   };
-  return {find(LayerShape::kWeightIh), find(LayerShape::kWeightHh), find(LayerShape::kBiasIh),
-          find(LayerShape::kBiasHh), find(LayerShape::kWeightHr)};
+  return {find(LayerShape::kWeightIh),     find(LayerShape::kWeightHh),    find(LayerShape::kBiasIh),
+          find(LayerShape::kBiasHh),       find(LayerShape::kWeightHr),    find(LayerShape::kWeightNormIh),
+          find(LayerShape::kWeightNormHh), find(LayerShape::kWeightNormC), find(LayerShape::kBiasNormC)};
 }
 
 /// Zeros where a sequence has ended: the kernels do not visit these positions.
@@ -154,25 +156,42 @@ void zero_past_end(const cpu::Sequence<T>& sequence, const cpu::Layout& layout, 
   }
 }
 
+/// The masks in the dtype the kernels compute in; all null where there are none.
+struct PreparedMasks {
+  PreparedMasks(const OptionalTensors& masks, at::ScalarType dtype) {
+    if (masks.empty()) return;
+    hidden = prepare(OptionalTensor(masks.get(LayerShape::kHiddenMask)), dtype);
+    zoneout_h = prepare_sequence(OptionalTensor(masks.get(LayerShape::kZoneoutH)), dtype);
+    zoneout_c = prepare_sequence(OptionalTensor(masks.get(LayerShape::kZoneoutC)), dtype);
+  }
+  OptionalTensor hidden, zoneout_h, zoneout_c;
+
+  template <class T>
+  cpu::Masks<T> get(const LayerShape& shape) const {
+    return {pointer<T>(hidden), sequence<const T>(zoneout_h, shape), sequence<const T>(zoneout_c, shape)};
+  }
+};
+
 /// Of padded input every position counts, so that the size does not depend on the lengths' values.
 int64_t saved_numel(const LayerShape& shape) {
   const int64_t rows = shape.packed ? shape.rows : shape.length * shape.batch;
-  return shape.sizes.directions * rows * cpu::saved_values(shape.cell.kind, shape.sizes.proj != 0) *
+  return shape.sizes.directions * rows * cpu::saved_values(shape.cell.kind, shape.sizes.proj != 0, shape.variant) *
          shape.sizes.padded();
 }
 
 LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                       at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                      const OptionalTensor& resets, std::string_view cell, bool bidirectional, bool batch_first,
-                      bool cell_states, bool save) {
-  const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets,
+                      const OptionalTensor& resets, const OptionalTensors& masks, std::string_view cell,
+                      bool bidirectional, bool batch_first, bool cell_states, bool save, bool /*recompute*/) {
+  const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
                          {cell, bidirectional, batch_first, cell_states});
-  const at::ScalarType dtype = storage_type(input);
+  const at::ScalarType dtype = storage_type(input, shape.variant);
   const auto options = input.options().dtype(dtype);
   const cpu::Sizes& sizes = shape.sizes;
 
   const at::Tensor x = prepare_sequence(input, dtype);
   const OptionalTensor h = prepare(h_0, dtype), c = prepare(c_0, dtype);
+  const PreparedMasks prepared_masks(masks, dtype);
   std::vector<at::Tensor> w;
   w.reserve(weights.size());
   for (const at::Tensor& weight : weights) w.push_back(prepare(weight, dtype));
@@ -191,6 +210,8 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
     args.cell = shape.cell.kind;
     args.sizes = sizes;
     args.layout = shape.layout();
+    args.variant = shape.variant;
+    args.masks = prepared_masks.get<scalar_t>(shape);
     args.input = sequence<const scalar_t>(x, shape);
     args.resets = sequence<const bool>(resets, shape);
     args.h_0 = pointer<scalar_t>(h);
@@ -207,7 +228,7 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
     std::shared_ptr<const cpu::PackedWeights> packed[2];
     for (int d = 0; d < sizes.directions; ++d) {
       args.weights[d] = named_weights<const scalar_t>(w, shape, d);
-      if (save || !cpu::uses_packed_weights(args.layout)) continue;
+      if (save || shape.variant != cpu::Variant::kPlain || !cpu::uses_packed_weights(args.layout)) continue;
       const int hh = shape.index(d, LayerShape::kWeightHh), ih = shape.index(d, LayerShape::kWeightIh);
       if (!w[hh].is_same(weights[hh]) || !w[ih].is_same(weights[ih])) continue;  // converted for this call alone
       packed[d] = cached_weights(args.cell, sizes, args.weights[d], w[hh]);
@@ -223,12 +244,12 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
                               const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells, const at::Tensor& input,
                               const OptionalTensor& h_0, const OptionalTensor& c_0, at::TensorList weights,
                               const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                              const OptionalTensor& resets, const at::Tensor& output, const at::Tensor& saved,
-                              std::string_view cell, bool bidirectional, bool batch_first, bool cell_states,
-                              const c10::List<bool>& output_mask) {
-  const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets,
+                              const OptionalTensor& resets, const OptionalTensors& masks, const at::Tensor& output,
+                              const at::Tensor& saved, std::string_view cell, bool bidirectional, bool batch_first,
+                              bool cell_states, const c10::List<bool>& output_mask) {
+  const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
                          {cell, bidirectional, batch_first, cell_states});
-  const at::ScalarType dtype = storage_type(input);
+  const at::ScalarType dtype = storage_type(input, shape.variant);
   const auto options = input.options().dtype(compute_type(input));
   const cpu::Sizes& sizes = shape.sizes;
   TORCH_CHECK(output_mask.size() == 3 + weights.size(), "expected output_mask of ", 3 + weights.size(), " values, got ",
@@ -249,6 +270,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   const at::Tensor y = prepare_sequence(output, dtype);
   const at::Tensor kept = saved.contiguous();
   const OptionalTensor h = prepare(h_0, dtype), c = prepare(c_0, dtype);
+  const PreparedMasks prepared_masks(masks, dtype);
   const OptionalTensor dy = prepare_sequence(grad_output, dtype), dcells = prepare_sequence(grad_cells, dtype);
   const OptionalTensor dh_n = prepare(grad_h_n, dtype), dc_n = prepare(grad_c_n, dtype);
   std::vector<at::Tensor> w;
@@ -271,6 +293,8 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     args.cell = shape.cell.kind;
     args.sizes = sizes;
     args.layout = shape.layout();
+    args.variant = shape.variant;
+    args.masks = prepared_masks.get<scalar_t>(shape);
     args.input = sequence<const scalar_t>(x, shape);
     args.resets = sequence<const bool>(resets, shape);
     args.h_0 = pointer<scalar_t>(h);

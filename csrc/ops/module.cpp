@@ -8,14 +8,15 @@
 namespace {
 
 using rnn_ext::ops::OptionalTensor;
+using rnn_ext::ops::OptionalTensors;
 
 /// The same dispatcher call as torch.ops.rnn_ext.layer, for a third of what the latter costs to parse its arguments.
 rnn_ext::ops::LayerResult layer(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                                 const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
                                 const OptionalTensor& lengths, const OptionalTensor& resets, std::string_view cell,
                                 bool bidirectional, bool batch_first, bool cell_states, bool save) {
-  return rnn_ext::ops::layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets,
-                                  {cell, bidirectional, batch_first, cell_states}, save);
+  return rnn_ext::ops::layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, OptionalTensors(),
+                                  {cell, bidirectional, batch_first, cell_states}, save, false);
 }
 
 /// One timestep of one direction, without the dimensions of these: (N, I) -> (N, P); with flat_states also of states.
@@ -28,7 +29,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const at::Tensor& input, con
   const auto lower = [&](at::Tensor& state) { return flat_states ? state.squeeze(0) : std::move(state); };
   auto [output, h_n, c_n, cells, saved] =
       rnn_ext::ops::layer_call(input.unsqueeze(0), lift(h_0), lift(c_0), weights, std::nullopt, std::nullopt,
-                               std::nullopt, {cell, false, false, false}, false);
+                               std::nullopt, OptionalTensors(), {cell, false, false, false}, false, false);
   return {output.squeeze(0), lower(h_n), lower(c_n)};
 }
 
@@ -44,7 +45,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("step", torch::wrap_pybind_function_no_gil(&step), "The same for one timestep; see rnn_ext.ops.step.");
   m.def(
       "saved_values",
-      [](int cell, bool projected) { return rnn_ext::cpu::saved_values(rnn_ext::cpu::CellKind(cell), projected); },
+      [](int cell, bool projected, int variant) {
+        return rnn_ext::cpu::saved_values(rnn_ext::cpu::CellKind(cell), projected, rnn_ext::cpu::Variant(variant));
+      },
       "Values per hidden unit and row kept for backward.");
   m.def("cached_weights_count", &rnn_ext::ops::cached_weights_count, "Directions whose packed weights are kept.");
   m.def("clear_cached_weights", &rnn_ext::ops::clear_cached_weights, "Forget all packed weights.");

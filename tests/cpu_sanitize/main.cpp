@@ -23,6 +23,8 @@ namespace {
 
 using namespace rnn_ext::cpu;
 
+constexpr int kWeights = 9;  // of one direction, in the order of struct Weights
+
 struct Config {
   CellKind cell;
   int64_t steps, batch, input, hidden, proj;
@@ -30,15 +32,18 @@ struct Config {
   enum Form { kTimeMajor, kBatchMajor, kPacked } form;
   bool bias, lengths, resets, states, cells;
   unsigned wanted;  // bits: which gradients come in and go out
+  Variant variant = Variant::kPlain;
+  unsigned masks = 0;  // bits: hidden, zoneout_h, zoneout_c
 
   std::string name() const {
     static const char* const cell_names[] = {"rnn_tanh", "rnn_relu", "gru", "lstm"};
     static const char* const form_names[] = {"time-major", "batch-major", "packed"};
-    char text[200];
+    char text[240];
     std::snprintf(text, sizeof text,
-                  "%s L=%d N=%d I=%d H=%d P=%d D=%d %s bias=%d lengths=%d resets=%d states=%d mask=%x",
+                  "%s L=%d N=%d I=%d H=%d P=%d D=%d %s bias=%d lengths=%d resets=%d states=%d mask=%x "
+                  "variant=%d masks=%x",
                   cell_names[int(cell)], int(steps), int(batch), int(input), int(hidden), int(proj), directions,
-                  form_names[form], bias, lengths, resets, states, wanted);
+                  form_names[form], bias, lengths, resets, states, wanted, int(variant), masks);
     return text;
   }
   int gates() const { return cell == CellKind::kLstm ? 4 : cell == CellKind::kGru ? 3 : 1; }
@@ -178,17 +183,20 @@ Results run(const Config& config, const Executor& executor) {
   const int64_t out = sizes.output();
   const int64_t positions = config.form == Config::kPacked ? layout.rows : config.steps * N;
   const double scale = 1 / std::sqrt(double(H));
+  const bool normed = config.variant == Variant::kLayerNorm;
 
   const Array<S> input(positions * config.input, random, 1);
   const Array<S> h_0(D * N * out, random, 1), c_0(D * N * H, random, 1);
   std::vector<Array<S>> weights;
   std::vector<Array<T>> grad_weights;
   for (int d = 0; d < config.directions; ++d) {
-    for (int64_t size : {G * H * config.input, G * H * out, G * H, G * H, config.proj * H}) {
+    for (int64_t size : {G * H * config.input, G * H * out, G * H, G * H, config.proj * H, G * H, G * H, H, H}) {
       weights.emplace_back(size, random, scale);
       grad_weights.emplace_back(size);
     }
   }
+  const Array<S> hidden_mask(D * N * out, random, 1);
+  const Array<S> zoneout_h(positions * D * out, random, 1), zoneout_c(positions * D * H, random, 1);
   const std::unique_ptr<bool[]> resets(new bool[size_t(positions)]);
   for (int64_t i = 0; i < positions; ++i) resets[size_t(i)] = random.below(4) == 0;
 
@@ -207,17 +215,27 @@ Results run(const Config& config, const Executor& executor) {
     forward.c_0 = config.has_cell() ? c_0.begin() : nullptr;
   }
   for (int d = 0; d < config.directions; ++d) {
-    const Array<S>* w = &weights[size_t(5 * d)];
+    const Array<S>* w = &weights[size_t(kWeights * d)];
     forward.weights[d] = {w[0].begin(), w[1].begin(), config.bias ? w[2].begin() : nullptr,
                           config.bias ? w[3].begin() : nullptr, config.proj ? w[4].begin() : nullptr};
+    if (normed) {
+      forward.weights[d].weight_norm_ih = w[5].begin();
+      forward.weights[d].weight_norm_hh = w[6].begin();
+      forward.weights[d].weight_norm_c = w[7].begin();
+      forward.weights[d].bias_norm_c = w[8].begin();
+    }
   }
+  forward.variant = config.variant;
+  if (config.masks & 1) forward.masks.hidden = hidden_mask.begin();
+  if (config.masks & 2) forward.masks.zoneout_h = sequence<const S>(zoneout_h, config, D * out);
+  if (config.masks & 4 && config.has_cell()) forward.masks.zoneout_c = sequence<const S>(zoneout_c, config, D * H);
   Results results;
   // First without keeping anything for backward, then with: the same outputs.
   std::vector<double> first;
   for (bool save : {false, true}) {
     const Array<S> output(positions * D * out), cells(positions * D * H), h_n(D * N * out);
     const Array<S> c_n(config.has_cell() ? D * N * H : 0);
-    const int64_t kept = D * layout.rows * saved_values(config.cell, config.proj != 0) * sizes.padded();
+    const int64_t kept = D * layout.rows * saved_values(config.cell, config.proj != 0, config.variant) * sizes.padded();
     const Array<T> saved(save ? kept : 0);
     forward.output = sequence<S>(output, config, D * out);
     forward.cells = config.cells ? sequence<S>(cells, config, D * H) : Sequence<S>{};
@@ -250,6 +268,8 @@ Results run(const Config& config, const Executor& executor) {
     backward.c_0 = forward.c_0;
     backward.output = sequence<const S>(output, config, D * out);
     backward.saved = saved.begin();
+    backward.variant = forward.variant;
+    backward.masks = forward.masks;
     if (bit(0)) backward.grad_output = sequence<const S>(grad_output, config, D * out);
     if (bit(1) && config.cells) backward.grad_cells = sequence<const S>(grad_cells, config, D * H);
     if (bit(2)) backward.grad_h_n = grad_h_n.begin();
@@ -258,24 +278,30 @@ Results run(const Config& config, const Executor& executor) {
     if (bit(5)) backward.grad_h_0 = grad_h_0.begin();
     if (bit(6) && config.has_cell()) backward.grad_c_0 = grad_c_0.begin();
     for (int d = 0; d < config.directions; ++d) {
-      const Array<T>* g = &grad_weights[size_t(5 * d)];
+      const Array<T>* g = &grad_weights[size_t(kWeights * d)];
       backward.weights[d] = forward.weights[d];
       backward.grad_weights[d] = {bit(7) ? g[0].begin() : nullptr, bit(8) ? g[1].begin() : nullptr,
                                   bit(9) && config.bias ? g[2].begin() : nullptr,
                                   bit(10) && config.bias ? g[3].begin() : nullptr,
                                   bit(11) && config.proj ? g[4].begin() : nullptr};
+      if (!normed) continue;
+      T** const norms[] = {&backward.grad_weights[d].weight_norm_ih, &backward.grad_weights[d].weight_norm_hh,
+                           &backward.grad_weights[d].weight_norm_c, &backward.grad_weights[d].bias_norm_c};
+      for (int i = 0; i < 4; ++i) *norms[i] = bit(12 + i) ? g[5 + i].begin() : nullptr;
     }
     layer_backward(backward, executor);
     if (bit(4)) results.add(grad_input, "grad_input", config, layout, config.input);
     if (bit(5)) results.add(grad_h_0, "grad_h_0");
     if (bit(6) && config.has_cell()) results.add(grad_c_0, "grad_c_0");
     for (int d = 0; d < config.directions; ++d) {
-      const Array<T>* g = &grad_weights[size_t(5 * d)];
+      const Array<T>* g = &grad_weights[size_t(kWeights * d)];
       if (bit(7)) results.add(g[0], "grad_weight_ih");
       if (bit(8)) results.add(g[1], "grad_weight_hh");
       if (bit(9) && config.bias) results.add(g[2], "grad_bias_ih");
       if (bit(10) && config.bias) results.add(g[3], "grad_bias_hh");
       if (bit(11) && config.proj) results.add(g[4], "grad_weight_hr");
+      for (int i = 0; i < 4 && normed; ++i)
+        if (bit(12 + i)) results.add(g[5 + i], "grad of layer normalisation");
     }
   }
   if (!results.problem.empty()) fail(config, results.problem);
@@ -306,7 +332,7 @@ void compare(const Config& config, double allowed) {
   if constexpr (std::is_same_v<T, float>) {
     // The inputs are cut to 8 bits too: this is about memory, tests/test_layer.py looks at the digits. At relu's kink
     // rounding decides whether a gradient passes.
-    if (!computes_bfloat16()) return;
+    if (!computes_bfloat16() || config.variant != Variant::kPlain) return;
     const double error = difference(config, baseline, run<BFloat16>(config, Executor{}));
     if (error > 0.2 && config.cell != CellKind::kRnnRelu) fail(config, "in bfloat16 differs from float");
   }
@@ -336,13 +362,20 @@ int every_configuration() {
                         form == 2 || form == 3,
                         count % 4 != 0,
                         cell == CellKind::kLstm && count % 2 == 0,
-                        0xfff};
+                        0xffff};
           if (form == 4 && (L == 0 || N == 0)) continue;
           if (form == 4) config.resets = count % 2 == 0;
           // Now and then only some gradients come in and are wanted.
-          if (count % 5 == 4) config.wanted = unsigned(count * 2654435761u >> 8) & 0xfff;
-          compare<float>(config, 2e-5);
-          compare<double>(config, 1e-12);
+          if (count % 5 == 4) config.wanted = unsigned(count * 2654435761u >> 8) & 0xffff;
+          for (int variant = 0; variant < 3; ++variant) {
+            config.variant = Variant(variant);
+            if (config.variant == Variant::kLayerNorm && cell != CellKind::kLstm) continue;
+            config.masks = variant ? unsigned(count + variant) & 7 : 0;
+            // A unit alone is its own mean: its normalised gradient is rounding times rstd, some hundred.
+            const double slack = config.variant == Variant::kLayerNorm ? 1000 : 1;
+            compare<float>(config, 2e-5 * slack);
+            compare<double>(config, 1e-12 * slack);
+          }
           ++count;
         }
       }
@@ -383,13 +416,17 @@ int threads() {
                     form != 2,
                     true,
                     cell == CellKind::kLstm,
-                    0xfff};
-      const Results alone = run<float>(config, Executor{});
-      const Results shared = run<float>(config, Executor{4, by_four_threads});
-      if (alone.values != shared.values) fail(config, "four threads give other bits than one");
-      if (!computes_bfloat16()) continue;
-      if (run<BFloat16>(config, Executor{}).values != run<BFloat16>(config, Executor{4, by_four_threads}).values)
-        fail(config, "four threads give other bits than one in bfloat16");
+                    0xffff};
+      for (int variant = 0; variant < (cell == CellKind::kLstm ? 3 : 2); ++variant) {
+        config.variant = Variant(variant);
+        config.masks = variant ? 7 : 0;
+        const Results alone = run<float>(config, Executor{});
+        const Results shared = run<float>(config, Executor{4, by_four_threads});
+        if (alone.values != shared.values) fail(config, "four threads give other bits than one");
+        if (variant || !computes_bfloat16()) continue;
+        if (run<BFloat16>(config, Executor{}).values != run<BFloat16>(config, Executor{4, by_four_threads}).values)
+          fail(config, "four threads give other bits than one in bfloat16");
+      }
     }
   }
   std::printf("10 configurations\n");

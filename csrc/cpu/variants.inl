@@ -1,0 +1,488 @@
+// The variants of the cells (cells/variants.h): the scans of forward.inl and backward.inl with a step of their own, in
+// which the recurrent product is finished before the cell begins, so that a cell may need sums over its row.
+
+template <class T>
+ALWAYS_INLINE T lane_sum(Vec<T> v) {
+  alignas(64) T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+/// v with zeros from lane `count` on: a sum over a row must not see what lies past its end.
+template <class T>
+ALWAYS_INLINE Vec<T> first_lanes(Vec<T> v, int64_t count) {
+  if (count >= kLanes<T>) return v;
+  alignas(64) T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int64_t i = larger(count, 0); i < kLanes<T>; ++i) lanes[i] = 0;
+  return load(lanes);
+}
+
+template <class T>
+struct Statistics {
+  T mean, rstd;
+};
+
+/// Of a row of kParts stretches of `hidden` values.
+template <int kParts, class T>
+ALWAYS_INLINE Statistics<T> statistics(const T* row, int64_t hidden, int64_t padded) {
+  Vec<T> sum[kParts] = {}, squares[kParts] = {};
+  for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
+    for (int p = 0; p < kParts; ++p) sum[p] += first_lanes<T>(load(row + p * padded + unit), hidden - unit);
+  }
+  for (int p = 1; p < kParts; ++p) sum[0] += sum[p];
+  const T count = T(kParts * hidden), mean = lane_sum<T>(sum[0]) / count;
+  for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
+    for (int p = 0; p < kParts; ++p) {
+      const Vec<T> d = first_lanes<T>(load(row + p * padded + unit) - mean, hidden - unit);
+      squares[p] = fma(d, d, squares[p]);
+    }
+  }
+  for (int p = 1; p < kParts; ++p) squares[0] += squares[p];
+  const double variance = double(lane_sum<T>(squares[0]) / count);
+  return {mean, T(1 / __builtin_sqrt(variance + cells::LayerNorm::kEps))};
+}
+
+/// Layer normalisation of a row of gates, in place. Returns rstd.
+template <class T>
+T normalise(T* row, int64_t hidden, int64_t padded) {
+  constexpr int G = cells::LayerNormLstm::kGates;
+  const Statistics<T> s = statistics<G>(row, hidden, padded);
+  const Vec<T> mean = broadcast(s.mean), rstd = broadcast(s.rstd);
+  for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
+    for (int g = 0; g < G; ++g) {
+      T* at = row + g * padded + unit;
+      store(at, cells::LayerNorm::forward(load(at), mean, rstd));
+    }
+  }
+  return s.rstd;
+}
+
+/// One direction's scales and shifts in padded rows; zeros past their ends.
+template <class T>
+struct NormWeights {
+  NormWeights(const Weights<const T>& w, const Sizes& s)
+      : ih(4 * s.padded(), true),
+        hh(4 * s.padded(), true),
+        bias(4 * s.padded(), true),
+        c(s.padded(), true),
+        c_bias(s.padded(), true) {
+    for (int64_t u = 0; u < s.hidden; ++u) {
+      for (int64_t g = 0; g < 4; ++g) {
+        const int64_t from = g * s.hidden + u, to = g * s.padded() + u;
+        ih.get()[to] = w.weight_norm_ih[from];
+        hh.get()[to] = w.weight_norm_hh[from];
+        if (w.bias_ih) bias.get()[to] = w.bias_ih[from] + w.bias_hh[from];
+      }
+      c.get()[u] = w.weight_norm_c[u];
+      c_bias.get()[u] = w.bias_norm_c[u];
+    }
+  }
+  Buffer<T> ih, hh, bias;  // [4, padded H]
+  Buffer<T> c, c_bias;     // [padded H]
+
+  template <class V>
+  ALWAYS_INLINE V gate(int g, int64_t unit, int64_t padded, V norm_ih, V norm_hh) const {
+    const int64_t at = g * padded + unit;
+    return cells::LayerNormLstm::gate(norm_ih, load(ih.get() + at), norm_hh, load(hh.get() + at),
+                                      load(bias.get() + at));
+  }
+};
+
+template <class T>
+struct NoNormWeights {
+  NoNormWeights(const Weights<const T>&, const Sizes&) {}
+};
+template <class Cell, class T>
+using NormWeightsOf = std::conditional_t<cells::kIsNormed<Cell>, NormWeights<T>, NoNormWeights<T>>;
+
+template <class Cell, class T>
+struct VariantForward<Cell, T, true> {
+  VariantForward(const ForwardArgs<T>& args, int direction, Slice slice)
+      : norm(args.weights[direction], args.sizes),
+        masked(args.masks.hidden ? slice.size() * Sizes::padded(args.sizes.output()) : 0),
+        hidden_gates(slice.size() * Cell::kGates * args.sizes.padded()),
+        inputs(slice.size()),
+        products(slice.size()),
+        c(cells::kIsNormed<Cell> ? args.sizes.padded() : 0),
+        o(cells::kIsNormed<Cell> ? args.sizes.padded() : 0) {}
+  NormWeightsOf<Cell, T> norm;
+  Buffer<T> masked;         // [slice, padded P]: h times its mask
+  Buffer<T> hidden_gates;   // [slice, G, padded H], where they are not to be saved
+  Buffer<const T*> inputs;  // [slice]
+  Buffer<T*> products;      // [slice]
+  Buffer<T> c, o;           // [padded H], of one row
+};
+
+template <class Cell, class S>
+void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates, State before_step, State after_step) {
+  if constexpr (cells::kIsVariant<Cell>) {
+    const T* now = before_step.h;
+    T* next = after_step.h;
+    const bool projected = args_.sizes.proj != 0;
+    const int64_t hidden = hidden_, padded = padded_, out = out_;
+    const Masks<T>& masks = args_.masks;
+    const T** inputs = variant_.inputs.get();
+    T** products = variant_.products.get();
+    for (int64_t r = 0; r < rows; ++r) {
+      inputs[r] = now + r * out_padded_;
+      if (masks.hidden) {
+        const int64_t entry = direction_ * layout_.batch + layout_.entry(slice_.first + r);
+        T* masked = variant_.masked.get() + r * out_padded_;
+        multiply_rows(masked, inputs[r], masks.hidden + entry * out, out);
+        inputs[r] = masked;
+      }
+      products[r] = variant_.hidden_gates.get() + r * G * padded;
+      if constexpr (cells::kIsNormed<Cell>) {
+        if (keep_) products[r] = gates[r] + Cell::kNormHh * padded;
+      }
+    }
+    if (short_) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t g = 0; g < G; ++g)
+          dot_rows(products[r] + g * padded, static_cast<const T*>(nullptr),
+                   args_.weights[direction_].weight_hh + g * hidden * out, hidden, out, inputs[r]);
+      }
+    } else {
+      PlainProduct<T> p;
+      p.rows = rows;
+      p.columns = G * padded;
+      p.a = inputs;
+      p.c = products;
+      p.b = weights_.hidden.get();
+      p.segments.length = out;
+      p.order = step_order(layout_.batch_sizes[t], t);
+      plain_product(p);
+    }
+
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t j = slice_.first + r;
+      const T *before = now + r * out_padded_, *ig = gates[r], *hg = products[r];
+      T* c = c_.get() + r * padded;
+      const T* keep_h = masks.zoneout_h.data ? masks.zoneout_h.at(layout_, t, j) + direction_ * out : nullptr;
+      const T* keep_c = masks.zoneout_c.data ? masks.zoneout_c.at(layout_, t, j) + direction_ * hidden : nullptr;
+      T* output = args_.output.at(layout_, t, j) + direction_ * out;
+      T* cells = args_.cells.data ? args_.cells.at(layout_, t, j) + direction_ * hidden : nullptr;
+      // Zoneout, and where h and c go. Returns c as it goes on.
+      const auto leave = [&](int64_t unit, V h, V state) ALWAYS_INLINE_LAMBDA {
+        const int64_t rest = hidden - unit;
+        if constexpr (Cell::kHasCell) {
+          if (keep_c) state = cells::Zoneout::forward(load_part(keep_c + unit, rest), load(c + unit), state);
+          store(c + unit, state);
+          if (cells) store_part(cells + unit, state, rest);
+        }
+        if (projected) {
+          store(unprojected_.get() + r * padded + unit, h);
+          if (keep_) store(gates[r] + Cell::kSaved * padded + unit, h);
+        } else {
+          if (keep_h) h = cells::Zoneout::forward(load_part(keep_h + unit, rest), load(before + unit), h);
+          store(next + r * out_padded_ + unit, h);
+          store_part(output + unit, h, rest);
+        }
+        return state;
+      };
+      if constexpr (cells::kIsNormed<Cell>) {
+        const auto& norm = variant_.norm;
+        T *fresh = variant_.c.get(), *o = variant_.o.get();
+        const T rstd_ih = normalise(gates[r] + Cell::kNormIh * padded, hidden, padded);
+        const T rstd_hh = normalise(products[r], hidden, padded);
+        for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
+          V gate[G], active[G];
+          for (int g = 0; g < G; ++g)
+            gate[g] = norm.gate(g, unit, padded, load(ig + g * padded + unit), load(hg + g * padded + unit));
+          store(fresh + unit, Cell::template next_cell<Math<T>>(gate, load(c + unit), active));
+          store(o + unit, active[3]);
+        }
+        const Statistics<T> s = statistics<1>(fresh, hidden, padded);
+        for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
+          const V state = load(fresh + unit);
+          const V norm_c = cells::LayerNorm::forward(state, broadcast(s.mean), broadcast(s.rstd));
+          const V scaled = Cell::scaled(norm_c, load(norm.c.get() + unit), load(norm.c_bias.get() + unit));
+          const V left = leave(unit, load(o + unit) * Math<T>::tanh(scaled), state);
+          if (keep_) store(gates[r] + Cell::kSavedCell * padded + unit, left);
+        }
+        if (keep_) {
+          T* to = gates[r] + Cell::kStatistics * padded;
+          to[Cell::kRstdIh] = rstd_ih;
+          to[Cell::kRstdHh] = rstd_hh;
+          to[Cell::kMeanC] = s.mean;
+          to[Cell::kRstdC] = s.rstd;
+        }
+      } else {
+        using Base = typename Cell::Base;
+        for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
+          V gate[G], split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
+          for (int g = 0; g < G; ++g) {
+            const T* first = g < G - Cell::kSplit ? ig + g * padded : weights_.split_bias.get();
+            gate[g] = load(first + unit) + load(hg + g * padded + unit);
+          }
+          if constexpr (Cell::kSplit > 0) split[0] = load(ig + (G - 1) * padded + unit);
+          if constexpr (Base::kDirectCarry) h_prev = load(before + unit);
+          if constexpr (Cell::kHasCell) state = load(c + unit);
+          const V h = Base::template forward<Math<T>>(gate, split, h_prev, state, saved);
+          const V left = leave(unit, h, state);
+          if constexpr (Cell::kSaved > Base::kSaved) saved[Base::kSaved] = Cell::kHasCell ? left : h;
+          for (int i = 0; i < Cell::kSaved && keep_; ++i) store(gates[r] + i * padded + unit, saved[i]);
+        }
+      }
+    }
+    if (!projected) return;
+    project(t, rows, after_step);
+    for (int64_t r = 0; r < rows && masks.zoneout_h.data; ++r) {
+      const int64_t j = slice_.first + r;
+      const T* keep = masks.zoneout_h.at(layout_, t, j) + direction_ * out;
+      T *after = next + r * out_padded_, *output = args_.output.at(layout_, t, j) + direction_ * out;
+      for (int64_t i = 0; i < out; i += kLanes<T>) {
+        const V h =
+            cells::Zoneout::forward(load_part(keep + i, out - i), load(now + r * out_padded_ + i), load(after + i));
+        store(after + i, h);
+        store_part(output + i, h, out - i);
+      }
+    }
+  }
+}
+
+template <class Cell, class T>
+struct VariantBackward<Cell, T, true> {
+  VariantBackward(const BackwardArgs<T>& args, int direction, Slice slice)
+      : norm(args.weights[direction], args.sizes),
+        product(slice.size() * Sizes::padded(args.sizes.output()), true),
+        dh(slice.size() * args.sizes.padded(), true),
+        inputs(slice.size()),
+        products(slice.size()),
+        active(cells::kIsNormed<Cell> ? 3 * args.sizes.padded() : 0) {}
+  NormWeightsOf<Cell, T> norm;
+  Buffer<T> product;        // [slice, padded P]
+  Buffer<T> dh;             // [slice, padded H]: gradient of the cell's h
+  Buffer<const T*> inputs;  // [slice]
+  Buffer<T*> products;      // [slice]
+  Buffer<T> active;         // [3, padded H]: i f g of one row
+};
+
+/// dh += mask * (gate gradients times weight_hh), where the sequence goes on.
+template <class Cell, class S>
+template <class GateGrads>
+void BackwardScan<Cell, S>::add_recurrent(int64_t first, int64_t last, Order order, const GateGrads& gate_grads) {
+  if constexpr (cells::kIsVariant<Cell>) {
+    for (int64_t r = first; r < last; ++r) {
+      variant_.inputs.get()[r] = gate_grads(r);
+      variant_.products.get()[r] = variant_.product.get() + r * out_padded_;
+    }
+    PlainProduct<T> p;
+    p.rows = last - first;
+    p.columns = out_;
+    p.a = variant_.inputs.get() + first;
+    p.c = variant_.products.get() + first;
+    p.b = weights_.hidden.get();
+    p.segments = hidden_segments_;
+    p.order = order;
+    plain_product(p);
+    for (int64_t r = first; r < last; ++r) {
+      const T* add = variant_.product.get() + r * out_padded_;
+      const int64_t entry = direction_ * layout_.batch + layout_.entry(slice_.first + r);
+      const T* mask = args_.masks.hidden ? args_.masks.hidden + entry * out_ : nullptr;
+      T* dh = dh_.get() + r * out_padded_;
+      for (int64_t i = 0; i < out_; i += kLanes<T>) {
+        const V x = load(add + i);
+        store(dh + i, load(dh + i) + (mask ? load_part(mask + i, out_ - i) * x : x));
+      }
+    }
+  }
+}
+
+template <class Cell, class S>
+void BackwardScan<Cell, S>::variant_step(int64_t t, int64_t first, int64_t last, int64_t after,
+                                         const ChunkGrads<Cell, S>* grads) {
+  if constexpr (cells::kIsVariant<Cell>) {
+    if (first >= last) return;
+    const Order order = step_order(layout_.batch_sizes[t], t);
+    const int64_t proj = args_.sizes.proj;
+    if (grads) {
+      add_recurrent(first, last, order, [&](int64_t r) { return grads->gates_at(layout_, after, slice_.first + r); });
+      for (int64_t r = first; r < last; ++r)
+        if (cut_.get()[r]) std::memset(dh_.get() + r * out_padded_, 0, size_t(out_) * sizeof(T));
+    }
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t j = slice_.first + r;
+      const Sequence<const T>&keep = args_.masks.zoneout_h, &grad = args_.grad_output;
+      const T* keep_h = keep.data ? keep.at(layout_, t, j) + direction_ * out_ : nullptr;
+      const T* dy = grad.data ? grad.at(layout_, t, j) + direction_ * out_ : nullptr;
+      T* carried = dh_.get() + r * out_padded_;
+      T* to = proj ? proj_grads(t, r) : variant_.dh.get() + r * padded_;
+      for (int64_t i = 0; i < out_; i += kLanes<T>) {
+        V dh = load(carried + i), before = {};
+        if (dy) dh += load_part(dy + i, out_ - i);
+        if (keep_h) before = cells::Zoneout::backward(load_part(keep_h + i, out_ - i), dh);
+        store(carried + i, before);
+        store(to + i, dh);
+      }
+    }
+    if (proj) {
+      for (int64_t r = first; r < last; ++r) {
+        variant_.inputs.get()[r] = proj_grads(t, r);
+        variant_.products.get()[r] = variant_.dh.get() + r * padded_;
+      }
+      PlainProduct<T> p;
+      p.rows = last - first;
+      p.columns = hidden_;
+      p.a = variant_.inputs.get() + first;
+      p.c = variant_.products.get() + first;
+      p.b = weights_.proj.get();
+      p.segments.length = proj;
+      p.order = order;
+      plain_product(p);
+    }
+    for (int64_t r = first; r < last; ++r) variant_cell(t, r, variant_.dh.get() + r * padded_);
+  }
+}
+
+/// One row's cell: the gradients of its gates and of its previous states, from that of the cell's h.
+template <class Cell, class S>
+void BackwardScan<Cell, S>::variant_cell(int64_t t, int64_t r, const T* dh_row) {
+  if constexpr (cells::kIsVariant<Cell>) {
+    constexpr int G = Cell::kGates;
+    const int64_t j = slice_.first + r, hidden = hidden_, padded = padded_;
+    const T* kept = saved(t, r);
+    T *to = gate_grads(t, r), *dc_row = dc_.get() + r * padded;
+    const T* keep_c =
+        args_.masks.zoneout_c.data ? args_.masks.zoneout_c.at(layout_, t, j) + direction_ * hidden : nullptr;
+    const T* dcells = args_.grad_cells.data ? args_.grad_cells.at(layout_, t, j) + direction_ * hidden : nullptr;
+    // The gradient of the cell's c; `before` becomes what reaches c_prev directly.
+    const auto whole_dc = [&](int64_t unit, V& before) ALWAYS_INLINE_LAMBDA {
+      V dc = load(dc_row + unit);
+      if (dcells) dc += load_part(dcells + unit, hidden - unit);
+      before = V{};
+      if (keep_c) before = cells::Zoneout::backward(load_part(keep_c + unit, hidden - unit), dc);
+      return dc;
+    };
+    if constexpr (cells::kIsNormed<Cell>) {
+      const auto& norm = variant_.norm;
+      const T *c_before = c_before_.get()[r], *s = kept + Cell::kStatistics * padded;
+      const T* norm_ih = kept + Cell::kNormIh * padded;
+      const T* norm_hh = kept + Cell::kNormHh * padded;
+      const V mean_c = broadcast(s[Cell::kMeanC]), rstd_c = broadcast(s[Cell::kRstdC]);
+      T* dgate_row = to + Cell::kGradGate * padded;
+      T* active_row = variant_.active.get();
+      V sum = {}, sum_y = {};  // over the row: of the gradient of a normalised value, and of it times the value
+      for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
+        V gate[G], active[G], dgates[G];
+        for (int g = 0; g < G; ++g)
+          gate[g] = norm.gate(g, unit, padded, load(norm_ih + g * padded + unit), load(norm_hh + g * padded + unit));
+        const V c = Cell::template next_cell<Math<T>>(gate, load(c_before + unit), active);
+        const V norm_c = cells::LayerNorm::forward(c, mean_c, rstd_c);
+        const V weight = load(norm.c.get() + unit);
+        const V tanh_c = Math<T>::tanh(Cell::scaled(norm_c, weight, load(norm.c_bias.get() + unit)));
+        const V dscaled = Cell::output_backward(active[3], tanh_c, load(dh_row + unit), dgates);
+        for (int g = 0; g < 3; ++g) store(active_row + g * padded + unit, active[g]);
+        store(dgate_row + 3 * padded + unit, dgates[3]);
+        store(to + Cell::kGradNorm * padded + unit, dscaled);
+        store(to + Cell::kNormC * padded + unit, norm_c);
+        sum += dscaled * weight;
+        sum_y = fma(dscaled * weight, norm_c, sum_y);
+      }
+      const V mean_d = broadcast(lane_sum<T>(sum) / T(hidden)), mean_dy = broadcast(lane_sum<T>(sum_y) / T(hidden));
+      V ih[G] = {}, ih_y[G] = {}, hh[G] = {}, hh_y[G] = {};
+      for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
+        V active[G], dgates[G], before;
+        const V dnorm = load(to + Cell::kGradNorm * padded + unit) * load(norm.c.get() + unit);
+        const V norm_c = load(to + Cell::kNormC * padded + unit);
+        V dc = whole_dc(unit, before);
+        dc = first_lanes<T>(dc + cells::LayerNorm::backward(dnorm, norm_c, rstd_c, mean_d, mean_dy), hidden - unit);
+        for (int g = 0; g < 3; ++g) active[g] = load(active_row + g * padded + unit);
+        store(dc_row + unit, before + Cell::cell_backward(active, load(c_before + unit), dc, dgates));
+        for (int g = 0; g < 3; ++g) store(dgate_row + g * padded + unit, dgates[g]);
+        dgates[3] = load(dgate_row + 3 * padded + unit);
+        for (int g = 0; g < G; ++g) {
+          const int64_t at = g * padded + unit;
+          const V d_ih = dgates[g] * load(norm.ih.get() + at), d_hh = dgates[g] * load(norm.hh.get() + at);
+          ih[g] += d_ih;
+          ih_y[g] = fma(d_ih, load(norm_ih + at), ih_y[g]);
+          hh[g] += d_hh;
+          hh_y[g] = fma(d_hh, load(norm_hh + at), hh_y[g]);
+        }
+      }
+      const auto mean = [&](const V* x) ALWAYS_INLINE_LAMBDA {
+        return broadcast(lane_sum<T>(x[0] + x[1] + x[2] + x[3]) / T(G * hidden));
+      };
+      const V mean_ih = mean(ih), mean_ih_y = mean(ih_y), mean_hh = mean(hh), mean_hh_y = mean(hh_y);
+      const V rstd_ih = broadcast(s[Cell::kRstdIh]), rstd_hh = broadcast(s[Cell::kRstdHh]);
+      for (int g = 0; g < G; ++g) {
+        for (int64_t at = g * padded; at < g * padded + hidden; at += kLanes<T>) {
+          const V d = load(dgate_row + at);
+          store(to + Cell::ih_slot(0) * padded + at,
+                cells::LayerNorm::backward(d * load(norm.ih.get() + at), load(norm_ih + at), rstd_ih, mean_ih,
+                                           mean_ih_y));
+          store(to + Cell::hh_slot(0) * padded + at,
+                cells::LayerNorm::backward(d * load(norm.hh.get() + at), load(norm_hh + at), rstd_hh, mean_hh,
+                                           mean_hh_y));
+        }
+      }
+    } else {
+      using Base = typename Cell::Base;
+      for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
+        V values[Cell::kSaved + 1], h = {}, h_before = {}, c_before = {}, dc = {}, before = {},
+                                    dgates[Cell::kGradGates];
+        for (int i = 0; i < Cell::kSaved; ++i) values[i] = load(kept + i * padded + unit);
+        if constexpr (Base::kSaved == 0) h = values[0];
+        if constexpr (Base::kDirectCarry) h_before = load_part(h_before_.get()[r] + unit, hidden - unit);
+        if constexpr (Cell::kHasCell) {
+          c_before = load(c_before_.get()[r] + unit);
+          dc = whole_dc(unit, before);
+        }
+        const V dh = load(dh_row + unit);
+        const V direct = Base::template backward<Math<T>>(values, h, h_before, c_before, dh, dc, dgates);
+        if constexpr (Cell::kHasCell) store(dc_row + unit, dc + before);
+        if constexpr (Base::kDirectCarry) {
+          T* carried = dh_.get() + r * out_padded_ + unit;
+          store(carried, load(carried) + direct);
+        }
+        for (int g = 0; g < Cell::kGradGates; ++g) store(to + g * padded + unit, dgates[g]);
+      }
+    }
+  }
+}
+
+// The sums: [4] gate gradients; [4] times LN(W_ih x); [4] times LN(W_hh h_prev); gradient of LN(c) weight + bias times
+// LN(c); that gradient.
+template <class T>
+void norm_sums(const BackwardArgs<T>& args, const ChunkGrads<cells::LayerNormLstm, T>& grads, int direction, T* sums) {
+  using Cell = cells::LayerNormLstm;
+  using V = Vec<T>;
+  const int64_t hidden = args.sizes.hidden, padded = args.sizes.padded();
+  const int64_t stride = saved_values(args.cell, args.sizes.proj != 0, args.variant) * padded;
+  const T* saved = args.saved + (direction * args.layout.rows + grads.chunk.row) * stride;
+  const auto add = [&](int64_t at, V x) ALWAYS_INLINE_LAMBDA { store(sums + at, load(sums + at) + x); };
+  for (int64_t r = 0; r < grads.chunk.rows; ++r) {
+    const T *from = grads.gates.get() + r * grads.stride, *kept = saved + r * stride;
+    for (int g = 0; g < Cell::kGates; ++g) {
+      for (int64_t at = g * padded; at < g * padded + hidden; at += kLanes<T>) {
+        const V d = load(from + Cell::kGradGate * padded + at);
+        add(at, d);
+        add(4 * padded + at, d * load(kept + Cell::kNormIh * padded + at));
+        add(8 * padded + at, d * load(kept + Cell::kNormHh * padded + at));
+      }
+    }
+    for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
+      const V d = load(from + Cell::kGradNorm * padded + unit);
+      add(12 * padded + unit, d * load(from + Cell::kNormC * padded + unit));
+      add(13 * padded + unit, d);
+    }
+  }
+}
+
+template <class T>
+void write_norm_sums(const Weights<T>& to, const T* sums, int64_t hidden, int64_t padded) {
+  const auto write = [=](T* grad, int slot, int count) {
+    for (int g = 0; grad && g < count; ++g)
+      std::memcpy(grad + g * hidden, sums + (slot + g) * padded, size_t(hidden) * sizeof(T));
+  };
+  write(to.bias_ih, 0, 4);
+  write(to.bias_hh, 0, 4);
+  write(to.weight_norm_ih, 4, 4);
+  write(to.weight_norm_hh, 8, 4);
+  write(to.weight_norm_c, 12, 1);
+  write(to.bias_norm_c, 13, 1);
+}

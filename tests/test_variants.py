@@ -1,0 +1,624 @@
+"""Layer normalisation, zoneout, recurrent dropout and DropConnect, against loops written here one entry at a time."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+from util import Case, Problem, build, check_gradients, check_values, cotangents, gradients, named, same_bits
+
+import rnn_ext
+from rnn_ext import functional, ops
+
+MODULES = {"rnn_tanh": rnn_ext.RNN, "gru": rnn_ext.GRU, "lstm": rnn_ext.LSTM}
+NORMS = ("weight_norm_ih", "weight_norm_hh", "weight_norm_c", "bias_norm_c")
+Masks = list[Tensor | None]
+
+
+def vary(problem: Problem, norm: bool, hidden: bool, zoneout_h: bool, zoneout_c: bool) -> tuple[Problem, Masks]:
+    """The same problem with weights for layer normalisation, and masks: those asked for."""
+    case = problem.case
+    _, batch, _, size = case.size
+    seed = torch.Generator().manual_seed(7)
+    suffixes = ("", "_reverse")[: 1 + case.bidirectional]
+    weights = {}
+    for suffix in suffixes:
+        weights |= {n: w for n, w in problem.weights.items() if n.endswith("_reverse") == bool(suffix)}
+        if norm:
+            sizes = dict(zip(NORMS, (4 * size, 4 * size, size, size), strict=True))
+            new = {n + suffix: torch.randn(k, generator=seed, dtype=torch.float64) for n, k in sizes.items()}
+            weights |= {n: w.to(problem.input.dtype) for n, w in new.items()}
+    problem.weights = weights
+    features = case.proj or size
+    lead = problem.input.shape[:-1]
+
+    def zoneout(k: int) -> Tensor:
+        return (torch.rand(*lead, len(suffixes) * k, generator=seed) < 0.3).to(torch.float64)
+
+    masks = [
+        torch.rand(len(suffixes), batch, features, generator=seed, dtype=torch.float64) if hidden else None,
+        zoneout(features) if zoneout_h else None,
+        zoneout(size) if zoneout_c else None,
+    ]
+    return problem, masks if hidden or zoneout_h or zoneout_c else []
+
+
+def run(problem: Problem, masks: Masks) -> dict[str, Tensor]:
+    case = problem.case
+    results = ops.layer(
+        problem.input,
+        problem.h_0,
+        problem.c_0,
+        list(problem.weights.values()),
+        cell=case.cell,
+        batch_sizes=problem.batch_sizes,
+        lengths=problem.lengths,
+        resets=problem.resets,
+        bidirectional=case.bidirectional,
+        batch_first=case.layout == "batch_first",
+        cell_states=case.has_cell_state,
+        masks=masks,
+    )
+    return named(results, case)
+
+
+def cell_by_hand(cell: str, w: dict[str, Tensor], x: Tensor, h_in: Tensor, h: Tensor, c: Tensor | None):
+    """One timestep of one entry: h before projection, and c. h_in is what weight_hh multiplies."""
+    norm = torch.nn.functional.layer_norm
+    xs, hs = w["weight_ih"] @ x, w["weight_hh"] @ h_in
+    if "weight_norm_ih" in w:
+        xs, hs = norm(xs, xs.shape, w["weight_norm_ih"]), norm(hs, hs.shape, w["weight_norm_hh"])
+    if "bias_ih" in w:
+        xs, hs = xs + w["bias_ih"], hs + w["bias_hh"]
+    if cell == "gru":
+        (xr, xz, xn), (hr, hz, hn) = xs.chunk(3), hs.chunk(3)
+        z = (xz + hz).sigmoid()
+        return (1 - z) * (xn + (xr + hr).sigmoid() * hn).tanh() + z * h, None
+    if cell != "lstm":
+        return ((xs + hs).tanh() if cell == "rnn_tanh" else (xs + hs).relu()), None
+    i, f, g, o = (xs + hs).chunk(4)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    inner = norm(c, c.shape, w["weight_norm_c"], w["bias_norm_c"]) if "weight_norm_c" in w else c
+    return o.sigmoid() * inner.tanh(), c
+
+
+def by_hand(problem: Problem, masks: Masks) -> dict[str, Tensor]:
+    """Every entry on its own, every timestep on its own."""
+    case = problem.case
+    _, batch, _, size = case.size
+    hidden_mask, zoneout_h, zoneout_c = masks or (None, None, None)
+    if case.layout == "packed":
+        sizes = problem.batch_sizes.tolist()
+        rows = [[sum(sizes[:t]) + n for t in range(len(sizes)) if n < sizes[t]] for n in range(batch)]
+        at = [[(row,) for row in row_of] for row_of in rows]
+    else:
+        steps = problem.input.shape[case.layout == "batch_first"]
+        lengths = [steps] * batch if problem.lengths is None else problem.lengths.tolist()
+        at = [[(n, t) if case.layout == "batch_first" else (t, n) for t in range(lengths[n])] for n in range(batch)]
+    outputs, cells, h_n, c_n = {}, {}, [], []
+    for d, suffix in enumerate(("", "_reverse")[: 1 + case.bidirectional]):
+        w = {
+            n.removesuffix("_reverse"): t for n, t in problem.weights.items() if n.endswith("_reverse") == bool(suffix)
+        }
+        features = case.proj or size
+        part, c_part = slice(d * features, (d + 1) * features), slice(d * size, (d + 1) * size)
+        for n in range(batch):
+            h = problem.input.new_zeros(features) if problem.h_0 is None else problem.h_0[d, n]
+            c = problem.input.new_zeros(size) if problem.c_0 is None else problem.c_0[d, n]
+            places = at[n][::-1] if d else at[n]
+            for k, place in enumerate(places):
+                # In reverse a sequence begins where the timestep after it (run before it) is the first of another.
+                first = place if d == 0 else places[k - 1] if k else None
+                if problem.resets is not None and first is not None and problem.resets[first]:
+                    h, c = torch.zeros_like(h), torch.zeros_like(c)
+                h_in = h if hidden_mask is None else h * hidden_mask[d, n]
+                new_h, new_c = cell_by_hand(case.cell, w, problem.input[place], h_in, h, c)
+                if case.proj:
+                    new_h = w["weight_hr"] @ new_h
+                keep = 0 if zoneout_h is None else zoneout_h[place][part]
+                h = keep * h + (1 - keep) * new_h
+                if new_c is not None:
+                    keep = 0 if zoneout_c is None else zoneout_c[place][c_part]
+                    c = keep * c + (1 - keep) * new_c
+                outputs[(*place, d)], cells[(*place, d)] = h, c
+            h_n.append(h)
+            c_n.append(c)
+
+    def gather(values: dict[tuple[int, ...], Tensor], features: int) -> Tensor:
+        lead = problem.input.shape[:-1]
+        zero = problem.input.new_zeros(features)
+        whole = [
+            torch.cat([values.get((*place, d), zero) for d in range(1 + case.bidirectional)])
+            for place in itertools.product(*map(range, lead))
+        ]
+        return torch.stack(whole).unflatten(0, lead)
+
+    states = [torch.stack(s).unflatten(0, (1 + case.bidirectional, batch)) for s in (h_n, c_n)]
+    return named((gather(outputs, case.proj or size), states[0], states[1], gather(cells, size)), case)
+
+
+# norm, hidden mask, zoneout of h and of c
+SINGLE = {"norm": (1, 0, 0, 0), "hidden": (0, 1, 0, 0), "zoneout_h": (0, 0, 1, 0), "zoneout_c": (0, 0, 0, 1)}
+MASKED = {"masks": (0, 1, 1, 1)}
+COMBINED = {**SINGLE, **MASKED, "norm+masks": (1, 1, 1, 1), "norm+zoneout_h": (1, 0, 1, 0)}
+SAMPLES = [
+    *((Case("lstm", size=(4, 3, 3, 5)), name) for name in COMBINED),
+    *((Case("lstm", "batch_first", True, lengths=True, resets=True, size=(5, 4, 3, 7)), n) for n in COMBINED),
+    *((Case("lstm", "packed", True, bias=False, size=(4, 3, 3, 17)), n) for n in ("norm", "masks", "norm+masks")),
+    *((Case("lstm", lengths=True, proj=3, state=False, size=(4, 3, 3, 5)), n) for n in ("norm", "masks", "norm+masks")),
+    *((Case("lstm", "packed", True, proj=2, size=(3, 2, 3, 5)), n) for n in ("norm+masks", "zoneout_h")),
+    *((Case("lstm", size=(2, 1, 1, 2)), name) for name in ("norm", "norm+masks")),  # rows so few: weights not packed
+    *((Case("lstm", size=(4, 1, 2, 33)), name) for name in ("norm", "masks")),
+    *((Case("lstm", size=(6, 1, 2, 33)), name) for name in ("norm", "masks")),
+]
+SAMPLES += [
+    (case, name)
+    for cell in ("rnn_tanh", "rnn_relu", "gru")
+    for case in (Case(cell, "batch_first", True, lengths=True, resets=True, size=(5, 4, 3, 7)), Case(cell, "packed"))
+    for name in ("hidden", "zoneout_h", "masks")
+]
+IDS = [f"{case}-{name}" for case, name in SAMPLES]
+
+
+def sample(case: Case, name: str, dtype: torch.dtype = torch.float64) -> tuple[Problem, Masks]:
+    norm, hidden, zoneout_h, zoneout_c = COMBINED[name]
+    return vary(build(case, dtype), norm, hidden, zoneout_h, zoneout_c and case.has_cell_state)
+
+
+@pytest.mark.parametrize(("case", "name"), SAMPLES, ids=IDS)
+def test_equals_the_loop(case, name):
+    """Values; gradients of all results together, and of each alone."""
+    problem, masks = sample(case, name)
+    expected, expected_grads = gradients(lambda p: by_hand(p, masks), problem)
+    actual, grads = gradients(lambda p: run(p, masks), problem)
+    check_values(actual, expected)
+    check_gradients(grads, expected_grads)
+    for result, cotangent in cotangents(expected).items():
+        only = {result: cotangent}
+        _, want = gradients(lambda p: by_hand(p, masks), problem, only, unused=True)
+        check_gradients(gradients(lambda p: run(p, masks), problem, only, unused=True)[1], want)
+
+
+@pytest.mark.parametrize(
+    "size", [(3, 9, 33, 65), (7, 17, 1, 7), (2, 13, 7, 129), (270, 1, 2, 5), (0, 2, 3, 4)], ids=str
+)
+def test_equals_the_reference_at_odd_sizes(size):
+    """By every instruction set, in float32 and float64; the reference is held against the loop here and below."""
+    from util import instruction_sets
+
+    from rnn_ext import reference
+
+    for cell, name in (("lstm", "norm+masks"), ("lstm", "masks"), ("gru", "masks"), ("rnn_tanh", "masks")):
+        case = Case(cell, bidirectional=True, lengths=size[0] == 7, size=size)
+        problem, masks = sample(case, name)
+
+        def oracle(p):
+            weights = list(p.weights.values())
+            flags = (case.cell, case.bidirectional, False, masks)  # noqa: B023
+            return named(reference.layer(p.input, p.h_0, p.c_0, weights, None, p.lengths, None, *flags), case)  # noqa: B023
+
+        expected, expected_grads = gradients(oracle, problem, unused=True)
+        for dtype in (torch.float64, torch.float32):
+            if dtype == torch.float32 and size[0] > 100:
+                continue
+            for _ in instruction_sets():
+                actual, grads = gradients(lambda p: run(p, masks), problem.to(dtype), unused=True)  # noqa: B023
+                check_values(actual, expected, dtype)
+                check_gradients(grads, expected_grads, dtype)
+
+
+def test_padding_is_not_read():
+    """NaN past the end of a sequence, in the input, its masks and the gradient, changes nothing."""
+    case = Case("lstm", lengths=True, bidirectional=True, size=(5, 4, 3, 7))
+    problem, masks = sample(case, "norm+masks")
+    past = torch.arange(5).unsqueeze(1) >= problem.lengths
+    grad_of = cotangents(run(problem, masks))
+    clean = gradients(lambda p: run(p, masks), problem, grad_of)
+    problem.input[past] = math.nan
+    poisoned = [masks[0], *(m.masked_fill(past.unsqueeze(-1), math.nan) for m in masks[1:])]
+    grad_of["output"] = grad_of["output"].masked_fill(past.unsqueeze(-1), math.nan)
+    dirty = gradients(lambda p: run(p, poisoned), problem, grad_of)
+    same_bits(dirty[0], clean[0])
+    same_bits(dirty[1], clean[1])
+
+
+@pytest.mark.parametrize("name", ["norm", "masks", "norm+masks"])
+def test_threads_do_not_change_the_bits(name):
+    case = Case("lstm", bidirectional=True, size=(12, 67, 61, 130))
+    problem, masks = sample(case, name, torch.float32)
+    found = []
+    for threads in (1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            found.append(gradients(lambda p: run(p, masks), problem))
+        finally:
+            torch.set_num_threads(before)
+    same_bits(found[1][0], found[0][0])
+    same_bits(found[1][1], found[0][1])
+
+
+def options_of(cell: str) -> list[dict]:
+    all_cells = [{"weight_dropout": 0.4}, {"recurrent_dropout": 0.3}, {"zoneout": 0.2}]
+    if cell != "lstm":
+        return [*all_cells, {k: v for o in all_cells for k, v in o.items()}]
+    lstm = [{"layer_norm": True}, {"zoneout": (0.0, 0.5)}]
+    return [*all_cells, *lstm, {k: v for o in all_cells + lstm for k, v in o.items()}]
+
+
+EVERY = [(cell, options) for cell in MODULES for options in options_of(cell)]
+EVERY_ID = [f"{cell}-{'+'.join(options)}-{i}" for i, (cell, options) in enumerate(EVERY)]
+
+
+@pytest.mark.parametrize(("cell", "options"), EVERY, ids=EVERY_ID)
+def test_module_draws_what_it_says(cell, options, monkeypatch):
+    """The masks that reach the op: of the right values and sizes, one for each layer; parameters are left alone."""
+    torch.manual_seed(0)
+    module = MODULES[cell](3, 40, 2, bidirectional=True, batch_first=True, **options)
+    before = copy.deepcopy(module.state_dict())
+    x = torch.randn(5, 30, 3)
+    calls = []
+    layer = ops.layer
+    monkeypatch.setattr(ops, "layer", lambda *args: (calls.append(args), layer(*args))[1])
+    module(x)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert len(calls) == 2
+    masks_of = [args[11] if len(args) > 11 else () for args in calls]
+    p = options.get("weight_dropout", 0)
+    count = len(module._flat_weights) // 2
+    for k, args in enumerate(calls):
+        for i, (used, own) in enumerate(zip(args[3], module._flat_weights[k * count : (k + 1) * count], strict=True)):
+            if p and i % (count // 2) == 1:
+                dropped = used == 0
+                assert abs(dropped.float().mean() - p) < 0.05
+                torch.testing.assert_close(used, (own / (1 - p)).masked_fill(dropped, 0))
+            else:
+                assert used is own
+    wanted = (
+        options.get("recurrent_dropout", 0),
+        *(functional.check_extras(cell, False, options.get("zoneout", 0), 0, 0)[1]),
+    )
+    for masks, p, shape, scaled in zip(
+        zip(*(m or (None,) * 3 for m in masks_of), strict=True),
+        wanted,
+        ((2, 5, 40), (5, 30, 80), (5, 30, 80)),
+        (True, False, False),
+        strict=True,
+    ):
+        if not p:
+            assert masks == (None, None)
+            continue
+        assert not torch.equal(*masks)
+        for mask in masks:
+            assert mask.shape == shape
+            hit = mask == 0 if scaled else mask == 1
+            torch.testing.assert_close(mask[~hit], torch.full_like(mask[~hit], 1 / (1 - p) if scaled else 0))
+            assert abs(hit.float().mean() - p) < 4 * math.sqrt(p * (1 - p) / mask.numel())
+
+
+@pytest.mark.parametrize(("cell", "options"), EVERY, ids=EVERY_ID)
+def test_module_in_eval_and_from_a_seed(cell, options):
+    torch.manual_seed(0)
+    module = MODULES[cell](3, 4, 2, dtype=torch.float64, **options)
+    x = torch.randn(6, 2, 3, dtype=torch.float64)
+
+    def seeded(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return module(x)[0]
+
+    assert torch.equal(seeded(1), seeded(1))
+    assert torch.equal(seeded(1), seeded(2)) == (options == {"layer_norm": True})
+    module.eval()
+    assert torch.equal(seeded(1), seeded(2))
+    plain = MODULES[cell](3, 4, 2, dtype=torch.float64, layer_norm=True) if options.get("layer_norm") else None
+    plain = plain or MODULES[cell](3, 4, 2, dtype=torch.float64)
+    plain.load_state_dict(module.state_dict())
+    if "zoneout" not in options:
+        assert torch.equal(module(x)[0], plain(x)[0])
+    else:
+        # The expectation, layer by layer.
+        p_h, p_c = functional.check_extras(cell, False, options["zoneout"], 0, 0).zoneout
+        want = x
+        count = len(module._flat_weights) // 2
+        for k in range(2):
+            masks = [None, torch.full((6, 2, 4), p_h), torch.full((6, 2, 4), p_c) if cell == "lstm" else None]
+            weights = module._flat_weights[k * count : (k + 1) * count]
+            want = ops.layer(want, None, None, weights, module.mode.lower(), masks=masks)[0]
+        torch.testing.assert_close(module(x)[0], want, rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(module(x)[0], plain(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [("lstm", {"layer_norm": True}), *((cell, options_of(cell)[-1]) for cell in MODULES)],
+    ids=["lstm-layer_norm", *MODULES],
+)
+def test_gradcheck_with_masks_fixed(cell, options):
+    """Backward, forward mode and the second derivative, against differences."""
+    torch.manual_seed(0)
+    module = MODULES[cell](2, 2, dtype=torch.float64, **options)
+    names = [name for name, _ in module.named_parameters()]
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        of = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(module, of, (x,), {"lengths": [3, 2]})[0]
+
+    torch.autograd.gradcheck(call, (x, *module.parameters()), check_forward_ad=True, fast_mode=True)
+    torch.autograd.gradgradcheck(call, (x, *module.parameters()), fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", ["lengths", "packed"])
+def test_layouts_agree(layout):
+    """In eval, where nothing is drawn: a packed batch and one with lengths give each sequence what it gets alone."""
+    torch.manual_seed(0)
+    module = rnn_ext.LSTM(3, 4, 2, bidirectional=True, layer_norm=True, zoneout=0.2, dtype=torch.float64).eval()
+    x = torch.randn(6, 3, 3, dtype=torch.float64)
+    lengths = [6, 4, 1]
+    if layout == "packed":
+        output, _ = torch.nn.utils.rnn.pad_packed_sequence(module(pack_padded_sequence(x, lengths))[0])
+    else:
+        output, _ = module(x, lengths=lengths)
+    for n, length in enumerate(lengths):
+        torch.testing.assert_close(output[:length, n], module(x[:length, n])[0], rtol=1e-12, atol=1e-12)
+    module.train()
+    module.recurrent_dropout = 0.5
+    packed = pack_padded_sequence(x, lengths)
+    assert module(packed)[0].data.shape == (11, 8)
+    assert module(x[:, 0])[0].shape == (6, 8)
+
+
+def test_recompute_uses_the_same_masks():
+    torch.manual_seed(0)
+    module = rnn_ext.LSTM(3, 4, 2, layer_norm=True, zoneout=0.2, recurrent_dropout=0.5, weight_dropout=0.5)
+    x = torch.randn(6, 3, 3)
+    found = []
+    for recompute in (False, True):
+        module.recompute = recompute
+        torch.manual_seed(1)
+        found.append(torch.autograd.grad(module(x)[0].sum(), list(module.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+OPCHECK = [
+    (Case("lstm", bidirectional=True, proj=2, size=(3, 2, 3, 4)), "norm+masks"),
+    (Case("lstm", "packed", size=(3, 2, 3, 4)), "norm"),
+    (Case("gru", "batch_first", lengths=True, size=(3, 2, 3, 4)), "masks"),
+    (Case("rnn_tanh", size=(3, 2, 3, 4)), "zoneout_h"),
+]
+
+
+@pytest.mark.parametrize(("case", "name"), OPCHECK, ids=[f"{case}-{name}" for case, name in OPCHECK])
+def test_opcheck(case, name):
+    problem, masks = sample(case, name)
+    problem = problem.requiring()
+    given = (problem.batch_sizes, problem.lengths, problem.resets, masks)
+    flags = (case.cell, case.bidirectional, case.layout == "batch_first", case.has_cell_state)
+    args = (problem.input, problem.h_0, problem.c_0, list(problem.weights.values()), *given, *flags)
+    torch.library.opcheck(torch.ops.rnn_ext.layer.default, (*args, False))
+    with torch.no_grad():
+        real = torch.ops.rnn_ext.layer(*args, True)
+        mode = torch._subclasses.FakeTensorMode()
+        fake_args = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args)
+        with mode:
+            fake = torch.ops.rnn_ext.layer(*fake_args, True)
+    assert [(t.shape, t.stride(), t.dtype) for t in real] == [(t.shape, t.stride(), t.dtype) for t in fake]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled(training):
+    torch.manual_seed(0)
+    module = rnn_ext.LSTM(
+        3, 4, 2, bidirectional=True, layer_norm=True, zoneout=(0.1, 0.2), recurrent_dropout=0.3, weight_dropout=0.4
+    ).train(training)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for length in (5, 7):
+        x = torch.randn(length, 2, 3, requires_grad=True)
+        found = []
+        for call in (module, compiled):
+            torch.manual_seed(1)
+            output, _ = call(x)
+            found.append((output, *torch.autograd.grad(output.square().sum(), (x, *module.parameters()))))
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_func_transforms():
+    """Per-sample gradients: with the same masks for all what a loop gives, with different ones the same in the mean."""
+    torch.manual_seed(0)
+    module = rnn_ext.LSTM(3, 4, layer_norm=True, zoneout=0.3, recurrent_dropout=0.3, dtype=torch.float64)
+    x = torch.randn(3, 5, 2, 3, dtype=torch.float64)
+    parameters = dict(module.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, parameters, (x,))[0].square().sum()
+
+    torch.manual_seed(1)
+    together = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="same")(parameters, x)
+    for n in range(3):
+        torch.manual_seed(1)
+        for name, grad in torch.func.grad(loss)(parameters, x[n]).items():
+            torch.testing.assert_close(together[name][n], grad)
+    same = x[:1].expand(3, -1, -1, -1)
+    apart = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="different")(parameters, same)
+    assert not torch.allclose(apart["bias_ih_l0"][0], apart["bias_ih_l0"][1])
+
+    def hvp(x: Tensor, tangent: Tensor) -> Tensor:
+        def gradient(x: Tensor) -> Tensor:
+            torch.manual_seed(2)
+            return torch.func.grad(loss, 1)(parameters, x)
+
+        return torch.func.jvp(gradient, (x,), (tangent,))[1]
+
+    step, tangent = 1e-5, torch.randn_like(x[0])
+
+    def gradient(x: Tensor) -> Tensor:
+        torch.manual_seed(2)
+        return torch.func.grad(loss, 1)(parameters, x)
+
+    numeric = (gradient(x[0] + step * tangent) - gradient(x[0] - step * tangent)) / (2 * step)
+    torch.testing.assert_close(hvp(x[0], tangent), numeric, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_reduced_precision(dtype):
+    case = Case("lstm", bidirectional=True, size=(5, 3, 4, 33))
+    problem, masks = sample(case, "norm+masks", dtype)
+    actual, grads = gradients(lambda p: run(p, masks), problem)
+    expected, expected_grads = gradients(lambda p: run(p, masks), problem.to(torch.float64))
+    check_values(actual, expected, dtype)
+    check_gradients(grads, expected_grads, dtype)
+    module = rnn_ext.LSTM(4, 5, layer_norm=True, zoneout=0.1, recurrent_dropout=0.2, weight_dropout=0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = module(torch.randn(3, 2, 4))
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert module.weight_norm_c_l0.grad.isfinite().all()
+
+
+def test_layer_norm_parameters():
+    torch.manual_seed(0)
+    module = rnn_ext.LSTM(3, 4, 2, bidirectional=True, proj_size=2, layer_norm=True, dtype=torch.float64)
+    torch.manual_seed(0)
+    plain = torch.nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2, dtype=torch.float64)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(module.get_parameter(name), parameter)
+    suffixes = ["_l0", "_l0_reverse", "_l1", "_l1_reverse"]
+    new = set(dict(module.named_parameters())) - set(dict(plain.named_parameters()))
+    assert new == {name + suffix for name in NORMS for suffix in suffixes}
+    for suffix in suffixes:
+        assert [module.get_parameter(name + suffix).numel() for name in NORMS] == [16, 16, 4, 4]
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(7)
+    module.reset_parameters()
+    for name, parameter in module.named_parameters():
+        if "_norm_" in name:
+            assert torch.equal(parameter, torch.full_like(parameter, float(name.startswith("weight")))), name
+        else:
+            assert 0 < parameter.abs().max() <= 0.5, name
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    want = module(x)[0]
+    other = rnn_ext.LSTM(3, 4, 2, bidirectional=True, proj_size=2, layer_norm=True, dtype=torch.float64)
+    other.load_state_dict(module.state_dict())
+    for same in (other, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(same(x)[0], want) and same.layer_norm
+    assert len(module.all_weights) == 4 and len(module.all_weights[0]) == 9
+    assert rnn_ext.LSTM(3, 4, layer_norm=True, device="meta").weight_norm_c_l0.is_meta
+
+
+def test_module_options_are_seen():
+    module = rnn_ext.LSTM(3, 4, layer_norm=True, zoneout=(0.1, 0.2), recurrent_dropout=0.3, weight_dropout=0.4)
+    assert "layer_norm=True, zoneout=(0.1, 0.2), recurrent_dropout=0.3, weight_dropout=0.4" in repr(module)
+    assert "zoneout" not in repr(rnn_ext.LSTM(3, 4))
+    same = pickle.loads(pickle.dumps(module))
+    assert (same.zoneout, same.recurrent_dropout, same.weight_dropout) == ((0.1, 0.2), 0.3, 0.4)
+
+
+def test_functional():
+    torch.manual_seed(0)
+    module = rnn_ext.LSTM(3, 4, 2, layer_norm=True, zoneout=0.1, recurrent_dropout=0.2, weight_dropout=0.3)
+    x = torch.randn(5, 2, 3)
+    torch.manual_seed(1)
+    want = module(x)[0]
+    torch.manual_seed(1)
+    options = {"zoneout": 0.1, "recurrent_dropout": 0.2, "weight_dropout": 0.3, "training": True, "num_layers": 2}
+    assert torch.equal(functional.lstm(x, None, module._flat_weights, **options)[0], want)
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "named_option"),
+    [
+        ({"layer_norm": True}, False, "layer_norm"),
+        ({"zoneout": 0.1}, False, "zoneout"),
+        ({"recurrent_dropout": 0.1}, True, "recurrent_dropout"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else str(value),
+)
+def test_native_backend_refuses(options, training, named_option):
+    model = torch.nn.Sequential(torch.nn.Identity(), rnn_ext.LSTM(3, 4, **options)).train(training)
+    rnn_ext.set_backend(model, "native")
+    with pytest.raises(ValueError, match=f"{named_option} is an option of the custom backend"):
+        model(torch.randn(5, 2, 3))
+    with pytest.raises(ValueError, match=f"1 has {named_option}=.*torch.nn"):
+        rnn_ext.to_native(model)
+    assert type(model[1]) is rnn_ext.LSTM and model[1].backend == "native"
+
+
+def test_native_backend_can_do_the_rest():
+    """Weight dropout happens before the kernel; recurrent dropout does nothing in eval."""
+    torch.manual_seed(0)
+    module = rnn_ext.GRU(3, 4, 2, weight_dropout=0.5, dtype=torch.float64)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    found = []
+    for backend in ("custom", "native"):
+        module.backend = backend
+        torch.manual_seed(1)
+        found.append(module(x)[0])
+    torch.testing.assert_close(*found)
+    module.weight_dropout, module.recurrent_dropout = 0.0, 0.5
+    module.eval()(x)
+
+
+@pytest.mark.parametrize("option", ["zoneout", "recurrent_dropout", "weight_dropout"])
+def test_bad_probabilities(option):
+    for bad in (-0.1, 1.0, 1.5, math.nan):
+        with pytest.raises(ValueError, match=rf"{option} must be a probability in \[0, 1\), got {bad}"):
+            rnn_ext.LSTM(3, 4, **{option: bad})
+        module = rnn_ext.LSTM(3, 4)
+        setattr(module, option, bad)
+        with pytest.raises(ValueError, match=f"{option} must be"):
+            module(torch.randn(5, 2, 3))
+    for bad in ("0.1", None, True, [0.1]):
+        with pytest.raises(TypeError, match=f"{option} must be a"):
+            rnn_ext.LSTM(3, 4, **{option: bad})
+
+
+def test_bad_options():
+    with pytest.raises(TypeError, match=r"zoneout must be a number, got \(0.1, 0.2\)"):
+        rnn_ext.GRU(3, 4, zoneout=(0.1, 0.2))
+    with pytest.raises(TypeError, match="zoneout must be a number or a pair"):
+        rnn_ext.LSTM(3, 4, zoneout=(0.1, 0.2, 0.3))
+    with pytest.raises(ValueError, match=r"zoneout must be a probability in \[0, 1\), got 2"):
+        rnn_ext.LSTM(3, 4, zoneout=(0.1, 2))
+    with pytest.raises(TypeError, match="layer_norm must be a bool, got 1"):
+        rnn_ext.LSTM(3, 4, layer_norm=1)
+    with pytest.raises(TypeError, match="layer_norm"):
+        rnn_ext.GRU(3, 4, layer_norm=True)
+
+
+def test_bad_arguments_of_the_op():
+    problem, masks = sample(Case("lstm", size=(5, 3, 4, 7)), "norm+masks")
+    gru = build(Case("gru", size=(5, 3, 4, 7)))
+
+    def call(of: Problem, masks: Masks, weights: list[Tensor] | None = None) -> None:
+        weights = list(of.weights.values()) if weights is None else weights
+        ops.layer(of.input, None, None, weights, cell=of.case.cell, masks=masks)
+
+    with pytest.raises(ValueError, match="expected no masks or 3, got 2"):
+        call(problem, masks[:2])
+    with pytest.raises(RuntimeError, match=r"expected hidden_mask of size \[1, 3, 7\], got \[1, 3, 6\]"):
+        call(problem, [masks[0][..., 1:], None, None])
+    with pytest.raises(RuntimeError, match=r"expected zoneout_c of size \[5, 3, 7\], got \[4, 3, 7\]"):
+        call(problem, [None, None, masks[2][1:]])
+    with pytest.raises(RuntimeError, match="expected zoneout_h of a floating-point dtype"):
+        call(problem, [None, masks[1].bool(), None])
+    with pytest.raises(ValueError, match="zoneout_c was given, but gru has no cell state"):
+        call(gru, masks)
+    with pytest.raises(ValueError, match="only an lstm can have layer normalisation"):
+        call(gru, [], [*gru.weights.values(), *(torch.ones(21, dtype=torch.float64),) * 4])
+    with pytest.raises(RuntimeError, match=r"expected weight_norm_c of size \[7\], got \[28\]"):
+        weights = list(problem.weights.values())
+        call(problem, [], [*weights[:6], weights[5], weights[7]])
+    with pytest.raises(ValueError, match="Expected 2 to 5 weights"):
+        functional.gru(gru.input, None, [*gru.weights.values()] * 2)
+    with pytest.raises(ValueError, match="6 to 9 with layer normalisation"):
+        functional.lstm(problem.input, None, list(problem.weights.values()) * 2)
