@@ -480,11 +480,11 @@ def test_unknown_cell(cell):
 
 
 @pytest.mark.parametrize(
-    ("cell", "count"), [("lstm", 0), ("lstm", 1), ("lstm", 6), ("gru", 3), ("gru", 5), ("rnn_tanh", 3)]
+    ("cell", "count"), [("lstm", 0), ("lstm", 1), ("lstm", 10), ("gru", 3), ("gru", 5), ("rnn_tanh", 3)]
 )
 def test_wrong_number_of_weights(cell, count):
     problem = build(Case(cell))
-    weights = (list(problem.weights.values()) * 2)[:count]
+    weights = (list(problem.weights.values()) * 3)[:count]
     with pytest.raises((ValueError, RuntimeError), match=f"{count}|weight_hr|proj"):
         ops.layer(problem.input, None, None, weights, cell=cell)
 

@@ -190,7 +190,7 @@ def test_empty(cell, size):
         assert not any(grads[name].any() for name in problem.weights)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 7, 11, 12])
+@pytest.mark.parametrize("count", [0, 1, 3, 7, 11, 20])
 def test_split_weights_refuses_other_counts(count):
     with pytest.raises(ValueError, match=f"got {count} in all"):
         reference.split_weights([torch.zeros(1)] * count, 2)
