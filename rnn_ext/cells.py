@@ -65,7 +65,9 @@ class _Cell(nn.RNNCellBase):
             return self._fx_leaf(input, hx=hx)
         return self._step(input, hx)[0]
 
-    extra_repr = modules._with_backend(nn.RNNCellBase.extra_repr)
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"
 
 
 class RNNCell(_Cell):

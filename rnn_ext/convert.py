@@ -47,7 +47,8 @@ def convert(model: ModuleT, backend: str = "auto") -> ModuleT:
     for module in _change_class(model, TO_CUSTOM):
         module.__dict__.pop("_flat_weights", None)  # ours is a property
         module.backend = backend
-        vars(module).update(OPTIONS)
+        if isinstance(module, nn.RNNBase):
+            vars(module).update(OPTIONS)
     return model
 
 

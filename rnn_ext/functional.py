@@ -230,7 +230,13 @@ def step(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One timestep of any cell, in one direction: `input` is (N, I) or (I,); output, h_n, c_n (None unless lstm)."""
     plain = not (layer_norm or zoneout)
-    if plain and num_layers == 1 and input.dim() == 2 and input.dtype == weights[0].dtype and backends.use_custom(backend, input):
+    if (
+        plain
+        and num_layers == 1
+        and input.dim() == 2
+        and input.dtype == weights[0].dtype
+        and backends.use_custom(backend, input)
+    ):
         output, h_n, c_n = ops.step(input, h_0, c_0, weights, cell, False)
         return output, h_n, c_n if cell == "lstm" else None
     stack = (num_layers, False, False, dropout, training)

@@ -6,7 +6,7 @@ the shapes, the dtypes and the errors are documented in :mod:`rnn_ext.functional
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,11 @@ from rnn_ext.backends import check_backend
 OPTIONS = {
     "recompute": False,
     "layer_norm": False,
-    "zoneout": 0.0,
-    "recurrent_dropout": 0.0,
-    "weight_dropout": 0.0,
+    # Integers: torch.compile makes an input of a float and then, seeing it decide something, compiles once more.
+    "zoneout": 0,
+    "recurrent_dropout": 0,
+    "weight_dropout": 0,
 }
-
-
-def _with_backend(extra_repr: Callable[[nn.Module], str]) -> Callable[[nn.Module], str]:
-    def with_backend(self) -> str:
-        text = extra_repr(self)
-        return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"
-
-    return with_backend
 
 
 class _Layer(nn.RNNBase):
@@ -61,9 +54,9 @@ class _Layer(nn.RNNBase):
         functional.check_extras(mode.lower(), recompute, zoneout, recurrent_dropout, weight_dropout)
         self.recompute = recompute
         self.layer_norm = False
-        self.zoneout = zoneout
-        self.recurrent_dropout = recurrent_dropout
-        self.weight_dropout = weight_dropout
+        self.zoneout = zoneout or 0
+        self.recurrent_dropout = recurrent_dropout or 0
+        self.weight_dropout = weight_dropout or 0
 
     @property
     def _flat_weights(self) -> list[Tensor]:
@@ -144,8 +137,8 @@ class _Layer(nn.RNNBase):
         for name in ("recurrent_dropout", "weight_dropout"):
             if self.training and getattr(self, name) > 0:
                 raise ValueError(
-                    f"step: {name}={getattr(self, name)} draws one mask for a whole sequence, which steps cannot share: "
-                    "expected a layer in eval mode"
+                    f"step: {name}={getattr(self, name)} draws one mask for a whole sequence, which steps cannot "
+                    "share: expected a layer in eval mode"
                 )
         if input.dim() not in (1, 2):
             raise ValueError(f"step: Expected input to be 1D or 2D, got {input.dim()}D instead: {list(input.shape)}")

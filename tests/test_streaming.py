@@ -300,8 +300,9 @@ def test_the_binding_and_the_op_are_one():
     output, _ = module.step(randn(N, I).as_subclass(Mine), state)
     assert type(output) is Mine
     weights = module._flat_weights
-    got = ops._fast_layer(randn(2, N, I), *state, weights, None, None, None, "lstm", False, False, True, False)
-    want = torch.ops.rnn_ext.layer(randn(2, N, I), *state, weights, None, None, None, "lstm", False, False, True, False)
+    options = ("lstm", False, False, True, False)
+    got = ops._fast_layer(randn(2, N, I), *state, weights, None, None, None, *options)
+    want = torch.ops.rnn_ext.layer(randn(2, N, I), *state, weights, None, None, None, [], *options)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -343,3 +344,19 @@ def test_a_step_costs_half_of_torchs_cell():
             if best["step"] <= 0.45 * best["cell"]:
                 return
     pytest.fail(f"{best['step'] / best['cell']:.2f} of nn.LSTMCell's time")
+
+
+def test_steps_of_a_regularised_layer():
+    """Zoneout and layer normalisation step as forward does; masks for a whole sequence cannot be stepped through."""
+    layer = rnn_ext.LSTM(I, H, 2, layer_norm=True, zoneout=0.3, recurrent_dropout=0.2).double()
+    input = randn(5, N, I)
+    with pytest.raises(ValueError, match=r"recurrent_dropout=0\.2.*eval"):
+        layer.step(input[0])
+    layer.eval()
+    want, want_state = layer(input)
+    state, outputs = None, []
+    for x in input:
+        output, state = layer.step(x, state)
+        outputs.append(output)
+    check_values({"output": torch.stack(outputs), "h": state[0], "c": state[1]},
+                 {"output": want, "h": want_state[0], "c": want_state[1]})  # fmt: skip
