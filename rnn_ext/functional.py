@@ -245,7 +245,8 @@ def _layers(
         lengths = _check_lengths(lengths, input, batch_first)
     if resets is not None:
         _check_resets(resets, input.shape[:2])
-    run = _custom if backends.use_custom(backend, input) else _native
+    only_custom = lengths is not None or resets is not None or cell_states
+    run = _custom if backends.use_custom(backend, input, only_custom) else _native
     return run(
         cell,
         input,
@@ -301,6 +302,10 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
         raise TypeError(f"lengths must be a list, a tuple or a tensor of integers, got {type(lengths).__name__}")
     if lengths.shape != (batch,):
         raise ValueError(f"Expected lengths of shape ({batch},), one for each sequence, got {list(lengths.shape)}")
+    if input.is_cuda and lengths.is_cpu and not torch.compiler.is_compiling():  # the last chance without waiting
+        wrong = [value for value in lengths.tolist() if not 0 <= value <= length]
+        if wrong:
+            raise ValueError(f"lengths must be from 0 to {length}, the timesteps of input, got {wrong[0]}")
     return lengths.to(input.device, torch.int64)
 
 

@@ -34,6 +34,8 @@ LAYOUTS = {
     "both": Case("lstm", bidirectional=True),
     "batch_first": Case("lstm", bidirectional=True, batch_first=True),
     "lengths": Case("lstm", bidirectional=True, length=7, batch=4, lengths=(7, 1, 0, 4)),
+    # Nobody checks lengths that lie on a GPU: those beyond the ends count as the ends.
+    "lengths_beyond": Case("lstm", bidirectional=True, length=4, batch=4, lengths=(9, 1, -3, 4)),
     "packed": Case("lstm", bidirectional=True, packed=True, length=6, batch=4, lengths=(6, 5, 5, 1)),
     "resets": Case("lstm", bidirectional=True, length=9, resets=0.3),
     "packed_resets": Case("lstm", bidirectional=True, packed=True, length=6, batch=4, lengths=(6, 5, 3, 1), resets=0.3),

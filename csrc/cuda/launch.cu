@@ -8,6 +8,13 @@
 #include "cuda/persistent_entries.h"
 #include "cuda/step_entries.h"
 
+namespace rnn_ext::cuda {
+
+// Stands for all kernels, which are compiled for the same architectures.
+__global__ void probe_kernel() {}
+
+}  // namespace rnn_ext::cuda
+
 namespace {
 
 using namespace rnn_ext::cuda;
@@ -127,6 +134,16 @@ int check_persistent(const Args& args, RnnExtError* error) {
     default:                                            \
       return 1;                                         \
   }
+
+extern "C" int rnn_ext_cuda_set_device(int32_t device, RnnExtError* error) {
+  const char* problem = select_device(device);
+  return problem ? refuse(error, "cuda:%d: %s", device, problem) : 0;
+}
+
+extern "C" int rnn_ext_cuda_check_device(int32_t device, RnnExtError* error) {
+  const char* problem = check_device(device, reinterpret_cast<const void*>(&probe_kernel));
+  return problem ? refuse(error, "cuda:%d: %s", device, problem) : 0;
+}
 
 extern "C" int rnn_ext_cuda_step_forward(const RnnExtForward* args, int64_t first_step, int64_t last_step, void* stream,
                                          RnnExtError* error) {

@@ -52,7 +52,7 @@ typedef struct RnnExtForwardDirection {
   const void* c_0;     // T [N, H] or null: zeros
   void* output;        // T [R, H]
   int64_t output_stride;
-  void* h_n;         // T [N, H]
+  void* h_n;         // T [N, H]; with hgates the running state, written at every step
   void* c_n;         // T [N, H], cells with a cell state
   void* saved;       // T [R, S, H] or null: inference
   void* cells;       // A [R, H] or null: inference. The cell state of every row.
@@ -100,6 +100,11 @@ typedef struct RnnExtBackward {
   int32_t directions;
   RnnExtBackwardDirection direction[2];
 } RnnExtBackward;
+
+// Makes the device current for the launches to come. The caller's CUDA runtime may be another one than the kernels'.
+int rnn_ext_cuda_set_device(int32_t device, RnnExtError* error);
+// Whether there is such a device and the kernels have code for it; leaves the current device as it is.
+int rnn_ext_cuda_check_device(int32_t device, RnnExtError* error);
 
 // `step`: one launch per timestep. Steps are counted in the order they are computed: forward has L of them; backward
 // has L + 1, the last of which finishes dh_0 and dc_0. [first_step, last_step) is run; a whole layer is [0, L) and [0,

@@ -10,6 +10,7 @@
 
 namespace rnn_ext::ops {
 
+#ifndef RNN_EXT_EMULATED  // tests/cuda_emulator wants the checks only: the library it is loaded beside has the schemas
 TORCH_LIBRARY(rnn_ext, m) {
   m.def(
       "layer(Tensor input, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
@@ -36,6 +37,7 @@ TORCH_LIBRARY(rnn_ext, m) {
       "layer_double_backward_reference(Tensor?[] grad_grads, Tensor?[] tensors, Tensor? batch_sizes, Tensor? lengths, "
       "Tensor? resets, str cell, bool bidirectional, bool batch_first, bool cell_states) -> Tensor[]");
 }
+#endif
 
 CellInfo cell_info(std::string_view name) {
   if (name == "lstm") return {cpu::CellKind::kLstm, 4, true};
@@ -150,18 +152,9 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
       TORCH_CHECK_TYPE(at::isIntegralType(lengths->scalar_type(), false), "expected lengths of an integer dtype, got ",
                        lengths->scalar_type());
       check_sizes(*lengths, {batch}, "lengths");
-      const at::Tensor dense = lengths->to(at::kCPU, at::kLong).contiguous();
-      const int64_t* given = dense.const_data_ptr<int64_t>();
-      std::fill(batch_sizes.begin(), batch_sizes.end(), 0);
-      for (int64_t n = 0; n < batch; ++n) {
-        TORCH_CHECK_VALUE(given[n] >= 0 && given[n] <= length, "expected lengths between 0 and ", length, ", got ",
-                          given[n], " for batch entry ", n);
-        if (given[n] > 0) ++batch_sizes[given[n] - 1];
-      }
-      for (int64_t t = length - 2; t >= 0; --t) batch_sizes[t] += batch_sizes[t + 1];
-      order.resize(batch);
-      std::iota(order.begin(), order.end(), 0);
-      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return given[a] > given[b]; });
+      if (lengths->device().is_cpu() || input.device().is_cpu()) {
+        order_by(lengths->to(at::kCPU, at::kLong).contiguous());
+      }  // else: reading them would wait for the device, whose kernels take them as they are
     }
   }
   offsets.resize(length);
@@ -190,6 +183,20 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
                 input.device(), ": expected the same device");
     check_sizes(*resets, input.sizes().slice(0, input.dim() - 1), "resets");
   }
+}
+
+void LayerShape::order_by(const at::Tensor& lengths) {
+  const int64_t* given = lengths.const_data_ptr<int64_t>();
+  std::fill(batch_sizes.begin(), batch_sizes.end(), 0);
+  for (int64_t n = 0; n < batch; ++n) {
+    TORCH_CHECK_VALUE(given[n] >= 0 && given[n] <= length, "expected lengths between 0 and ", length, ", got ",
+                      given[n], " for batch entry ", n);
+    if (given[n] > 0) ++batch_sizes[given[n] - 1];
+  }
+  for (int64_t t = length - 2; t >= 0; --t) batch_sizes[t] += batch_sizes[t + 1];
+  order.resize(batch);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return given[a] > given[b]; });
 }
 
 cpu::Layout LayerShape::layout() const {

@@ -58,7 +58,7 @@ struct LayerShape {
   bool bias;
   int64_t length = 0;  // L
   int64_t batch = 0;   // N
-  int64_t rows = 0;    // (timestep, entry) pairs that exist
+  int64_t rows = 0;    // (timestep, entry) pairs that exist; all of them where the lengths' values are not known
 
   std::vector<int64_t> batch_sizes;  // [L]
   std::vector<int64_t> offsets;      // [L]
@@ -72,6 +72,9 @@ struct LayerShape {
   /// Position of weight `name` of direction d in the flat list, or -1.
   enum Weight { kWeightIh, kWeightHh, kBiasIh, kBiasHh, kWeightHr };
   int index(int direction, Weight weight) const;
+
+ private:
+  void order_by(const at::Tensor& lengths);
 };
 
 }  // namespace rnn_ext::ops
