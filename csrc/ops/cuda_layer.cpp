@@ -432,10 +432,7 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
   at::Tensor c_n = has_cell ? call.empty({D, N, H}) : call.empty({0});
   at::Tensor cells = call.empty({0});
   at::Tensor saved = at::empty({save ? Kept::numel(call) : 0}, call.options.dtype(at::kByte));
-  if (cell_states) {
-    const auto sizes = call.shape.sequence_sizes(D * H);
-    cells = call.has_lengths() ? at::zeros(sizes, call.options) : call.empty(sizes);
-  }
+  if (cell_states) cells = call.empty(call.shape.sequence_sizes(D * H));
   if (R == 0) {
     for (auto [to, from] : {std::pair(h_n, call.h_0), std::pair(c_n, call.c_0)}) {
       if (from.defined()) {
