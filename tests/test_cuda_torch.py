@@ -66,10 +66,29 @@ def test_matrix(cell, kernel):
         agree(case, kernel)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("cell", CELLS)
+def test_packed_resets(cell, kernel):
+    """Which modules do not offer, but the op does: one reset for each row of the packed input."""
+    for proj in (0, 3) if cell == "lstm" and kernel == "pointwise" else (0,):
+        dtype = torch.float32 if kernel == "persistent" else torch.float64
+        problem = util.build(Case(cell, "packed", True, proj=proj, size=(6, 5, 2, 5)), dtype)
+        generator = torch.Generator().manual_seed(1)
+        problem.resets = torch.rand(problem.input.shape[0], generator=generator) < 0.4
+        problem.resets[:2] = True  # at first timesteps too
+        expected, expected_grads = util.gradients(util.oracle, problem.to(torch.float64))
+        with emulated(kernel):
+            actual, grads = util.gradients(util.run, problem)
+        util.check_values(actual, expected, dtype)
+        util.check_gradients(grads, expected_grads, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", [*KERNELS, "tensor"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_dtypes(cell, kernel, dtype):
+    if kernel == "tensor" and dtype == torch.float32:
+        return
     agree(Case(cell, bidirectional=True, lengths=True, resets=True, size=(5, 4, 7, 33)), kernel, dtype)
     agree(Case(cell, "packed", bidirectional=True, size=(5, 9, 3, 7)), kernel, dtype)
 
@@ -315,6 +334,8 @@ def test_a_kernel_that_cannot_run_says_why():
     double = util.build(Case("gru", size=(2, 1, 2, 3)))
     with emulated("persistent"), pytest.raises(RuntimeError, match="do not take float64"):
         util.run(double)
+    with emulated("tensor"), pytest.raises(RuntimeError, match="bfloat16 and float16 only"):
+        util.run(util.build(Case("gru", size=(2, 1, 2, 3)), torch.float32))
     with emulated():  # nothing is left behind
         util.check_values(util.run(problem), util.oracle(problem.to(torch.float64)), torch.float32)
 
@@ -414,7 +435,9 @@ def test_choices_are_those_of_the_table():
     kernel, reason = ops.cuda_kernel("gru", torch.float16, 64, 512, bidirectional=True, shared_bytes=227 * 1024)
     assert kernel == "pointwise" and "GEMM" in reason
     assert ops.cuda_kernel("lstm", torch.float32, 8, 64, projected=True, shared_bytes=227 * 1024)[0] == "pointwise"
-    with pytest.raises(ValueError, match="unknown CUDA kernel 'fast': expected step, pointwise, persistent or None"):
+    with pytest.raises(
+        ValueError, match="unknown CUDA kernel 'fast': expected step, pointwise, persistent, tensor or None"
+    ):
         ops.force_cuda_kernel("fast")
 
 

@@ -20,7 +20,7 @@
 namespace rnn_ext::ops {
 namespace {
 
-constexpr const char* kKernelNames[] = {"step", "pointwise", "persistent"};  // in the order of RnnExtKernel
+constexpr const char* kKernelNames[] = {"step", "pointwise", "persistent", "tensor"};  // in the order of RnnExtKernel
 constexpr int kByTable = -1;
 std::atomic<int> forced_kernel{kByTable};
 
@@ -166,7 +166,8 @@ class Call {
   RnnExtKernel choose(bool backward) const {
     if (projected) return RNN_EXT_KERNEL_POINTWISE;
     const int forced = forced_kernel;
-    if (forced != kByTable) return static_cast<RnnExtKernel>(forced);
+    const bool impossible = backward && forced == RNN_EXT_KERNEL_TENSOR;
+    if (forced != kByTable && !impossible) return static_cast<RnnExtKernel>(forced);
     return rnn_ext_cuda_choose(cell_number(), dtype, batch, hidden, static_cast<int32_t>(directions), 0, backward, 0)
         .kernel;
   }
@@ -450,7 +451,7 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
   const Kept kept(call, workspace);
   const bool keeps = workspace.numel() > 0;
   const RnnExtKernel kernel = call.choose(false);
-  if (kernel == RNN_EXT_KERNEL_PERSISTENT) call.prepare_persistent();
+  if (kernel == RNN_EXT_KERNEL_PERSISTENT || kernel == RNN_EXT_KERNEL_TENSOR) call.prepare_persistent();
   auto args = call.arguments<RnnExtForward>();
   const at::Tensor x = input.reshape({R, call.shape.sizes.input}), output_rows = output.view({R, D * P});
   const at::Tensor raw_h_n = call.projected ? call.empty({D, N, H}) : h_n;
@@ -496,6 +497,9 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
       break;
     case RNN_EXT_KERNEL_PERSISTENT:
       check_launch(rnn_ext_cuda_persistent_forward(&args, call.stream, &error), error);
+      break;
+    case RNN_EXT_KERNEL_TENSOR:
+      check_launch(rnn_ext_cuda_tensor_forward(&args, call.stream, &error), error);
       break;
   }
   for (int64_t d = 0; d < D && cell_states; ++d) cells.view({R, D * H}).narrow(1, d * H, H).copy_(cell_of_row[d]);
@@ -622,6 +626,8 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
     case RNN_EXT_KERNEL_PERSISTENT:
       check_launch(rnn_ext_cuda_persistent_backward(&args, call.stream, &error), error);
       break;
+    case RNN_EXT_KERNEL_TENSOR:
+      TORCH_INTERNAL_ASSERT(false, "tensor kernels are forward only");
   }
 
   at::Tensor dx = none, x;
@@ -678,7 +684,7 @@ bool force_cuda_kernel(const std::string& name) {
     forced_kernel = kByTable;
     return true;
   }
-  for (int kernel = 0; kernel < 3; ++kernel) {
+  for (int kernel = 0; kernel < 4; ++kernel) {
     if (name == kKernelNames[kernel]) {
       forced_kernel = kernel;
       return true;
