@@ -89,7 +89,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: object = None
         ValueError, RuntimeError: its backend is unknown, or is ``"custom"`` and cannot run, as the call itself would.
     """
     if not _has_backend(module):
-        raise TypeError(f"explain expects an rnn_ext.RNN, LSTM or GRU, got {type(module).__name__}")
+        raise TypeError(f"explain expects an rnn_ext.RNN, LSTM, GRU or cell of these, got {type(module).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
     cell = module.mode.lower()
     custom = use_custom(module.backend, data)
@@ -104,15 +104,19 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: object = None
         return Explanation("custom", f"rnn_ext::layer {cell}, cuda {kernel}", f"{reason}; {why}")
     if custom:
         return Explanation("custom", f"rnn_ext::layer {cell}, {ops.cpu_capability()}", reason)
-    return Explanation("native", f"torch.{cell}", reason)
+    return Explanation("native", f"torch.{cell}{'_cell' if isinstance(module, nn.RNNCellBase) else ''}", reason)
 
 
-def _cuda_kernel(module: nn.RNNBase, cell: str, input: Tensor | PackedSequence) -> tuple[str, str]:
-    if isinstance(input, PackedSequence):
-        data, batch = input.data, int(input.batch_sizes[0])
+def _cuda_kernel(module: nn.Module, cell: str, input: Tensor | PackedSequence) -> tuple[str, str]:
+    data, options = input, {}
+    if isinstance(module, nn.RNNCellBase):
+        batch = 1 if input.dim() == 1 else input.shape[0]
     else:
-        data, batch = input, 1 if input.dim() == 2 else input.shape[0 if module.batch_first else 1]
-    options = {"bidirectional": module.bidirectional, "projected": module.proj_size > 0}
+        options = {"bidirectional": module.bidirectional, "projected": module.proj_size > 0}
+        if isinstance(input, PackedSequence):
+            data, batch = input.data, int(input.batch_sizes[0])
+        else:
+            batch = 1 if input.dim() == 2 else input.shape[0 if module.batch_first else 1]
     shared_bytes = torch.cuda.get_device_properties(data.device).shared_memory_per_block_optin
     return ops.cuda_kernel(cell, data.dtype, batch, module.hidden_size, shared_bytes=shared_bytes, **options)
 
@@ -131,7 +135,7 @@ def set_backend(model: ModuleT, backend: str) -> ModuleT:
 
 
 def _has_backend(module: nn.Module) -> bool:
-    return isinstance(module, nn.RNNBase) and hasattr(module, "backend")
+    return isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and hasattr(module, "backend")
 
 
 def native(

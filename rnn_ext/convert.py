@@ -8,16 +8,24 @@ from typing import TypeVar
 from torch import nn
 
 from rnn_ext.backends import check_backend
+from rnn_ext.cells import GRUCell, LSTMCell, RNNCell
 from rnn_ext.modules import GRU, LSTM, RNN
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-TO_CUSTOM = {nn.RNN: RNN, nn.LSTM: LSTM, nn.GRU: GRU}
+TO_CUSTOM = {
+    nn.RNN: RNN,
+    nn.LSTM: LSTM,
+    nn.GRU: GRU,
+    nn.RNNCell: RNNCell,
+    nn.LSTMCell: LSTMCell,
+    nn.GRUCell: GRUCell,
+}
 TO_NATIVE = {ours: native for native, ours in TO_CUSTOM.items()}
 
 
 def convert(model: ModuleT, backend: str = "auto") -> ModuleT:
-    """Make every nn.RNN, nn.LSTM and nn.GRU of `model`, itself included, one of ours; in place.
+    """Make every nn.RNN, nn.LSTM, nn.GRU and cell of these in `model`, itself included, one of ours; in place.
 
     Each layer stays the object that it is and only changes its class, so that parameters, hooks, training flag, ties
     and every reference to it remain. Copy the model first (:func:`copy.deepcopy`) to keep the original.
@@ -43,13 +51,14 @@ def convert(model: ModuleT, backend: str = "auto") -> ModuleT:
 
 
 def to_native(model: ModuleT) -> ModuleT:
-    """The reverse of :func:`convert`: every rnn_ext.RNN, LSTM and GRU becomes torch.nn's; in place, returns `model`.
+    """The reverse of :func:`convert`: all layers and cells of rnn_ext become torch.nn's; in place, returns `model`.
 
     For what reads the class of a layer: quantization, TorchScript, ONNX export.
     """
     for module in _change_class(model, TO_NATIVE):
         del module.backend
-        module._init_flat_weights()
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
     return model
 
 

@@ -152,6 +152,26 @@ def recurrent(
     raise ValueError(f"{cell}: Expected input to be 2D or 3D, got {dim}D instead: {list(input.shape)}")
 
 
+def step(
+    cell: str,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One timestep of any cell, in one direction: `input` is (N, I) or (I,); output, h_n, c_n (None unless lstm)."""
+    if num_layers == 1 and input.dim() == 2 and input.dtype == weights[0].dtype and backends.use_custom(backend, input):
+        output, h_n, c_n = ops.step(input, h_0, c_0, weights, cell, False)
+        return output, h_n, c_n if cell == "lstm" else None
+    stack = (num_layers, False, False, dropout, training)
+    output, h_n, c_n, _ = recurrent(cell, input.unsqueeze(0), h_0, c_0, weights, *stack, backend)
+    return output.squeeze(0), h_n, c_n
+
+
 def _unbatched(
     cell: str,
     input: Tensor,

@@ -6,7 +6,7 @@ the shapes, the dtypes and the errors are documented in :mod:`rnn_ext.functional
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnn_ext import functional
 from rnn_ext.backends import check_backend
+
+
+def _with_backend(extra_repr: Callable[[nn.Module], str]) -> Callable[[nn.Module], str]:
+    def with_backend(self) -> str:
+        text = extra_repr(self)
+        return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"
+
+    return with_backend
 
 
 class _Layer(nn.RNNBase):
@@ -82,9 +90,42 @@ class _Layer(nn.RNNBase):
         options = {name: value for name, value in options.items() if value is not None}
         return input.tracer.create_proxy("call_module", target, (input,), options)
 
-    def extra_repr(self) -> str:
-        text = super().extra_repr()
-        return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"
+    def step(self, input: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One timestep of the whole stack, for streaming: ``forward`` with L = 1 and without that dimension.
+
+        A method, so hooks on the module do not run.
+
+        Args:
+            input: (N, I), or (I,) unbatched.
+            state: as `hx` of forward; None is zero.
+
+        Returns:
+            output, (N, H), for a projected LSTM (N, P), without N if unbatched; and the new state, like `state`.
+
+        Raises:
+            ValueError: the layer is bidirectional; number of dimensions of `input`. Else as forward.
+        """
+        output, h_n, _ = self._step(input, state, None)
+        return output, h_n
+
+    def _step(self, input: Tensor, h_0: Tensor | None, c_0: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.bidirectional:
+            raise ValueError("step: a bidirectional layer needs the whole sequence, got bidirectional=True")
+        if input.dim() not in (1, 2):
+            raise ValueError(f"step: Expected input to be 1D or 2D, got {input.dim()}D instead: {list(input.shape)}")
+        return functional.step(
+            self.mode.lower(),
+            input,
+            h_0,
+            c_0,
+            self._flat_weights,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.backend,
+        )
+
+    extra_repr = _with_backend(nn.RNNBase.extra_repr)
 
 
 class RNN(_Layer):
@@ -258,3 +299,8 @@ class LSTM(_Layer):
             return_cell_states,
         )
         return (output, (h_n, c_n), cells) if return_cell_states else (output, (h_n, c_n))
+
+    def step(self, input: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One timestep of the whole stack, see :meth:`RNN.step`; `state` is ``(h_0, c_0)`` as forward's `hx`."""
+        output, h_n, c_n = self._step(input, *functional.split_state(state))
+        return output, (h_n, c_n)

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from rnn_ext import _loader, reference
 
@@ -139,9 +140,35 @@ def layer(
     Raises:
         ValueError, TypeError, RuntimeError: as torch.nn does, with what was found and what was expected.
     """
-    return _layer(
+    return (_layer if _is_traced(input, h_0, c_0, weights) else _fast_layer)(
         input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states, False
     )[:4]
+
+
+def step(
+    input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], cell: str, flat_states: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One timestep, :func:`layer` with L = 1 and D = 1: input (N, I), output (N, P or H), h_n and c_n.
+
+    With `flat_states` the states, given and returned, have no dimension D.
+    """
+    if not _is_traced(input, h_0, c_0, weights):
+        return _fast_step(input, h_0, c_0, weights, cell, flat_states)
+    if flat_states:
+        h_0 = None if h_0 is None else h_0.unsqueeze(0)
+        c_0 = None if c_0 is None else c_0.unsqueeze(0)
+    output, h_n, c_n, _ = layer(input.unsqueeze(0), h_0, c_0, weights, cell=cell)
+    if flat_states:
+        h_n, c_n = h_n.squeeze(0), c_n.squeeze(0)
+    return output.squeeze(0), h_n, c_n
+
+
+def _is_traced(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    """Whether Python looks at the call: then it must be torch.ops', which costs 3 us more than the binding.
+
+    What happens below Python (autograd, autocast, vmap, dispatch modes) the binding's call of the dispatcher sees too.
+    """
+    return torch.compiler.is_compiling() or has_torch_function((input, h_0, c_0, *weights))
 
 
 def _layer_reference(
@@ -373,6 +400,9 @@ def _layer_backward_vmap(info, in_dims, *args):
 
 
 if is_available():
+    from rnn_ext._C import layer as _fast_layer
+    from rnn_ext._C import step as _fast_step
+
     _layer = torch.ops.rnn_ext.layer.default
     _library = torch.library.Library("rnn_ext", "IMPL")  # kept: dropping it would unregister what follows
     _library.impl("layer_reference", _layer_reference, "CompositeImplicitAutograd")
@@ -388,3 +418,5 @@ else:
 
     def _layer(*args: Any) -> Any:
         raise RuntimeError(_load_error)
+
+    _fast_layer = _fast_step = _layer

@@ -384,3 +384,17 @@ def test_plot_refuses(tmp_path, capsys):
     assert plot.main([]) == 2
     assert plot.main([str(tmp_path / "nothing.json")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_what_the_options_cost(monkeypatch, capsys, tmp_path):
+    import features
+
+    monkeypatch.setattr(features, "cell_states", list)  # the largest of them
+    monkeypatch.setattr(features, "lengths", list)
+    output = tmp_path / "features.md"
+    arguments = ["features.py", "--seconds", "0", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    features.main()
+    rows = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("| LSTM")]
+    assert len(rows) == 8 and all(line.count("|") == 6 for line in rows)
+    assert rows[-1] in capsys.readouterr().out

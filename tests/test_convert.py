@@ -153,7 +153,7 @@ def test_subclasses_are_left_alone_with_a_warning():
 
 
 def test_what_is_no_layer_of_torchs_is_not_touched():
-    model = nn.Sequential(nn.Linear(5, 4), nn.LSTMCell(4, 4), rnn_ext.GRU(4, 4, backend="native"))
+    model = nn.Sequential(nn.Linear(5, 4), nn.Conv1d(4, 4, 1), rnn_ext.GRU(4, 4, backend="native"))
     kinds = [type(module) for module in model]
     rnn_ext.convert(model, backend="custom")
     assert [type(module) for module in model] == kinds

@@ -292,6 +292,34 @@ def test_modules(name, kernel):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5, msg=lambda text: f"{what}: {text}")  # noqa: B023
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_cells_and_step(name):
+    """One timestep, of a cell and of a stack of layers: as torch.nn, gradients included."""
+    torch.manual_seed(0)
+    cell = getattr(rnn_ext, {"rnn_tanh": "RNN"}.get(name, name.upper()) + "Cell")(5, 7, backend="custom")
+    layer, stack = (LAYERS[name](5, 7, layers, backend="custom") for layers in (1, 2))
+    input = torch.randn(3, 5)
+    hx, h_0 = torch.randn(2, 3, 7).unbind(), torch.randn(2, 2, 3, 7).unbind()
+    hx, h_0 = (hx, h_0) if name == "lstm" else (hx[0], h_0[0])
+    calls = {
+        "cell": (cell, lambda: cell(input, hx)),
+        "unbatched cell": (cell, lambda: cell(input[0])),
+        "step": (layer, lambda: layer.step(input)[1]),
+        "step of two layers": (stack, lambda: stack.step(input, h_0)[1]),
+    }
+    for what, (module, call) in calls.items():
+        results = []
+        for backend in ("custom", "native"):
+            rnn_ext.set_backend(module, backend)
+            with emulated():
+                states = call()
+                states = states if name == "lstm" else (states,)
+                grads = torch.autograd.grad(sum(s.square().sum() for s in states), list(module.parameters()))
+            results.append([*(s.detach() for s in states), *grads])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5, msg=lambda text: f"{what}: {text}")  # noqa: B023
+
+
 def test_training():
     """A few steps of Adam end where torch.nn's do."""
     torch.manual_seed(0)
@@ -461,6 +489,11 @@ def test_explain_on_a_gpu(monkeypatch):
     explanation = rnn_ext.explain(module, few)
     assert (explanation.backend, explanation.reason) == ("native", backends.UNMEASURED)
     assert backends.use_custom("auto", few, only_custom=True)
+    cell = rnn_ext.GRUCell(4, 300, backend="custom")
+    for size, kernel in (((4,), "step"), ((8, 4), "step"), ((500, 4), "pointwise")):
+        with FakeTensorMode():
+            input = torch.empty(size, device="cuda")
+        assert rnn_ext.explain(cell, input).kernel == f"rnn_ext::layer gru, cuda {kernel}"
 
 
 def test_without_cuda_kernels(monkeypatch):

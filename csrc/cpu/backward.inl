@@ -32,8 +32,8 @@ class RowCursor {
 };
 
 /// The output before step t of this direction: null is a row of zeros.
-template <class T>
-const T* previous_output(const BackwardArgs<T>& args, int direction, int64_t t, int64_t j) {
+template <class S>
+const S* previous_output(const BackwardArgs<S>& args, int direction, int64_t t, int64_t j) {
   const Layout& layout = args.layout;
   const bool reverse = direction == 1;
   if (args.resets.data && begins(args.resets, layout, reverse, t, j)) return nullptr;
@@ -44,20 +44,29 @@ const T* previous_output(const BackwardArgs<T>& args, int direction, int64_t t, 
 }
 
 /// One direction's weights as the backward passes want them: rows of the weight are rows of B.
-template <class Cell, class T>
+template <class Cell, class S>
 struct BackwardWeights {
-  BackwardWeights(const Weights<const T>& w, const Sizes& s, bool with_input)
-      : hidden(Cell::kGates * s.hidden * Sizes::padded(s.output())),
-        input(with_input ? Cell::kGates * s.hidden * Sizes::padded(s.input) : 0),
-        proj(s.proj ? s.proj * s.padded() : 0) {
-    const int64_t depth = Cell::kGates * s.hidden;
-    pack_rows(hidden.get(), [&](int64_t k) { return w.weight_hh + k * s.output(); }, depth, 0, s.output());
-    if (with_input) pack_rows(input.get(), [&](int64_t k) { return w.weight_ih + k * s.input; }, depth, 0, s.input);
-    if (s.proj) pack_rows(proj.get(), [&](int64_t k) { return w.weight_hr + k * s.hidden; }, s.proj, 0, s.hidden);
+  BackwardWeights(const Weights<const S>& w, const Sizes& s, bool with_input)
+      : hidden(Cell::kGates * elements<S>(s.hidden) * Sizes::padded(s.output())),
+        input(with_input ? Cell::kGates * elements<S>(s.hidden) * Sizes::padded(s.input) : 0),
+        proj(s.proj ? elements<S>(s.proj) * s.padded() : 0) {
+    pack(hidden.get(), w.weight_hh, s.hidden, s.output());
+    if (with_input) pack(input.get(), w.weight_ih, s.hidden, s.input);
+    if (s.proj) pack_rows<S>(proj.get(), [&](int64_t k) { return w.weight_hr + k * s.hidden; }, s.proj, 0, s.hidden);
   }
-  Buffer<T> hidden;  // [P / lanes][G*H][lanes]
-  Buffer<T> input;   // [I / lanes][G*H][lanes]
-  Buffer<T> proj;    // [H / lanes][P][lanes]
+  Buffer<Element<S>> hidden;  // [P / lanes][G*H][lanes]
+  Buffer<Element<S>> input;   // [I / lanes][G*H][lanes]
+  Buffer<Element<S>> proj;    // [H / lanes][P][lanes]
+
+ private:
+  /// Each gate begins with an element of its own.
+  static void pack(Element<S>* to, const S* weight, int64_t hidden, int64_t width) {
+    const int64_t depth = elements<S>(hidden) * kPack<S>;
+    const auto row = [&](int64_t k) {
+      return k % depth < hidden ? weight + (k / depth * hidden + k % depth) * width : nullptr;
+    };
+    pack_rows<S>(to, row, Cell::kGates * depth, 0, width);
+  }
 };
 
 /// Consecutive steps [first, last) whose rows are handled together, and where those rows begin.
@@ -96,38 +105,72 @@ class Chunks {
 
 /// The gradients a chunk's scan leaves for the products after it; two in turn, since a chunk's first step reads the
 /// last one's of the chunk before.
-template <class Cell, class T>
+template <class Cell, class S>
 struct ChunkGrads {
   ChunkGrads(const Sizes& s, const Layout& layout)
       : stride(Cell::kGradGates * s.padded()),
         proj_stride(s.proj ? Sizes::padded(s.proj) : 0),
         gates(Chunks::capacity(layout) * stride),
-        proj(Chunks::capacity(layout) * proj_stride) {}
+        proj(Chunks::capacity(layout) * proj_stride),
+        paired_gates(kPack<S> > 1 ? elements<S>(Chunks::capacity(layout)) * stride : 0),
+        paired_proj(kPack<S> > 1 ? elements<S>(Chunks::capacity(layout)) * proj_stride : 0) {}
   int64_t stride, proj_stride;
-  Buffer<T> gates;  // [chunk rows, gate gradients, padded H]
-  Buffer<T> proj;   // [chunk rows, padded P]: gradient of the projected output
+  Buffer<S> gates;  // [chunk rows, gate gradients, padded H]
+  Buffer<S> proj;   // [chunk rows, padded P]: gradient of the projected output
+  // The same as elements along the rows, where these are not the numbers themselves.
+  Buffer<Element<S>> paired_gates, paired_proj;
   Chunk chunk;
 
-  T* gates_at(const Layout& layout, int64_t t, int64_t j) const {
+  S* gates_at(const Layout& layout, int64_t t, int64_t j) const {
     return gates.get() + (layout.offsets[t] + j - chunk.row) * stride;
   }
-  T* proj_at(const Layout& layout, int64_t t, int64_t j) const {
+  S* proj_at(const Layout& layout, int64_t t, int64_t j) const {
     return proj.get() + (layout.offsets[t] + j - chunk.row) * proj_stride;
+  }
+
+  const Element<S>* gate_columns() const { return columns(gates, paired_gates); }
+  const Element<S>* proj_columns() const { return columns(proj, paired_proj); }
+
+  /// Pair the rows up.
+  void pair() {
+    if constexpr (kPack<S> > 1) {
+      pair(gates.get(), stride, paired_gates.get());
+      pair(proj.get(), proj_stride, paired_proj.get());
+    }
+  }
+
+ private:
+  static const Element<S>* columns(const Buffer<S>& plain, const Buffer<Element<S>>& paired) {
+    if constexpr (kPack<S> > 1) {
+      return paired.get();
+    } else {
+      return plain.get();
+    }
+  }
+  void pair(const S* from, int64_t width, Element<S>* to) const {
+    for (int64_t r = 0; r < chunk.rows; r += 2, from += 2 * width, to += width) {
+      for (int64_t i = 0; i < width; i += kLanes<Element<S>>)
+        store_pairs(to + i, from + i, r + 1 < chunk.rows ? from + width + i : nullptr, width - i);
+    }
   }
 };
 
-template <class Cell, class T>
+template <class Cell, class S>
 class BackwardScan {
+  using T = Compute<S>;
   using V = Vec<T>;
 
  public:
-  BackwardScan(const BackwardArgs<T>& args, const BackwardWeights<Cell, T>& weights, int direction, Slice slice)
+  BackwardScan(const BackwardArgs<S>& args, const BackwardWeights<Cell, S>& weights, int direction, Slice slice,
+               int member, int members)
       : args_(args),
         layout_(args.layout),
         weights_(weights),
         direction_(direction),
         reverse_(direction == 1),
         slice_(slice),
+        hidden_part_(part_of<T>(args.sizes.hidden, member, members)),
+        out_part_(part_of<T>(args.sizes.output(), member, members)),
         hidden_(args.sizes.hidden),
         padded_(args.sizes.padded()),
         out_(args.sizes.output()),
@@ -140,9 +183,9 @@ class BackwardScan {
         h_before_(slice.size()),
         c_before_(slice.size()),
         cut_(slice.size()) {
-    for (int g = 0; g < Cell::kGates; ++g) hidden_segments_.offset[g] = Cell::hh_slot(g) * padded_;
+    for (int g = 0; g < Cell::kGates; ++g) hidden_segments_.offset[g] = Cell::hh_slot(g) * padded_ / kPack<S>;
     hidden_segments_.count = Cell::kGates;
-    hidden_segments_.length = hidden_;
+    hidden_segments_.length = elements<S>(hidden_);
     const int64_t states = layout_.batch * direction_;
     if (args_.grad_h_n) read_states(dh_.get(), out_padded_, args_.grad_h_n + states * out_, out_, layout_, slice_);
     if (Cell::kHasCell && args_.grad_c_n)
@@ -151,21 +194,19 @@ class BackwardScan {
       read_states(c_0_.get(), padded_, args_.c_0 + states * hidden_, hidden_, layout_, slice_);
   }
 
-  /// The steps of `now`'s chunk; `before` holds the chunk walked before it, if any.
-  void run(const ChunkGrads<Cell, T>& now, const ChunkGrads<Cell, T>& before) {
-    now_ = &now;
+  /// The steps of `now`'s chunk, for some members of a team of which `threads` threads run a share each; `before` holds
+  /// the chunk walked before it, if any.
+  static void run(BackwardScan* const* scans, int count, const ChunkGrads<Cell, S>& now,
+                  const ChunkGrads<Cell, S>& before, Team& team, int threads) {
+    const BackwardScan& any = *scans[0];
     const int64_t steps = now.chunk.last - now.chunk.first;
     for (int64_t s = 0; s < steps; ++s) {
-      const int64_t t = reverse_ ? now.chunk.first + s : now.chunk.last - 1 - s;
-      const int64_t rows = slice_.active(layout_, t);
+      const int64_t t = any.reverse_ ? now.chunk.first + s : now.chunk.last - 1 - s;
+      const int64_t rows = any.slice_.active(any.layout_, t);
       if (rows == 0) continue;
-      const int64_t after = reverse_ ? t - 1 : t + 1;  // the step this direction ran next
-      const bool last = reverse_ ? t == 0 : after == layout_.steps;
-      const int64_t chained = last ? 0 : smaller(rows, slice_.active(layout_, after));
-      prepare(t, rows, after, chained);
-      step(t, 0, chained, after, s == 0 ? &before : &now);
-      step(t, chained, rows, after, nullptr);
-      leave(t, rows);
+      for (int i = 0; i < count; ++i) scans[i]->run_step(t, rows, now, s == 0 ? before : now);
+      team.meet(threads);
+      for (int i = 0; i < count; ++i) scans[i]->leave(t, rows);
     }
   }
 
@@ -173,15 +214,30 @@ class BackwardScan {
   void finish() {
     const int64_t states = layout_.batch * direction_;
     const int64_t alive = layout_.steps ? layout_.batch_sizes[0] : 0;
-    if (args_.grad_h_0)
-      write_states(args_.grad_h_0 + states * out_, out_, dh_.get(), out_padded_, layout_, slice_, alive, layout_.batch);
+    if (args_.grad_h_0) write_grad_h_0(alive, layout_.batch);
     if (Cell::kHasCell && args_.grad_c_0)
-      write_states(args_.grad_c_0 + states * hidden_, hidden_, dc_.get(), padded_, layout_, slice_, 0, layout_.batch);
+      write_states(args_.grad_c_0 + states * hidden_, hidden_, dc_.get(), padded_, layout_, slice_, 0, layout_.batch,
+                   hidden_part_.first * kLanes<T>, smaller(hidden_part_.last * kLanes<T>, hidden_));
   }
 
  private:
-  T* gate_grads(int64_t t, int64_t r) const { return now_->gates_at(layout_, t, slice_.first + r); }
-  T* proj_grads(int64_t t, int64_t r) const { return now_->proj_at(layout_, t, slice_.first + r); }
+  void run_step(int64_t t, int64_t rows, const ChunkGrads<Cell, S>& now, const ChunkGrads<Cell, S>& chained_to) {
+    now_ = &now;
+    const int64_t after = reverse_ ? t - 1 : t + 1;  // the step this direction ran next
+    const bool last = reverse_ ? t == 0 : after == layout_.steps;
+    const int64_t chained = last ? 0 : smaller(rows, slice_.active(layout_, after));
+    prepare(t, rows, after, chained);
+    step(t, 0, chained, after, &chained_to);
+    step(t, chained, rows, after, nullptr);
+  }
+
+  void write_grad_h_0(int64_t from, int64_t to) {
+    write_states(args_.grad_h_0 + layout_.batch * direction_ * out_, out_, dh_.get(), out_padded_, layout_, slice_,
+                 from, to, out_part_.first * kLanes<T>, smaller(out_part_.last * kLanes<T>, out_));
+  }
+
+  S* gate_grads(int64_t t, int64_t r) const { return now_->gates_at(layout_, t, slice_.first + r); }
+  S* proj_grads(int64_t t, int64_t r) const { return now_->proj_at(layout_, t, slice_.first + r); }
   const T* saved(int64_t t, int64_t r) const {
     return args_.saved + (direction_ * layout_.rows + layout_.offsets[t] + slice_.first + r) * saved_stride_;
   }
@@ -192,8 +248,8 @@ class BackwardScan {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t j = slice_.first + r;
       if constexpr (Cell::kDirectCarry) {
-        const T* h = previous_output(args_, direction_, t, j);
-        h_before_.get()[r] = h ? h : zeros_.get();
+        const S* h = previous_output(args_, direction_, t, j);
+        h_before_.get()[r] = h ? h : reinterpret_cast<const S*>(zeros_.get());
       }
       if constexpr (Cell::kHasCell) {
         const bool first = reverse_ ? before >= layout_.steps || j >= layout_.batch_sizes[before] : t == 0;
@@ -218,15 +274,15 @@ class BackwardScan {
 
   /// Rows [first, last) of step t. `grads` holds the gate gradients of the step `after`, which reach them; it is null
   /// where the sequence ends and the gradient of its final state comes in instead.
-  void step(int64_t t, int64_t first, int64_t last, int64_t after, const ChunkGrads<Cell, T>* grads) {
+  void step(int64_t t, int64_t first, int64_t last, int64_t after, const ChunkGrads<Cell, S>* grads) {
     if (first >= last) return;
     const Order order = step_order(layout_.batch_sizes[t], t);
     const bool chained = grads != nullptr;
-    const T* a_first = chained ? grads->gates_at(layout_, after, slice_.first + first) : nullptr;
+    const S* a_first = chained ? grads->gates_at(layout_, after, slice_.first + first) : nullptr;
     const int64_t a_stride = chained ? grads->stride : 0;
     const int64_t out_padded = out_padded_, out = out_, proj = args_.sizes.proj;
     T* dh_carried = dh_.get() + first * out_padded;
-    const auto a_row = [=](int64_t r) { return a_first + r * a_stride; };
+    const auto a_row = [=](int64_t r) { return reinterpret_cast<const Element<S>*>(a_first + r * a_stride); };
     const auto init = [](int64_t, int64_t, V* acc) { *acc = V{}; };
     Segments segments = hidden_segments_;
     if (!chained) segments.count = 0;
@@ -242,22 +298,23 @@ class BackwardScan {
     };
     const auto cell = [&](int64_t r, int64_t unit, V dh)
                           ALWAYS_INLINE_LAMBDA { backward_cell(t, first + r, unit, dh); };
-    const int64_t blocks = blocks_of<T>(out);
     if (proj == 0) {
-      product<1>(last - first, blocks, order, a_row, weights_.hidden.get(), segments, init,
-                 [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
-                   cell(r, block * kLanes<T>, whole_dh(r, block * kLanes<T>, *acc));
-                 });
+      product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.get(), segments, init,
+                    [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
+                      cell(r, block * kLanes<T>, whole_dh(r, block * kLanes<T>, *acc));
+                    });
       return;
     }
     if constexpr (Cell::kHasCell) {  // only such cells can be projected
-      product<1>(last - first, blocks, order, a_row, weights_.hidden.get(), segments, init,
-                 [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
-                   store(proj_grads(t, first + r) + block * kLanes<T>, whole_dh(r, block * kLanes<T>, *acc));
-                 });
-      product<1>(
-          last - first, blocks_of<T>(hidden_), order, [=, this](int64_t r) { return proj_grads(t, first + r); },
-          weights_.proj.get(), Segments{1, proj, {}, 1}, init,
+      product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.get(), segments, init,
+                    [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
+                      const int64_t unit = block * kLanes<T>;
+                      store_grads(proj_grads(t, first + r) + unit, whole_dh(r, unit, *acc), out - unit);
+                    });
+      product<1, S>(
+          last - first, hidden_part_.first, hidden_part_.last, order,
+          [=, this](int64_t r) { return reinterpret_cast<const Element<S>*>(proj_grads(t, first + r)); },
+          weights_.proj.get(), Segments{1, elements<S>(proj), {}, 1}, init,
           [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA { cell(r, block * kLanes<T>, *acc); });
     }
   }
@@ -281,94 +338,102 @@ class BackwardScan {
     const V direct = Cell::template backward<Math<T>>(kept, h, h_before, c_before, dh, dc, dgates);
     if constexpr (Cell::kHasCell) store(dc_.get() + r * padded_ + unit, dc);
     if constexpr (Cell::kDirectCarry) store(dh_.get() + r * out_padded_ + unit, direct);
-    T* to = gate_grads(t, r) + unit;
-    for (int g = 0; g < Cell::kGradGates; ++g) store(to + g * padded_, dgates[g]);
+    S* to = gate_grads(t, r) + unit;
+    for (int g = 0; g < Cell::kGradGates; ++g) store_grads(to + g * padded_, dgates[g], rest);
+  }
+
+  /// Lanes past `count` are read where a number and its neighbour make one element, times zero: they must be finite.
+  ALWAYS_INLINE static void store_grads(S* to, V grads, int64_t count) {
+    store(to, grads);
+    if (kPack<S> > 1 && count < kLanes<T>) to[count] = S{};
   }
 
   /// Rows whose sequence began with step t: their gradient goes to the initial states.
   void leave(int64_t t, int64_t rows) {
     const int64_t from = reverse_ ? (t + 1 < layout_.steps ? slice_.active(layout_, t + 1) : 0) : t == 0 ? 0 : rows;
     if (from >= rows) return;
-    const int64_t states = (layout_.batch * direction_);
     if (args_.grad_h_0) {
-      Buffer<const T*> dgates(rows - from);
+      Buffer<const S*> dgates(rows - from);
       Buffer<T*> dh(rows - from);
       for (int64_t r = from; r < rows; ++r) {
         dgates.get()[r - from] = gate_grads(t, r);
         dh.get()[r - from] = dh_.get() + r * out_padded_;
       }
-      PlainProduct<T> p;
+      PlainProduct<S> p;
       p.rows = rows - from;
       p.columns = out_;
       p.a = dgates.get();
       p.c = dh.get();
       p.b = weights_.hidden.get();
       p.segments = hidden_segments_;
+      p.first = out_part_.first;
+      p.last = out_part_.last;
       p.accumulate = Cell::kDirectCarry;
       plain_product(p);
     }
     for (int64_t r = from; r < rows && args_.resets.data; ++r)
       if (begins(args_.resets, layout_, reverse_, t, slice_.first + r)) clear(r);
-    if (args_.grad_h_0)
-      write_states(args_.grad_h_0 + states * out_, out_, dh_.get(), out_padded_, layout_, slice_, slice_.first + from,
-                   slice_.first + rows);
+    if (args_.grad_h_0) write_grad_h_0(slice_.first + from, slice_.first + rows);
   }
 
-  const BackwardArgs<T>& args_;
+  const BackwardArgs<S>& args_;
   const Layout& layout_;
-  const BackwardWeights<Cell, T>& weights_;
-  const ChunkGrads<Cell, T>* now_ = nullptr;
+  const BackwardWeights<Cell, S>& weights_;
+  const ChunkGrads<Cell, S>* now_ = nullptr;
   const int direction_;
   const bool reverse_;
   const Slice slice_;
+  const UnitBlocks hidden_part_, out_part_;  // this member's
   const int64_t hidden_, padded_, out_, out_padded_, saved_stride_;
   Segments hidden_segments_;
   Buffer<T> dh_;               // [slice, padded P]: the final state's gradient, then what skips the recurrent product
   Buffer<T> dc_;               // [slice, padded H]
   Buffer<T> c_0_;              // [slice, padded H]
   Buffer<T> zeros_;            // [padded H]
-  Buffer<const T*> h_before_;  // [slice]
+  Buffer<const S*> h_before_;  // [slice]
   Buffer<const T*> c_before_;  // [slice]
   Buffer<bool> cut_;           // [slice]
 };
 
 /// Rows [first, last) of the chunk's grad_input: gate gradients times weight_ih, on top of another direction's where
 /// `accumulate`. They go to args.grad_input or, if it is given, to `apart` [T, I].
-template <class Cell, class T>
-void input_gradient(const BackwardArgs<T>& args, const BackwardWeights<Cell, T>& weights,
-                    const ChunkGrads<Cell, T>& grads, T* apart, bool accumulate, int64_t first, int64_t last) {
+template <class Cell, class S>
+void input_gradient(const BackwardArgs<S>& args, const BackwardWeights<Cell, S>& weights,
+                    const ChunkGrads<Cell, S>& grads, Compute<S>* apart, bool accumulate, int64_t first, int64_t last) {
   const Layout& layout = args.layout;
-  Buffer<const T*> a(last - first);
-  Buffer<T*> c(last - first);
+  Buffer<const S*> a(last - first);
+  Buffer<Compute<S>*> c(last - first);
   RowCursor cursor(layout, grads.chunk.row + first);
   for (int64_t r = 0; r < last - first; ++r, cursor.next()) {
     a.get()[r] = grads.gates.get() + (first + r) * grads.stride;
     c.get()[r] = apart ? apart + (grads.chunk.row + first + r) * args.sizes.input
                        : args.grad_input.at(layout, cursor.t, cursor.j);
   }
-  PlainProduct<T> p;
+  PlainProduct<S> p;
   p.rows = last - first;
   p.columns = args.sizes.input;
   p.a = a.get();
   p.c = c.get();
   p.b = weights.input.get();
   p.segments.count = Cell::kGates;
-  p.segments.length = args.sizes.hidden;
-  for (int g = 0; g < Cell::kGates; ++g) p.segments.offset[g] = Cell::ih_slot(g) * args.sizes.padded();
+  p.segments.length = elements<S>(args.sizes.hidden);
+  for (int g = 0; g < Cell::kGates; ++g) p.segments.offset[g] = Cell::ih_slot(g) * args.sizes.padded() / kPack<S>;
   p.accumulate = accumulate;
   plain_product(p);
 }
 
 /// Columns [first, first + columns) of grad [parts * height, width] += A^T B over the rows of a chunk. A's part p is
-/// the `height` columns of A from a + offset[p].
-template <class T, class Row>
-void weight_gradient(T* grad, int64_t width, int64_t first, int64_t columns, const T* a, int64_t stride, int parts,
-                     const int64_t* offset, int64_t height, int64_t rows, bool accumulate, const Row& b_row) {
+/// the `height` columns of A, whose rows are elements, from a + offset[p].
+template <class S, class Row>
+void weight_gradient(Compute<S>* grad, int64_t width, int64_t first, int64_t columns, const Element<S>* a,
+                     int64_t stride, int parts, const int64_t* offset, int64_t height, int64_t rows, bool accumulate,
+                     const Row& b_row) {
   constexpr int64_t kPiece = 256;  // rows whose B stays in the second-level cache and whose column of A in the first
-  Buffer<T> packed(smaller(kPiece, larger(rows, 1)) * blocks_of<T>(columns) * kLanes<T>);
-  Buffer<const T*> a_columns(height);
-  Buffer<T*> to(height);
-  PlainProduct<T> p;
+  Buffer<Element<S>> packed(elements<S>(smaller(kPiece, larger(rows, 1))) * blocks_of<Compute<S>>(columns) *
+                            kLanes<Element<S>>);
+  Buffer<const S*> a_columns(height);
+  Buffer<Compute<S>*> to(height);
+  PlainProduct<S> p;
   p.rows = height;
   p.columns = columns;
   p.a = a_columns.get();
@@ -377,12 +442,12 @@ void weight_gradient(T* grad, int64_t width, int64_t first, int64_t columns, con
   p.segments.stride = stride;
   for (int64_t begin = 0; begin < rows; begin += kPiece) {
     const int64_t count = smaller(kPiece, rows - begin);
-    pack_rows(packed.get(), b_row, count, first, columns);
-    p.segments.length = count;
+    pack_rows<S>(packed.get(), b_row, count, first, columns);
+    p.segments.length = elements<S>(count);
     p.accumulate = accumulate || begin > 0;
     for (int part = 0; part < parts; ++part) {
       for (int64_t m = 0; m < height; ++m) {
-        a_columns.get()[m] = a + begin * stride + offset[part] + m;
+        a_columns.get()[m] = reinterpret_cast<const S*>(a + elements<S>(begin) * stride + offset[part] + m);
         to.get()[m] = grad + (part * height + m) * width + first;
       }
       plain_product(p);
@@ -394,9 +459,10 @@ void weight_gradient(T* grad, int64_t width, int64_t first, int64_t columns, con
 enum class Part { kWeightIh, kWeightHh, kWeightHr, kBias };
 
 /// Adds a chunk's share of some columns of one weight's gradient, or of the sum of the gate gradients for the biases.
-template <class Cell, class T>
-void weight_task(const BackwardArgs<T>& args, const ChunkGrads<Cell, T>& grads, int direction, Part part, int64_t first,
-                 int64_t columns, bool accumulate, T* bias_sum) {
+template <class Cell, class S>
+void weight_task(const BackwardArgs<S>& args, const ChunkGrads<Cell, S>& grads, int direction, Part part, int64_t first,
+                 int64_t columns, bool accumulate, Compute<S>* bias_sum) {
+  using T = Compute<S>;
   const Sizes& sizes = args.sizes;
   const Layout& layout = args.layout;
   const Weights<T>& to = args.grad_weights[direction];
@@ -405,22 +471,22 @@ void weight_task(const BackwardArgs<T>& args, const ChunkGrads<Cell, T>& grads, 
   RowCursor cursor(layout, grads.chunk.row);  // rows are asked for in order
   if (part == Part::kWeightIh) {
     for (int g = 0; g < Cell::kGates; ++g) offset[g] = Cell::ih_slot(g) * padded;
-    const auto row = [&](int64_t) -> const T* {
-      const T* at = args.input.at(layout, cursor.t, cursor.j);
+    const auto row = [&](int64_t) -> const S* {
+      const S* at = args.input.at(layout, cursor.t, cursor.j);
       cursor.next();
       return at;
     };
-    weight_gradient(to.weight_ih, sizes.input, first, columns, grads.gates.get(), grads.stride, Cell::kGates, offset,
-                    sizes.hidden, rows, accumulate, row);
+    weight_gradient<S>(to.weight_ih, sizes.input, first, columns, grads.gate_columns(), grads.stride, Cell::kGates,
+                       offset, sizes.hidden, rows, accumulate, row);
   } else if (part == Part::kWeightHh) {
     for (int g = 0; g < Cell::kGates; ++g) offset[g] = Cell::hh_slot(g) * padded;
-    const auto row = [&](int64_t) -> const T* {
-      const T* at = previous_output(args, direction, cursor.t, cursor.j);
+    const auto row = [&](int64_t) -> const S* {
+      const S* at = previous_output(args, direction, cursor.t, cursor.j);
       cursor.next();
       return at;
     };
-    weight_gradient(to.weight_hh, sizes.output(), first, columns, grads.gates.get(), grads.stride, Cell::kGates, offset,
-                    sizes.hidden, rows, accumulate, row);
+    weight_gradient<S>(to.weight_hh, sizes.output(), first, columns, grads.gate_columns(), grads.stride, Cell::kGates,
+                       offset, sizes.hidden, rows, accumulate, row);
   } else if (part == Part::kWeightHr) {
     const int64_t stride = saved_values(args.cell, true) * padded;
     const T* unprojected = args.saved + (direction * layout.rows + grads.chunk.row) * stride + Cell::kSaved * padded;
@@ -429,11 +495,11 @@ void weight_task(const BackwardArgs<T>& args, const ChunkGrads<Cell, T>& grads, 
       unprojected += stride;
       return at;
     };
-    weight_gradient(to.weight_hr, sizes.hidden, first, columns, grads.proj.get(), grads.proj_stride, 1, offset,
-                    sizes.proj, rows, accumulate, row);
+    weight_gradient<S>(to.weight_hr, sizes.hidden, first, columns, grads.proj_columns(), grads.proj_stride, 1, offset,
+                       sizes.proj, rows, accumulate, row);
   } else {
     for (int64_t r = 0; r < rows; ++r) {
-      const T* from = grads.gates.get() + r * grads.stride;
+      const S* from = grads.gates.get() + r * grads.stride;
       for (int slot = 0; slot < Cell::kGradGates; ++slot) {
         for (int64_t u = slot * padded; u < slot * padded + sizes.hidden; u += kLanes<T>)
           store(bias_sum + u, load(bias_sum + u) + load(from + u));
@@ -443,20 +509,25 @@ void weight_task(const BackwardArgs<T>& args, const ChunkGrads<Cell, T>& grads, 
 }
 
 /// Backward of one direction, a chunk at a time.
-template <class Cell, class T>
+template <class Cell, class S>
 class BackwardPass {
+  using T = Compute<S>;
+
  public:
-  BackwardPass(const BackwardArgs<T>& args, int direction, int64_t slices)
+  BackwardPass(const BackwardArgs<S>& args, int direction, int64_t slices, int members)
       : args_(args),
         direction_(direction),
         weights_(args.weights[direction], args.sizes, args.grad_input.data != nullptr),
         chunks_(args.layout, direction == 1),
         grads_{{args.sizes, args.layout}, {args.sizes, args.layout}},
-        scans_(slices),
+        scans_(slices * members),
         slices_(slices),
+        members_(members),
         bias_sum_(grads_[0].stride, true) {
-    for (int64_t i = 0; i < slices; ++i)
-      scans_.get()[i] = new BackwardScan<Cell, T>(args, weights_, direction, slice_of(args.layout, i, slices));
+    for (int64_t i = 0; i < slices * members; ++i) {
+      const Slice slice = slice_of(args.layout, i / members, slices);
+      scans_.get()[i] = new BackwardScan<Cell, S>(args, weights_, direction, slice, int(i % members), members);
+    }
     const Weights<T>& to = args.grad_weights[direction];
     const auto pieces = [](const T* grad, int64_t width) { return grad ? (width + kColumns - 1) / kColumns : 0; };
     tasks_[0] = pieces(to.weight_ih, args.sizes.input);
@@ -465,7 +536,7 @@ class BackwardPass {
     tasks_[3] = to.bias_ih || to.bias_hh;
   }
   ~BackwardPass() {
-    for (int64_t i = 0; i < slices_; ++i) delete scans_.get()[i];
+    for (int64_t i = 0; i < slices_ * members_; ++i) delete scans_.get()[i];
   }
 
   bool next_chunk() {
@@ -474,7 +545,19 @@ class BackwardPass {
     return chunks_.next(&grads_[turn_].chunk);
   }
 
-  void scan(int64_t slice) { scans_.get()[slice]->run(grads_[turn_], grads_[turn_ ^ 1]); }
+  void scan(int64_t slice) {
+    Team alone;
+    BackwardScan<Cell, S>::run(scans_.get() + slice * members_, members_, grads_[turn_], grads_[turn_ ^ 1], alone, 1);
+  }
+
+  /// The share of one of several threads in the only slice.
+  void scan_share(int thread, int threads) {
+    const int first = members_ * thread / threads, last = members_ * (thread + 1) / threads;
+    BackwardScan<Cell, S>::run(scans_.get() + first, last - first, grads_[turn_], grads_[turn_ ^ 1], team_, threads);
+  }
+
+  /// After the scans, before the products.
+  void pair() { grads_[turn_].pair(); }
 
   int64_t product_tasks() const {
     const int64_t input = args_.grad_input.data ? (grads_[turn_].chunk.rows + kInputRows - 1) / kInputRows : 0;
@@ -497,7 +580,7 @@ class BackwardPass {
   }
 
   void finish() {
-    for (int64_t i = 0; i < slices_; ++i) scans_.get()[i]->finish();
+    for (int64_t i = 0; i < slices_ * members_; ++i) scans_.get()[i]->finish();
     const Weights<T>& to = args_.grad_weights[direction_];
     const int64_t hidden = args_.sizes.hidden, padded = args_.sizes.padded();
     const size_t bytes = size_t(hidden) * sizeof(T);
@@ -519,13 +602,15 @@ class BackwardPass {
   static constexpr int64_t kColumns = 4 * kLanes<T>;  // of one task: the width of a register tile
   static constexpr int64_t kInputRows = 48;           // of one task: a few heights of a register tile
 
-  const BackwardArgs<T>& args_;
+  const BackwardArgs<S>& args_;
   const int direction_;
-  const BackwardWeights<Cell, T> weights_;
+  const BackwardWeights<Cell, S> weights_;
   Chunks chunks_;
-  ChunkGrads<Cell, T> grads_[2];
-  Buffer<BackwardScan<Cell, T>*> scans_;
+  ChunkGrads<Cell, S> grads_[2];
+  Buffer<BackwardScan<Cell, S>*> scans_;
   const int64_t slices_;
+  const int members_;
+  Team team_;
   Buffer<T> bias_sum_;  // [gate gradients, padded H]
   int64_t tasks_[4];    // weight_ih, weight_hh, weight_hr, biases
   int turn_ = 0;
@@ -534,12 +619,14 @@ class BackwardPass {
 
 /// Walks the chunks of directions [first, last) side by side, so that every thread has work in each. grad_input of the
 /// second of two goes to `apart`; where only one is walked, `accumulate` adds it to what is there.
-template <class Cell, class T>
-void walk(const BackwardArgs<T>& args, const Executor& executor, int first, int last, T* apart, bool accumulate) {
+template <class Cell, class S>
+void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int last, Compute<S>* apart,
+          bool accumulate) {
   const int64_t slices = count_slices(args.layout, args.sizes, executor);
-  Pair<BackwardPass<Cell, T>> passes;
+  const int members = team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
+  Both<BackwardPass<Cell, S>> passes;
   parallel(executor, last - first,
-           [&](int64_t i) { passes.item[i] = new BackwardPass<Cell, T>(args, first + int(i), slices); });
+           [&](int64_t i) { passes.item[i] = new BackwardPass<Cell, S>(args, first + int(i), slices, members); });
   for (;;) {
     bool more[2] = {false, false};
     int64_t scans = 0, products[2] = {0, 0};
@@ -551,7 +638,17 @@ void walk(const BackwardArgs<T>& args, const Executor& executor, int first, int 
     }
     if (scans == 0) break;
     const int lead = more[0] ? 0 : 1;
-    parallel(executor, scans, [&](int64_t task) { passes.item[lead + task / slices]->scan(task % slices); });
+    if (members > 1) {
+      run_teams(executor, int(scans), members,
+                [&](int i, int thread, int threads) { passes.item[lead + i]->scan_share(thread, threads); });
+    } else {
+      parallel(executor, scans, [&](int64_t task) { passes.item[lead + task / slices]->scan(task % slices); });
+    }
+    if (kPack<S> > 1) {
+      parallel(executor, last - first, [&](int64_t i) {
+        if (more[i]) passes.item[i]->pair();
+      });
+    }
     parallel(executor, products[0] + products[1], [&](int64_t task) {
       const int i = task < products[0] ? 0 : 1;
       passes.item[i]->run_product(i ? task - products[0] : task, i ? apart : nullptr, accumulate);
@@ -560,22 +657,23 @@ void walk(const BackwardArgs<T>& args, const Executor& executor, int first, int 
   for (int i = 0; i < last - first; ++i) passes.item[i]->finish();
 }
 
-template <class Cell, class T>
-void backward(const BackwardArgs<T>& args, const Executor& executor) {
+template <class Cell, class S>
+void backward(const BackwardArgs<S>& args, const Executor& executor) {
+  using T = Compute<S>;
   const int directions = args.sizes.directions;
   if (executor.threads <= 1 || directions == 1) {
-    for (int d = 0; d < directions; ++d) walk<Cell, T>(args, executor, d, d + 1, nullptr, d > 0);
+    for (int d = 0; d < directions; ++d) walk<Cell, S>(args, executor, d, d + 1, nullptr, d > 0);
     return;
   }
   const int64_t width = args.sizes.input, rows = args.layout.rows;
   Buffer<T> apart(args.grad_input.data ? rows * width : 0);
-  walk<Cell, T>(args, executor, 0, 2, apart.get(), false);
+  walk<Cell, S>(args, executor, 0, 2, apart.get(), false);
   if (!args.grad_input.data) return;
   RowCursor cursor(args.layout, 0);
   for (int64_t r = 0; r < rows; ++r, cursor.next()) {
     T* to = args.grad_input.at(args.layout, cursor.t, cursor.j);
     const T* from = apart.get() + r * width;
     for (int64_t i = 0; i < width; i += kLanes<T>)
-      store_part(to + i, load_part<T>(to + i, width - i) + load_part<T>(from + i, width - i), width - i);
+      store_part(to + i, load_part(to + i, width - i) + load_part(from + i, width - i), width - i);
   }
 }

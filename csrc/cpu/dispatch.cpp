@@ -2,6 +2,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cells/cells.h"
 #include "cpu/kernels.h"
@@ -11,21 +12,24 @@ namespace {
 
 struct Level {
   const char* name;
-  const Kernels* kernels;
+  const Kernels<float>* float_kernels;
+  const Kernels<double>* double_kernels;
+  void (*digest)(Digest*, const void*, size_t);
   bool (*supported)();
 };
 
 const Level kLevels[] = {
 // best first
 #if defined(RNN_EXT_X86_KERNELS)
-    {"avx512", &avx512::kKernels,
+    {"avx512", &avx512::kFloat, &avx512::kDouble, &avx512::add_to_digest,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {"avx2", &avx2::kKernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx2", &avx2::kFloat, &avx2::kDouble, &avx2::add_to_digest,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"baseline", &baseline::kKernels, [] { return true; }},
+    {"baseline", &baseline::kFloat, &baseline::kDouble, &baseline::add_to_digest, [] { return true; }},
 };
 
 const Level* best() {
@@ -77,21 +81,59 @@ int saved_values(CellKind cell, bool projected) {
   }
 }
 
-template <>
-void layer_forward(const ForwardArgs<float>& args, const Executor& executor) {
-  current->kernels->forward_float(args, worthwhile(executor, args.sizes, args.layout, gates_of(args.cell), 1));
+bool computes_bfloat16() {
+#if defined(RNN_EXT_X86_KERNELS)
+  return std::strcmp(current->name, "avx512") == 0 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
 }
-template <>
-void layer_forward(const ForwardArgs<double>& args, const Executor& executor) {
-  current->kernels->forward_double(args, worthwhile(executor, args.sizes, args.layout, gates_of(args.cell), 1));
+
+namespace {
+
+template <class S>
+const Kernels<S>& kernels() {
+  if constexpr (std::is_same_v<S, float>) {
+    return *current->float_kernels;
+  } else if constexpr (std::is_same_v<S, double>) {
+    return *current->double_kernels;
+  } else {
+#if defined(RNN_EXT_X86_KERNELS)
+    if (computes_bfloat16()) return avx512_bf16::kBFloat16;
+#endif
+    throw std::logic_error("rnn_ext: this instruction set does not compute in bfloat16");
+  }
 }
-template <>
-void layer_backward(const BackwardArgs<float>& args, const Executor& executor) {
-  current->kernels->backward_float(args, worthwhile(executor, args.sizes, args.layout, gates_of(args.cell), 2));
+
+}  // namespace
+
+bool uses_packed_weights(const Layout& layout) {
+  return layout.rows > 4;  // for fewer, packing costs more than it saves (measured: about even at 8)
 }
-template <>
-void layer_backward(const BackwardArgs<double>& args, const Executor& executor) {
-  current->kernels->backward_double(args, worthwhile(executor, args.sizes, args.layout, gates_of(args.cell), 2));
+
+template <class S>
+std::unique_ptr<PackedWeights> pack_weights(CellKind cell, const Sizes& sizes, const Weights<const S>& weights) {
+  return kernels<S>().pack(cell, sizes, weights);
 }
+template std::unique_ptr<PackedWeights> pack_weights(CellKind, const Sizes&, const Weights<const float>&);
+template std::unique_ptr<PackedWeights> pack_weights(CellKind, const Sizes&, const Weights<const double>&);
+template std::unique_ptr<PackedWeights> pack_weights(CellKind, const Sizes&, const Weights<const BFloat16>&);
+
+void add_to_digest(Digest* digest, const void* data, size_t bytes) { current->digest(digest, data, bytes); }
+
+template <class S>
+void layer_forward(const ForwardArgs<S>& args, const Executor& executor) {
+  kernels<S>().forward(args, worthwhile(executor, args.sizes, args.layout, gates_of(args.cell), 1));
+}
+template <class S>
+void layer_backward(const BackwardArgs<S>& args, const Executor& executor) {
+  kernels<S>().backward(args, worthwhile(executor, args.sizes, args.layout, gates_of(args.cell), 2));
+}
+template void layer_forward(const ForwardArgs<float>&, const Executor&);
+template void layer_forward(const ForwardArgs<double>&, const Executor&);
+template void layer_forward(const ForwardArgs<BFloat16>&, const Executor&);
+template void layer_backward(const BackwardArgs<float>&, const Executor&);
+template void layer_backward(const BackwardArgs<double>&, const Executor&);
+template void layer_backward(const BackwardArgs<BFloat16>&, const Executor&);
 
 }  // namespace rnn_ext::cpu

@@ -21,14 +21,14 @@ class Buffer {
 
 /// One of something for each direction.
 template <class Item>
-struct Pair {
-  Pair() = default;
-  ~Pair() {
+struct Both {
+  Both() = default;
+  ~Both() {
     delete item[0];
     delete item[1];
   }
-  Pair(const Pair&) = delete;
-  Pair& operator=(const Pair&) = delete;
+  Both(const Both&) = delete;
+  Both& operator=(const Both&) = delete;
   Item* item[2] = {nullptr, nullptr};
 };
 
@@ -72,45 +72,119 @@ inline bool begins(const Sequence<const bool>& resets, const Layout& layout, boo
 }
 
 /// Copy state rows between the caller's [N, width] and a padded buffer whose first row is the slice's.
-template <class T>
-void read_states(T* rows, int64_t stride, const T* states, int64_t width, const Layout& layout, Slice slice) {
+template <class To, class From>
+void read_states(To* rows, int64_t stride, const From* states, int64_t width, const Layout& layout, Slice slice) {
   if (!states) return;
   for (int64_t j = slice.first; j < slice.last; ++j)
-    std::memcpy(rows + (j - slice.first) * stride, states + layout.entry(j) * width, size_t(width) * sizeof(T));
+    copy_row(rows + (j - slice.first) * stride, states + layout.entry(j) * width, width);
 }
 
-template <class T>
-void write_states(T* states, int64_t width, const T* rows, int64_t stride, const Layout& layout, Slice slice,
-                  int64_t from, int64_t to) {
+/// Columns [begin, end) of the rows [from, to).
+template <class To, class From>
+void write_states(To* states, int64_t width, const From* rows, int64_t stride, const Layout& layout, Slice slice,
+                  int64_t from, int64_t to, int64_t begin, int64_t end) {
   if (!states) return;
   for (int64_t j = larger(from, slice.first); j < smaller(to, slice.last); ++j)
-    std::memcpy(states + layout.entry(j) * width, rows + (j - slice.first) * stride, size_t(width) * sizeof(T));
+    copy_row(states + layout.entry(j) * width + begin, rows + (j - slice.first) * stride + begin, end - begin);
 }
 
-/// So few rows that packing the weights would cost more than it saves (measured: about even at 8).
-inline bool is_short(const Layout& layout) { return layout.rows <= 4; }
+/// Threads that share the hidden units of a slice: each runs the whole scan for its own and meets the others after
+/// every step. They spin, because a step is shorter than waking a thread, but not for long: there may be fewer
+/// processors than threads.
+class Team {
+ public:
+  void meet(int members) {
+    if (members == 1) return;
+    const int round = __atomic_load_n(&round_, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == members) {
+      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&round_, __ATOMIC_ACQUIRE) == round; ++spins) {
+      if (spins < kSpins) {
+#if defined(__x86_64__)
+        _mm_pause();
+#endif
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 4000;
+  alignas(64) int arrived_ = 0;
+  alignas(64) int round_ = 0;
+};
+
+/// How many threads share the units of each direction: only where the batch is too small to be cut, and where a step is
+/// long against a meeting (0.1 to 0.3 us).
+inline int team_size(const Layout& layout, const Sizes& sizes, int gates, const Executor& executor, int64_t slices) {
+  constexpr double kWorthwhile = 6e4;  // multiply-adds of a step
+  if (!executor.run_team || slices > 1 || sizes.proj || layout.steps == 0 || !uses_packed_weights(layout)) return 1;
+  const double step =
+      double(gates) * double(sizes.hidden) * double(sizes.hidden) * double(layout.rows) / double(layout.steps);
+  if (step < kWorthwhile) return 1;
+  return int(larger(1, smaller(executor.threads / sizes.directions, sizes.hidden / 64)));
+}
+
+/// Calls fn(direction - first, member, members) for the directions [first, last), all members of one at the same time.
+template <class Fn>
+void run_teams(const Executor& executor, int directions, int members, const Fn& fn) {
+  struct Call {
+    const Fn& fn;
+    int directions, members;
+  } call{fn, directions, members};
+  executor.run_team(
+      directions * members,
+      [](void* context, int thread, int threads) {
+        const Call& call = *static_cast<const Call*>(context);
+        const int members = int(smaller(call.members, threads / call.directions));
+        if (members > 0) {
+          if (thread < call.directions * members) call.fn(thread / members, thread % members, members);
+        } else if (thread == 0) {
+          for (int d = 0; d < call.directions; ++d) call.fn(d, 0, 1);
+        }
+      },
+      &call);
+}
+
+/// Blocks of hidden units.
+struct UnitBlocks {
+  int64_t first, last;
+};
+
+/// In whole tiles of the widest product, so that the sums do not depend on the number of members.
+template <class T>
+UnitBlocks part_of(int64_t hidden, int member, int members) {
+  const int64_t blocks = blocks_of<T>(hidden), tiles = (blocks + 3) / 4;
+  return {smaller(blocks, tiles * member / members * 4), smaller(blocks, tiles * (member + 1) / members * 4)};
+}
 
 /// One direction's weights as the forward scan wants them.
-template <class Cell, class T>
-struct ForwardWeights {
-  ForwardWeights(const Weights<const T>& w, const Sizes& s, bool pack)
-      : plain(w),
-        input(pack ? s.input * Cell::kGates * s.padded() : 0),
-        hidden(pack ? s.output() * Cell::kGates * s.padded() : 0),
-        proj(pack && s.proj ? s.hidden * Sizes::padded(s.proj) : 0),
+template <class Cell, class S>
+struct ForwardWeights : PackedWeights {
+  using T = Compute<S>;
+  ForwardWeights(const Weights<const S>& w, const Sizes& s, bool pack)
+      : input(pack ? elements<S>(s.input) * Cell::kGates * s.padded() : 0),
+        hidden(pack ? elements<S>(s.output()) * Cell::kGates * s.padded() : 0),
+        proj(pack && s.proj ? elements<S>(s.hidden) * Sizes::padded(s.proj) : 0),
         bias(Cell::kGates * s.padded(), true),
         split_bias(s.padded(), true) {
     const int64_t gate_blocks = s.padded() / kLanes<T>;
     for (int64_t g = 0; g < Cell::kGates; ++g) {
       if (pack) {
-        pack_gates(input.get() + g * gate_blocks * s.input * kLanes<T>, w.weight_ih + g * s.hidden * s.input, 1,
-                   s.hidden, s.input, gate_blocks);
+        pack_gates(input.get() + g * gate_blocks * elements<S>(s.input) * kLanes<T>,
+                   w.weight_ih + g * s.hidden * s.input, 1, s.hidden, s.input, gate_blocks);
       }
+      if (!w.bias_ih) continue;
       const bool split = g >= Cell::kGates - Cell::kSplit;
-      for (int64_t u = 0; w.bias_ih && u < s.hidden; ++u) {
-        const T hidden_bias = w.bias_hh[g * s.hidden + u];
-        bias.get()[g * s.padded() + u] = w.bias_ih[g * s.hidden + u] + (split ? T(0) : hidden_bias);
-        if (split) split_bias.get()[u] = hidden_bias;
+      for (int64_t u = 0; u < s.hidden; u += kLanes<T>) {
+        const Vec<T> input_bias = load_part(w.bias_ih + g * s.hidden + u, s.hidden - u);
+        const Vec<T> hidden_bias = load_part(w.bias_hh + g * s.hidden + u, s.hidden - u);
+        store(bias.get() + g * s.padded() + u, split ? input_bias : input_bias + hidden_bias);
+        if (split) store(split_bias.get() + u, hidden_bias);
       }
     }
     if (!pack) return;
@@ -118,60 +192,90 @@ struct ForwardWeights {
     if (s.proj) pack_gates(proj.get(), w.weight_hr, 1, s.proj, s.hidden, blocks_of<T>(s.proj));
   }
 
-  Weights<const T> plain;  // as they came; the only ones there are if not packed
-  Buffer<T> input;         // [G * padded H / lanes][I][lanes]
-  Buffer<T> hidden;        // [H / lanes][P][G][lanes]
-  Buffer<T> proj;          // [P / lanes][H][lanes]
-  Buffer<T> bias;          // [G, padded H]: both biases, of a split gate the input's alone
-  Buffer<T> split_bias;    // [padded H]: bias_hh of the split gate
+  Buffer<Element<S>> input;   // [G * padded H / lanes][I][lanes]
+  Buffer<Element<S>> hidden;  // [H / lanes][P][G][lanes]
+  Buffer<Element<S>> proj;    // [P / lanes][H][lanes]
+  Buffer<T> bias;             // [G, padded H]: both biases, of a split gate the input's alone
+  Buffer<T> split_bias;       // [padded H]: bias_hh of the split gate
 };
 
-template <class Cell, class T>
+/// What the members of a team share: the states after the last two steps, [slice, padded P], and as the recurrent
+/// product wants them too, where that is another type.
+template <class S>
+struct ForwardStates {
+  using T = Compute<S>;
+  static constexpr bool kReduced = !std::is_same_v<S, T>;
+
+  ForwardStates(const ForwardArgs<S>& args, int direction, Slice slice)
+      : stride(Sizes::padded(args.sizes.output())),
+        h{Buffer<T>(slice.size() * stride, true), Buffer<T>(slice.size() * stride, true)},
+        reduced{Buffer<S>(kReduced ? slice.size() * stride : 0, true),
+                Buffer<S>(kReduced ? slice.size() * stride : 0, true)} {
+    if (!args.h_0) return;
+    const int64_t out = args.sizes.output();
+    const S* h_0 = args.h_0 + args.layout.batch * direction * out;
+    for (int i = 0; i < 2; ++i) {
+      read_states(h[i].get(), stride, h_0, out, args.layout, slice);
+      if constexpr (kReduced) read_states(reduced[i].get(), stride, h_0, out, args.layout, slice);
+    }
+  }
+
+  const int64_t stride;
+  Buffer<T> h[2];
+  Buffer<S> reduced[2];
+};
+
+/// The scan of one direction for a slice of the batch and, where a team shares it, a part of the hidden units.
+template <class Cell, class S>
 class ForwardScan {
   static constexpr int G = Cell::kGates;
+  using T = Compute<S>;
   using V = Vec<T>;
 
  public:
-  ForwardScan(const ForwardArgs<T>& args, const ForwardWeights<Cell, T>& weights, int direction, Slice slice)
+  ForwardScan(const ForwardArgs<S>& args, const ForwardWeights<Cell, S>& weights, int direction, Slice slice,
+              ForwardStates<S>& states, Team& team, int member, int members)
       : args_(args),
         layout_(args.layout),
         weights_(weights),
         direction_(direction),
         reverse_(direction == 1),
         slice_(slice),
+        states_(states),
+        team_(team),
+        member_(member),
+        members_(members),
+        part_(part_of<T>(args.sizes.hidden, member, members)),
         hidden_(args.sizes.hidden),
         padded_(args.sizes.padded()),
         out_(args.sizes.output()),
         out_padded_(Sizes::padded(out_)),
         saved_(saved_values(args.cell, args.sizes.proj != 0)),
-        short_(is_short(args.layout)),
+        short_(!uses_packed_weights(args.layout)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
         gates_stride_((keep_ ? saved_ : G) * padded_),
         chunk_rows_(larger(slice.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))))),
         gates_(keep_ ? 0 : chunk_rows_ * gates_stride_),
         input_rows_(chunk_rows_),
+        filled_up_(fill_up() ? chunk_rows_ * Sizes::padded(args.sizes.input) : 0),
         gate_rows_(chunk_rows_),
-        h_now_(slice.size() * out_padded_, true),
-        h_next_(slice.size() * out_padded_, true),
         c_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         hidden_gates_(short_ ? G * padded_ : 0),
-        unprojected_(args.sizes.proj ? slice.size() * padded_ : 0),
+        unprojected_(args.sizes.proj ? slice.size() * padded_ : 0, kReduced),
         output_rows_(args.sizes.proj ? slice.size() : 0) {}
 
   void run() {
     const int64_t states = layout_.batch * direction_;
-    T* h_n = args_.h_n + states * out_;
-    const T* h_0 = args_.h_0 ? args_.h_0 + states * out_ : nullptr;
-    read_states(h_now_.get(), out_padded_, h_0, out_, layout_, slice_);
-    read_states(h_next_.get(), out_padded_, h_0, out_, layout_, slice_);
     if (Cell::kHasCell && args_.c_0)
       read_states(c_.get(), padded_, args_.c_0 + states * hidden_, hidden_, layout_, slice_);
-
-    T* now = h_now_.get();
-    T* next = h_next_.get();
+    State now = {states_.h[0].get(), states_.reduced[0].get()};
+    State next = {states_.h[1].get(), states_.reduced[1].get()};
+    const auto write_h_n = [&](const State& state, int64_t from, int64_t to) {
+      if (member_ == 0)
+        write_states(args_.h_n + states * out_, out_, state.h, out_padded_, layout_, slice_, from, to, 0, out_);
+    };
     const int64_t steps = layout_.steps;
-    const int64_t alive = steps ? layout_.batch_sizes[0] : 0;
-    write_states(h_n, out_, now, out_padded_, layout_, slice_, alive, layout_.batch);
+    write_h_n(now, steps ? layout_.batch_sizes[0] : 0, layout_.batch);
     for (int64_t s = 0; s < steps;) {
       const int64_t end = fill_chunk(s);
       int64_t row = 0;
@@ -179,30 +283,59 @@ class ForwardScan {
         const int64_t t = time(s);
         const int64_t rows = slice_.active(layout_, t);
         if (rows == 0) continue;
-        if (args_.resets.data) reset(t, rows, now);
+        if (args_.resets.data) {
+          reset(t, rows, now);
+          team_.meet(members_);
+        }
         step(t, rows, gate_rows_.get() + row, now, next);
+        team_.meet(members_);
         row += rows;
         const int64_t stay = reverse_        ? (t > 0 ? layout_.batch_sizes[t] : 0)
                              : t + 1 < steps ? layout_.batch_sizes[t + 1]
                                              : 0;
-        write_states(h_n, out_, next, out_padded_, layout_, slice_, stay, layout_.batch_sizes[t]);
-        T* swap = now;
-        now = next;
-        next = swap;
+        write_h_n(next, stay, layout_.batch_sizes[t]);
+        std::swap(now, next);
       }
     }
     if constexpr (Cell::kHasCell)
-      write_states(args_.c_n + states * hidden_, hidden_, c_.get(), padded_, layout_, slice_, 0, layout_.batch);
+      write_states(args_.c_n + states * hidden_, hidden_, c_.get(), padded_, layout_, slice_, 0, layout_.batch,
+                   part_.first * kLanes<T>, smaller(part_.last * kLanes<T>, hidden_));
   }
 
  private:
   static constexpr int64_t kChunkBytes = 256 * 1024;  // input gates that stay in the second-level cache until used
 
+  static constexpr bool kReduced = ForwardStates<S>::kReduced;
+
+  struct State {
+    T* h;
+    S* reduced;
+
+    const S* operand(int64_t at) const {
+      if constexpr (kReduced) {
+        return reduced + at;
+      } else {
+        return h + at;
+      }
+    }
+    /// h, which is no more precise than what the caller sees of it, so that both go on from the same state.
+    ALWAYS_INLINE void set(int64_t at, V value) const {
+      if constexpr (kReduced) {
+        store(reduced + at, value);
+        value = load(reduced + at);
+      }
+      store(h + at, value);
+    }
+  };
+
+  /// Rows of an odd number of inputs do not consist of whole elements.
+  bool fill_up() const { return args_.sizes.input % kPack<S> != 0; }
+
   int64_t time(int64_t s) const { return reverse_ ? layout_.steps - 1 - s : s; }
 
   /// The input gates of as many steps from s as the chunk holds, as one product. Returns the step after them.
   int64_t fill_chunk(int64_t s) {
-    const T** inputs = input_rows_.get();
+    const S** inputs = input_rows_.get();
     T** gates = gate_rows_.get();
     int64_t count = 0;
     for (; s < layout_.steps; ++s) {
@@ -216,7 +349,7 @@ class ForwardScan {
       }
     }
     if (short_) {
-      const Weights<const T>& w = weights_.plain;
+      const Weights<const S>& w = args_.weights[direction_];
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t g = 0; g < G; ++g)
           dot_rows(gates[r] + g * padded_, weights_.bias.get() + g * padded_,
@@ -224,38 +357,56 @@ class ForwardScan {
       }
       return s;
     }
-    PlainProduct<T> p;
+    if (fill_up()) {
+      const int64_t width = Sizes::padded(args_.sizes.input);
+      for (int64_t r = 0; r < count; ++r) {
+        S* row = filled_up_.get() + r * width;
+        std::memcpy(row, inputs[r], size_t(args_.sizes.input) * sizeof(S));
+        std::memset(row + args_.sizes.input, 0, sizeof(S));
+        inputs[r] = row;
+      }
+    }
+    PlainProduct<S> p;
     p.rows = count;
     p.columns = G * padded_;
     p.a = inputs;
     p.c = gates;
     p.b = weights_.input.get();
-    p.segments.length = args_.sizes.input;
+    p.segments.length = elements<S>(args_.sizes.input);
     p.bias = weights_.bias.get();
-    plain_product(p);
+    const int64_t gate_blocks = padded_ / kLanes<T>;
+    for (int64_t g = 0; members_ > 1 && g < G; ++g) {
+      p.first = g * gate_blocks + part_.first;
+      p.last = g * gate_blocks + part_.last;
+      plain_product(p);
+    }
+    if (members_ == 1) plain_product(p);
     return s;
   }
 
-  void reset(int64_t t, int64_t rows, T* now) {
+  void reset(int64_t t, int64_t rows, State now) {
     for (int64_t r = 0; r < rows; ++r) {
       if (!begins(args_.resets, layout_, reverse_, t, slice_.first + r)) continue;
-      std::memset(now + r * out_padded_, 0, size_t(out_) * sizeof(T));
+      if (member_ == 0) {
+        std::memset(now.h + r * out_padded_, 0, size_t(out_) * sizeof(T));
+        if (kReduced) std::memset(now.reduced + r * out_padded_, 0, size_t(out_) * sizeof(S));
+      }
       if (Cell::kHasCell) std::memset(c_.get() + r * padded_, 0, size_t(hidden_) * sizeof(T));
     }
   }
 
-  void step(int64_t t, int64_t rows, T* const* gates, const T* now, T* next) {
+  void step(int64_t t, int64_t rows, T* const* gates, State now, State next) {
     const Order order = step_order(layout_.batch_sizes[t], t);
     const bool projected = args_.sizes.proj != 0;
     const int64_t hidden = hidden_, padded = padded_, out_padded = out_padded_, out = out_;
     T* c = c_.get();
-    T* unprojected = unprojected_.get();
+    S* unprojected = unprojected_.get();
     const T* split_bias = weights_.split_bias.get();
     const bool keep = keep_;
     const auto output = [=, this](int64_t r) {
       return args_.output.at(layout_, t, slice_.first + r) + direction_ * out;
     };
-    const auto a_row = [=](int64_t r) { return now + r * out_padded; };
+    const auto a_row = [=](int64_t r) { return now.operand(r * out_padded); };
     const auto init = [=](int64_t r, int64_t block, V* acc) {
       const T* from = gates[r] + block * kLanes<T>;
       for (int g = 0; g < G; ++g)
@@ -266,7 +417,7 @@ class ForwardScan {
       T* row = gates[r] + unit;
       V split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
       if constexpr (Cell::kSplit > 0) split[0] = load(row + (G - 1) * padded);
-      if constexpr (Cell::kDirectCarry) h_prev = load(now + r * out_padded + unit);
+      if constexpr (Cell::kDirectCarry) h_prev = load(now.h + r * out_padded + unit);
       if constexpr (Cell::kHasCell) state = load(c + r * padded + unit);
       const V h = Cell::template forward<Math<T>>(acc, split, h_prev, state, saved);
       if constexpr (Cell::kHasCell) {
@@ -281,7 +432,7 @@ class ForwardScan {
       if (projected) {
         store(unprojected + r * padded + unit, h);
       } else {
-        store(next + r * out_padded + unit, h);
+        next.set(r * out_padded + unit, h);
         store_part(output(r) + unit, h, hidden - unit);
       }
     };
@@ -289,7 +440,7 @@ class ForwardScan {
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t g = 0; g < G; ++g)
           dot_rows(hidden_gates_.get() + g * padded, static_cast<const T*>(nullptr),
-                   weights_.plain.weight_hh + g * hidden * out, hidden, out, a_row(r));
+                   args_.weights[direction_].weight_hh + g * hidden * out, hidden, out, a_row(r));
         for (int64_t block = 0; block < blocks_of<T>(hidden); ++block) {
           V acc[G];
           init(r, block, acc);
@@ -298,67 +449,97 @@ class ForwardScan {
         }
       }
     } else {
-      product<G>(rows, blocks_of<T>(hidden), order, a_row, weights_.hidden.get(), Segments{1, out, {}, 1}, init,
-                 finish);
+      product<G, S>(
+          rows, part_.first, part_.last, order,
+          [=](int64_t r) { return reinterpret_cast<const Element<S>*>(a_row(r)); }, weights_.hidden.get(),
+          Segments{1, elements<S>(out), {}, 1}, init, finish);
     }
     if (projected) project(t, rows, next);
   }
 
-  void project(int64_t t, int64_t rows, T* next) {
+  void project(int64_t t, int64_t rows, State next) {
     for (int64_t r = 0; r < rows; ++r) {
       input_rows_.get()[r] = unprojected_.get() + r * padded_;
-      output_rows_.get()[r] = next + r * out_padded_;
+      output_rows_.get()[r] = next.h + r * out_padded_;
     }
     if (short_) {
       for (int64_t r = 0; r < rows; ++r)
-        dot_rows(next + r * out_padded_, static_cast<const T*>(nullptr), weights_.plain.weight_hr, out_, hidden_,
-                 unprojected_.get() + r * padded_);
+        dot_rows(next.h + r * out_padded_, static_cast<const T*>(nullptr), args_.weights[direction_].weight_hr, out_,
+                 hidden_, unprojected_.get() + r * padded_);
     } else {
-      PlainProduct<T> p;
+      PlainProduct<S> p;
       p.rows = rows;
       p.columns = out_;
       p.a = input_rows_.get();
       p.c = output_rows_.get();
       p.b = weights_.proj.get();
-      p.segments.length = hidden_;
+      p.segments.length = elements<S>(hidden_);
       p.order = step_order(layout_.batch_sizes[t], t);
       plain_product(p);
     }
-    for (int64_t r = 0; r < rows; ++r)
-      std::memcpy(args_.output.at(layout_, t, slice_.first + r) + direction_ * out_, next + r * out_padded_,
-                  size_t(out_) * sizeof(T));
+    for (int64_t r = 0; r < rows; ++r) {
+      if constexpr (kReduced) {
+        for (int64_t i = 0; i < out_; i += kLanes<T>)
+          next.set(r * out_padded_ + i, load_part(next.h + r * out_padded_ + i, out_ - i));
+      }
+      copy_row(args_.output.at(layout_, t, slice_.first + r) + direction_ * out_, next.operand(r * out_padded_), out_);
+    }
   }
 
-  const ForwardArgs<T>& args_;
+  const ForwardArgs<S>& args_;
   const Layout& layout_;
-  const ForwardWeights<Cell, T>& weights_;
+  const ForwardWeights<Cell, S>& weights_;
   const int direction_;
   const bool reverse_;
   const Slice slice_;
+  ForwardStates<S>& states_;
+  Team& team_;
+  const int member_, members_;
+  const UnitBlocks part_;
   const int64_t hidden_, padded_, out_, out_padded_;
   const int saved_;
   const bool short_, keep_;
   const int64_t gates_stride_, chunk_rows_;
-  Buffer<T> gates_;              // [chunk rows, G, padded H], where the input gates do not go straight into `saved`
-  Buffer<const T*> input_rows_;  // [chunk rows]
+  Buffer<T> gates_;              // [chunk rows, G, padded H], where the input gates do not go straight to `saved`
+  Buffer<const S*> input_rows_;  // [chunk rows]
+  Buffer<S> filled_up_;          // [chunk rows, padded I], where fill_up()
   Buffer<T*> gate_rows_;         // [chunk rows]
-  Buffer<T> h_now_, h_next_;     // [slice, padded P]
   Buffer<T> c_;                  // [slice, padded H]
   Buffer<T> hidden_gates_;       // [G, padded H], of one row, where weights are not packed
-  Buffer<T> unprojected_;        // [slice, padded H]
+  Buffer<S> unprojected_;        // [slice, padded H]
   Buffer<T*> output_rows_;       // [slice]
 };
 
-template <class Cell, class T>
-void forward(const ForwardArgs<T>& args, const Executor& executor) {
+template <class Cell, class S>
+void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const int directions = args.sizes.directions;
-  Pair<ForwardWeights<Cell, T>> weights;
+  using Packed = ForwardWeights<Cell, S>;
+  const bool pack = uses_packed_weights(args.layout);
+  Both<Packed> own;
+  const Packed* weights[2] = {};
   parallel(executor, directions, [&](int64_t d) {
-    weights.item[d] = new ForwardWeights<Cell, T>(args.weights[d], args.sizes, !is_short(args.layout));
+    const bool given = pack && args.packed[d];
+    if (!given) own.item[d] = new Packed(args.weights[d], args.sizes, pack);
+    weights[d] = given ? static_cast<const Packed*>(args.packed[d]) : own.item[d];
   });
   const int64_t slices = count_slices(args.layout, args.sizes, executor);
-  parallel(executor, directions * slices, [&](int64_t task) {
-    const int d = int(task / slices);
-    ForwardScan<Cell, T>(args, *weights.item[d], d, slice_of(args.layout, task % slices, slices)).run();
-  });
+  const auto scan = [&](int d, Slice slice, ForwardStates<S>& states, Team& team, int member, int members) {
+    ForwardScan<Cell, S>(args, *weights[d], d, slice, states, team, member, members).run();
+  };
+  const int members = team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
+  if (members == 1) {
+    return parallel(executor, directions * slices, [&](int64_t task) {
+      const int d = int(task / slices);
+      const Slice slice = slice_of(args.layout, task % slices, slices);
+      ForwardStates<S> states(args, d, slice);
+      Team alone;
+      scan(d, slice, states, alone, 0, 1);
+    });
+  }
+  const Slice whole = slice_of(args.layout, 0, 1);
+  Both<ForwardStates<S>> states;
+  Team teams[2];
+  for (int d = 0; d < directions; ++d) states.item[d] = new ForwardStates<S>(args, d, whole);
+  run_teams(executor, directions, members,
+            [&](int d, int member, int actual) { scan(d, whole, *states.item[d], teams[d], member, actual); });
 }

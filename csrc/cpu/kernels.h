@@ -1,10 +1,13 @@
 // The table of kernels that each instruction set fills, and every library header the kernels use.
 #pragma once
 
+#include <sched.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -19,23 +22,33 @@ namespace rnn_ext::cpu {
 /// Throws, with the number of bytes that could not be had.
 [[noreturn]] void out_of_memory(size_t bytes);
 
+/// The kernels for one storage type.
+template <class S>
 struct Kernels {
-  void (*forward_float)(const ForwardArgs<float>&, const Executor&);
-  void (*forward_double)(const ForwardArgs<double>&, const Executor&);
-  void (*backward_float)(const BackwardArgs<float>&, const Executor&);
-  void (*backward_double)(const BackwardArgs<double>&, const Executor&);
+  std::unique_ptr<PackedWeights> (*pack)(CellKind, const Sizes&, const Weights<const S>&);
+  void (*forward)(const ForwardArgs<S>&, const Executor&);
+  void (*backward)(const BackwardArgs<S>&, const Executor&);
 };
 
 namespace baseline {
-extern const Kernels kKernels;
-}
+extern const Kernels<float> kFloat;
+extern const Kernels<double> kDouble;
+void add_to_digest(Digest* digest, const void* data, size_t bytes);
+}  // namespace baseline
 #if defined(__x86_64__)
 #define RNN_EXT_X86_KERNELS 1
 namespace avx2 {
-extern const Kernels kKernels;
-}
+extern const Kernels<float> kFloat;
+extern const Kernels<double> kDouble;
+void add_to_digest(Digest* digest, const void* data, size_t bytes);
+}  // namespace avx2
 namespace avx512 {
-extern const Kernels kKernels;
+extern const Kernels<float> kFloat;
+extern const Kernels<double> kDouble;
+void add_to_digest(Digest* digest, const void* data, size_t bytes);
+}  // namespace avx512
+namespace avx512_bf16 {
+extern const Kernels<BFloat16> kBFloat16;
 }
 #endif
 

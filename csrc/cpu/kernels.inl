@@ -2,6 +2,7 @@
 //   RNN_EXT_ISA               the namespace the kernels go to
 //   RNN_EXT_VECTOR_BYTES      width of a vector
 //   RNN_EXT_VECTOR_REGISTERS  how many there are
+//   RNN_EXT_BFLOAT16          defined: only the kernels for BFloat16, which the instruction set multiplies in pairs
 // and includes csrc/cpu/kernels.h first, so that no library header is compiled for a special instruction set: an inline
 // function of one, compiled twice, could be linked in the version that the processor cannot run.
 
@@ -19,8 +20,23 @@ namespace {
 #include "cpu/forward.inl"
 #include "cpu/backward.inl"
 
-template <class T>
-void forward_any(const ForwardArgs<T>& args, const Executor& executor) {
+template <class S>
+std::unique_ptr<PackedWeights> pack_any(CellKind cell, const Sizes& sizes, const Weights<const S>& weights) {
+  switch (cell) {
+    case CellKind::kRnnTanh:
+      return std::make_unique<ForwardWeights<cells::RnnTanh, S>>(weights, sizes, true);
+    case CellKind::kRnnRelu:
+      return std::make_unique<ForwardWeights<cells::RnnRelu, S>>(weights, sizes, true);
+    case CellKind::kGru:
+      return std::make_unique<ForwardWeights<cells::Gru, S>>(weights, sizes, true);
+    case CellKind::kLstm:
+      return std::make_unique<ForwardWeights<cells::Lstm, S>>(weights, sizes, true);
+  }
+  return nullptr;
+}
+
+template <class S>
+void forward_any(const ForwardArgs<S>& args, const Executor& executor) {
   switch (args.cell) {
     case CellKind::kRnnTanh:
       return forward<cells::RnnTanh>(args, executor);
@@ -33,8 +49,8 @@ void forward_any(const ForwardArgs<T>& args, const Executor& executor) {
   }
 }
 
-template <class T>
-void backward_any(const BackwardArgs<T>& args, const Executor& executor) {
+template <class S>
+void backward_any(const BackwardArgs<S>& args, const Executor& executor) {
   switch (args.cell) {
     case CellKind::kRnnTanh:
       return backward<cells::RnnTanh>(args, executor);
@@ -49,7 +65,45 @@ void backward_any(const BackwardArgs<T>& args, const Executor& executor) {
 
 }  // namespace
 
-extern const Kernels kKernels;
-const Kernels kKernels = {forward_any<float>, forward_any<double>, backward_any<float>, backward_any<double>};
+#if defined(RNN_EXT_BFLOAT16)
+const Kernels<BFloat16> kBFloat16 = {pack_any<BFloat16>, forward_any<BFloat16>, backward_any<BFloat16>};
+#else
+void add_to_digest(Digest* digest, const void* data, size_t bytes) {
+  // Two sums over 64-bit words: of the words themselves, which any single change changes, and of the products of their
+  // keyed halves (NH: Black et al., "UMAC", 1999), which tells apart most of what has the same sum. Each place has a
+  // key of its own, so that words which change places are noticed.
+  typedef uint64_t Words __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
+  constexpr int kWords = sizeof(Words) / sizeof(uint64_t);
+  const char* from = static_cast<const char*>(data);
+  Words plain = {}, product = {}, key = {}, words;
+  for (int i = 0; i < kWords; ++i) key[i] = 0x9e3779b97f4a7c15u * uint64_t(i + 1);
+  const auto add = [&] {
+    key += 0xd1342543de82ef95u;
+    plain += words;
+    const Words keyed = words + key;
+#if RNN_EXT_VECTOR_BYTES == 64
+    product += (Words)_mm512_mul_epu32((__m512i)keyed, (__m512i)(keyed >> 32));
+#elif RNN_EXT_VECTOR_BYTES == 32
+    product += (Words)_mm256_mul_epu32((__m256i)keyed, (__m256i)(keyed >> 32));
+#else
+    product += (keyed & 0xffffffffu) * (keyed >> 32);
+#endif
+  };
+  for (; bytes >= sizeof(words); bytes -= sizeof(words), from += sizeof(words)) {
+    std::memcpy(&words, from, sizeof(words));
+    add();
+  }
+  words = Words{};
+  std::memcpy(&words, from, bytes);
+  add();
+  for (int i = 0; i < kWords; ++i) {
+    digest->sums[2 * i] = digest->sums[2 * i] * 0x2545f4914f6cdd1du + plain[i];
+    digest->sums[2 * i + 1] = digest->sums[2 * i + 1] * 0x2545f4914f6cdd1du + product[i];
+  }
+}
+
+const Kernels<float> kFloat = {pack_any<float>, forward_any<float>, backward_any<float>};
+const Kernels<double> kDouble = {pack_any<double>, forward_any<double>, backward_any<double>};
+#endif
 
 }  // namespace rnn_ext::cpu::RNN_EXT_ISA

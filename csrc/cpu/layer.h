@@ -1,13 +1,32 @@
 // All timesteps of one recurrent layer, both directions, on the CPU: the interface between csrc/ops and the kernels.
-// Nothing here knows torch; T is float or double. Every array is dense in its last dimension.
+// Nothing here knows torch. S is what tensors are stored in: float, double or, where computes_bfloat16(), BFloat16;
+// sums, cell states and gradients are of type Compute<S>. Every array is dense in its last dimension.
 //
 // L timesteps, N batch entries, I input size, H hidden size, P size of the output (H without projection), G gates,
 // D directions, T = rows: how many (timestep, entry) pairs exist.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace rnn_ext::cpu {
+
+/// The upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class S>
+struct ComputeOf {
+  using type = S;
+};
+template <>
+struct ComputeOf<BFloat16> {
+  using type = float;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
 
 enum class CellKind { kRnnTanh, kRnnRelu, kGru, kLstm };
 
@@ -52,6 +71,9 @@ struct Weights {
 struct Executor {
   int threads = 1;
   void (*run)(int64_t tasks, void (*fn)(void*, int64_t), void* context) = nullptr;
+  /// Runs fn(context, i, n) for i = 0 .. n - 1 on n threads at the same time, which may wait for each other; n is what
+  /// could be had of the `threads` wished for. Null: cannot.
+  void (*run_team)(int threads, void (*fn)(void*, int, int), void* context) = nullptr;
 };
 
 struct Sizes {
@@ -69,43 +91,49 @@ struct Sizes {
 /// Values of each row kept for backward, per hidden unit.
 int saved_values(CellKind cell, bool projected);
 
-template <class T>
+/// One direction's weights rearranged for the forward pass, by and for the instruction set in use.
+struct PackedWeights {
+  virtual ~PackedWeights() = default;
+};
+
+template <class S>
 struct ForwardArgs {
   CellKind cell;
   Sizes sizes;
   Layout layout;
-  Sequence<const T> input;      // (.., I)
+  Sequence<const S> input;      // (.., I)
   Sequence<const bool> resets;  // (..): a sequence of its own begins here; data may be null
-  const T* h_0 = nullptr;       // [D, N, P], null: zeros
-  const T* c_0 = nullptr;       // [D, N, H], null: zeros
-  Weights<const T> weights[2];
-  Sequence<T> output;  // (.., D*P)
-  Sequence<T> cells;   // (.., D*H), data may be null
-  T* h_n = nullptr;    // [D, N, P]
-  T* c_n = nullptr;    // [D, N, H], of a cell with a cell state
-  T* saved = nullptr;  // [D, T, saved_values, padded H], null: nothing is kept
+  const S* h_0 = nullptr;       // [D, N, P], null: zeros
+  const S* c_0 = nullptr;       // [D, N, H], null: zeros
+  Weights<const S> weights[2];
+  const PackedWeights* packed[2] = {};  // of these very weights; null: the call packs them itself
+  Sequence<S> output;                   // (.., D*P)
+  Sequence<S> cells;                    // (.., D*H), data may be null
+  S* h_n = nullptr;                     // [D, N, P]
+  S* c_n = nullptr;                     // [D, N, H], of a cell with a cell state
+  Compute<S>* saved = nullptr;          // [D, T, saved_values, padded H], null: nothing is kept
 };
 
-template <class T>
+template <class S>
 struct BackwardArgs {
   CellKind cell;
   Sizes sizes;
   Layout layout;
-  Sequence<const T> input;
+  Sequence<const S> input;
   Sequence<const bool> resets;
-  const T* h_0 = nullptr;
-  const T* c_0 = nullptr;
-  Weights<const T> weights[2];
-  Sequence<const T> output;
-  const T* saved = nullptr;
-  Sequence<const T> grad_output;  // data may be null: zeros, as in the following three
-  Sequence<const T> grad_cells;
-  const T* grad_h_n = nullptr;
-  const T* grad_c_n = nullptr;
-  Sequence<T> grad_input;  // data may be null: not wanted, as in all that follow
-  T* grad_h_0 = nullptr;
-  T* grad_c_0 = nullptr;
-  Weights<T> grad_weights[2];
+  const S* h_0 = nullptr;
+  const S* c_0 = nullptr;
+  Weights<const S> weights[2];
+  Sequence<const S> output;
+  const Compute<S>* saved = nullptr;
+  Sequence<const S> grad_output;  // data may be null: zeros, as in the following three
+  Sequence<const S> grad_cells;
+  const S* grad_h_n = nullptr;
+  const S* grad_c_n = nullptr;
+  Sequence<Compute<S>> grad_input;  // data may be null: not wanted, as in all that follow
+  Compute<S>* grad_h_0 = nullptr;
+  Compute<S>* grad_c_0 = nullptr;
+  Weights<Compute<S>> grad_weights[2];
 };
 
 /// The instruction set whose kernels run: "baseline", "avx2" or "avx512"; the best the processor has.
@@ -114,9 +142,25 @@ const char* capability();
 /// Choose another; false where the processor or the build lacks it.
 bool set_capability(const char* name);
 
-template <class T>
-void layer_forward(const ForwardArgs<T>& args, const Executor& executor);
-template <class T>
-void layer_backward(const BackwardArgs<T>& args, const Executor& executor);
+/// Whether the instruction set in use multiplies BFloat16.
+bool computes_bfloat16();
+
+/// Whether a layer of this layout uses packed weights.
+bool uses_packed_weights(const Layout& layout);
+
+template <class S>
+std::unique_ptr<PackedWeights> pack_weights(CellKind cell, const Sizes& sizes, const Weights<const S>& weights);
+
+/// A digest of memory, to notice that weights have changed. Any change of a single number changes it.
+struct Digest {
+  uint64_t sums[16] = {};
+  bool operator==(const Digest&) const = default;
+};
+void add_to_digest(Digest* digest, const void* data, size_t bytes);
+
+template <class S>
+void layer_forward(const ForwardArgs<S>& args, const Executor& executor);
+template <class S>
+void layer_backward(const BackwardArgs<S>& args, const Executor& executor);
 
 }  // namespace rnn_ext::cpu

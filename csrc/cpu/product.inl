@@ -1,7 +1,8 @@
 // The one matrix product everything rests on: a register tile of MR rows x NB blocks of columns, with whatever should
 // happen to the finished tile (store it, run a cell) inlined behind it.
 //
-// B is packed in blocks of G vectors: [block][k][G][lanes]. A is read element by element and broadcast.
+// B is packed in blocks of G vectors: [block][k][G][lanes]. A is read element by element and broadcast; k counts
+// elements, see Element.
 
 /// How a product walks its tiles. One row alone sums in another order than the same row in a tile, so the caller
 /// decides by a number that does not depend on threads. Walking every other step's blocks backwards finds the last ones
@@ -22,57 +23,60 @@ struct Segments {
   int64_t size() const { return count * length; }
 };
 
-template <int MR, int NB, int G, class T>
-ALWAYS_INLINE void multiply_add(Vec<T> (&acc)[MR][NB * G], const T* const (&a)[MR], const T* b, int64_t block_stride,
-                                const Segments& segments) {
+template <int MR, int NB, int G, class S>
+ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Element<S>* const (&a)[MR],
+                                const Element<S>* b, int64_t block_stride, const Segments& segments) {
+  using Op = Operand<S>;
   const int64_t stride = segments.stride;
   for (int s = 0; s < segments.count; ++s) {
     const int64_t offset = segments.offset[s];
     const int64_t length = segments.length;
-    const T* row[MR];
+    const Element<S>* row[MR];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) row[m] = a[m] + offset;
 #pragma GCC unroll 2
     for (int64_t k = 0; k < length; ++k) {
-      Vec<T> w[NB * G];
+      typename Op::Lanes w[NB * G];
 #pragma GCC unroll 8
-      for (int v = 0; v < NB * G; ++v) w[v] = load(b + (v / G) * block_stride + (v % G) * kLanes<T>);
+      for (int v = 0; v < NB * G; ++v) w[v] = Op::load(b + (v / G) * block_stride + (v % G) * kLanes<Element<S>>);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
-        const Vec<T> x = broadcast(row[m][k * stride]);
+        const auto x = Op::broadcast(row[m][k * stride]);
 #pragma GCC unroll 8
-        for (int v = 0; v < NB * G; ++v) acc[m][v] = fma(x, w[v], acc[m][v]);
+        for (int v = 0; v < NB * G; ++v) acc[m][v] = Op::multiply_add(x, w[v], acc[m][v]);
       }
-      b += G * kLanes<T>;
+      b += G * kLanes<Element<S>>;
     }
   }
 }
 
 /// One row: too few accumulators to hide the latency of an addition, so k is dealt out over KU sets of them.
-template <int KU, int NB, int G, class T>
-ALWAYS_INLINE void multiply_add_row(Vec<T> (&acc)[1][NB * G], const T* a, const T* b, int64_t block_stride,
-                                    const Segments& segments) {
-  Vec<T> part[KU][NB * G] = {};
+template <int KU, int NB, int G, class S>
+ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[1][NB * G], const Element<S>* a, const Element<S>* b,
+                                    int64_t block_stride, const Segments& segments) {
+  using Op = Operand<S>;
+  constexpr int n = kLanes<Element<S>>;
+  Vec<Compute<S>> part[KU][NB * G] = {};
   for (int s = 0; s < segments.count; ++s) {
-    const T* row = a + segments.offset[s];
+    const Element<S>* row = a + segments.offset[s];
     const int64_t length = segments.length, stride = segments.stride;
     int64_t k = 0;
     for (; k + KU <= length; k += KU) {
 #pragma GCC unroll 16
       for (int u = 0; u < KU; ++u) {
-        const Vec<T> x = broadcast(row[(k + u) * stride]);
+        const auto x = Op::broadcast(row[(k + u) * stride]);
 #pragma GCC unroll 16
         for (int v = 0; v < NB * G; ++v)
-          part[u][v] = fma(x, load(b + (v / G) * block_stride + (u * G + v % G) * kLanes<T>), part[u][v]);
+          part[u][v] = Op::multiply_add(x, Op::load(b + (v / G) * block_stride + (u * G + v % G) * n), part[u][v]);
       }
-      b += KU * G * kLanes<T>;
+      b += KU * G * n;
     }
     for (; k < length; ++k) {
-      const Vec<T> x = broadcast(row[k * stride]);
+      const auto x = Op::broadcast(row[k * stride]);
 #pragma GCC unroll 16
       for (int v = 0; v < NB * G; ++v)
-        part[0][v] = fma(x, load(b + (v / G) * block_stride + (v % G) * kLanes<T>), part[0][v]);
-      b += G * kLanes<T>;
+        part[0][v] = Op::multiply_add(x, Op::load(b + (v / G) * block_stride + (v % G) * n), part[0][v]);
+      b += G * n;
     }
   }
 #pragma GCC unroll 16
@@ -89,11 +93,11 @@ constexpr int tile_rows(int vectors) {
   return rows > 8 ? 8 : RNN_EXT_VECTOR_REGISTERS == 32 && vectors == 4 ? 6 : rows;
 }
 
-template <int MR, int NB, int G, bool kSingle, class T, class Row, class Init, class Finish>
-NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block, const T* b, int64_t block_stride,
-                        const Segments& segments, const Init& init, const Finish& finish) {
-  Vec<T> acc[MR][NB * G];
-  const T* a[MR];
+template <int MR, int NB, int G, bool kSingle, class S, class Row, class Init, class Finish>
+NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
+                        int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish) {
+  Vec<Compute<S>> acc[MR][NB * G];
+  const Element<S>* a[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
     a[m] = a_row(first_row + m);
@@ -101,9 +105,9 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
     for (int n = 0; n < NB; ++n) init(first_row + m, first_block + n, &acc[m][n * G]);
   }
   if constexpr (kSingle) {
-    multiply_add_row<8 / (NB * G) < 2 ? 2 : 8 / (NB * G), NB, G, T>(acc, a[0], b, block_stride, segments);
+    multiply_add_row<8 / (NB * G) < 2 ? 2 : 8 / (NB * G), NB, G, S>(acc, a[0], b, block_stride, segments);
   } else {
-    multiply_add<MR, NB, G, T>(acc, a, b, block_stride, segments);
+    multiply_add<MR, NB, G, S>(acc, a, b, block_stride, segments);
   }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -112,52 +116,53 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
   }
 }
 
-template <int MR, int NB, int G, class T, class Row, class Init, class Finish>
-ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, int64_t first_block, const T* b,
+template <int MR, int NB, int G, class S, class Row, class Init, class Finish>
+ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
                             int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish) {
   if constexpr (MR > 1) {
     if (rows < MR)
-      return run_rows<MR - 1, NB, G>(rows, a_row, first_row, first_block, b, block_stride, segments, init, finish);
+      return run_rows<MR - 1, NB, G, S>(rows, a_row, first_row, first_block, b, block_stride, segments, init, finish);
   }
-  run_tile<MR, NB, G, false>(a_row, first_row, first_block, b, block_stride, segments, init, finish);
+  run_tile<MR, NB, G, false, S>(a_row, first_row, first_block, b, block_stride, segments, init, finish);
 }
 
-template <int NB, int G, class T, class Row, class Init, class Finish>
-ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row, const T* b,
-                                 const Segments& segments, const Init& init, const Finish& finish) {
+template <int NB, int G, class S, class Row, class Init, class Finish>
+ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
+                                 const Element<S>* b, const Segments& segments, const Init& init,
+                                 const Finish& finish) {
   constexpr int kMaxRows = tile_rows(NB * G);
-  const int64_t block_stride = segments.size() * G * kLanes<T>;
+  const int64_t block_stride = segments.size() * G * kLanes<Element<S>>;
   if (order != Order::kRows) {
     const int64_t groups = (blocks - block) / NB;
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t at = block + NB * (order == Order::kRowBackwards ? groups - 1 - i : i);
-      run_tile<1, NB, G, true>(a_row, 0, at, b + at * block_stride, block_stride, segments, init, finish);
+      run_tile<1, NB, G, true, S>(a_row, 0, at, b + at * block_stride, block_stride, segments, init, finish);
     }
     return block + groups * NB;
   }
   for (; block + NB <= blocks; block += NB) {
-    const T* b_block = b + block * block_stride;
+    const Element<S>* b_block = b + block * block_stride;
     int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;  // of as equal heights as can be
     for (int64_t row = 0; tiles > 0; --tiles) {
       const int64_t height = (rows - row + tiles - 1) / tiles;
-      run_rows<kMaxRows, NB, G>(height, a_row, row, block, b_block, block_stride, segments, init, finish);
+      run_rows<kMaxRows, NB, G, S>(height, a_row, row, block, b_block, block_stride, segments, init, finish);
       row += height;
     }
   }
   return block;
 }
 
-/// For rows 0..rows-1 and every block of B: acc[G] = init(row, block), acc += A row . B block, finish(row, block, acc).
+/// For rows 0..rows-1 and the blocks [block, blocks) of B, `block` a multiple of 4: acc[G] = init(row, block), acc += A
+/// row . B block, finish(row, block, acc).
 ///
 /// a_row(row) points at the row's element k = 0.
-template <int G, class T, class Row, class Init, class Finish>
-ALWAYS_INLINE void product(int64_t rows, int64_t blocks, Order order, const Row& a_row, const T* b,
-                           const Segments& segments, const Init& init, const Finish& finish) {
-  int64_t block = 0;
+template <int G, class S, class Row, class Init, class Finish>
+ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
+                           const Element<S>* b, const Segments& segments, const Init& init, const Finish& finish) {
   if constexpr (G == 1) {
-    block = run_blocks<4, 1>(rows, block, blocks, order, a_row, b, segments, init, finish);
+    block = run_blocks<4, 1, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
   }
-  run_blocks<1, G>(rows, block, blocks, order, a_row, b, segments, init, finish);
+  run_blocks<1, G, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
 }
 
 template <class T>
@@ -166,23 +171,27 @@ constexpr int64_t blocks_of(int64_t columns) {
 }
 
 /// Pack a weight W [G*H, K], seen as B [K, G*H], into [block of units][k][G][lanes]; units past H are zeros.
-template <class T>
-void pack_gates(T* out, const T* weight, int64_t gates, int64_t hidden, int64_t depth, int64_t blocks) {
+template <class S>
+void pack_gates(Element<S>* out, const S* weight, int64_t gates, int64_t hidden, int64_t depth, int64_t blocks) {
+  using T = Compute<S>;
   constexpr int n = kLanes<T>;
+  const int64_t packed_depth = elements<S>(depth);
   for (int64_t block = 0; block < blocks; ++block) {
     for (int64_t g = 0; g < gates; ++g) {
-      T* to = out + (block * depth * gates + g) * n;
+      Element<S>* to = out + (block * packed_depth * gates + g) * n;
       const int64_t unit = block * n;
-      const T* from = weight + (g * hidden + unit) * depth;
-      for (int64_t k = 0; k < depth; k += n) {
+      const S* from = weight + (g * hidden + unit) * depth;
+      for (int64_t k = 0; k < packed_depth; k += n) {
         Vec<T> square[n];
 #pragma GCC unroll 16
-        for (int i = 0; i < n; ++i)
-          square[i] = unit + i < hidden ? load_part(from + i * depth + k, depth - k) : Vec<T>{};
+        for (int i = 0; i < n; ++i) {
+          const int64_t at = k * kPack<S>;
+          square[i] = unit + i < hidden ? Operand<S>::gather(from + i * depth + at, depth - at) : Vec<T>{};
+        }
         transpose<T>(square);
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i) {
-          if (k + i < depth) store(to + (k + i) * gates * n, square[i]);
+          if (k + i < packed_depth) store(reinterpret_cast<T*>(to + (k + i) * gates * n), square[i]);
         }
       }
     }
@@ -191,11 +200,11 @@ void pack_gates(T* out, const T* weight, int64_t gates, int64_t hidden, int64_t 
 
 /// out[m] = init[m] + W[m] . x for the rows m of W [M, K] as it is: for so few x that packing W would not pay.
 /// out and init are padded to whole vectors; init may be null.
-template <class T>
-NO_INLINE void dot_rows(T* out, const T* init, const T* weight, int64_t rows, int64_t depth, const T* x) {
+template <class T, class S>
+NO_INLINE void dot_rows(T* out, const T* init, const S* weight, int64_t rows, int64_t depth, const S* x) {
   constexpr int n = kLanes<T>;
   for (int64_t m = 0; m < rows; m += n) {
-    const T* row[n];
+    const S* row[n];
     Vec<T> acc[n] = {};
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) row[i] = weight + (m + i < rows ? m + i : rows - 1) * depth;
@@ -205,52 +214,65 @@ NO_INLINE void dot_rows(T* out, const T* init, const T* weight, int64_t rows, in
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) acc[i] = fma(v, load(row[i] + k), acc[i]);
     }
+    if (k < depth) {
+      const Vec<T> v = load_part(x + k, depth - k);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) acc[i] = fma(v, load_part(row[i] + k, depth - k), acc[i]);
+    }
     transpose<T>(acc);
     Vec<T> sum = init ? load(init + m) : Vec<T>{};
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) sum += acc[i];
-    for (; k < depth; ++k) {
-      alignas(64) T column[n];
-      for (int i = 0; i < n; ++i) column[i] = row[i][k];
-      sum = fma(broadcast(x[k]), load(column), sum);
-    }
     store(out + m, sum);
   }
 }
 
-/// Pack B [K, columns], whose row k is row(k) (null: zeros), into [block][k][lanes].
-template <class T, class Row>
-void pack_rows(T* out, const Row& row, int64_t depth, int64_t first_column, int64_t columns) {
-  const int64_t blocks = blocks_of<T>(columns);
-  for (int64_t k = 0; k < depth; ++k) {
-    const T* from = row(k);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t column = block * kLanes<T>;
-      const Vec<T> v = from ? load_part(from + first_column + column, columns - column) : Vec<T>{};
-      store(out + (block * depth + k) * kLanes<T>, v);
+/// Pack B [K, columns], whose row k is row(k) (null: zeros), into [block][k][lanes]. Rows are asked for in order.
+template <class S, class Row>
+void pack_rows(Element<S>* out, const Row& row, int64_t depth, int64_t first_column, int64_t columns) {
+  constexpr int n = kLanes<Element<S>>;
+  const int64_t blocks = blocks_of<Compute<S>>(columns), packed_depth = elements<S>(depth);
+  for (int64_t k = 0; k < packed_depth; ++k) {
+    const auto* from = row(k * kPack<S>);
+    if constexpr (kPack<S> == 1) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        const Vec<S> v = from ? load_part(from + first_column + block * n, columns - block * n) : Vec<S>{};
+        store(out + (block * depth + k) * n, v);
+      }
+    } else {
+      const auto* next = k * kPack<S> + 1 < depth ? row(k * kPack<S> + 1) : nullptr;
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t column = first_column + block * n;
+        store_pairs(out + (block * packed_depth + k) * n, from ? from + column : nullptr,
+                    next ? next + column : nullptr, columns - block * n);
+      }
     }
   }
 }
 
 /// Where the rows of a plain product C = A B (+ bias or + C) lie.
-template <class T>
+template <class S>
 struct PlainProduct {
   int64_t rows = 0;
   int64_t columns = 0;
-  const T* const* a = nullptr;  // [rows]
-  T* const* c = nullptr;        // [rows], of `columns` elements each
-  const T* b = nullptr;         // packed, [columns / lanes][k][lanes]
+  const S* const* a = nullptr;     // [rows]
+  Compute<S>* const* c = nullptr;  // [rows], of `columns` elements each
+  const Element<S>* b = nullptr;   // packed, [columns / lanes][k][lanes]
   Segments segments;
-  const T* bias = nullptr;  // [columns, padded to whole vectors]
-  bool accumulate = false;  // add to what C holds
+  int64_t first = 0;                 // blocks of columns, a multiple of 4, and
+  int64_t last = -1;                 // the end of them; -1: of all
+  const Compute<S>* bias = nullptr;  // [columns, padded to whole vectors]
+  bool accumulate = false;           // add to what C holds
   Order order = Order::kRows;
 };
 
-template <class T>
-NO_INLINE void plain_product(const PlainProduct<T>& p) {
+template <class S>
+NO_INLINE void plain_product(const PlainProduct<S>& p) {
+  using T = Compute<S>;
   using V = Vec<T>;
-  product<1>(
-      p.rows, blocks_of<T>(p.columns), p.order, [&](int64_t r) { return p.a[r]; }, p.b, p.segments,
+  product<1, S>(
+      p.rows, p.first, p.last < 0 ? blocks_of<T>(p.columns) : p.last, p.order,
+      [&](int64_t r) { return reinterpret_cast<const Element<S>*>(p.a[r]); }, p.b, p.segments,
       [&](int64_t, int64_t block, V* acc) {
         const int64_t column = block * kLanes<T>;
         *acc = p.bias ? load(p.bias + column) : V{};
@@ -258,6 +280,6 @@ NO_INLINE void plain_product(const PlainProduct<T>& p) {
       [&](int64_t r, int64_t block, const V* acc) {
         const int64_t column = block * kLanes<T>, rest = p.columns - column;
         // Added at the end, not started from: so that A B + C does not depend on which of two summands came first.
-        store_part(p.c[r] + column, p.accumulate ? load_part<T>(p.c[r] + column, rest) + *acc : *acc, rest);
+        store_part(p.c[r] + column, p.accumulate ? load_part(p.c[r] + column, rest) + *acc : *acc, rest);
       });
 }

@@ -32,6 +32,24 @@ ALWAYS_INLINE void store(T* p, Vec<T> v) {
 }
 
 /// The first `count` lanes (all where count >= lanes); the others are zero.
+#if RNN_EXT_VECTOR_BYTES == 64
+template <class Mask>
+ALWAYS_INLINE Mask first_lanes(int64_t count) {
+  return Mask((uint64_t(1) << count) - 1);
+}
+ALWAYS_INLINE Vec<float> load_part(const float* p, int64_t count) {
+  return count >= kLanes<float> ? load(p) : _mm512_maskz_loadu_ps(first_lanes<__mmask16>(count), p);
+}
+ALWAYS_INLINE Vec<double> load_part(const double* p, int64_t count) {
+  return count >= kLanes<double> ? load(p) : _mm512_maskz_loadu_pd(first_lanes<__mmask8>(count), p);
+}
+ALWAYS_INLINE void store_part(float* p, Vec<float> v, int64_t count) {
+  count >= kLanes<float> ? store(p, v) : _mm512_mask_storeu_ps(p, first_lanes<__mmask16>(count), v);
+}
+ALWAYS_INLINE void store_part(double* p, Vec<double> v, int64_t count) {
+  count >= kLanes<double> ? store(p, v) : _mm512_mask_storeu_pd(p, first_lanes<__mmask8>(count), v);
+}
+#else
 template <class T>
 ALWAYS_INLINE Vec<T> load_part(const T* p, int64_t count) {
   if (count >= kLanes<T>) return load(p);
@@ -47,6 +65,7 @@ ALWAYS_INLINE void store_part(T* p, Vec<T> v, int64_t count) {
   store(lanes, v);
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
+#endif
 
 /// a * b + c, rounded once where the processor can. Said explicitly, and compiled with -ffp-contract=off: a compiler
 /// left to fuse as it likes does so differently in each instance of a template, and results would depend on the tile
@@ -74,6 +93,97 @@ ALWAYS_INLINE V fma(V a, V b, V c) {
 template <class T>
 ALWAYS_INLINE Vec<T> broadcast(T x) {
   return Vec<T>{} + x;
+}
+
+#if defined(RNN_EXT_BFLOAT16)
+ALWAYS_INLINE Vec<float> widen(__m256i bits) { return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16); }
+/// The 16-bit patterns of 16 values, rounded where they are floats; lanes from `count` are zero.
+ALWAYS_INLINE __m256i bits_of(Vec<float> v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+ALWAYS_INLINE __m256i bits_part(const BFloat16* p, int64_t count) {
+  return count >= kLanes<float> ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                                : _mm256_maskz_loadu_epi16(first_lanes<__mmask16>(count), p);
+}
+ALWAYS_INLINE __m256i bits_part(const float* p, int64_t count) { return bits_of(load_part(p, count)); }
+
+ALWAYS_INLINE Vec<float> load(const BFloat16* p) { return widen(bits_part(p, kLanes<float>)); }
+ALWAYS_INLINE Vec<float> load_part(const BFloat16* p, int64_t count) { return widen(bits_part(p, count)); }
+ALWAYS_INLINE void store(BFloat16* p, Vec<float> v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits_of(v)); }
+ALWAYS_INLINE void store_part(BFloat16* p, Vec<float> v, int64_t count) {
+  count >= kLanes<float> ? store(p, v) : _mm256_mask_storeu_epi16(p, first_lanes<__mmask16>(count), bits_of(v));
+}
+#endif
+
+/// What the operands of a matrix product are made of: numbers of the storage type S or, where the processor multiplies
+/// and adds them two at a time, pairs of them that follow each other in k.
+template <class S>
+struct ElementOf {
+  using type = S;
+};
+#if defined(RNN_EXT_BFLOAT16)
+struct Pair {
+  BFloat16 low, high;
+};
+template <>
+struct ElementOf<BFloat16> {
+  using type = Pair;
+};
+#endif
+template <class S>
+using Element = typename ElementOf<S>::type;
+
+/// How many elements hold `size` numbers; the last one may be filled up with a zero.
+template <class S>
+constexpr int kPack = int(sizeof(Element<S>) / sizeof(S));
+template <class S>
+constexpr int64_t elements(int64_t size) {
+  return (size + kPack<S> - 1) / kPack<S>;
+}
+
+/// A vector of elements, as long as Vec<Compute<S>>, and acc + x * w.
+template <class S>
+struct Operand {
+  using Lanes = Vec<S>;
+  ALWAYS_INLINE static Lanes load(const S* p) { return RNN_EXT_ISA::load(p); }
+  ALWAYS_INLINE static Lanes broadcast(const S& x) { return Lanes{} + x; }
+  ALWAYS_INLINE static Lanes multiply_add(Lanes x, Lanes w, Lanes acc) { return fma(x, w, acc); }
+  /// `count` numbers from p on, as elements in the lanes of an accumulator's type.
+  ALWAYS_INLINE static Lanes gather(const S* p, int64_t count) { return load_part(p, count); }
+};
+#if defined(RNN_EXT_BFLOAT16)
+template <>
+struct Operand<BFloat16> {
+  using Lanes = __m512bh;
+  ALWAYS_INLINE static Lanes load(const Pair* p) { return (Lanes)_mm512_loadu_si512(p); }
+  ALWAYS_INLINE static Lanes broadcast(const Pair& x) {
+    int bits;
+    __builtin_memcpy(&bits, &x, sizeof(bits));
+    return (Lanes)_mm512_set1_epi32(bits);
+  }
+  ALWAYS_INLINE static Vec<float> multiply_add(Lanes x, Lanes w, Vec<float> acc) { return _mm512_dpbf16_ps(acc, x, w); }
+  ALWAYS_INLINE static Vec<float> gather(const BFloat16* p, int64_t count) {
+    if (count >= 32) return (Vec<float>)_mm512_loadu_si512(p);
+    return (Vec<float>)_mm512_maskz_loadu_epi16(first_lanes<__mmask32>(count), p);
+  }
+};
+
+/// 16 pairs, of two rows that follow each other in k.
+template <class From>
+ALWAYS_INLINE void store_pairs(Pair* to, const From* low, const From* high, int64_t count) {
+  const __m512i zero = _mm512_setzero_si512();
+  const __m512i a = low ? _mm512_cvtepu16_epi32(bits_part(low, count)) : zero;
+  const __m512i b = high ? _mm512_cvtepu16_epi32(bits_part(high, count)) : zero;
+  _mm512_storeu_si512(to, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+}
+#endif
+
+/// Copy a row, rounding where the types differ.
+template <class To, class From>
+ALWAYS_INLINE void copy_row(To* to, const From* from, int64_t size) {
+  if constexpr (std::is_same_v<To, From>) {
+    std::memcpy(to, from, size_t(size) * sizeof(To));
+  } else {
+    for (int64_t i = 0; i < size; i += kLanes<float>) store_part(to + i, load_part(from + i, size - i), size - i);
+  }
 }
 
 template <class T, int W, int... Lane>
@@ -144,7 +254,8 @@ struct ExpConstants<double> {
                                      2.0914717341716375952e-9};
 };
 
-/// Elementary functions on vectors, to a few units in the last place; NaN in, NaN out.
+/// Elementary functions on vectors; NaN in, NaN out. To a few units in the last place, or to 4e-5 where the results are
+/// rounded to 8 bits anyway.
 template <class T>
 struct Math {
   using V = Vec<T>;
@@ -157,12 +268,24 @@ struct Math {
     const V n = shifted - C::kRound;
     V r = fma(n, broadcast(-C::kLn2High), x);
     r = fma(n, broadcast(-C::kLn2Low), r);
+#if defined(RNN_EXT_BFLOAT16)
+    constexpr int kTerms = 3;
+#else
     constexpr int kTerms = sizeof(C::kPoly) / sizeof(T);
+#endif
     V p = broadcast(C::kPoly[kTerms - 1]);
 #pragma GCC unroll 16
     for (int i = kTerms - 2; i >= 0; --i) p = fma(p, r, broadcast(C::kPoly[i]));
     q = fma(p, r * r, r);
     scale = (V)(((Bits)shifted + C::kBias) << C::kMantissa);
+  }
+
+  ALWAYS_INLINE static V over(V a, V b) {
+#if defined(RNN_EXT_BFLOAT16)
+    return a * _mm512_rcp14_ps(b);
+#else
+    return a / b;
+#endif
   }
 
   ALWAYS_INLINE static V clamp(V x, T limit) {
@@ -173,7 +296,7 @@ struct Math {
   ALWAYS_INLINE static V sigmoid(V x) {
     V scale, q;
     split_exp(-clamp(x, C::kSigmoidLimit), scale, q);
-    const V y = 1 / (1 + fma(scale, q, scale));
+    const V y = over(broadcast(T(1)), 1 + fma(scale, q, scale));
     return x < -C::kSigmoidLimit ? V{} : y;  // of -inf exactly 0, so that 0 * inf is NaN as it is in torch
   }
 
@@ -182,7 +305,7 @@ struct Math {
     V scale, q;
     split_exp(2 * clamp(x, C::kTanhLimit), scale, q);
     const V expm1 = fma(scale, q, scale - 1);
-    return expm1 / (expm1 + 2);
+    return over(expm1, expm1 + 2);
   }
 
   ALWAYS_INLINE static V relu(V x) { return x < 0 ? V{} : x; }

@@ -108,14 +108,17 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
                     "expected a projection to at least one feature, got weight_hh of size ", w_hh.sizes());
   const int64_t gate_rows = cell.gates * sizes.hidden;
   for (int d = 0; d < sizes.directions; ++d) {
-    const std::vector<int64_t> expected[] = {
-        {gate_rows, sizes.input}, {gate_rows, sizes.output()}, {gate_rows}, {gate_rows}, {sizes.proj, sizes.hidden}};
-    for (const Weight weight : {kWeightIh, kWeightHh, kBiasIh, kBiasHh, kWeightHr}) {
-      if (index(d, weight) < 0) continue;
+    const auto check = [&](Weight weight, at::IntArrayRef expected) {
+      if (index(d, weight) < 0) return;
       const at::Tensor& tensor = weights[index(d, weight)];
       check_like_input(tensor, input, kWeightNames[weight]);
-      check_sizes(tensor, expected[weight], kWeightNames[weight]);
-    }
+      check_sizes(tensor, expected, kWeightNames[weight]);
+    };
+    check(kWeightIh, {gate_rows, sizes.input});
+    check(kWeightHh, {gate_rows, sizes.output()});
+    check(kBiasIh, gate_rows);
+    check(kBiasHh, gate_rows);
+    check(kWeightHr, {sizes.proj, sizes.hidden});
   }
 
   TORCH_CHECK(input.dim() == (packed ? 2 : 3), "expected input with ", packed ? 2 : 3, " dimensions",

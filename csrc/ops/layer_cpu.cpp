@@ -1,14 +1,18 @@
-// The layer op on the CPU: hands tensors to csrc/cpu. Reduced precision is storage: computed in float32.
-#include <ATen/Dispatch.h>
+// The layer op on the CPU: hands tensors to csrc/cpu. float16, and bfloat16 where the processor does not multiply it,
+// is converted to float32 and back.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <omp.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 
 #include "ops/layer.h"
+#include "ops/packed_cache.h"
 
 namespace rnn_ext::ops {
 namespace {
@@ -25,15 +29,66 @@ cpu::Executor executor() {
       for (int64_t i = begin; i < end; ++i) fn(context, i);
     });
   };
+  // at::parallel_for may give one thread several tasks, one after the other: threads that wait for each other need a
+  // region of their own, in the same pool.
+  executor.run_team = [](int threads, void (*fn)(void*, int, int), void* context) {
+#pragma omp parallel num_threads(threads)
+    fn(context, omp_get_thread_num(), omp_get_num_threads());
+  };
   return executor;
 }
 
-bool reduced(const at::Tensor& input) {
-  return input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
+/// What the kernels store sequences, states and weights in, and what they sum, keep for backward and return gradients
+/// in.
+at::ScalarType storage_type(const at::Tensor& input) {
+  const at::ScalarType type = input.scalar_type();
+  const bool converted = type == at::kHalf || (type == at::kBFloat16 && !cpu::computes_bfloat16());
+  return converted ? at::kFloat : type;
+}
+at::ScalarType compute_type(const at::Tensor& input) {
+  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-/// The dtype the kernels compute in, in memory they can walk.
-at::Tensor prepare(const at::Tensor& tensor, at::ScalarType dtype) { return tensor.to(dtype).contiguous(); }
+/// Calls fn(S()) with the type S of csrc/cpu for a storage type.
+template <class Fn>
+void with_storage(at::ScalarType type, const Fn& fn) {
+  if (type == at::kDouble) return fn(double());
+  if (type == at::kBFloat16) return fn(cpu::BFloat16());
+  fn(float());
+}
+
+template <class T>
+T* data(const at::Tensor& tensor) {
+  if constexpr (std::is_const_v<T>) {
+    return static_cast<T*>(tensor.const_data_ptr());
+  } else {
+    return static_cast<T*>(tensor.mutable_data_ptr());
+  }
+}
+
+/// at::empty without a trip through the dispatcher, of which a call makes five. Large memory comes fresh from the
+/// system at each call, and faulting it in by pages of 4 KiB can take a third of a training step: ask for huge ones.
+at::Tensor empty(at::IntArrayRef size, const at::TensorOptions& options) {
+  at::Tensor tensor = at::detail::empty_cpu(size, options);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+  if (tensor.nbytes() >= 2 * kHugePage) {
+    const auto data = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+    const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t end = (data + tensor.nbytes()) / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // where there are none, so be it
+  }
+#endif
+  return tensor;
+}
+
+/// tensor.to(dtype), which even with nothing to do costs a trip through the dispatcher.
+at::Tensor cast(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+}
+
+/// In memory the kernels can walk.
+at::Tensor prepare(const at::Tensor& tensor, at::ScalarType dtype) { return cast(tensor, dtype).contiguous(); }
 
 OptionalTensor prepare(const OptionalTensor& tensor, at::ScalarType dtype) {
   if (!tensor.has_value() || !tensor->defined()) return std::nullopt;
@@ -42,8 +97,8 @@ OptionalTensor prepare(const OptionalTensor& tensor, at::ScalarType dtype) {
 
 /// A sequence only needs unit stride in its features: transposed, sliced and expanded ones are read where they lie.
 at::Tensor prepare_sequence(const at::Tensor& tensor, at::ScalarType dtype) {
-  const at::Tensor cast = tensor.to(dtype);
-  return cast.stride(-1) == 1 || cast.size(-1) <= 1 ? cast : cast.contiguous();
+  const at::Tensor result = cast(tensor, dtype);
+  return result.stride(-1) == 1 || result.size(-1) <= 1 ? result : result.contiguous();
 }
 
 OptionalTensor prepare_sequence(const OptionalTensor& tensor, at::ScalarType dtype) {
@@ -53,13 +108,8 @@ OptionalTensor prepare_sequence(const OptionalTensor& tensor, at::ScalarType dty
 
 template <class T>
 cpu::Sequence<T> sequence(const at::Tensor& tensor, const LayerShape& shape) {
-  using Value = std::remove_const_t<T>;
   cpu::Sequence<T> result;
-  if constexpr (std::is_const_v<T>) {
-    result.data = tensor.const_data_ptr<Value>();
-  } else {
-    result.data = tensor.data_ptr<Value>();
-  }
+  result.data = data<T>(tensor);
   if (shape.packed) {
     result.row = tensor.stride(0);
   } else {
@@ -76,7 +126,7 @@ cpu::Sequence<T> sequence(const OptionalTensor& tensor, const LayerShape& shape)
 
 template <class T>
 const T* pointer(const OptionalTensor& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
+  return tensor.has_value() ? data<const T>(*tensor) : nullptr;
 }
 
 /// The weights of one direction: T is const for weights, not for their gradients. Undefined tensors give null.
@@ -84,15 +134,24 @@ template <class T>
 cpu::Weights<T> named_weights(at::TensorList flat, const LayerShape& shape, int direction) {
   const auto find = [&](LayerShape::Weight weight) -> T* {
     const int index = shape.index(direction, weight);
-    if (index < 0 || !flat[index].defined()) return nullptr;
-    if constexpr (std::is_const_v<T>) {
-      return flat[index].const_data_ptr<std::remove_const_t<T>>();
-    } else {
-      return flat[index].data_ptr<T>();
-    }
+    return index < 0 || !flat[index].defined() ? nullptr : data<T>(flat[index]);
   };
   return {find(LayerShape::kWeightIh), find(LayerShape::kWeightHh), find(LayerShape::kBiasIh),
           find(LayerShape::kBiasHh), find(LayerShape::kWeightHr)};
+}
+
+/// Zeros where a sequence has ended: the kernels do not visit these positions.
+template <class T>
+void zero_past_end(const cpu::Sequence<T>& sequence, const cpu::Layout& layout, int64_t features) {
+  int64_t end = layout.steps;
+  for (int64_t j = 0; j < layout.batch; ++j) {
+    while (end > 0 && layout.batch_sizes[end - 1] <= j) --end;
+    if (sequence.step == features) {
+      std::fill_n(sequence.at(layout, end, j), (layout.steps - end) * features, T(0));
+    } else {
+      for (int64_t t = end; t < layout.steps; ++t) std::fill_n(sequence.at(layout, t, j), features, T(0));
+    }
+  }
 }
 
 /// Of padded input every position counts, so that the size does not depend on the lengths' values.
@@ -108,7 +167,7 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
                       bool cell_states, bool save) {
   const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets,
                          {cell, bidirectional, batch_first, cell_states});
-  const at::ScalarType dtype = reduced(input) ? at::kFloat : input.scalar_type();
+  const at::ScalarType dtype = storage_type(input);
   const auto options = input.options().dtype(dtype);
   const cpu::Sizes& sizes = shape.sizes;
 
@@ -118,19 +177,16 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
   w.reserve(weights.size());
   for (const at::Tensor& weight : weights) w.push_back(prepare(weight, dtype));
 
-  // Positions past a sequence's length are not visited.
-  const auto new_sequence = [&](int64_t features) {
-    return lengths.has_value() ? at::zeros(shape.sequence_sizes(features), options)
-                               : at::empty(shape.sequence_sizes(features), options);
-  };
+  const auto new_sequence = [&](int64_t features) { return empty(shape.sequence_sizes(features), options); };
   at::Tensor output = new_sequence(sizes.directions * sizes.output());
-  at::Tensor cells = cell_states ? new_sequence(sizes.directions * sizes.hidden) : at::empty({0}, options);
-  at::Tensor h_n = at::empty({sizes.directions, shape.batch, sizes.output()}, options);
+  at::Tensor cells = cell_states ? new_sequence(sizes.directions * sizes.hidden) : empty({0}, options);
+  at::Tensor h_n = empty({sizes.directions, shape.batch, sizes.output()}, options);
   at::Tensor c_n =
-      shape.cell.has_cell ? at::empty({sizes.directions, shape.batch, sizes.hidden}, options) : at::empty({0}, options);
-  at::Tensor saved = at::empty({save ? saved_numel(shape) : 0}, options);
+      shape.cell.has_cell ? empty({sizes.directions, shape.batch, sizes.hidden}, options) : empty({0}, options);
+  at::Tensor saved = empty({save ? saved_numel(shape) : 0}, options.dtype(compute_type(input)));
 
-  AT_DISPATCH_FLOATING_TYPES(dtype, "rnn_ext::layer", [&] {
+  with_storage(dtype, [&](auto storage) {
+    using scalar_t = decltype(storage);
     cpu::ForwardArgs<scalar_t> args;
     args.cell = shape.cell.kind;
     args.sizes = sizes;
@@ -141,14 +197,26 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
     args.c_0 = pointer<scalar_t>(c);
     args.output = sequence<scalar_t>(output, shape);
     if (cell_states) args.cells = sequence<scalar_t>(cells, shape);
-    args.h_n = h_n.data_ptr<scalar_t>();
-    args.c_n = shape.cell.has_cell ? c_n.data_ptr<scalar_t>() : nullptr;
-    args.saved = save ? saved.data_ptr<scalar_t>() : nullptr;
-    for (int d = 0; d < sizes.directions; ++d) args.weights[d] = named_weights<const scalar_t>(w, shape, d);
+    if (lengths.has_value()) {
+      zero_past_end(args.output, args.layout, output.size(-1));
+      if (cell_states) zero_past_end(args.cells, args.layout, cells.size(-1));
+    }
+    args.h_n = data<scalar_t>(h_n);
+    args.c_n = shape.cell.has_cell ? data<scalar_t>(c_n) : nullptr;
+    args.saved = save ? data<cpu::Compute<scalar_t>>(saved) : nullptr;
+    std::shared_ptr<const cpu::PackedWeights> packed[2];
+    for (int d = 0; d < sizes.directions; ++d) {
+      args.weights[d] = named_weights<const scalar_t>(w, shape, d);
+      if (save || !cpu::uses_packed_weights(args.layout)) continue;
+      const int hh = shape.index(d, LayerShape::kWeightHh), ih = shape.index(d, LayerShape::kWeightIh);
+      if (!w[hh].is_same(weights[hh]) || !w[ih].is_same(weights[ih])) continue;  // converted for this call alone
+      packed[d] = cached_weights(args.cell, sizes, args.weights[d], w[hh]);
+      args.packed[d] = packed[d].get();
+    }
     cpu::layer_forward(args, executor());
   });
   const at::ScalarType result = input.scalar_type();
-  return {output.to(result), h_n.to(result), c_n.to(result), cells.to(result), saved};
+  return {cast(output, result), cast(h_n, result), cast(c_n, result), cast(cells, result), saved};
 }
 
 LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -160,13 +228,13 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
                               const c10::List<bool>& output_mask) {
   const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets,
                          {cell, bidirectional, batch_first, cell_states});
-  const at::ScalarType dtype = reduced(input) ? at::kFloat : input.scalar_type();
-  const auto options = input.options().dtype(dtype);
+  const at::ScalarType dtype = storage_type(input);
+  const auto options = input.options().dtype(compute_type(input));
   const cpu::Sizes& sizes = shape.sizes;
   TORCH_CHECK(output_mask.size() == 3 + weights.size(), "expected output_mask of ", 3 + weights.size(), " values, got ",
               output_mask.size());
   TORCH_CHECK(output.sizes() == at::IntArrayRef(shape.sequence_sizes(sizes.directions * sizes.output())) &&
-                  saved.scalar_type() == dtype && saved.numel() == saved_numel(shape),
+                  saved.scalar_type() == compute_type(input) && saved.numel() == saved_numel(shape),
               "output and saved are not those of a forward call with these inputs");
   const auto check_grad = [&](const OptionalTensor& grad, at::IntArrayRef expected, const char* name) {
     TORCH_CHECK(!grad.has_value() || !grad->defined() || grad->sizes() == expected, "expected ", name, " of size ",
@@ -188,18 +256,17 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   for (const at::Tensor& weight : weights) w.push_back(prepare(weight, dtype));
 
   at::Tensor dx, dh_0, dc_0;
-  if (output_mask.get(0)) {
-    const auto size = shape.sequence_sizes(sizes.input);
-    dx = lengths.has_value() ? at::zeros(size, options) : at::empty(size, options);
-  }
-  if (output_mask.get(1)) dh_0 = at::empty({sizes.directions, shape.batch, sizes.output()}, options);
-  if (output_mask.get(2)) dc_0 = at::empty({sizes.directions, shape.batch, sizes.hidden}, options);
+  if (output_mask.get(0)) dx = empty(shape.sequence_sizes(sizes.input), options);
+  if (output_mask.get(1)) dh_0 = empty({sizes.directions, shape.batch, sizes.output()}, options);
+  if (output_mask.get(2)) dc_0 = empty({sizes.directions, shape.batch, sizes.hidden}, options);
   std::vector<at::Tensor> dw(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
-    if (output_mask.get(3 + i)) dw[i] = at::empty(weights[i].sizes(), options);
+    if (output_mask.get(3 + i)) dw[i] = empty(weights[i].sizes(), options);
   }
 
-  AT_DISPATCH_FLOATING_TYPES(dtype, "rnn_ext::layer_backward", [&] {
+  with_storage(dtype, [&](auto storage) {
+    using scalar_t = decltype(storage);
+    using compute_t = cpu::Compute<scalar_t>;
     cpu::BackwardArgs<scalar_t> args;
     args.cell = shape.cell.kind;
     args.sizes = sizes;
@@ -209,24 +276,27 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     args.h_0 = pointer<scalar_t>(h);
     args.c_0 = pointer<scalar_t>(c);
     args.output = sequence<const scalar_t>(y, shape);
-    args.saved = kept.const_data_ptr<scalar_t>();
+    args.saved = data<const compute_t>(kept);
     args.grad_output = sequence<const scalar_t>(dy, shape);
     args.grad_cells = sequence<const scalar_t>(dcells, shape);
     args.grad_h_n = pointer<scalar_t>(dh_n);
     args.grad_c_n = pointer<scalar_t>(dc_n);
-    if (dx.defined()) args.grad_input = sequence<scalar_t>(dx, shape);
-    args.grad_h_0 = dh_0.defined() ? dh_0.data_ptr<scalar_t>() : nullptr;
-    args.grad_c_0 = dc_0.defined() ? dc_0.data_ptr<scalar_t>() : nullptr;
+    if (dx.defined()) {
+      args.grad_input = sequence<compute_t>(dx, shape);
+      if (lengths.has_value()) zero_past_end(args.grad_input, args.layout, sizes.input);
+    }
+    args.grad_h_0 = dh_0.defined() ? data<compute_t>(dh_0) : nullptr;
+    args.grad_c_0 = dc_0.defined() ? data<compute_t>(dc_0) : nullptr;
     for (int d = 0; d < sizes.directions; ++d) {
       args.weights[d] = named_weights<const scalar_t>(w, shape, d);
-      args.grad_weights[d] = named_weights<scalar_t>(dw, shape, d);
+      args.grad_weights[d] = named_weights<compute_t>(dw, shape, d);
     }
     cpu::layer_backward(args, executor());
   });
 
   // A schema's results are defined: what was not asked for is empty.
   const auto finish = [&](const at::Tensor& grad) {
-    return grad.defined() ? grad.to(input.scalar_type()) : at::empty({0}, input.options());
+    return grad.defined() ? cast(grad, input.scalar_type()) : empty({0}, input.options());
   };
   for (at::Tensor& grad : dw) grad = finish(grad);
   return {finish(dx), finish(dh_0), finish(dc_0), std::move(dw)};

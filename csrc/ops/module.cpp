@@ -1,14 +1,42 @@
-// The Python module rnn_ext._C: importing it registers the ops; the functions are what has no tensor in it.
+// The Python module rnn_ext._C: importing it registers the ops.
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "cells/cells.h"
 #include "cpu/layer.h"
+#include "ops/layer.h"
+#include "ops/packed_cache.h"
 #include "ops/saved_bytes.h"
 #ifdef RNN_EXT_WITH_CUDA
 #include "ops/cuda_layer.h"
 #endif
 
 namespace {
+
+using rnn_ext::ops::OptionalTensor;
+
+/// The same dispatcher call as torch.ops.rnn_ext.layer, for a third of what the latter costs to parse its arguments.
+rnn_ext::ops::LayerResult layer(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                                const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
+                                const OptionalTensor& lengths, const OptionalTensor& resets, std::string_view cell,
+                                bool bidirectional, bool batch_first, bool cell_states, bool save) {
+  return rnn_ext::ops::layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets,
+                                  {cell, bidirectional, batch_first, cell_states}, save);
+}
+
+/// One timestep of one direction, without the dimensions of these: (N, I) -> (N, P); with flat_states also of states.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const at::Tensor& input, const OptionalTensor& h_0,
+                                                    const OptionalTensor& c_0, const std::vector<at::Tensor>& weights,
+                                                    std::string_view cell, bool flat_states) {
+  const auto lift = [&](const OptionalTensor& state) {
+    return flat_states && state.has_value() ? OptionalTensor(state->unsqueeze(0)) : state;
+  };
+  const auto lower = [&](at::Tensor& state) { return flat_states ? state.squeeze(0) : std::move(state); };
+  auto [output, h_n, c_n, cells, saved] =
+      rnn_ext::ops::layer_call(input.unsqueeze(0), lift(h_0), lift(c_0), weights, std::nullopt, std::nullopt,
+                               std::nullopt, {cell, false, false, false}, false);
+  return {output.squeeze(0), lower(h_n), lower(c_n)};
+}
 
 int64_t cuda_saved_bytes(const std::string& cell, bool projected, int64_t itemsize) {
 #define RNN_EXT_SAVED_BYTES(Cell) \
@@ -47,12 +75,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_capability", [](const char* name) { return rnn_ext::cpu::set_capability(name); },
       "Choose baseline, avx2 or avx512; False where this processor or build lacks it.");
+  m.def("layer", torch::wrap_pybind_function_no_gil(&layer), "torch.ops.rnn_ext.layer.");
+  m.def("step", torch::wrap_pybind_function_no_gil(&step), "The same for one timestep; see rnn_ext.ops.step.");
   m.def(
       "saved_values",
       [](int cell, bool projected) { return rnn_ext::cpu::saved_values(rnn_ext::cpu::CellKind(cell), projected); },
       "Values per hidden unit and row kept for backward.");
+  m.def("cached_weights_count", &rnn_ext::ops::cached_weights_count, "Directions whose packed weights are kept.");
+  m.def("clear_cached_weights", &rnn_ext::ops::clear_cached_weights, "Forget all packed weights.");
   m.attr("with_cuda") = kWithCuda;
-  m.def("cuda_saved_bytes", &cuda_saved_bytes, "The same on CUDA, in bytes.");
+  m.def("cuda_saved_bytes", &cuda_saved_bytes, "saved_values on CUDA, in bytes.");
 #ifdef RNN_EXT_WITH_CUDA
   m.def("cuda_problem", &cuda_problem, "Why the CUDA kernels cannot run on this device, or None.");
   m.def("cuda_kernel", &cuda_kernel, "The kernel meant for a layer, and why; see csrc/cuda/dispatch.h.");

@@ -1,0 +1,236 @@
+"""What the options cost that torch.nn's layers do not have: each beside what it replaces, in one run on one thread.
+
+    taskset -c 0 python benchmarks/features.py
+
+Each figure is the least of many interleaved repeats, so that other processes add little; the ratio is what to read.
+Writes results/features.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import rnn_ext
+from rnn_ext import ops
+
+RESULTS = Path(__file__).parent / "results" / "features.md"
+LAYERS = {"RNN": rnn_ext.RNN, "GRU": rnn_ext.GRU, "LSTM": rnn_ext.LSTM}
+
+
+class Row(NamedTuple):
+    """One comparison: `feature` should take at most `target` times as long as `plain`."""
+
+    what: str
+    feature: Callable[[], object]
+    plain: Callable[[], object]
+    target: float | None
+    same: bool = True  # both compute the same numbers
+
+
+def measure(calls: list[Callable[[], object]], seconds: float) -> list[float]:
+    """The least time of each, of interleaved repeats for about so long."""
+    best = [float("inf")] * len(calls)
+    for call in calls:
+        call()
+    begin = time.perf_counter()
+    repeats = 0
+    while repeats < 5 or time.perf_counter() - begin < seconds:
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - start)
+        repeats += 1
+    return best
+
+
+def times(call: Callable[[], object], count: int) -> Callable[[], None]:
+    """So many calls as one, where one is too short to be timed."""
+
+    def run() -> None:
+        for _ in range(count):
+            call()
+
+    return run
+
+
+def forward(call: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    return torch.no_grad()(call)
+
+
+def training(call: Callable[[], tuple[Tensor, ...]], module: nn.Module, input: Tensor) -> Callable[[], object]:
+    """Forward, and backward from a given gradient of each result to the parameters and the input."""
+    leaves = [input, *module.parameters()]
+    grads = [torch.randn_like(t) for t in forward(call)()]
+    return lambda: torch.autograd.grad(call(), leaves, grads)
+
+
+def both_modes(what: str, feature: Callable, plain: Callable, module: nn.Module, input: Tensor, target: float | None,
+               same: bool = True) -> list[Row]:  # fmt: skip
+    return [
+        Row(f"{what}, forward", forward(feature), forward(plain), target, same),
+        Row(
+            f"{what}, forward + backward",
+            training(feature, module, input),
+            training(plain, module, input),
+            target,
+            same,
+        ),
+    ]
+
+
+def resets() -> list[Row]:
+    rows = []
+    for name, (L, N, H) in (
+        ("LSTM", (128, 32, 128)),
+        ("GRU", (128, 8, 64)),
+        ("RNN", (128, 8, 64)),
+        ("LSTM", (128, 1, 64)),
+    ):
+        layer, x = LAYERS[name](H, H), torch.randn(L, N, H).requires_grad_()
+        mask = torch.rand(L, N) < 0.03
+        rows += both_modes(
+            f"{name}, N={N}, L={L}, H={H}: 3 % `resets` against none",
+            lambda layer=layer, x=x, mask=mask: (layer(x, resets=mask)[0],),
+            lambda layer=layer, x=x: (layer(x)[0],),
+            layer,
+            x,
+            1.15,
+            same=False,
+        )
+    return rows
+
+
+def cell_states() -> list[Row]:
+    rows = []
+    for L, N, H in ((128, 32, 128), (128, 1, 64), (128, 32, 512)):
+        layer, x = rnn_ext.LSTM(H, H), torch.randn(L, N, H).requires_grad_()
+        rows += both_modes(
+            f"LSTM, N={N}, L={L}, H={H}: `return_cell_states` against none",
+            lambda layer=layer, x=x: (lambda r: (r[0], r[2]))(layer(x, return_cell_states=True)),
+            lambda layer=layer, x=x: (layer(x)[0],),
+            layer,
+            x,
+            1.1,
+            same=False,
+        )
+    return rows
+
+
+def lengths() -> list[Row]:
+    rows = []
+    cases = (
+        ("short texts, 5 to 50 tokens", "LSTM", 100, 128, True, torch.randint(5, 51, (32,))),
+        ("long ragged rows, 20 to 500", "LSTM", 128, 128, False, torch.randint(20, 501, (32,))),
+        ("long ragged rows, 20 to 500", "GRU", 128, 128, False, torch.randint(20, 501, (32,))),
+    )
+    for words, name, I, H, bidirectional, given in cases:  # noqa: E741
+        layer = LAYERS[name](I, H, batch_first=True, bidirectional=bidirectional)
+        theirs = rnn_ext.to_native(rnn_ext.convert(LAYERS[name](I, H, batch_first=True, bidirectional=bidirectional)))
+        theirs.load_state_dict(layer.state_dict())
+        x = torch.randn(32, int(given.max()), I).requires_grad_()
+
+        def packed(module, x=x, given=given):
+            return module(pack_padded_sequence(x, given, batch_first=True, enforce_sorted=False))
+
+        def output_by_hand(module, packed=packed):
+            return (pad_packed_sequence(packed(module)[0], batch_first=True)[0],)
+
+        def output(layer=layer, x=x, given=given):
+            return (layer(x, lengths=given)[0],)
+
+        def state(result, name=name):
+            return (result[1][0] if name == "LSTM" else result[1],)
+
+        shape = f"{'bidirectional ' if bidirectional else ''}{name}, N=32, I={I}, H={H}, {words}"
+        for whose, module in (("our layer packed by hand", layer), ("torch.nn's packed by hand", theirs)):
+            plain = lambda module=module, f=output_by_hand: f(module)  # noqa: E731
+            what = f"{shape}: `lengths` against {whose}"
+            rows.append(Row(f"{what}, forward", forward(output), forward(plain), 1.0))
+            rows.append(Row(f"{what}, forward + backward", training(output, layer, x), training(plain, module, x), 1.0,
+                            same=False))  # fmt: skip
+        rows.append(
+            Row(
+                f"{shape}: `lengths` against our layer packed by hand, only h_n used, forward + backward",
+                training(lambda layer=layer, x=x, given=given, f=state: f(layer(x, lengths=given)), layer, x),
+                training(lambda layer=layer, p=packed, f=state: f(p(layer)), layer, x),
+                1.0,
+                same=False,
+            )
+        )
+    return rows
+
+
+def streaming() -> list[Row]:
+    layer, cell = rnn_ext.LSTM(64, 64), nn.LSTMCell(64, 64)
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
+    x, state = torch.randn(1, 64), (torch.randn(1, 1, 64), torch.randn(1, 1, 64))
+    flat = (state[0][0], state[1][0])
+    step = torch.inference_mode()(times(lambda: layer.step(x, state), 100))
+    theirs = torch.inference_mode()(times(lambda: cell(x, flat), 100))
+    ours = rnn_ext.LSTMCell(64, 64)
+    rows = [
+        Row("LSTM, N=1, H=64: 100 calls of `step` against `nn.LSTMCell`, inference", step, theirs, 0.5),
+        Row("LSTM, N=1, H=64: 100 calls of `LSTMCell` against `nn.LSTMCell`, inference",
+            torch.inference_mode()(times(lambda: ours(x, flat), 100)), theirs, 1.0, same=False),
+    ]  # fmt: skip
+    for N, L, H, size in ((1, 128, 64, 8), (32, 128, 128, 8)):
+        module, input = rnn_ext.LSTM(H, H), torch.randn(L, N, H)
+
+        def chunks(module=module, input=input, size=size):
+            outputs, hx = [], None
+            for chunk in input.split(size):
+                output, hx = module(chunk, hx)
+                outputs.append(output)
+            return (torch.cat(outputs),)
+
+        def whole(module=module, input=input):
+            return (module(input)[0],)
+
+        rows.append(Row(f"LSTM, N={N}, L={L}, H={H}: chunks of {size} timesteps against one call, forward",
+                        forward(chunks), forward(whole), None))  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=2, help="for each comparison")
+    parser.add_argument("--only", default="", help="comparisons with this in their description")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    lines = [
+        "# What the options cost",
+        "",
+        f"`python benchmarks/features.py`, one thread, float32, torch {torch.__version__}, {platform.machine()} with "
+        f"{ops.cpu_capability()}; least of interleaved repeats.",
+        "",
+        "| comparison | option (ms) | plain (ms) | ratio | target |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in (*resets(), *cell_states(), *lengths(), *streaming()):
+        if args.only not in row.what:
+            continue
+        if row.same:
+            torch.testing.assert_close(row.feature(), row.plain(), rtol=1e-4, atol=1e-5)
+        option, plain = measure([row.feature, row.plain], args.seconds)
+        ratio = option / plain
+        missed = " **missed**" if row.target is not None and ratio > row.target else ""
+        target = "" if row.target is None else f"{row.target:g}{missed}"
+        lines.append(f"| {row.what} | {option * 1e3:.3f} | {plain * 1e3:.3f} | {ratio:.2f} | {target} |")
+        print(lines[-1], flush=True)
+    if not args.only:
+        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

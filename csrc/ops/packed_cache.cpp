@@ -1,0 +1,102 @@
+#include "ops/packed_cache.h"
+
+#include <algorithm>
+#include <mutex>
+#include <vector>
+
+namespace rnn_ext::ops {
+namespace {
+
+struct Key {
+  const void* weight_hh;
+  const void* weight_ih;
+  const char* capability;  // a literal: packed for one instruction set only
+  cpu::CellKind cell;
+  int64_t input, hidden, proj;
+  size_t item;
+  bool operator==(const Key&) const = default;
+};
+
+struct Entry {
+  Key key;
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+  cpu::Digest digest;
+  std::shared_ptr<const cpu::PackedWeights> packed;  // null after the first call
+};
+
+// Never destroyed: other threads may still compute while the process ends.
+std::mutex& mutex = *new std::mutex;
+std::vector<Entry>& entries = *new std::vector<Entry>;  // the last used at the end
+constexpr size_t kMost = 256;
+
+Entry* find(const Key& key) {
+  const auto found = std::find_if(entries.begin(), entries.end(), [&](const Entry& e) { return e.key == key; });
+  if (found == entries.end()) return nullptr;
+  std::rotate(found, found + 1, entries.end());
+  return &entries.back();
+}
+
+template <class S>
+cpu::Digest digest_of(cpu::CellKind cell, const cpu::Sizes& sizes, const cpu::Weights<const S>& w) {
+  const int64_t rows = (cell == cpu::CellKind::kLstm ? 4 : cell == cpu::CellKind::kGru ? 3 : 1) * sizes.hidden;
+  cpu::Digest digest;
+  const auto add = [&](const S* data, int64_t size) {
+    if (data) cpu::add_to_digest(&digest, data, size_t(size) * sizeof(S));
+  };
+  add(w.weight_ih, rows * sizes.input);
+  add(w.weight_hh, rows * sizes.output());
+  add(w.bias_ih, rows);
+  add(w.bias_hh, rows);
+  add(w.weight_hr, sizes.proj * sizes.hidden);
+  return digest;
+}
+
+}  // namespace
+
+template <class S>
+std::shared_ptr<const cpu::PackedWeights> cached_weights(cpu::CellKind cell, const cpu::Sizes& sizes,
+                                                         const cpu::Weights<const S>& weights,
+                                                         const at::Tensor& weight_hh) {
+  const Key key{weights.weight_hh, weights.weight_ih, cpu::capability(), cell,
+                sizes.input,       sizes.hidden,      sizes.proj,        sizeof(S)};
+  const cpu::Digest digest = digest_of(cell, sizes, weights);
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    Entry* entry = find(key);
+    if (!entry || entry->storage.expired() || entry->digest != digest) {
+      std::erase_if(entries, [&](const Entry& e) { return e.key == key || e.storage.expired(); });
+      if (entries.size() == kMost) entries.erase(entries.begin());
+      const auto& storage = weight_hh.storage();
+      entries.push_back(
+          {key, c10::weak_intrusive_ptr<c10::StorageImpl>(storage.getWeakStorageImpl()), digest, nullptr});
+      return nullptr;
+    }
+    if (entry->packed) return entry->packed;
+  }
+  std::shared_ptr<const cpu::PackedWeights> packed = cpu::pack_weights(cell, sizes, weights);
+  const std::lock_guard<std::mutex> lock(mutex);
+  Entry* entry = find(key);
+  if (entry && entry->digest == digest) entry->packed = packed;
+  return packed;
+}
+
+template std::shared_ptr<const cpu::PackedWeights> cached_weights(cpu::CellKind, const cpu::Sizes&,
+                                                                  const cpu::Weights<const float>&, const at::Tensor&);
+template std::shared_ptr<const cpu::PackedWeights> cached_weights(cpu::CellKind, const cpu::Sizes&,
+                                                                  const cpu::Weights<const double>&, const at::Tensor&);
+template std::shared_ptr<const cpu::PackedWeights> cached_weights(cpu::CellKind, const cpu::Sizes&,
+                                                                  const cpu::Weights<const cpu::BFloat16>&,
+                                                                  const at::Tensor&);
+
+int64_t cached_weights_count() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::erase_if(entries, [](const Entry& e) { return e.storage.expired(); });
+  return std::count_if(entries.begin(), entries.end(), [](const Entry& e) { return e.packed != nullptr; });
+}
+
+void clear_cached_weights() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  entries.clear();
+}
+
+}  // namespace rnn_ext::ops

@@ -1,0 +1,156 @@
+"""``RNNCell``, ``LSTMCell`` and ``GRUCell``: one timestep, as :mod:`torch.nn`'s cells, by the op of the layers.
+
+For a whole stack one timestep at a time, see ``step`` of the layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from rnn_ext import backends, functional, modules, ops
+
+_GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
+
+class _Cell(nn.RNNCellBase):
+    """What the three cells share. Like the layers they derive from torch.nn's base, not from its cells."""
+
+    backend: str
+    mode: str  # as the layers'
+    _fx_leaf = modules._Layer._fx_leaf
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        backend: str,
+    ) -> None:
+        gates = _GATES[type(self).__name__.removesuffix("Cell")]
+        super().__init__(input_size, hidden_size, bias, gates, device=device, dtype=dtype)
+        self.backend = backends.check_backend(backend)
+
+    def _step(self, input: Tensor, h: Tensor | None, c: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        for name, tensor in (("input", input), ("hx", h), ("hx", c)):
+            if tensor is not None and tensor.dim() not in (1, 2):
+                kind, size = type(self).__name__, list(tensor.shape)
+                raise ValueError(f"{kind}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead: {size}")
+            if tensor is not None and tensor.dim() != input.dim():
+                size = list(tensor.shape)
+                raise RuntimeError(f"For {input.dim()}-D input, hx should also be {input.dim()}-D but got {size}")
+        if input.dim() == 1:
+            h, c = functional._map(lambda state: state.unsqueeze(0), h, c)
+            return functional._map(lambda state: state.squeeze(0), *self._step(input.unsqueeze(0), h, c))
+        cell = self.mode.lower()
+        weights = [self.weight_ih, self.weight_hh]
+        bias_ih = self.bias_ih
+        if bias_ih is not None:
+            weights += [bias_ih, self.bias_hh]
+        if backends.use_custom(self.backend, input):
+            _, h, c = ops.step(input, h, c, weights, cell, True)
+            return h, c
+        zeros = input.new_zeros(input.shape[0], self.hidden_size) if h is None or c is None else None
+        h, c = zeros if h is None else h, zeros if c is None else c
+        if cell == "lstm":
+            return torch.lstm_cell(input, (h, c), *weights)
+        return getattr(torch, f"{cell}_cell")(input, h, *weights), None
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The next state, (N, H) or unbatched (H,), from `input` (N, I) or (I,) and `hx`, like the result or None."""
+        if isinstance(input, Proxy):
+            return self._fx_leaf(input, hx=hx)
+        return self._step(input, hx)[0]
+
+    extra_repr = modules._with_backend(nn.RNNCellBase.extra_repr)
+
+
+class RNNCell(_Cell):
+    """One timestep of an Elman RNN, a replacement for :class:`torch.nn.RNNCell`.
+
+    Equivalent to ``torch.nn.RNNCell(input_size, hidden_size, ...)``, with the same parameters, initial values for the
+    same seed, and state_dict.
+
+    Args:
+        input_size: I, features of `input`.
+        hidden_size: H, features of the state.
+        bias: whether there are bias_ih and bias_hh.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        device, dtype: of the parameters.
+        backend: ``"auto"``, ``"custom"`` or ``"native"``, see :mod:`rnn_ext.backends`; an attribute, can be changed.
+
+    Raises:
+        ValueError: an unknown `backend`; in a call, number of dimensions of `input` or `hx`.
+        RuntimeError: in a call, an unknown `nonlinearity`, or sizes, dtypes or devices that do not match.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend)
+        self.nonlinearity = nonlinearity
+
+    @property
+    def mode(self) -> str:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity {self.nonlinearity!r}. Select from 'tanh' or 'relu'.")
+        return f"RNN_{self.nonlinearity.upper()}"
+
+
+class GRUCell(_Cell):
+    """One timestep of a gated recurrent unit, a replacement for :class:`torch.nn.GRUCell`.
+
+    Arguments and errors are those of :class:`RNNCell` without `nonlinearity`.
+    """
+
+    mode = "GRU"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend)
+
+
+class LSTMCell(_Cell):
+    """One timestep of a long short-term memory, a replacement for :class:`torch.nn.LSTMCell`.
+
+    Arguments and errors are those of :class:`RNNCell` without `nonlinearity`.
+    """
+
+    mode = "LSTM"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The next ``(h, c)``, each (N, H) or unbatched (H,), from `input` (N, I) or (I,) and such a pair or None."""
+        if isinstance(input, Proxy):
+            return self._fx_leaf(input, hx=hx)
+        return self._step(input, *functional.split_state(hx))
