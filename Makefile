@@ -2,7 +2,7 @@
 # configuration says where torch comes from.
 #   PYTHON=...        the interpreter for .venv
 #   JOBS=...          test processes at a time
-#   PYTEST_ARGS=...   BENCH_ARGS=...
+#   PYTEST_ARGS=...   BENCH_ARGS=...   GPU_ARGS=...   GPU_PYTHON=...
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,11 +17,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD_FILES := pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
 CXX_FILES = $$(find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench gpu lint format clean
 help:
 	@echo "make demo    train both models with torch's kernels and with ours, print the table, write the plots"
 	@echo "make test    run the tests"
 	@echo "make bench   measure against torch.nn and the peers"
+	@echo "make gpu     test and measure the CUDA kernels on this machine's GPU"
 	@echo "make lint    ruff, clang-format"
 	@echo "make format  mend what the linters can mend"
 	@echo "make clean   remove what was built"
@@ -35,6 +36,14 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+# With a Python that has what it takes, since a machine with a GPU need not have a network. One process: one GPU.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/.test),$(BIN)/python,python3)
+gpu:
+	@PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --check
+	RNN_EXT_BUILD=cuda $(GPU_PYTHON) setup.py build_ext --inplace
+	$(GPU_PYTHON) -m pytest -m cuda -p no:xdist $(PYTEST_ARGS)
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnn_ext import ops
+from rnn_ext import _loader, ops
 
 BACKENDS = ("auto", "custom", "native")
+UNMEASURED = "the custom CUDA kernels have not been timed against torch's on a GPU; backend='custom' runs them"
 CUSTOM_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -37,13 +38,22 @@ def can_run_custom(input: Tensor) -> tuple[bool, str]:
         return False, str(ops.load_error())
     if input.dtype not in CUSTOM_DTYPES:
         return False, f"dtype {input.dtype} has no custom kernel (float32, float64, bfloat16 and float16 have)"
-    if not (input.is_cpu or input.is_meta):
-        return False, f"device {input.device.type!r} has no custom kernel (cpu has)"
+    if input.is_cuda:
+        if not ops.with_cuda():
+            return False, f"the C++ library of rnn_ext was built without CUDA kernels; {_loader.remedy()}"
+        problem = ops.cuda_problem(input.device.index or 0)
+        if problem is not None:
+            return False, problem
+    elif not (input.is_cpu or input.is_meta):
+        return False, f"device {input.device.type!r} has no custom kernel (cpu and cuda have)"
     return True, "the input's device and dtype have a custom kernel"
 
 
-def use_custom(backend: str, input: Tensor) -> bool:
-    """The rule of ``auto``: ours wherever it can run.
+def use_custom(backend: str, input: Tensor, only_custom: bool = False) -> bool:
+    """The rule of ``auto``: ours wherever it can run and has been measured to be worth it.
+
+    On CUDA it has not been measured on any GPU: there torch's kernels run, unless `only_custom`: the call has options
+    that they lack, or cannot do without waiting for the device (lengths).
 
     Raises:
         ValueError: unknown backend.
@@ -52,7 +62,7 @@ def use_custom(backend: str, input: Tensor) -> bool:
     if backend == "native":
         return False
     supported, reason = can_run_custom(input)
-    if supported and (backend == "auto" or backend == "custom"):
+    if supported and (backend == "custom" or (backend == "auto" and (only_custom or not input.is_cuda))):
         return True
     if check_backend(backend) == "custom":
         raise RuntimeError(f"backend 'custom' cannot run this input: {reason}")
@@ -83,10 +93,32 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: object = None
     data = input.data if isinstance(input, PackedSequence) else input
     cell = module.mode.lower()
     custom = use_custom(module.backend, data)
-    reason = can_run_custom(data)[1] if module.backend == "auto" else f"backend={module.backend!r} was asked for"
+    if module.backend != "auto":
+        reason = f"backend={module.backend!r} was asked for"
+    else:
+        supported, reason = can_run_custom(data)
+        if supported and not custom:
+            reason = UNMEASURED
+    if custom and data.is_cuda:
+        kernel, why = _cuda_kernel(module, cell, input)
+        return Explanation("custom", f"rnn_ext::layer {cell}, cuda {kernel}", f"{reason}; {why}")
     if custom:
         return Explanation("custom", f"rnn_ext::layer {cell}, {ops.cpu_capability()}", reason)
     return Explanation("native", f"torch.{cell}{'_cell' if isinstance(module, nn.RNNCellBase) else ''}", reason)
+
+
+def _cuda_kernel(module: nn.Module, cell: str, input: Tensor | PackedSequence) -> tuple[str, str]:
+    data, options = input, {}
+    if isinstance(module, nn.RNNCellBase):
+        batch = 1 if input.dim() == 1 else input.shape[0]
+    else:
+        options = {"bidirectional": module.bidirectional, "projected": module.proj_size > 0}
+        if isinstance(input, PackedSequence):
+            data, batch = input.data, int(input.batch_sizes[0])
+        else:
+            batch = 1 if input.dim() == 2 else input.shape[0 if module.batch_first else 1]
+    shared_bytes = torch.cuda.get_device_properties(data.device).shared_memory_per_block_optin
+    return ops.cuda_kernel(cell, data.dtype, batch, module.hidden_size, shared_bytes=shared_bytes, **options)
 
 
 def set_backend(model: ModuleT, backend: str) -> ModuleT:

@@ -152,7 +152,12 @@ def check_cuda() -> Check:
         "{} ({}.{})".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
         for i in range(torch.cuda.device_count())
     ]
-    return Check("CUDA", f"{torch.version.cuda} in torch, {', '.join(names)}")
+    found = f"{torch.version.cuda} in torch, {', '.join(names)}"
+    if not ops.with_cuda():
+        problem = "the library has no CUDA kernels, so torch's run there; install nvcc and build it again"
+        return Check("CUDA", found, problem if ops.is_available() else None)
+    problems = [ops.cuda_problem(i) for i in range(torch.cuda.device_count())]
+    return Check("CUDA", found, next((problem for problem in problems if problem), None))
 
 
 def largest_difference() -> float:

@@ -346,7 +346,8 @@ def _layers(
     if training and extras.weight_dropout:
         p = extras.weight_dropout
         weights = [w * _dropout_mask(w.shape, p, w).to(w.dtype) if i % count == 1 else w for i, w in enumerate(weights)]
-    run = _custom if backends.use_custom(backend, input) else _native
+    only_custom = lengths is not None or resets is not None or cell_states or count > 5 or extras is not NO_EXTRAS
+    run = _custom if backends.use_custom(backend, input, only_custom) else _native
     return run(
         cell,
         input,
@@ -403,6 +404,10 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
         raise TypeError(f"lengths must be a list, a tuple or a tensor of integers, got {type(lengths).__name__}")
     if lengths.shape != (batch,):
         raise ValueError(f"Expected lengths of shape ({batch},), one for each sequence, got {list(lengths.shape)}")
+    if input.is_cuda and lengths.is_cpu and not torch.compiler.is_compiling():  # the last chance without waiting
+        wrong = [value for value in lengths.tolist() if not 0 <= value <= length]
+        if wrong:
+            raise ValueError(f"lengths must be from 0 to {length}, the timesteps of input, got {wrong[0]}")
     return lengths.to(input.device, torch.int64)
 
 

@@ -10,11 +10,12 @@ weights        per direction: weight_ih (G*H, I), weight_hh (G*H, P or H)[, bias
                [, weight_hr (P, H)][, weight_norm_ih (G*H,), weight_norm_hh (G*H,), weight_norm_c (H,), bias_norm_c (H,)
                for layer normalisation (lstm only)], gates in torch's order
 batch_sizes    (L,) int64 on the CPU, positive and non-increasing: the input is packed
-lengths        (N,) integers from 0 to L, in any order: of a padded input only these first timesteps exist
+lengths        (N,) integers from 0 to L, in any order: of a padded input only these first timesteps exist. On CUDA
+               the values are not read before the kernels run: those beyond 0 and L count as 0 and L
 resets         bool, in the layout of the input without its features: True where an independent sequence begins
-masks          [] or [hidden_mask, zoneout_h, zoneout_c], each float or None, without gradient: (D, N, P or H), by which
-               h is multiplied before the recurrent product; in the layout of the input, D * (P or H) and D * H
-               features, the share of h and of c that stays what it was before the timestep
+masks          [] or [hidden_mask, zoneout_h, zoneout_c], each float or None (all None is []), without gradient:
+               (D, N, P or H), by which h is multiplied before the recurrent product; in the layout of the input,
+               D * (P or H) and D * H features, the share of h and of c that stays what it was before the timestep
 cell           "rnn_tanh", "rnn_relu", "gru" or "lstm"
 output         in the layout of the input, D * (P or H) features; zeros where a sequence has ended
 h_n, c_n       (D, N, P or H), (D, N, H); c_n is empty for cells without a cell state
@@ -29,6 +30,7 @@ precision is storage: sums, gates and states are float32.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,7 +41,8 @@ from torch.overrides import has_torch_function
 
 from rnn_ext import _loader, reference
 
-_CELL_KINDS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # in the order of csrc/cpu/layer.h
+_CELL_KINDS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # in the order of csrc/cpu/layer.h and csrc/cuda/launch.h
+_CUDA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/cuda/launch.h
 _load_error = _loader.load()
 
 
@@ -72,6 +75,57 @@ def set_cpu_capability(name: str) -> None:
         raise ValueError(f"CPU capability {name!r} is not available here: expected baseline, avx2 or avx512")
 
 
+def with_cuda() -> bool:
+    """Whether the library has CUDA kernels (not whether there is a GPU for them)."""
+    if not is_available():
+        return False
+    from rnn_ext import _C
+
+    return _C.with_cuda
+
+
+@functools.cache
+def cuda_problem(device: int) -> str | None:
+    """Why the library's CUDA kernels cannot run on this device, in one sentence, or None. Asked once per device."""
+    from rnn_ext import _C
+
+    return _C.cuda_problem(device)
+
+
+def cuda_kernel(
+    cell: str,
+    dtype: torch.dtype,
+    batch: int,
+    hidden: int,
+    *,
+    bidirectional: bool = False,
+    projected: bool = False,
+    backward: bool = False,
+    shared_bytes: int,
+) -> tuple[str, str]:
+    """The CUDA kernel that the dispatch table (csrc/cuda/dispatch.h) has for a layer, "step", "pointwise",
+    "persistent" or "tensor", and the reason. `shared_bytes`: the most shared memory a block of the device can have."""
+    from rnn_ext import _C
+
+    kind, number = _CELL_KINDS.index(cell), _CUDA_DTYPES.index(dtype)
+    return _C.cuda_kernel(kind, number, batch, hidden, 1 + bidirectional, projected, backward, shared_bytes)
+
+
+def force_cuda_kernel(name: str | None) -> None:
+    """Run this CUDA kernel whatever the dispatch table says (None: the table), for tests and comparisons. A layer that
+    the kernel cannot run raises.
+
+    Raises:
+        ValueError: there is no such kernel, or no CUDA kernel at all in this build.
+    """
+    if not with_cuda():
+        raise ValueError("this library has been built without CUDA kernels")
+    from rnn_ext import _C
+
+    if not _C.force_cuda_kernel(name or ""):
+        raise ValueError(f"unknown CUDA kernel {name!r}: expected step, pointwise, persistent, tensor or None")
+
+
 def layer(
     input: Tensor,
     h_0: Tensor | None,
@@ -95,7 +149,8 @@ def layer(
     tensors = (input, h_0, c_0, weights, batch_sizes, lengths, resets)
     options = (cell, bidirectional, batch_first, cell_states, False)
     if masks or recompute or _is_traced(input, h_0, c_0, weights):
-        return _layer(*tensors, masks, *options, recompute)[:4]
+        # Not an empty list: AOTInductor takes that for None.
+        return _layer(*tensors, masks or (None, None, None), *options, recompute)[:4]
     return _fast_layer(*tensors, *options)[:4]
 
 
@@ -266,10 +321,15 @@ def _layer_fake(
     from rnn_ext import _C
 
     has_cell = reference.CELLS[cell].has_cell_state
-    dtype = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
-    variant = 2 if len(weights) // directions > 5 else 1 if masks else 0  # in the order of csrc/cpu/layer.h
-    values = _C.saved_values(_CELL_KINDS.index(cell), projected, variant) if save else 0
-    kept = directions * rows * values * _padded(hidden)
+    if input.device.type == "cuda":
+        dtype, values = torch.uint8, hidden * _C.cuda_saved_bytes(cell, projected, input.dtype.itemsize)
+    else:
+        dtype = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
+        variant = (
+            2 if len(weights) // directions > 5 else 1 if any(m is not None for m in masks) else 0
+        )  # in the order of csrc/cpu/layer.h
+        values = _C.saved_values(_CELL_KINDS.index(cell), projected, variant) * _padded(hidden)
+    kept = directions * rows * values if save else 0
     return (
         input.new_empty(*lead, directions * out),
         input.new_empty(directions, batch, out),
@@ -342,8 +402,8 @@ def _layer_vmap(info, in_dims, *args):
     cells_dim = batch if cells.dim() > 1 else None
     if save:
         # Rows are kept in the kernel's order, by falling length: only where all are equally long do the entries follow
-        # each other, [D, L, size, N, ..].
-        if lengths is not None:
+        # each other, [D, L, size, N, ..]. On CUDA it is bytes in parts.
+        if lengths is not None or saved.dtype == torch.uint8:
             return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
         directions = 2 if bidirectional else 1
         steps = output.shape[2 if batch_first else 0]

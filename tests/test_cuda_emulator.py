@@ -34,6 +34,8 @@ LAYOUTS = {
     "both": Case("lstm", bidirectional=True),
     "batch_first": Case("lstm", bidirectional=True, batch_first=True),
     "lengths": Case("lstm", bidirectional=True, length=7, batch=4, lengths=(7, 1, 0, 4)),
+    # Nobody checks lengths that lie on a GPU: those beyond the ends count as the ends.
+    "lengths_beyond": Case("lstm", bidirectional=True, length=4, batch=4, lengths=(9, 1, -3, 4)),
     "packed": Case("lstm", bidirectional=True, packed=True, length=6, batch=4, lengths=(6, 5, 5, 1)),
     "resets": Case("lstm", bidirectional=True, length=9, resets=0.3),
     "packed_resets": Case("lstm", bidirectional=True, packed=True, length=6, batch=4, lengths=(6, 5, 3, 1), resets=0.3),
@@ -75,6 +77,40 @@ def test_persistent_layouts(cell: str, layout: str) -> None:
     check(replace(LAYOUTS[layout], cell=cell, kernel="persistent", backward=True))
 
 
+@pytest.mark.parametrize("batch, hidden", [(1, 1), (3, 7), (9, 33), (17, 65), (2, 96)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_tensor_sizes(cell: str, dtype: torch.dtype, batch: int, hidden: int) -> None:
+    check(Case(cell, kernel="tensor", dtype=dtype, batch=batch, hidden=hidden, length=3, backward=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_tensor_layouts(cell: str, layout: str) -> None:
+    check(replace(LAYOUTS[layout], cell=cell, kernel="tensor", dtype=torch.bfloat16, backward=True))
+
+
+def test_tensor_products_are_exact() -> None:
+    """h W^T of small integers has no rounding: a wrong fragment is off by far more than a tolerance."""
+    case = Case("rnn_relu", kernel="tensor", dtype=torch.float16, length=1, batch=8, hidden=128, bias=False)
+    inputs = make_inputs(case)
+    inputs.weight_hh[0] = (torch.arange(128 * 128).reshape(128, 128) * 7 % 5 - 1).double()
+    inputs.h_0[0] = (torch.arange(8 * 128).reshape(8, 128) * 3 % 7 - 2).double()
+    inputs.igates.zero_()
+    raw = run_program(build.driver(), "plain", request(case, inputs))
+    got = torch.frombuffer(bytearray(raw["output"]), dtype=torch.float16).reshape(8, 128)
+    want = (inputs.h_0[0] @ inputs.weight_hh[0].t()).relu()
+    assert want.max() > 100 and torch.equal(got.double(), want)
+
+
+def test_tensor_refuses_what_it_cannot_take() -> None:
+    with pytest.raises(KernelReportError, match="bfloat16 and float16 only"):
+        errors(Case("gru", kernel="tensor", hidden=8, length=1, batch=1))
+    with pytest.raises(KernelReportError, match="end at hidden size 96, got 97"):
+        errors(Case("lstm", kernel="tensor", dtype=torch.bfloat16, hidden=97, length=1, batch=1))
+    check(Case("gru", kernel="tensor", dtype=torch.bfloat16, hidden=128, length=1, batch=1))
+
+
 def test_persistent_refuses_what_does_not_fit() -> None:
     with pytest.raises(KernelReportError, match="hidden size 128, got 129"):
         errors(Case("gru", kernel="persistent", hidden=129, length=1, batch=1))
@@ -90,17 +126,21 @@ def test_inference_saves_nothing(cell: str, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", [1, 2])
-@pytest.mark.parametrize("kernel", ["step", "persistent"])
+@pytest.mark.parametrize("kernel", ["step", "persistent", "tensor"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_schedules(cell: str, kernel: str, schedule: int) -> None:
-    check(Case(cell, kernel=kernel, batch=9, hidden=33, bidirectional=True, backward=True), schedule=schedule)
+    dtype = torch.bfloat16 if kernel == "tensor" else torch.float32
+    case = Case(cell, kernel=kernel, dtype=dtype, batch=9, hidden=33, bidirectional=True, backward=True)
+    check(case, schedule=schedule)
 
 
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
-@pytest.mark.parametrize("kernel", ["step", "persistent"])
+@pytest.mark.parametrize("kernel", ["step", "persistent", "tensor"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_sanitizers(cell: str, kernel: str, flavour: str) -> None:
     packed = replace(LAYOUTS["packed_resets"], cell=cell, kernel=kernel, hidden=33, backward=True)
+    if kernel == "tensor":
+        packed = replace(packed, dtype=torch.float16)
     dense = replace(packed, dtype=torch.bfloat16, packed=False, lengths=None, length=3, batch=9, hidden=17, resets=0)
     for case in (packed, dense):
         check(case, flavour, schedule=1)
@@ -217,6 +257,12 @@ DISPATCH = [
     ("lstm", torch.float32, 1, 112, 1, False, False, H100, "persistent"),
     ("lstm", torch.float32, 1, 128, 1, False, False, H100, "step"),  # 4 H^2 float32 do not fit
     ("lstm", torch.bfloat16, 1, 128, 1, False, False, H100, "persistent"),
+    ("lstm", torch.bfloat16, 1, 96, 1, False, False, A100, "tensor"),
+    ("lstm", torch.bfloat16, 1, 97, 1, False, False, A100, "persistent"),
+    ("lstm", torch.bfloat16, 1, 96, 1, False, True, H100, "persistent"),  # forward only
+    ("gru", torch.float16, 4160, 128, 1, False, False, H100, "tensor"),
+    ("gru", torch.float16, 2081, 128, 2, False, False, H100, "step"),
+    ("gru", torch.float32, 1, 64, 1, False, False, H100, "persistent"),
     ("lstm", torch.float32, 1, 112, 1, False, False, A100, "step"),
     ("gru", torch.float32, 1, 112, 1, False, False, A100, "persistent"),
     ("rnn_tanh", torch.float32, 1, 129, 1, False, False, H100, "step"),

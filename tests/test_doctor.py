@@ -108,6 +108,20 @@ def test_gpu_that_torch_cannot_use(monkeypatch):
     assert doctor.check_cuda().problem is None
 
 
+def test_gpu_that_our_kernels_cannot_use(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
+    monkeypatch.setattr(ops, "with_cuda", lambda: False)
+    assert "install nvcc" in doctor.check_cuda().problem
+    monkeypatch.setattr(ops, "with_cuda", lambda: True)
+    monkeypatch.setattr(ops, "cuda_problem", lambda i: "no kernel image" if i == 1 else None)
+    check = doctor.check_cuda()
+    assert "GPU 0 (7.5), GPU 1 (7.5)" in check.found and check.problem == "no kernel image"
+
+
 def test_override_of_the_instruction_set(monkeypatch):
     monkeypatch.setattr(ops, "cpu_capability", lambda: "baseline")
     monkeypatch.setenv("RNN_EXT_CPU_CAPABILITY", "baseline")

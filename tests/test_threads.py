@@ -57,6 +57,22 @@ def test_many_python_threads(threads):
     together(8, job)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_threads_that_share_the_units_of_a_small_batch(cell, dtype):
+    """The bits of one thread, for numbers of threads that divide the units evenly or not, or exceed the processors."""
+    length = 450 if cell.startswith("rnn") else 120  # enough work that a second thread is woken
+    for bidirectional, flags in ((False, {"resets": True}), (True, {"lengths": True})):
+        problem = build(Case(cell, "dense", bidirectional, size=(length, 3, 5, 250), **flags)).to(dtype)
+        torch.set_num_threads(1)
+        values, grads = gradients(run, problem)
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            again, again_grads = gradients(run, problem)
+            same_bits(again, values)
+            same_bits(again_grads, grads)
+
+
 def test_many_python_threads_on_a_large_problem():
     torch.set_num_threads(2)
     problem = build(LARGE).to(torch.float32)

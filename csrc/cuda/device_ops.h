@@ -2,6 +2,8 @@
 // with a twin for the emulator. The twins are written from the tables of the PTX manual, not from the kernels.
 #pragma once
 
+#include <type_traits>
+
 #include "cells/cell.h"
 #include "cuda/shim.h"
 
@@ -108,6 +110,78 @@ RNN_EXT_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #else
   emu::async_wait(kPending);
+#endif
+}
+
+// ---- tensor cores: mma.sync and the ldmatrix that feeds it. All 32 lanes take part.
+// ----------------------------------
+
+// Two neighbours of a row, the first in the lower half.
+RNN_EXT_DEVICE uint32_t pack2(bfloat16 low, bfloat16 high) {
+#if defined(__CUDACC__)
+  return static_cast<uint32_t>(__bfloat16_as_ushort(low)) | static_cast<uint32_t>(__bfloat16_as_ushort(high)) << 16;
+#else
+  return uint32_t{low.bits} | uint32_t{high.bits} << 16;
+#endif
+}
+RNN_EXT_DEVICE uint32_t pack2(float16 low, float16 high) {
+#if defined(__CUDACC__)
+  return static_cast<uint32_t>(__half_as_ushort(low)) | static_cast<uint32_t>(__half_as_ushort(high)) << 16;
+#else
+  return uint32_t{low.bits} | uint32_t{high.bits} << 16;
+#endif
+}
+
+// Four 8x8 matrices of 16-bit values. Lane l gives the address of row l % 8 of matrix l / 8, 16-byte aligned in shared
+// memory, and gets of every matrix the values 2 (l % 4) and the next of row l / 4.
+template <class T>
+RNN_EXT_DEVICE void load_matrices(uint32_t (&to)[4], const T* row RNN_EXT_AND_CALLER) {
+  static_assert(sizeof(T) == 2);
+#if defined(__CUDACC__)
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
+               : "memory");
+#else
+  emu::load_matrices(to, row, EMU_SITE);
+#endif
+}
+
+// d [16, 8] += a [16, 16] b [16, 8]. Fragments, with g = lane / 4 and t = lane % 4:
+//   a[r]  row g + 8 (r % 2), columns 2 t + 8 (r / 2) and the next
+//   b0, b1  rows 2 t and the next, and 8 further down; column g
+//   d[i]  row g + 8 (i / 2), column 2 t + i % 2
+template <class T>
+RNN_EXT_DEVICE void multiply_16x8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 RNN_EXT_AND_CALLER) {
+#if defined(__CUDACC__)
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#else
+  const auto value = [](uint32_t pair, int upper) {
+    return widen(T{static_cast<uint16_t>(upper ? pair >> 16 : pair & 0xffffu)});
+  };
+  const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const emu::WarpWords all = emu::warp_exchange(0xffffffffu, words, 6, emu::kMma, EMU_SITE);
+  const int group = emu::lane() / 4, member = emu::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    double sum = d[i];
+    for (int k = 0; k < 16; ++k) {
+      const int pair = k % 8 / 2, half = k / 8;
+      const uint32_t left = all[group * 4 + pair][i / 2 + 2 * half];
+      const uint32_t right = all[(2 * member + i % 2) * 4 + pair][4 + half];
+      sum += static_cast<double>(value(left, k % 2)) * static_cast<double>(value(right, k % 2));
+    }
+    d[i] = static_cast<float>(sum);
+  }
 #endif
 }
 

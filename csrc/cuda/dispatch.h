@@ -7,6 +7,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/persistent_entries.h"
+#include "cuda/tensor_entries.h"
 
 namespace rnn_ext::cuda {
 
@@ -24,6 +25,8 @@ struct Question {
 // of shared-memory reads a step, which for the largest weights is what two launches and a library GEMM take (5 to 8
 // us).
 inline constexpr int64_t kMaxPersistentRows = 4 * 4 * 130;
+// A block of `tensor` serves twice as many rows.
+inline constexpr int64_t kMaxTensorRows = 2 * kMaxPersistentRows;
 // Up to one row tile `step` reads the weight once, as a GEMM would, and saves a launch.
 inline constexpr int64_t kMaxStepRows = 32;
 // Below this the product is smaller than the launch that it would cost to have it from the library.
@@ -31,6 +34,11 @@ inline constexpr int64_t kMinLibraryHidden = 256;
 
 inline bool persistent_fits(const Question& q) {
   return rnn_ext_cuda_persistent_fits(q.cell, q.dtype, q.hidden, q.backward, q.shared_bytes) != 0;
+}
+
+inline bool tensor_fits(const Question& q) {
+  return !q.backward && (q.dtype == RNN_EXT_BFLOAT16 || q.dtype == RNN_EXT_FLOAT16) &&
+         q.hidden <= max_tensor_hidden(q.cell);
 }
 
 struct DispatchRow {
@@ -42,6 +50,8 @@ struct DispatchRow {
 inline constexpr DispatchRow kDispatchTable[] = {
     {[](const Question& q) { return q.projected; }, RNN_EXT_KERNEL_POINTWISE,
      "a projection is a product between two timesteps: both go to the library"},
+    {[](const Question& q) { return tensor_fits(q) && q.batch * q.directions <= kMaxTensorRows; },
+     RNN_EXT_KERNEL_TENSOR, "the recurrent weight fits one block's registers, as tensor cores take it: one launch"},
     {[](const Question& q) { return persistent_fits(q) && q.batch * q.directions <= kMaxPersistentRows; },
      RNN_EXT_KERNEL_PERSISTENT, "the recurrent weight fits one block's shared memory: one launch for all timesteps"},
     {[](const Question& q) { return q.batch <= kMaxStepRows; }, RNN_EXT_KERNEL_STEP,

@@ -7,6 +7,14 @@
 #include "cuda/launch.h"
 #include "cuda/persistent_entries.h"
 #include "cuda/step_entries.h"
+#include "cuda/tensor_entries.h"
+
+namespace rnn_ext::cuda {
+
+// Stands for all kernels, which are compiled for the same architectures.
+__global__ void probe_kernel() {}
+
+}  // namespace rnn_ext::cuda
 
 namespace {
 
@@ -128,6 +136,16 @@ int check_persistent(const Args& args, RnnExtError* error) {
       return 1;                                         \
   }
 
+extern "C" int rnn_ext_cuda_set_device(int32_t device, RnnExtError* error) {
+  const char* problem = select_device(device);
+  return problem ? refuse(error, "cuda:%d: %s", device, problem) : 0;
+}
+
+extern "C" int rnn_ext_cuda_check_device(int32_t device, RnnExtError* error) {
+  const char* problem = check_device(device, reinterpret_cast<const void*>(&probe_kernel));
+  return problem ? refuse(error, "cuda:%d: %s", device, problem) : 0;
+}
+
 extern "C" int rnn_ext_cuda_step_forward(const RnnExtForward* args, int64_t first_step, int64_t last_step, void* stream,
                                          RnnExtError* error) {
   if (check(*args, first_step, last_step, args->sequence.length, error) || check_pointers(*args, error)) return 1;
@@ -169,6 +187,18 @@ extern "C" int rnn_ext_cuda_persistent_forward(const RnnExtForward* args, void* 
 extern "C" int rnn_ext_cuda_persistent_backward(const RnnExtBackward* args, void* stream, RnnExtError* error) {
   if (check_persistent(*args, error)) return 1;
   RNN_EXT_FOR_PERSISTENT_DTYPE(persistent_backward)
+}
+
+extern "C" int rnn_ext_cuda_tensor_forward(const RnnExtForward* args, void* stream, RnnExtError* error) {
+  if (check_persistent(*args, error)) return 1;
+  if (const int64_t most = max_tensor_hidden(args->cell); args->sequence.hidden > most) {
+    return refuse(error, "tensor kernels of this cell end at hidden size %lld, got %lld", number(most),
+                  number(args->sequence.hidden));
+  }
+  const auto queue = static_cast<cudaStream_t>(stream);
+  if (args->dtype == RNN_EXT_BFLOAT16) return tensor_forward<bfloat16>(*args, queue, error);
+  if (args->dtype == RNN_EXT_FLOAT16) return tensor_forward<float16>(*args, queue, error);
+  return refuse(error, "tensor kernels take bfloat16 and float16 only");
 }
 
 extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,

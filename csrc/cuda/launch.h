@@ -52,7 +52,7 @@ typedef struct RnnExtForwardDirection {
   const void* c_0;     // T [N, H] or null: zeros
   void* output;        // T [R, H]
   int64_t output_stride;
-  void* h_n;         // T [N, H]
+  void* h_n;         // T [N, H]; with hgates the running state, written at every step
   void* c_n;         // T [N, H], cells with a cell state
   void* saved;       // T [R, S, H] or null: inference
   void* cells;       // A [R, H] or null: inference. The cell state of every row.
@@ -101,6 +101,11 @@ typedef struct RnnExtBackward {
   RnnExtBackwardDirection direction[2];
 } RnnExtBackward;
 
+// Makes the device current for the launches to come. The caller's CUDA runtime may be another one than the kernels'.
+int rnn_ext_cuda_set_device(int32_t device, RnnExtError* error);
+// Whether there is such a device and the kernels have code for it; leaves the current device as it is.
+int rnn_ext_cuda_check_device(int32_t device, RnnExtError* error);
+
 // `step`: one launch per timestep. Steps are counted in the order they are computed: forward has L of them; backward
 // has L + 1, the last of which finishes dh_0 and dc_0. [first_step, last_step) is run; a whole layer is [0, L) and [0,
 // L + 1).
@@ -114,6 +119,9 @@ int rnn_ext_cuda_step_backward(const RnnExtBackward* args, int64_t first_step, i
 // used. Packed data needs batch_sizes, row_offsets and lengths.
 int rnn_ext_cuda_persistent_forward(const RnnExtForward* args, void* stream, RnnExtError* error);
 int rnn_ext_cuda_persistent_backward(const RnnExtBackward* args, void* stream, RnnExtError* error);
+// `tensor`: forward as `persistent`, on tensor cores; bfloat16 and float16, hidden size up to 128 (lstm: 96). The
+// backward of `persistent` or `step` goes with it.
+int rnn_ext_cuda_tensor_forward(const RnnExtForward* args, void* stream, RnnExtError* error);
 // 1 if the kernel can run this on a device whose blocks have so much shared memory, else 0.
 int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
                                  int64_t shared_bytes);
@@ -121,7 +129,12 @@ int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hid
 // Which of the kernels above is meant for a layer (csrc/cuda/dispatch.h), with a sentence that says why. POINTWISE:
 // `step` with hgates or dh_recurrent from a library GEMM. `shared_bytes` is what a block of the device can have; 0 asks
 // the current one.
-typedef enum RnnExtKernel { RNN_EXT_KERNEL_STEP, RNN_EXT_KERNEL_POINTWISE, RNN_EXT_KERNEL_PERSISTENT } RnnExtKernel;
+typedef enum RnnExtKernel {
+  RNN_EXT_KERNEL_STEP,
+  RNN_EXT_KERNEL_POINTWISE,
+  RNN_EXT_KERNEL_PERSISTENT,
+  RNN_EXT_KERNEL_TENSOR
+} RnnExtKernel;
 typedef struct RnnExtChoice {
   RnnExtKernel kernel;
   const char* reason;

@@ -34,6 +34,16 @@ namespace rnn_ext::cuda {
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
+#if defined(__CUDACC__)
+inline const char* describe(cudaError_t error) {
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
+    return "the library has no code for this GPU (no kernel image): build it again with RNN_EXT_CUDA_ARCHS set to the "
+           "GPU's compute capability";
+  }
+  return cudaGetErrorString(error);
+}
+#endif
+
 struct LaunchConfig {
   dim3 grid, block;
   size_t shared_bytes = 0;  // dynamic
@@ -52,7 +62,10 @@ const char* launch(const char* name, void (*kernel)(Params...), const LaunchConf
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(config.shared_bytes));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return describe(error);
+    }
   }
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;
@@ -76,7 +89,7 @@ const char* launch(const char* name, void (*kernel)(Params...), const LaunchConf
   const cudaError_t error = cudaLaunchKernelEx(&queued, kernel, static_cast<Params>(args)...);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // reported here: the caller's next check must not see it again
-  return cudaGetErrorString(error);
+  return describe(error);
 #else
   emu::LaunchConfig emulated;
   emulated.grid = config.grid;
@@ -87,6 +100,36 @@ const char* launch(const char* name, void (*kernel)(Params...), const LaunchConf
   const std::tuple<Params...> params{static_cast<Params>(args)...};
   emu::run(emulated, [&] { std::apply(kernel, params); }, name);
   return nullptr;
+#endif
+}
+
+// Null, or what is wrong with a device.
+inline const char* select_device(int device) {
+#if defined(__CUDACC__)
+  const cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return describe(error);
+#else
+  return device == 0 ? nullptr : "the emulator is one device";
+#endif
+}
+inline const char* check_device(int device, const void* kernel) {
+#if defined(__CUDACC__)
+  int current = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    error = cudaFuncGetAttributes(&attributes, kernel);
+    cudaSetDevice(current);
+  }
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return describe(error);
+#else
+  static_cast<void>(kernel);
+  return select_device(device);
 #endif
 }
 

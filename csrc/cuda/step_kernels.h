@@ -54,8 +54,8 @@ RNN_EXT_DEVICE AccumulatorOf<T> previous_state(bool cut, bool has_before, const 
   return has_before ? widen(*before) : value_or_zero(initial, initial_index);
 }
 
-// product: W_hh h_prev of the G gates of this unit, zero where h_prev is.
-template <class Cell, class T>
+// product: W_hh h_prev of the G gates of this unit, zero where h_prev is. kKeepsState: h_n is the running state.
+template <class Cell, bool kKeepsState, class T>
 RNN_EXT_DEVICE void forward_unit(const ForwardStep<T>& step, const ForwardStepDirection<T>& d, int64_t n, int64_t unit,
                                  const AccumulatorOf<T>* product) {
   using A = AccumulatorOf<T>;
@@ -98,8 +98,9 @@ RNN_EXT_DEVICE void forward_unit(const ForwardStep<T>& step, const ForwardStepDi
     for (int s = 0; s < kSavedPlanes<Cell>; ++s)
       d.saved[(row * kSavedPlanes<Cell> + s) * hidden + unit] = narrow<T>(saved[s]);
   }
-  if (!step.rules.exists(d.after, n)) {
-    d.h_n[state] = narrow<T>(h);
+  const bool last = !step.rules.exists(d.after, n);
+  if (kKeepsState || last) d.h_n[state] = narrow<T>(h);
+  if (last) {
     if constexpr (Cell::kHasCell) d.c_n[state] = narrow<T>(c);
   }
 }
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(kTileThreads, kForwardBlocks)
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const int64_t n = row0 + first_row + i;
-    if (n < d.now.rows) forward_unit<Cell>(step, d, n, unit, acc[i]);
+    if (n < d.now.rows) forward_unit<Cell, false>(step, d, n, unit, acc[i]);
   }
 }
 
@@ -292,7 +293,7 @@ __global__ void __launch_bounds__(kTileThreads, kOtherBlocks)
 #pragma unroll
   for (int g = 0; g < Cell::kGates; ++g)
     product[g] = zero ? A(0) : widen(d.hgates[(n * Cell::kGates + g) * step.hidden + unit]);
-  forward_unit<Cell>(step, d, n, unit, product);
+  forward_unit<Cell, true>(step, d, n, unit, product);
 }
 
 // Rows that a backward launch has to look at: those of `now`, and those whose first timestep was `after`.

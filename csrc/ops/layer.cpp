@@ -10,6 +10,7 @@
 
 namespace rnn_ext::ops {
 
+#ifndef RNN_EXT_EMULATED  // tests/cuda_emulator wants the checks only: the library it is loaded beside has the schemas
 TORCH_LIBRARY(rnn_ext, m) {
   m.def(
       "layer(Tensor input, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
@@ -37,6 +38,7 @@ TORCH_LIBRARY(rnn_ext, m) {
       "layer_double_backward_reference(Tensor?[] grad_grads, Tensor?[] tensors, Tensor? batch_sizes, Tensor? lengths, "
       "Tensor? resets, Tensor?[] masks, str cell, bool bidirectional, bool batch_first, bool cell_states) -> Tensor[]");
 }
+#endif
 
 CellInfo cell_info(std::string_view name) {
   if (name == "lstm") return {cpu::CellKind::kLstm, 4, true};
@@ -100,7 +102,9 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
                     " weights a direction for ", std::string(options.cell));
   TORCH_CHECK_VALUE(masks.empty() || masks.size() == kMasks, "expected no masks or ", int(kMasks), ", got ",
                     masks.size());
-  variant = normed ? cpu::Variant::kLayerNorm : masks.empty() ? cpu::Variant::kPlain : cpu::Variant::kMasked;
+  bool masked = false;
+  for (size_t i = 0; i < masks.size(); ++i) masked |= masks.get(i).has_value();
+  variant = normed ? cpu::Variant::kLayerNorm : masked ? cpu::Variant::kMasked : cpu::Variant::kPlain;
   bias = count >= 4;
   const bool projected = count == 3 || count == 5;
   TORCH_CHECK_VALUE(!projected || cell.has_cell, "only an lstm can be projected, got ", count,
@@ -168,18 +172,9 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
       TORCH_CHECK_TYPE(at::isIntegralType(lengths->scalar_type(), false), "expected lengths of an integer dtype, got ",
                        lengths->scalar_type());
       check_sizes(*lengths, {batch}, "lengths");
-      const at::Tensor dense = lengths->to(at::kCPU, at::kLong).contiguous();
-      const int64_t* given = dense.const_data_ptr<int64_t>();
-      std::fill(batch_sizes.begin(), batch_sizes.end(), 0);
-      for (int64_t n = 0; n < batch; ++n) {
-        TORCH_CHECK_VALUE(given[n] >= 0 && given[n] <= length, "expected lengths between 0 and ", length, ", got ",
-                          given[n], " for batch entry ", n);
-        if (given[n] > 0) ++batch_sizes[given[n] - 1];
-      }
-      for (int64_t t = length - 2; t >= 0; --t) batch_sizes[t] += batch_sizes[t + 1];
-      order.resize(batch);
-      std::iota(order.begin(), order.end(), 0);
-      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return given[a] > given[b]; });
+      if (lengths->device().is_cpu() || input.device().is_cpu()) {
+        order_by(lengths->to(at::kCPU, at::kLong).contiguous());
+      }  // else: reading them would wait for the device, whose kernels take them as they are
     }
   }
   offsets.resize(length);
@@ -223,6 +218,20 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
                   kMaskNames[i]);
     }
   }
+}
+
+void LayerShape::order_by(const at::Tensor& lengths) {
+  const int64_t* given = lengths.const_data_ptr<int64_t>();
+  std::fill(batch_sizes.begin(), batch_sizes.end(), 0);
+  for (int64_t n = 0; n < batch; ++n) {
+    TORCH_CHECK_VALUE(given[n] >= 0 && given[n] <= length, "expected lengths between 0 and ", length, ", got ",
+                      given[n], " for batch entry ", n);
+    if (given[n] > 0) ++batch_sizes[given[n] - 1];
+  }
+  for (int64_t t = length - 2; t >= 0; --t) batch_sizes[t] += batch_sizes[t + 1];
+  order.resize(batch);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return given[a] > given[b]; });
 }
 
 cpu::Layout LayerShape::layout() const {

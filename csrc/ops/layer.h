@@ -63,7 +63,7 @@ struct LayerShape {
   cpu::Variant variant = cpu::Variant::kPlain;
   int64_t length = 0;  // L
   int64_t batch = 0;   // N
-  int64_t rows = 0;    // (timestep, entry) pairs that exist
+  int64_t rows = 0;    // (timestep, entry) pairs that exist; all of them where the lengths' values are not known
 
   std::vector<int64_t> batch_sizes;  // [L]
   std::vector<int64_t> offsets;      // [L]
@@ -88,6 +88,9 @@ struct LayerShape {
     kWeights
   };
   int index(int direction, Weight weight) const;
+
+ private:
+  void order_by(const at::Tensor& lengths);
 };
 
 }  // namespace rnn_ext::ops

@@ -2,8 +2,14 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "cells/cells.h"
+#include "cpu/layer.h"
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
+#include "ops/saved_bytes.h"
+#ifdef RNN_EXT_WITH_CUDA
+#include "ops/cuda_layer.h"
+#endif
 
 namespace {
 
@@ -33,6 +39,35 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const at::Tensor& input, con
   return {output.squeeze(0), lower(h_n), lower(c_n)};
 }
 
+int64_t cuda_saved_bytes(const std::string& cell, bool projected, int64_t itemsize) {
+#define RNN_EXT_SAVED_BYTES(Cell) \
+  using rnn_ext::cells::Cell;     \
+  if (cell == Cell::kName)        \
+    return rnn_ext::ops::saved_bytes(Cell::kSaved - Cell::kHasCell, Cell::kHasCell, projected, itemsize);
+  RNN_EXT_FOR_EACH_CELL(RNN_EXT_SAVED_BYTES)
+#undef RNN_EXT_SAVED_BYTES
+  throw std::invalid_argument("unknown cell '" + cell + "'");
+}
+
+#ifdef RNN_EXT_WITH_CUDA
+constexpr bool kWithCuda = true;
+
+std::optional<std::string> cuda_problem(int device) {
+  RnnExtError error{};
+  if (rnn_ext_cuda_check_device(device, &error)) return error.message;
+  return std::nullopt;
+}
+
+std::pair<std::string, std::string> cuda_kernel(int cell, int dtype, int64_t batch, int64_t hidden, int directions,
+                                                bool projected, bool backward, int64_t shared_bytes) {
+  const RnnExtChoice choice = rnn_ext_cuda_choose(RnnExtCell(cell), RnnExtDtype(dtype), batch, hidden, directions,
+                                                  projected, backward, shared_bytes);
+  return {rnn_ext::ops::kernel_name(choice.kernel), choice.reason};
+}
+#else
+constexpr bool kWithCuda = false;
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -51,6 +86,15 @@ PYBIND11_MODULE(_C, m) {
       "Values per hidden unit and row kept for backward.");
   m.def("cached_weights_count", &rnn_ext::ops::cached_weights_count, "Directions whose packed weights are kept.");
   m.def("clear_cached_weights", &rnn_ext::ops::clear_cached_weights, "Forget all packed weights.");
+  m.attr("with_cuda") = kWithCuda;
+  m.def("cuda_saved_bytes", &cuda_saved_bytes, "saved_values on CUDA, in bytes.");
+#ifdef RNN_EXT_WITH_CUDA
+  m.def("cuda_problem", &cuda_problem, "Why the CUDA kernels cannot run on this device, or None.");
+  m.def("cuda_kernel", &cuda_kernel, "The kernel meant for a layer, and why; see csrc/cuda/dispatch.h.");
+  m.def(
+      "force_cuda_kernel", &rnn_ext::ops::force_cuda_kernel,
+      "Run step, pointwise, persistent or tensor whatever the table says; \"\" is the table. False for another name.");
+#endif
   m.def(
       "require_grad", [](at::Tensor tensor) { return tensor.set_requires_grad(true); },
       "tensor.requires_grad_(), also inside a torch.func transform, for a tensor that nobody else has seen.");

@@ -5,11 +5,13 @@ Objects are cached by the content of everything they could include, so a second 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ ROOT = HERE.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 EMULATOR = HERE / "emu"
 BUILD = ROOT / "build" / "cuda_emulator"
+TORCH_SOURCES = (ROOT / "csrc/ops/layer.cpp", ROOT / "csrc/ops/cuda_layer.cpp", HERE / "torch_layer.cpp")
 
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-pass-failed"]  # unroll pragmas are nvcc's
 # The checks that can fire in a kernel; all of UBSan takes eight times as long to compile.
@@ -55,16 +58,28 @@ def _headers(source: Path) -> list[Path]:
     folders = [EMULATOR]
     if source.parent != EMULATOR:
         folders += [_csrc(source) / "cells", _csrc(source) / "cuda"]
+    if source in TORCH_SOURCES:
+        folders += [_csrc(source) / "ops", _csrc(source) / "cpu"]
     return [path for folder in folders for path in sorted(folder.glob("*.h"))]
 
 
 def _flags(source: Path, flavour: str) -> list[str]:
-    flags = ["-std=c++17", "-g1", *WARNINGS, "-I", str(_csrc(source)), "-I", str(EMULATOR)]
+    flags = ["-g1", "-fPIC", *WARNINGS, "-I", str(_csrc(source)), "-I", str(EMULATOR)]
+    if source in TORCH_SOURCES:
+        return [*flags, "-std=c++20", "-O0", "-DRNN_EXT_EMULATED", *(f"-isystem{path}" for path in _torch_includes())]
+    flags.append("-std=c++17")
     runtime = source.parent == EMULATOR and source.name != "memory.cpp"
     if runtime:  # the runtime itself stays out of the sanitizers' sight, but tells them about its fibers
         return [*flags, "-O2", *({"asan": ["-DEMU_ASAN"], "tsan": ["-DEMU_TSAN"]}.get(flavour, []))]
     # Unoptimised code compiles in a fifth of the time under a sanitizer, and the shapes are small.
     return [*flags, "-O1" if flavour == "plain" else "-O0", *SANITIZERS[flavour]]
+
+
+@functools.cache
+def _torch_includes() -> tuple[str, ...]:
+    from torch.utils.cpp_extension import include_paths
+
+    return (*include_paths(), sysconfig.get_path("include"))
 
 
 def _run(command: list[str]) -> None:
@@ -74,9 +89,14 @@ def _run(command: list[str]) -> None:
 
 
 def build(
-    sources: Sequence[Path], flavour: str = "plain", compiler: str = "g++", folder: Path = BUILD, jobs: int = 2
+    sources: Sequence[Path],
+    flavour: str = "plain",
+    compiler: str = "g++",
+    folder: Path = BUILD,
+    jobs: int = 2,
+    link: Sequence[str] = (),
 ) -> Path:
-    """Compile and link `sources` with the emulator; returns the program.
+    """Compile and link `sources` with the emulator; returns the program, or what else the arguments `link` make of it.
 
     Raises:
         RuntimeError: with the compiler's words.
@@ -109,11 +129,11 @@ def build(
     while running:
         finish_one()
 
-    key = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
+    key = hashlib.sha256("".join(map(str, [*objects, *link])).encode()).hexdigest()[:16]
     program = folder / f"{sources[-1].stem}-{flavour}-{key}"
     if not program.exists():
         partial = program.with_name(f"{program.name}.{os.getpid()}")
-        _run([compiler, *SANITIZERS[flavour], *map(str, objects), "-o", str(partial)])
+        _run([compiler, *SANITIZERS[flavour], *map(str, objects), *link, "-o", str(partial)])
         partial.replace(program)
     return program
 
@@ -121,6 +141,15 @@ def build(
 def driver(flavour: str = "plain", compiler: str = "g++") -> Path:
     """The program that runs layer calls: every kernel source and driver.cpp."""
     return build([*kernel_sources(), HERE / "driver.cpp"], flavour, compiler)
+
+
+def torch_library() -> Path:
+    """The library of torch_layer.cpp: the torch boundary of the CUDA kernels, over the emulator."""
+    import torch
+
+    folder = Path(torch.__file__).parent / "lib"
+    link = ["-shared", f"-L{folder}", f"-Wl,-rpath,{folder}", "-lc10", "-ltorch", "-ltorch_cpu"]
+    return build([*kernel_sources(), *TORCH_SOURCES], link=link)
 
 
 def environment(

@@ -48,6 +48,15 @@ T shuffle(uint32_t mask, T value, int from, WarpOp op, Site site) {
 inline int lane() { return static_cast<int>(current->lane); }
 inline int segment(int width) { return lane() & ~(width - 1); }
 
+// ldmatrix.x4: every lane gives a row of 16 bytes, and takes of each matrix its two values.
+inline void load_matrices(uint32_t (&to)[4], const void* row, Site site) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail("misaligned ldmatrix", site);
+  uint32_t words[4];
+  std::memcpy(words, row, sizeof words);
+  const WarpWords all = warp_exchange(0xffffffffu, words, 4, kLoadMatrix, site);
+  for (int matrix = 0; matrix < 4; ++matrix) to[matrix] = all[matrix * 8 + lane() / 4][lane() % 4];
+}
+
 }  // namespace emu
 
 template <class T>

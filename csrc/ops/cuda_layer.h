@@ -1,0 +1,30 @@
+// The layer op over csrc/cuda, without a word on where it is registered: cuda.cpp gives it CUDA tensors,
+// tests/cuda_emulator gives it CPU tensors and emulated kernels.
+#pragma once
+
+#include <c10/core/Device.h>
+#include <torch/library.h>
+
+#include <string>
+
+#include "cuda/launch.h"
+
+namespace rnn_ext::ops {
+
+/// Implements `layer` and `layer_backward` for the library's dispatch key.
+void implement_cuda_layer(torch::Library& library);
+
+/// What differs between a GPU and the emulator: makes sure that kernels can run on tensors of this device, and gives
+/// the stream that they are queued on. The device is current.
+void* kernel_stream(c10::Device device);
+
+/// "step", "pointwise", "persistent" or "tensor" (whose backward is the table's) instead of what the dispatch table
+/// says, for tests and comparisons; "" is the table. Projected layers are always pointwise. False for another name.
+bool force_cuda_kernel(const std::string& name);
+
+const char* kernel_name(RnnExtKernel kernel);
+
+/// RuntimeError with the launcher's words where something failed.
+void check_launch(int failed, const RnnExtError& error);
+
+}  // namespace rnn_ext::ops

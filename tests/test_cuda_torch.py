@@ -1,0 +1,529 @@
+"""The layer op over the CUDA kernels, on CPU tensors: csrc/ops/cuda_layer.cpp itself, with the kernels emulated.
+
+What a GPU would run but its own arithmetic: autograd, layouts, masks, projections, modules, errors.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.rnn import pack_sequence
+
+import rnn_ext
+from rnn_ext import backends, ops
+from tests import util
+from tests.cuda_emulator.torch_layer import emulated
+from tests.util import CELLS, Case
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("g++"), reason="the emulator is built with g++"),
+    pytest.mark.skipif(not ops.is_available(), reason="the library has not been built"),
+]
+with_cuda = pytest.mark.skipif(not ops.with_cuda(), reason="the library has been built without CUDA kernels")
+
+KERNELS = ("step", "pointwise", "persistent")
+LAYERS = {"rnn_tanh": rnn_ext.RNN, "gru": rnn_ext.GRU, "lstm": rnn_ext.LSTM}
+# A GEMM's result is rounded to the storage type before the cell takes it up: one rounding more than on the CPU.
+VALUES = {**util.VALUE_TOLERANCE, torch.bfloat16: 3e-2}
+GRADIENTS = {**util.GRAD_TOLERANCE, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+def agree(case: Case, kernel: str | None, dtype: torch.dtype | None = None, **options) -> None:
+    """Values and gradients are the reference's in float64 on the same numbers."""
+    dtype = dtype or (torch.float32 if kernel == "persistent" else torch.float64)  # persistent has no float64
+    problem = util.build(case, dtype)
+    expected, expected_grads = util.gradients(util.oracle, problem.to(torch.float64), **options)
+    with emulated(kernel):
+        actual, grads = util.gradients(util.run, problem, **options)
+    assert all(t.dtype == dtype for t in (*actual.values(), *grads.values()))
+    util.check(actual, expected, VALUES[dtype], 1.0, "value of")
+    if case.cell == "rnn_relu" and dtype.itemsize == 2:
+        return  # a rounding takes some unit across the kink, and its gradient with it
+    floor = 1e-3 * util.largest(expected_grads.values())
+    util.check(grads, expected_grads, GRADIENTS[dtype], floor, "gradient of")
+
+
+def small(case: Case) -> Case:
+    """The emulator runs every thread of a block in turn: fewer timesteps and units."""
+    length, batch, inputs, hidden = case.size
+    return case.but(size=(min(length, 4), min(batch, 5), min(inputs, 8), min(hidden, 17)), proj=min(case.proj, 4))
+
+
+MATRIX = [small(case) for case in util.matrix()]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_matrix(cell, kernel):
+    """Every direction x layout x bias x lengths x resets, and the projections."""
+    cases = [case for case in MATRIX if case.cell == cell and (not case.proj or kernel == "pointwise")]
+    assert len(cases) >= 36
+    for case in cases:
+        agree(case, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_resets(cell, kernel):
+    """Which modules do not offer, but the op does: one reset for each row of the packed input."""
+    for proj in (0, 3) if cell == "lstm" and kernel == "pointwise" else (0,):
+        dtype = torch.float32 if kernel == "persistent" else torch.float64
+        problem = util.build(Case(cell, "packed", True, proj=proj, size=(6, 5, 2, 5)), dtype)
+        generator = torch.Generator().manual_seed(1)
+        problem.resets = torch.rand(problem.input.shape[0], generator=generator) < 0.4
+        problem.resets[:2] = True  # at first timesteps too
+        expected, expected_grads = util.gradients(util.oracle, problem.to(torch.float64))
+        with emulated(kernel):
+            actual, grads = util.gradients(util.run, problem)
+        util.check_values(actual, expected, dtype)
+        util.check_gradients(grads, expected_grads, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", [*KERNELS, "tensor"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_dtypes(cell, kernel, dtype):
+    if kernel == "tensor" and dtype == torch.float32:
+        return
+    agree(Case(cell, bidirectional=True, lengths=True, resets=True, size=(5, 4, 7, 33)), kernel, dtype)
+    agree(Case(cell, "packed", bidirectional=True, size=(5, 9, 3, 7)), kernel, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_projection_dtypes(dtype):
+    for layout in util.LAYOUTS:
+        agree(Case("lstm", layout, True, proj=3, lengths=layout != "packed", size=(5, 4, 7, 9)), None, dtype)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (1, 3, 2, 5), (3, 1, 0, 2), (2, 9, 3, 65)], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_sizes(cell, kernel, size):
+    agree(Case(cell, bidirectional=True, size=size), kernel)
+
+
+@pytest.mark.parametrize("proj", [0, 3])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_cotangent_alone(cell, layout, kernel, proj):
+    if proj and (cell != "lstm" or kernel != "pointwise"):
+        return
+    case = Case(cell, layout, True, proj=proj, lengths=layout == "dense", resets=layout == "dense", size=(4, 3, 2, 5))
+    dtype = torch.float32 if kernel == "persistent" else torch.float64
+    results = util.oracle(util.build(case, dtype))
+    for name, cotangent in util.cotangents(results).items():
+        agree(
+            case, kernel, grad_of={name: cotangent.to(torch.float64 if dtype == torch.float64 else dtype)}, unused=True
+        )
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_gradient_alone(cell):
+    """What is not wanted is not computed, and what is does not depend on it."""
+    problem = util.build(Case(cell, bidirectional=True, proj=3 if cell == "lstm" else 0, size=(4, 3, 2, 5)))
+    with emulated():
+        _, every = util.gradients(util.run, problem)
+        for name in problem.leaves():
+            _, alone = util.gradients(util.run, problem, wrt=[name])
+            util.same_bits(alone, {name: every[name]})
+
+
+@pytest.mark.parametrize("proj", [0, 3])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_padding_is_not_looked_at(cell, kernel, proj):
+    """NaN there, in the input and in what flows back, reaches no value and no gradient."""
+    if proj and (cell != "lstm" or kernel != "pointwise"):
+        return
+    for layout in ("dense", "batch_first"):
+        case = Case(cell, layout, True, proj=proj, lengths=True, size=(5, 4, 3, 6))
+        problem = util.build(case, torch.float32)
+        padding = torch.arange(5).unsqueeze(1) >= problem.lengths
+        padding = padding.t() if layout == "batch_first" else padding
+        with emulated(kernel):
+            expected, _ = util.gradients(util.run, problem)
+            grad_of = util.cotangents(expected)
+            _, expected_grads = util.gradients(util.run, problem, grad_of)
+            problem.input[padding] = float("nan")
+            for name in ("output", "cells"):
+                if name in grad_of:
+                    grad_of[name][padding] = float("nan")
+            actual, grads = util.gradients(util.run, problem, grad_of)
+        assert not actual["output"][padding].any()
+        util.same_bits(actual, expected)
+        util.same_bits(grads, expected_grads)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_inference(cell, kernel):
+    """Without gradients nothing is kept; values are the same bits. Cell states can be had all the same."""
+    for case in (Case(cell, bidirectional=True, size=(4, 3, 2, 9)), Case(cell, "packed", size=(4, 3, 2, 9))):
+        problem = util.build(case, torch.float32)
+        with emulated(kernel):
+            trained, _ = util.gradients(util.run, problem)
+            for cell_states in (False, case.has_cell_state):
+                inferred = util.run(problem, cell_states)
+                util.same_bits(inferred, {name: trained[name] for name in inferred})
+
+
+@pytest.mark.parametrize("proj", [0, 2])
+def test_inference_with_projection_and_lengths(proj):
+    case = Case("lstm", "batch_first", True, proj=proj, lengths=True, size=(4, 3, 2, 5))
+    problem = util.build(case)
+    with emulated():
+        util.check_values(util.run(problem), util.oracle(problem))
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4, 7), (4, 0, 4, 7), (0, 0, 4, 7)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_empty(cell, sizes):
+    for layout in ("dense", "batch_first"):
+        case = Case(cell, layout, True, size=sizes)
+        problem = util.build(case)
+        with emulated():
+            actual, grads = util.gradients(util.run, problem)
+        expected, expected_grads = util.gradients(util.run, problem)  # the CPU's own
+        util.same_bits(actual, expected)
+        util.same_bits(grads, expected_grads)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_memory_of_any_shape(kernel):
+    """Transposed, expanded and sliced tensors are read as what they are."""
+    problem = util.build(Case("gru", bidirectional=True, size=(4, 3, 5, 6)), torch.float32)
+    other = problem.map(lambda t: t.clone())
+    other.input = problem.input.transpose(0, 1).contiguous().transpose(0, 1)
+    other.h_0 = torch.stack([problem.h_0, problem.h_0], -1)[..., 0]
+    other.weights = {name: t.t().contiguous().t() if t.dim() == 2 else t for name, t in other.weights.items()}
+    with emulated(kernel):
+        util.same_bits(util.run(other), util.run(problem))
+        one = problem.input[:1].expand(4, 3, 5)
+        leaf = problem.weights["weight_hh"].requires_grad_()
+        results = [
+            ops.layer(x, None, None, list(problem.weights.values()), cell="gru", bidirectional=True)[0]
+            for x in (one, one.contiguous())
+        ]
+        grads = [torch.autograd.grad(output.sum(), leaf)[0] for output in results]  # an expanded gradient
+    assert torch.equal(*results) and torch.equal(*grads)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_same_bits_every_time(kernel):
+    problem = util.build(Case("lstm", bidirectional=True, lengths=True, size=(5, 4, 3, 17)), torch.float32)
+    with emulated(kernel):
+        first, grads = util.gradients(util.run, problem)
+        for _ in range(3):
+            again, grads_again = util.gradients(util.run, problem)
+            util.same_bits(again, first)
+            util.same_bits(grads_again, grads)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradcheck_and_double_backward(cell):
+    problem = util.build(Case(cell, bidirectional=True, resets=True, size=(3, 2, 2, 3)))
+    leaves = {name: t.requires_grad_() for name, t in problem.leaves().items()}
+
+    def layer(*tensors):
+        return tuple(util.run(problem.having(dict(zip(leaves, tensors, strict=True)))).values())
+
+    with emulated():
+        assert torch.autograd.gradcheck(layer, tuple(leaves.values()))
+        assert torch.autograd.gradgradcheck(layer, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("layout", ["dense", "batch_first"])
+def test_vmap_of_gradients(layout):
+    """Per-sample gradients: what is kept for backward is not cut along the batch."""
+    problem = util.build(Case("lstm", layout, state=False, size=(3, 4, 2, 5)), torch.float64)
+    batch = 0 if layout == "batch_first" else 1
+
+    def loss(weights, x):
+        output = ops.layer(x.unsqueeze(batch), None, None, list(weights.values()), cell="lstm",
+                           batch_first=layout == "batch_first")[0]  # fmt: skip
+        return output.square().sum()
+
+    with emulated():
+        per_sample = torch.func.vmap(torch.func.grad(loss), (None, batch))(problem.weights, problem.input)
+    for n, x in enumerate(problem.input.unbind(batch)):
+        expected = torch.func.grad(loss)(problem.weights, x)
+        util.check_gradients({name: g[n] for name, g in per_sample.items()}, expected)
+
+
+def test_backward_inside_autocast_is_not_cast():
+    problem = util.build(Case("lstm", proj=3, size=(3, 2, 4, 5)), torch.float32).requiring()
+    with emulated():
+        output = util.run(problem)["output"]
+        leaves = list(problem.leaves().values())
+        expected = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = torch.autograd.grad(output.sum(), leaves)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_modules(name, kernel):
+    """Two layers, both directions, padded, packed and with lengths: as torch.nn, gradients included."""
+    torch.manual_seed(0)
+    ours = LAYERS[name](5, 7, 2, bidirectional=True, backend="custom")
+    lengths = [4, 1, 3]
+    rows = [torch.randn(n, 5) for n in lengths]
+    padded = nn.utils.rnn.pad_sequence(rows)
+    calls = {
+        "padded": lambda: ours(padded)[0],
+        "packed": lambda: ours(pack_sequence(rows, enforce_sorted=False))[0].data,
+        "lengths": lambda: ours(padded, lengths=torch.tensor(lengths, dtype=torch.int32))[0],
+    }
+    for what, call in calls.items():
+        results = []
+        for backend in ("custom", "native"):
+            rnn_ext.set_backend(ours, backend)
+            with emulated(kernel):
+                output = call()
+                grads = torch.autograd.grad(output.square().sum(), list(ours.parameters()))
+            results.append([output.detach(), *grads])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5, msg=lambda text: f"{what}: {text}")  # noqa: B023
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_cells_and_step(name):
+    """One timestep, of a cell and of a stack of layers: as torch.nn, gradients included."""
+    torch.manual_seed(0)
+    cell = getattr(rnn_ext, {"rnn_tanh": "RNN"}.get(name, name.upper()) + "Cell")(5, 7, backend="custom")
+    layer, stack = (LAYERS[name](5, 7, layers, backend="custom") for layers in (1, 2))
+    input = torch.randn(3, 5)
+    hx, h_0 = torch.randn(2, 3, 7).unbind(), torch.randn(2, 2, 3, 7).unbind()
+    hx, h_0 = (hx, h_0) if name == "lstm" else (hx[0], h_0[0])
+    calls = {
+        "cell": (cell, lambda: cell(input, hx)),
+        "unbatched cell": (cell, lambda: cell(input[0])),
+        "step": (layer, lambda: layer.step(input)[1]),
+        "step of two layers": (stack, lambda: stack.step(input, h_0)[1]),
+    }
+    for what, (module, call) in calls.items():
+        results = []
+        for backend in ("custom", "native"):
+            rnn_ext.set_backend(module, backend)
+            with emulated():
+                states = call()
+                states = states if name == "lstm" else (states,)
+                grads = torch.autograd.grad(sum(s.square().sum() for s in states), list(module.parameters()))
+            results.append([*(s.detach() for s in states), *grads])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5, msg=lambda text: f"{what}: {text}")  # noqa: B023
+
+
+def test_training():
+    """A few steps of Adam end where torch.nn's do."""
+    torch.manual_seed(0)
+    module = rnn_ext.LSTM(3, 8, batch_first=True, proj_size=4, backend="custom", dtype=torch.float64)
+    twin = nn.LSTM(3, 8, batch_first=True, proj_size=4, dtype=torch.float64)
+    twin.load_state_dict(module.state_dict())
+    input, target = torch.randn(4, 5, 3, dtype=torch.float64), torch.randn(4, 5, 4, dtype=torch.float64)
+    losses = []
+    for model in (module, twin):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        for _ in range(4):
+            optimizer.zero_grad()
+            with emulated():
+                loss = nn.functional.mse_loss(model(input)[0], target)
+                loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_the_emulated_op_is_another_one():
+    """Or all of the above would test the CPU kernels."""
+    weights = [torch.randn(20, 4), torch.randn(20, 5)]
+    arguments = (torch.randn(3, 2, 4), None, None, weights, None, None, None, [], "lstm", False, False, False, True)
+    with emulated():
+        assert torch.ops.rnn_ext.layer(*arguments)[4].dtype == torch.uint8
+    assert torch.ops.rnn_ext.layer(*arguments)[4].dtype == torch.float32
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_kernel_that_cannot_run_says_why():
+    problem = util.build(Case("gru", size=(2, 1, 2, 129)), torch.float32)
+    with (
+        emulated("persistent"),
+        pytest.raises(RuntimeError, match="persistent kernels end at hidden size 128, got 129"),
+    ):
+        util.run(problem)
+    double = util.build(Case("gru", size=(2, 1, 2, 3)))
+    with emulated("persistent"), pytest.raises(RuntimeError, match="do not take float64"):
+        util.run(double)
+    with emulated("tensor"), pytest.raises(RuntimeError, match="bfloat16 and float16 only"):
+        util.run(util.build(Case("gru", size=(2, 1, 2, 3)), torch.float32))
+    with emulated():  # nothing is left behind
+        util.check_values(util.run(problem), util.oracle(problem.to(torch.float64)), torch.float32)
+
+
+def test_small_shared_memory_goes_to_step(monkeypatch):
+    """The same call on a smaller GPU: the table answers for the device at hand."""
+    monkeypatch.setenv("EMU_ARCH", "80")
+    problem = util.build(Case("lstm", size=(1, 1, 2, 112)), torch.float32)
+    with (
+        emulated("persistent"),
+        pytest.raises(RuntimeError, match=r"needs \d+ bytes of shared memory; a block has \d+"),
+    ):
+        util.run(problem)
+    with emulated():
+        util.check_values(util.run(problem), util.oracle(problem.to(torch.float64)), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"saved": torch.zeros(3, dtype=torch.uint8)}, "output and saved are not those"),
+        ({"grad_output": torch.zeros(1, 2, 5)}, r"expected grad_output of size \[3, 2, 5\], got \[1, 2, 5\]"),
+        ({"grad_h_n": torch.zeros(1, 2, 5, dtype=torch.float64)}, "expected grad_h_n as Float on cpu, got Double"),
+        ({"output_mask": [True]}, "expected output_mask of 5 values, got 1"),
+    ],
+)
+def test_backward_checks_its_arguments(change, message):
+    weights = [torch.randn(20, 4), torch.randn(20, 5)]
+    input = torch.randn(3, 2, 4)
+    with emulated():
+        output, *_, saved = torch.ops.rnn_ext.layer(
+            input, None, None, weights, None, None, None, [], "lstm", False, False, False, True
+        )
+        arguments = {
+            "grad_output": torch.ones_like(output), "grad_h_n": None, "grad_c_n": None, "grad_cells": None,
+            "input": input, "h_0": None, "c_0": None, "weights": weights, "batch_sizes": None, "lengths": None,
+            "resets": None, "masks": [], "output": output, "saved": saved, "cell": "lstm", "bidirectional": False,
+            "batch_first": False, "cell_states": False, "output_mask": [True, False, False, True, True],
+        }  # fmt: skip
+        torch.ops.rnn_ext.layer_backward(**arguments)
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.rnn_ext.layer_backward(**arguments | change)
+
+
+@pytest.mark.parametrize(
+    "options", [{"layer_norm": True}, {"zoneout": 0.1}, {"recurrent_dropout": 0.1}], ids=lambda o: next(iter(o))
+)
+def test_variants_are_for_the_cpu(options):
+    layer = rnn_ext.LSTM(4, 5, **options)
+    with emulated(), pytest.raises(ValueError, match="have no CUDA kernel: expected input on the CPU"):
+        layer(torch.randn(3, 2, 4))
+
+
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
+def test_recompute(cell):
+    torch.manual_seed(0)
+    plain = getattr(rnn_ext, cell)(4, 5).double()
+    again = copy.deepcopy(plain)
+    again.recompute = True
+    input = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    with emulated():
+        grads = [torch.autograd.grad(m(input)[0].sum(), [input, *m.parameters()]) for m in (plain, again)]
+    for got, want in zip(*grads, strict=True):
+        assert torch.equal(got, want)
+
+
+# ---- the library itself, on a machine without a GPU ------------------------------------------------------------------
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@with_cuda
+def test_cpu_calls_beside_the_cuda_kernels():
+    problem = util.build(Case("lstm", bidirectional=True))
+    util.check_values(util.run(problem), util.oracle(problem))
+
+
+@with_cuda
+@NO_GPU
+def test_a_device_that_is_not_there():
+    """One sentence each, from the driver's or torch's own words; no crash."""
+    assert "cuda:0: " in ops.cuda_problem(0)
+    with FakeTensorMode():
+        input = torch.empty(3, 2, 4, device="cuda")
+    supported, reason = backends.can_run_custom(input)
+    assert not supported and "cuda:0: " in reason
+    weights = [torch.randn(20, 4), torch.randn(20, 5)]
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(RuntimeError, match="expected tensors on a CUDA device, got cpu"):
+        torch.ops.rnn_ext.layer.default.redispatch(
+            key, torch.randn(3, 2, 4), None, None, weights, None, None, None, [], "lstm", False, False, False, False
+        )
+
+
+@pytest.mark.parametrize("dtype", sorted(backends.CUSTOM_DTYPES, key=str), ids=str)
+@pytest.mark.parametrize("proj", [0, 3])
+@pytest.mark.parametrize("cell", CELLS)
+def test_fake_kernel_keeps_as_much_as_the_real_one(cell, proj, dtype):
+    if proj and cell != "lstm":
+        return
+    for layout in util.LAYOUTS:
+        problem = util.build(Case(cell, layout, True, proj=proj, size=(3, 2, 4, 5)), dtype)
+        rest = (problem.batch_sizes, None, None, [], cell, True, layout == "batch_first", False, True)
+        with emulated():
+            real = torch.ops.rnn_ext.layer(problem.input, problem.h_0, None, list(problem.weights.values()), *rest)
+        with FakeTensorMode() as mode:
+            fakes = problem.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"))
+            sizes = None if problem.batch_sizes is None else mode.from_tensor(problem.batch_sizes)
+            fake = torch.ops.rnn_ext.layer(fakes.input, fakes.h_0, None, list(fakes.weights.values()), sizes, *rest[1:])
+        for actual, expected in zip(fake, real, strict=True):
+            assert actual.shape == expected.shape and actual.dtype == expected.dtype
+            assert actual.device.type == "cuda"
+
+
+@with_cuda
+def test_choices_are_those_of_the_table():
+    assert ops.cuda_kernel("lstm", torch.float32, 8, 64, shared_bytes=227 * 1024)[0] == "persistent"
+    assert ops.cuda_kernel("gru", torch.float32, 8, 300, shared_bytes=227 * 1024)[0] == "step"
+    kernel, reason = ops.cuda_kernel("gru", torch.float16, 64, 512, bidirectional=True, shared_bytes=227 * 1024)
+    assert kernel == "pointwise" and "GEMM" in reason
+    assert ops.cuda_kernel("lstm", torch.float32, 8, 64, projected=True, shared_bytes=227 * 1024)[0] == "pointwise"
+    with pytest.raises(
+        ValueError, match="unknown CUDA kernel 'fast': expected step, pointwise, persistent, tensor or None"
+    ):
+        ops.force_cuda_kernel("fast")
+
+
+@with_cuda
+def test_explain_on_a_gpu(monkeypatch):
+    """With a GPU that is only said to be there."""
+
+    class Properties:
+        shared_memory_per_block_optin = 227 * 1024
+
+    monkeypatch.setattr(ops, "cuda_problem", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    module = rnn_ext.GRU(4, 300, bidirectional=True, batch_first=True, backend="custom")
+    with FakeTensorMode():
+        few, many = (torch.empty(n, 3, 4, device="cuda") for n in (8, 64))
+    explanation = rnn_ext.explain(module, few)
+    assert (explanation.backend, explanation.kernel) == ("custom", "rnn_ext::layer gru, cuda step")
+    assert "few rows" in explanation.reason
+    assert rnn_ext.explain(module, many).kernel == "rnn_ext::layer gru, cuda pointwise"
+    module.backend = "auto"  # what nobody has timed is no default, but better than what torch cannot do
+    explanation = rnn_ext.explain(module, few)
+    assert (explanation.backend, explanation.reason) == ("native", backends.UNMEASURED)
+    assert backends.use_custom("auto", few, only_custom=True)
+    cell = rnn_ext.GRUCell(4, 300, backend="custom")
+    for size, kernel in (((4,), "step"), ((8, 4), "step"), ((500, 4), "pointwise")):
+        with FakeTensorMode():
+            input = torch.empty(size, device="cuda")
+        assert rnn_ext.explain(cell, input).kernel == f"rnn_ext::layer gru, cuda {kernel}"
+
+
+def test_without_cuda_kernels(monkeypatch):
+    monkeypatch.setattr(ops, "with_cuda", lambda: False)
+    with FakeTensorMode():
+        input = torch.empty(3, 2, 4, device="cuda")
+    supported, reason = backends.can_run_custom(input)
+    assert not supported and "built without CUDA kernels; run" in reason
+    with pytest.raises(ValueError, match="built without CUDA kernels"):
+        ops.force_cuda_kernel("step")

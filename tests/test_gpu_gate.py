@@ -1,0 +1,196 @@
+"""`make gpu` without a GPU: everything but the device itself. What the tests of the device do on the emulator, what the
+benchmark prints of results made up here, and that the micro-measurements compile."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from rnn_ext import ops
+from tests.cuda_emulator.torch_layer import emulated
+
+ROOT = Path(__file__).resolve().parent.parent
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+needs_emulator = pytest.mark.skipif(
+    not (shutil.which("g++") and ops.is_available()), reason="needs g++ and the library"
+)
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    spec = importlib.util.spec_from_file_location("benchmark_gpu", ROOT / "benchmarks" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def wall(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def printed(gpu, result, width=140) -> str:
+    console = Console(width=width, record=True, file=io.StringIO(), highlight=False)
+    gpu.show(result, console)
+    return console.export_text()
+
+
+def made_up(gpu, rows):
+    """Results in the form that main() writes. The figures are invented: round numbers, no card of that name."""
+    return {
+        "card": "Imaginary 1", "compute_capability": "9.0", "multiprocessors": 1, "shared_bytes_per_block": 1,
+        "torch": "0", "cuda": "0", "cudnn": 0, "date": "-", "micro": {"launch": 1.0}, "rows": rows, "left_out": 2,
+    }  # fmt: skip
+
+
+def row(gpu, ours=None, theirs=None, problem=None, **changes):
+    fields = {"cell": "lstm", "dtype": "float32", "hidden": 64, "batch": 1, "length": 10, "mode": "forward"} | changes
+    found = gpu.dataclasses.asdict(gpu.Row(**fields)) | {"kernel": "persistent"}
+    return found | ({"problem": problem} if problem else {"ours": ours, "torch": theirs, "difference": 0.0})
+
+
+@needs_emulator
+def test_the_tests_of_the_device_pass_on_the_emulator():
+    """All that need no stream or graph of a real GPU: a mistake in them would otherwise be found there first."""
+    env = {**os.environ, "RNN_EXT_TEST_DEVICE": "cpu"}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:xdist", "-p", "no:cacheprovider", "-x"]
+    done = subprocess.run(
+        [*command, "tests/test_cuda_device.py"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    passed = int(done.stdout.split(" passed")[0].split()[-1])
+    assert passed > 150, done.stdout[-300:]
+
+
+@needs_emulator
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16"])
+def test_a_row_is_checked_and_timed(gpu, dtype, mode, packed):
+    wanted = gpu.Row("gru", dtype, 6, 2, 4, mode, packed)
+    with emulated():
+        found = gpu.measure(wanted, wall, "cpu", seconds=0)
+    assert "problem" not in found, found
+    assert found["ours"] > 0 and found["torch"] > 0 and found["difference"] <= gpu.TOLERANCE[dtype]
+    assert gpu.row_of(found) == wanted
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_precision_is_put_back(gpu):
+    before = torch.backends.cuda.matmul.allow_tf32
+    with gpu.precision(gpu.Row("gru", "tf32", 6, 2, 4, "forward")):
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+@needs_emulator
+def test_a_wrong_row_has_no_figure(gpu, monkeypatch):
+    """Different outputs, and a contestant that raises, are said instead of timed."""
+    wanted = gpu.Row("lstm", "float32", 6, 2, 4, "forward")
+    monkeypatch.setitem(gpu.TOLERANCE, "float32", -1.0)
+    found = gpu.measure(wanted, wall, "cpu", seconds=0)
+    assert found["problem"].startswith("outputs differ by") and "ours" not in found
+    with emulated("persistent"):
+        found = gpu.measure(gpu.Row("lstm", "float32", 200, 1, 1, "forward"), wall, "cpu", seconds=0)
+    assert "hidden size 128, got 200" in found["problem"]
+
+
+@needs_emulator
+def test_rows_are_left_when_the_time_is_up(gpu):
+    rows = [gpu.Row("rnn_tanh", "float32", 4, 1, 2, "forward")] * 3
+    console = Console(file=io.StringIO())
+    assert gpu.run(rows, wall, "cpu", -1.0, console) == ([], 3)
+    with emulated():
+        done, left = gpu.run(rows[:1], wall, "cpu", 60.0, console)
+    assert len(done) == 1 and left == 0
+
+
+def test_table(gpu):
+    rows = [
+        row(gpu, 1.0, 2.0),
+        row(gpu, 0.5, 2.0, hidden=128, batch=16),
+        row(gpu, 4.0, 1.0, mode="training"),
+        row(gpu, 1.0, 0.98, batch=16),  # within noise
+        row(gpu, problem="outputs differ by 1.00e+00", dtype="float16"),
+        row(gpu, 1.0, 1.0, dtype="bfloat16", hidden=512, packed=True),
+        row(gpu, 1.0, 1.0, dtype="bfloat16", hidden=512),
+    ]
+    text = printed(gpu, made_up(gpu, rows))
+    assert "Imaginary 1" in text
+    assert "Losses: 1 of 6 rows" in text
+    assert "0.25  lstm float32 H=64 N=1 L=10 training (persistent)" in text
+    assert "no figure: lstm float16 H=64 N=1 L=10 forward: outputs differ" in text
+    assert "Out of time: 2 rows" in text
+    assert "Target H <= 128, forward <= 0.6 us: met in 1 of 3 rows, worst 1.000" in text
+    assert "forward <= 1.2 us: met in 1 of 1 rows" in text  # packed rows have no target
+    assert "launch: 1.000 us" in text
+    assert gpu.losses(made_up(gpu, rows)) == [rows[2]]
+
+
+def test_table_of_a_file(gpu, tmp_path, capsys):
+    path = tmp_path / "made_up.json"
+    path.write_text(json.dumps(made_up(gpu, [row(gpu, 1.0, 2.0)])))
+    assert gpu.main(["--show", str(path)]) == 0
+    assert "Losses: 0 of 1 rows" in capsys.readouterr().out
+
+
+def test_grid(gpu):
+    rows = gpu.grid()
+    assert len(rows) == len(set(rows)) > 400
+    assert {r.cell for r in rows} == set(gpu.CELLS) and {r.dtype for r in rows} == set(gpu.DTYPES)
+    assert set(gpu.grid(quick=True)) - set(rows)
+    for name, covers, mode, _ in gpu.TARGETS:
+        assert any(covers(r) and r.mode == mode for r in rows), f"nothing measures the target {name}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("arguments", [[], ["--check"], ["--quick"]])
+def test_without_a_gpu_one_line_says_so(arguments):
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", *arguments],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout.count("\n") == 1 and "No GPU to measure here" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_make_gpu_without_a_gpu(tmp_path):
+    done = subprocess.run(
+        ["make", "-s", "gpu", f"GPU_PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert done.stdout.count("\n") == 1 and "No GPU to measure here" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--seconds", "soon"], ["--frob"]])
+def test_bad_arguments(gpu, arguments, capsys):
+    with pytest.raises(SystemExit):
+        gpu.parse(arguments)
+    assert "usage: benchmarks/gpu.py" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_micro_measurements_compile(gpu, arch, tmp_path):
+    program = tmp_path / "gpu_micro"
+    command = gpu.compile_micro(NVCC, arch, str(program))
+    done = subprocess.run([*command, "-Werror", "all-warnings"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if not torch.cuda.is_available():
+        said = subprocess.run([str(program)], capture_output=True, text=True)
+        assert said.returncode == 1 and said.stderr.startswith("device: ")

@@ -1,0 +1,154 @@
+"""Packed weights are kept between calls that do not train: whatever changes a weight must be noticed."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import numpy
+import pytest
+import torch
+from test_modules import ours, randn
+
+import rnn_ext
+from rnn_ext import _C
+
+L, N, INPUTS, H = 6, 2, 5, 17
+
+
+@pytest.fixture(autouse=True)
+def empty_cache():
+    _C.clear_cached_weights()
+    yield
+    _C.clear_cached_weights()
+
+
+def kept(module, input):
+    """Calls until the packed weights are in use; the result."""
+    with torch.no_grad():
+        for _ in range(3):
+            output = module(input)[0]
+    return output
+
+
+def zero_bit(module):
+    """The last bit of the last number."""
+    weight = module.weight_hh_l0.detach().numpy()
+    weight.view(numpy.int64 if weight.itemsize == 8 else numpy.int32)[-1, -1] ^= 1 << 20
+
+
+def swap(module):
+    """Two rows change places: the sums of all numbers stay the same."""
+    weight = module.weight_ih_l0.data
+    weight[[0, 1]] = weight[[1, 0]]
+
+
+def other(module):
+    return {name: p + 0.1 for name, p in module.state_dict().items()}
+
+
+def train(module):
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    module(randn(L, N, INPUTS, dtype=module.weight_ih_l0.dtype))[0].sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+CHANGES = {
+    "in place": lambda m: m.weight_hh_l0.add_(0.1),
+    "one number": lambda m: m.weight_ih_l0[0, 0].add_(0.1),
+    "a bias": lambda m: m.bias_hh_l0[0].add_(0.1),
+    "data": lambda m: m.weight_hh_l0.data.mul_(1.1),
+    "new data": lambda m: setattr(m.weight_hh_l0, "data", m.weight_hh_l0.data * 1.1),
+    "numpy": zero_bit,
+    "swapped rows": swap,
+    "load_state_dict": lambda m: m.load_state_dict(other(m)),
+    "assigned": lambda m: m.load_state_dict(other(m), assign=True),
+    "moved and back": lambda m: m.to(torch.float64 if m.weight_ih_l0.dtype == torch.float32 else torch.float32),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_no_change_goes_unnoticed(change, dtype):
+    module, input = ours("lstm", INPUTS, H, bidirectional=True, dtype=dtype), randn(L, N, INPUTS, dtype=dtype)
+    before = kept(module, input)
+    assert _C.cached_weights_count() == 2  # both directions
+    with torch.no_grad():
+        CHANGES[change](module)
+    input = input.to(module.weight_ih_l0.dtype)
+    after = kept(module, input)
+    with torch.enable_grad():  # a call that trains packs anew
+        want = module(input)[0].detach()
+    assert torch.equal(after, want)
+    assert not torch.equal(before, after.to(dtype))
+
+
+def test_an_optimizer_is_noticed():
+    module, input = ours("gru", INPUTS, H), randn(L, N, INPUTS)
+    for _ in range(3):
+        kept(module, input)
+        train(module)
+        assert torch.equal(kept(module, input), module(input)[0])
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_kept_weights_compute_the_same(cell):
+    module, input = ours(cell, INPUTS, H), randn(L, N, INPUTS)
+    with torch.no_grad():
+        first, *others = [module(input)[0] for _ in range(4)]
+    assert _C.cached_weights_count() == 1
+    for output in others:
+        assert torch.equal(first, output)
+
+
+def test_nothing_is_kept_for_one_call_or_in_training():
+    module, input = ours("lstm", INPUTS, H), randn(L, N, INPUTS)
+    for _ in range(3):
+        module(input)
+    with torch.no_grad():
+        module(input)
+    assert _C.cached_weights_count() == 0
+
+
+def test_they_go_with_the_weights_and_are_bounded():
+    input = randn(L, N, INPUTS)
+    for hidden in range(1, 600):
+        kept(ours("rnn_tanh", INPUTS, hidden % 40 + 1), input)
+    gc.collect()
+    assert _C.cached_weights_count() == 0
+    modules = [ours("rnn_tanh", INPUTS, 3) for _ in range(300)]
+    for module in modules:
+        kept(module, input)
+    assert 200 <= _C.cached_weights_count() <= 256
+
+
+def test_threads_share_them():
+    module, input = rnn_ext.LSTM(INPUTS, H), torch.randn(L, N, INPUTS)
+    want, wrong = kept(module, input), []
+
+    def call():
+        with torch.inference_mode():
+            for _ in range(50):
+                if not torch.equal(module(input)[0], want):
+                    wrong.append(1)
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_capabilities_do_not_share_them():
+    module, input = ours("lstm", INPUTS, H), randn(L, N, INPUTS)
+    from rnn_ext import ops
+
+    best = ops.cpu_capability()
+    want = kept(module, input)
+    try:
+        ops.set_cpu_capability("baseline")
+        torch.testing.assert_close(kept(module, input), want)
+    finally:
+        ops.set_cpu_capability(best)
