@@ -25,7 +25,8 @@ recompute      whether autograd keeps neither ``saved`` nor ``output`` and its b
 =============  ========================================================================================================
 
 All floating-point tensors share one dtype out of float32, float64, bfloat16 and float16 and one device. Reduced
-precision is storage: sums, gates and states are float32.
+precision is storage: sums, gates and cell states are float32, and so is h from one timestep to the next, except in
+bfloat16 where the processor multiplies it (AVX512_BF16): there h goes on rounded, as the output shows it.
 """
 
 from __future__ import annotations

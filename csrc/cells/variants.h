@@ -66,10 +66,14 @@ struct LayerNormLstm : Lstm {
     return norm_ih * weight_norm_ih + norm_hh * weight_norm_hh + bias;
   }
 
-  /// What tanh is taken of.
-  template <class V>
-  RNN_EXT_HD static V scaled(V norm_c, V weight_norm_c, V bias_norm_c) {
-    return norm_c * weight_norm_c + bias_norm_c;
+  /// tanh of the normalised cell state, which the output gate lets out.
+  template <class M, class V>
+  RNN_EXT_HD static V tanh_c(V norm_c, V weight_norm_c, V bias_norm_c) {
+    return M::tanh(norm_c * weight_norm_c + bias_norm_c);
+  }
+  template <class M, class V>
+  RNN_EXT_HD static V output(V o, V norm_c, V weight_norm_c, V bias_norm_c) {
+    return o * tanh_c<M>(norm_c, weight_norm_c, bias_norm_c);
   }
 };
 

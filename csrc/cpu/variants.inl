@@ -200,8 +200,9 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
         for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
           const V state = load(fresh + unit);
           const V norm_c = cells::LayerNorm::forward(state, broadcast(s.mean), broadcast(s.rstd));
-          const V scaled = Cell::scaled(norm_c, load(norm.c.get() + unit), load(norm.c_bias.get() + unit));
-          const V left = leave(unit, load(o + unit) * Math<T>::tanh(scaled), state);
+          const V h = Cell::template output<Math<T>>(load(o + unit), norm_c, load(norm.c.get() + unit),
+                                                     load(norm.c_bias.get() + unit));
+          const V left = leave(unit, h, state);
           if (keep_) store(gates[r] + Cell::kSavedCell * padded + unit, left);
         }
         if (keep_) {
@@ -374,7 +375,7 @@ void BackwardScan<Cell, S>::variant_cell(int64_t t, int64_t r, const T* dh_row) 
         const V c = Cell::template next_cell<Math<T>>(gate, load(c_before + unit), active);
         const V norm_c = cells::LayerNorm::forward(c, mean_c, rstd_c);
         const V weight = load(norm.c.get() + unit);
-        const V tanh_c = Math<T>::tanh(Cell::scaled(norm_c, weight, load(norm.c_bias.get() + unit)));
+        const V tanh_c = Cell::template tanh_c<Math<T>>(norm_c, weight, load(norm.c_bias.get() + unit));
         const V dscaled = Cell::output_backward(active[3], tanh_c, load(dh_row + unit), dgates);
         for (int g = 0; g < 3; ++g) store(active_row + g * padded + unit, active[g]);
         store(dgate_row + 3 * padded + unit, dgates[3]);
