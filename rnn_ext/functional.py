@@ -346,7 +346,9 @@ def _layers(
     if training and extras.weight_dropout:
         p = extras.weight_dropout
         weights = [w * _dropout_mask(w.shape, p, w).to(w.dtype) if i % count == 1 else w for i, w in enumerate(weights)]
-    only_custom = lengths is not None or resets is not None or cell_states or count > 5 or extras is not NO_EXTRAS
+    only_custom = lengths is not None or resets is not None or cell_states or count > 5
+    if extras is not NO_EXTRAS:  # of which torch's kernels do with recompute and weight_dropout
+        only_custom = only_custom or any(extras.zoneout) or (training and extras.recurrent_dropout > 0)
     run = _custom if backends.use_custom(backend, input, only_custom) else _native
     return run(
         cell,

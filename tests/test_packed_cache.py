@@ -11,7 +11,7 @@ import torch
 from test_modules import ours, randn
 
 import rnn_ext
-from rnn_ext import _C
+from rnn_ext import _C, ops
 
 L, N, INPUTS, H = 6, 2, 5, 17
 
@@ -143,8 +143,6 @@ def test_threads_share_them():
 
 def test_capabilities_do_not_share_them():
     module, input = ours("lstm", INPUTS, H), randn(L, N, INPUTS)
-    from rnn_ext import ops
-
     best = ops.cpu_capability()
     want = kept(module, input)
     try:

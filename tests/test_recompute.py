@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+import util
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
-from util import CELLS, Case, build, gradients, named, same_bits
+from util import CELLS, Case, build, gradients, same_bits
 
 import rnn_ext
-from rnn_ext import ops
 
 MODULES = {"rnn_tanh": rnn_ext.RNN, "gru": rnn_ext.GRU, "lstm": rnn_ext.LSTM}
 CASES = [
@@ -24,22 +24,7 @@ CASES = [
 
 
 def run(problem, recompute: bool) -> dict[str, Tensor]:
-    case = problem.case
-    results = ops.layer(
-        problem.input,
-        problem.h_0,
-        problem.c_0,
-        list(problem.weights.values()),
-        cell=case.cell,
-        batch_sizes=problem.batch_sizes,
-        lengths=problem.lengths,
-        resets=problem.resets,
-        bidirectional=case.bidirectional,
-        batch_first=case.layout == "batch_first",
-        cell_states=case.has_cell_state,
-        recompute=recompute,
-    )
-    return named(results, case)
+    return util.run(problem, recompute=recompute)
 
 
 def kept_bytes(module: torch.nn.Module, input) -> int:

@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+import util
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 from util import Case, Problem, build, check_gradients, check_values, cotangents, gradients, named, same_bits
@@ -50,22 +51,7 @@ def vary(problem: Problem, norm: bool, hidden: bool, zoneout_h: bool, zoneout_c:
 
 
 def run(problem: Problem, masks: Masks) -> dict[str, Tensor]:
-    case = problem.case
-    results = ops.layer(
-        problem.input,
-        problem.h_0,
-        problem.c_0,
-        list(problem.weights.values()),
-        cell=case.cell,
-        batch_sizes=problem.batch_sizes,
-        lengths=problem.lengths,
-        resets=problem.resets,
-        bidirectional=case.bidirectional,
-        batch_first=case.layout == "batch_first",
-        cell_states=case.has_cell_state,
-        masks=masks,
-    )
-    return named(results, case)
+    return util.run(problem, masks=masks)
 
 
 def cell_by_hand(cell: str, w: dict[str, Tensor], x: Tensor, h_in: Tensor, h: Tensor, c: Tensor | None):

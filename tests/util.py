@@ -157,7 +157,7 @@ def named(results: Sequence[Tensor | None], case: Case, cell_states: bool = True
     return {name: t for name, t in zip(("output", "h_n", "c_n", "cells"), results, strict=True) if name in names}
 
 
-def run(problem: Problem, cell_states: bool | None = None) -> dict[str, Tensor]:
+def run(problem: Problem, cell_states: bool | None = None, **options) -> dict[str, Tensor]:
     """The op on this problem. ``cell_states`` (default: where the cell has them) asks for the fourth result."""
     case = problem.case
     cell_states = case.has_cell_state if cell_states is None else cell_states
@@ -173,6 +173,7 @@ def run(problem: Problem, cell_states: bool | None = None) -> dict[str, Tensor]:
         bidirectional=case.bidirectional,
         batch_first=case.layout == "batch_first",
         cell_states=cell_states,
+        **options,
     )
     return named(results, case, cell_states)
 
