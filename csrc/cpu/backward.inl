@@ -110,13 +110,21 @@ class Chunks {
   int64_t next_;
 };
 
+/// A distance between rows, of at least `width` numbers, at which a column of elements lies in every set of a cache: an
+/// odd number of lines. Powers of two share a few sets, and the products that walk columns would miss at every row.
+template <class S>
+int64_t spread(int64_t width) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(Element<S>));
+  return width / kLine % 2 == 0 ? width + kLine : width;
+}
+
 /// The gradients a chunk's scan leaves for the products after it; two in turn, since a chunk's first step reads the
 /// last one's of the chunk before.
 template <class Cell, class S>
 struct ChunkGrads {
   ChunkGrads(const Sizes& s, const Layout& layout)
-      : stride(Cell::kGradGates * s.padded()),
-        proj_stride(s.proj ? Sizes::padded(s.proj) : 0),
+      : stride(spread<S>(Cell::kGradGates * s.padded())),
+        proj_stride(s.proj ? spread<S>(Sizes::padded(s.proj)) : 0),
         gates(Chunks::capacity(layout) * stride),
         proj(Chunks::capacity(layout) * proj_stride),
         paired_gates(kPack<S> > 1 ? elements<S>(Chunks::capacity(layout)) * stride : 0),
@@ -302,7 +310,12 @@ class BackwardScan {
     const int64_t out_padded = out_padded_, out = out_, proj = args_.sizes.proj;
     T* dh_carried = dh_.get() + first * out_padded;
     const auto a_row = [=](int64_t r) { return reinterpret_cast<const Element<S>*>(a_first + r * a_stride); };
-    const auto init = [](int64_t, int64_t, V* acc) { *acc = V{}; };
+    // What forward left for the cell has been out of the cache for long: it comes while the product is computed. One
+    // row is over too soon for that, and the hardware sees what comes.
+    const auto init = [&](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
+      *acc = V{};
+      if (order == Order::kRows) prefetch_cell(t, first + r, block * kLanes<T>);
+    };
     Segments segments = hidden_segments_;
     if (!chained) segments.count = 0;
     const bool* cut = cut_.get() + first;
@@ -319,9 +332,9 @@ class BackwardScan {
                           ALWAYS_INLINE_LAMBDA { backward_cell(t, first + r, unit, dh); };
     if (proj == 0) {
       product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.get(), segments, init,
-                    [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
+                    Lengthy{[&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
                       cell(r, block * kLanes<T>, whole_dh(r, block * kLanes<T>, *acc));
-                    });
+                    }});
       return;
     }
     if constexpr (Cell::kHasCell) {  // only such cells can be projected
@@ -334,7 +347,8 @@ class BackwardScan {
           last - first, hidden_part_.first, hidden_part_.last, order,
           [=, this](int64_t r) { return reinterpret_cast<const Element<S>*>(proj_grads(t, first + r)); },
           weights_.proj.get(), Segments{1, elements<S>(proj), {}, 1}, init,
-          [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA { cell(r, block * kLanes<T>, *acc); });
+          Lengthy{[&](int64_t r, int64_t block, const V* acc)
+                      ALWAYS_INLINE_LAMBDA { cell(r, block * kLanes<T>, *acc); }});
     }
   }
 
@@ -364,6 +378,19 @@ class BackwardScan {
     if constexpr (Cell::kDirectCarry) store(dh_.get() + r * out_padded_ + unit, direct);
     S* to = gate_grads(t, r) + unit;
     for (int g = 0; g < Cell::kGradGates; ++g) store_grads(to + g * padded_, dgates[g], rest);
+  }
+
+  ALWAYS_INLINE void prefetch_cell(int64_t t, int64_t r, int64_t unit) const {
+    if constexpr (Cell::kSaved > 0) {
+      const T* from = saved(t, r) + unit;
+      for (int i = 0; i < Cell::kSaved; ++i) __builtin_prefetch(from + i * padded_);
+    } else {
+      __builtin_prefetch(args_.output.at(layout_, t, slice_.first + r) + direction_ * out_ + unit);
+    }
+    if constexpr (Cell::kDirectCarry) __builtin_prefetch(h_before_.get()[r] + unit);
+    if constexpr (Cell::kHasCell) __builtin_prefetch(c_before_.get()[r] + unit);
+    if (args_.grad_output.data)
+      __builtin_prefetch(args_.grad_output.at(layout_, t, slice_.first + r) + direction_ * out_ + unit);
   }
 
   /// Lanes past `count` are read where a number and its neighbour make one element, times zero: they must be finite.
@@ -477,7 +504,7 @@ void weight_gradient(Compute<S>* grad, int64_t width, int64_t first, int64_t col
         a_columns.get()[m] = reinterpret_cast<const S*>(a + elements<S>(begin) * stride + offset[part] + m);
         to.get()[m] = grad + (part * height + m) * width + first;
       }
-      plain_product(p);
+      plain_product<S, true>(p);
     }
   }
 }

@@ -432,7 +432,7 @@ class ForwardScan {
       for (int g = 0; g < G; ++g)
         acc[g] = load(g < G - Cell::kSplit ? from + g * padded : split_bias + block * kLanes<T>);
     };
-    const auto finish = [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
+    const Lengthy finish{[&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
       const int64_t unit = block * kLanes<T>;
       T* row = gates[r] + unit;
       V split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
@@ -455,7 +455,7 @@ class ForwardScan {
         next.set(r * out_padded + unit, h);
         store_part(output(r) + unit, h, hidden - unit);
       }
-    };
+    }};
     if (short_) {
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t g = 0; g < G; ++g)

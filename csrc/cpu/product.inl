@@ -23,11 +23,15 @@ struct Segments {
   int64_t size() const { return count * length; }
 };
 
-template <int MR, int NB, int G, class S>
+/// Where consecutive k are rows of a matrix no hardware prefetcher follows: how many k before its use a line is
+/// fetched.
+constexpr int64_t kAhead = 16;
+
+template <int MR, int NB, int G, bool kStrided, class S>
 ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Element<S>* const (&a)[MR],
                                 const Element<S>* b, int64_t block_stride, const Segments& segments) {
   using Op = Operand<S>;
-  const int64_t stride = segments.stride;
+  const int64_t stride = kStrided ? segments.stride : 1;
   for (int s = 0; s < segments.count; ++s) {
     const int64_t offset = segments.offset[s];
     const int64_t length = segments.length;
@@ -39,6 +43,7 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Elemen
       typename Op::Lanes w[NB * G];
 #pragma GCC unroll 8
       for (int v = 0; v < NB * G; ++v) w[v] = Op::load(b + (v / G) * block_stride + (v % G) * kLanes<Element<S>>);
+      if constexpr (kStrided) __builtin_prefetch(row[MR - 1] + (k + kAhead) * stride);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
         const auto x = Op::broadcast(row[m][k * stride]);
@@ -51,7 +56,7 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Elemen
 }
 
 /// One row: too few accumulators to hide the latency of an addition, so k is dealt out over KU sets of them.
-template <int KU, int NB, int G, class S>
+template <int KU, int NB, int G, bool kStrided, class S>
 ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[1][NB * G], const Element<S>* a, const Element<S>* b,
                                     int64_t block_stride, const Segments& segments) {
   using Op = Operand<S>;
@@ -59,7 +64,7 @@ ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[1][NB * G], const Ele
   Vec<Compute<S>> part[KU][NB * G] = {};
   for (int s = 0; s < segments.count; ++s) {
     const Element<S>* row = a + segments.offset[s];
-    const int64_t length = segments.length, stride = segments.stride;
+    const int64_t length = segments.length, stride = kStrided ? segments.stride : 1;
     int64_t k = 0;
     for (; k + KU <= length; k += KU) {
 #pragma GCC unroll 16
@@ -93,7 +98,18 @@ constexpr int tile_rows(int vectors) {
   return rows > 8 ? 8 : RNN_EXT_VECTOR_REGISTERS == 32 && vectors == 4 ? 6 : rows;
 }
 
-template <int MR, int NB, int G, bool kSingle, class S, class Row, class Init, class Finish>
+/// Marks a function for finished tiles of so many instructions (a cell) that one copy for each block of a tile would
+/// not fit the instruction cache: it is called in a loop.
+template <class Fn>
+struct Lengthy : Fn {};
+template <class Fn>
+Lengthy(Fn) -> Lengthy<Fn>;
+template <class Fn>
+constexpr bool kIsLengthy = false;
+template <class Fn>
+constexpr bool kIsLengthy<Lengthy<Fn>> = true;
+
+template <int MR, int NB, int G, bool kSingle, bool kStrided, class S, class Row, class Init, class Finish>
 NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
                         int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish) {
   Vec<Compute<S>> acc[MR][NB * G];
@@ -105,28 +121,40 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
     for (int n = 0; n < NB; ++n) init(first_row + m, first_block + n, &acc[m][n * G]);
   }
   if constexpr (kSingle) {
-    multiply_add_row<8 / (NB * G) < 2 ? 2 : 8 / (NB * G), NB, G, S>(acc, a[0], b, block_stride, segments);
+    multiply_add_row<8 / (NB * G) < 2 ? 2 : 8 / (NB * G), NB, G, kStrided, S>(acc, a[0], b, block_stride, segments);
   } else {
-    multiply_add<MR, NB, G, S>(acc, a, b, block_stride, segments);
+    multiply_add<MR, NB, G, kStrided, S>(acc, a, b, block_stride, segments);
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
+  if constexpr (MR * NB <= 4 || !kIsLengthy<Finish>) {
 #pragma GCC unroll 4
-    for (int n = 0; n < NB; ++n) finish(first_row + m, first_block + n, &acc[m][n * G]);
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < NB; ++n) finish(first_row + m, first_block + n, &acc[m][n * G]);
+    }
+  } else {
+    Vec<Compute<S>> sums[MR * NB][G];
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NB * G; ++v) sums[m * NB + v / G][v % G] = acc[m][v];
+    }
+#pragma GCC unroll 1
+    for (int i = 0; i < MR * NB; ++i) finish(first_row + i / NB, first_block + i % NB, sums[i]);
   }
 }
 
-template <int MR, int NB, int G, class S, class Row, class Init, class Finish>
+template <int MR, int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
 ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
                             int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish) {
   if constexpr (MR > 1) {
     if (rows < MR)
-      return run_rows<MR - 1, NB, G, S>(rows, a_row, first_row, first_block, b, block_stride, segments, init, finish);
+      return run_rows<MR - 1, NB, G, kStrided, S>(rows, a_row, first_row, first_block, b, block_stride, segments, init,
+                                                  finish);
   }
-  run_tile<MR, NB, G, false, S>(a_row, first_row, first_block, b, block_stride, segments, init, finish);
+  run_tile<MR, NB, G, false, kStrided, S>(a_row, first_row, first_block, b, block_stride, segments, init, finish);
 }
 
-template <int NB, int G, class S, class Row, class Init, class Finish>
+template <int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
 ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
                                  const Element<S>* b, const Segments& segments, const Init& init,
                                  const Finish& finish) {
@@ -136,7 +164,7 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, Or
     const int64_t groups = (blocks - block) / NB;
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t at = block + NB * (order == Order::kRowBackwards ? groups - 1 - i : i);
-      run_tile<1, NB, G, true, S>(a_row, 0, at, b + at * block_stride, block_stride, segments, init, finish);
+      run_tile<1, NB, G, true, kStrided, S>(a_row, 0, at, b + at * block_stride, block_stride, segments, init, finish);
     }
     return block + groups * NB;
   }
@@ -145,7 +173,7 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, Or
     int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;  // of as equal heights as can be
     for (int64_t row = 0; tiles > 0; --tiles) {
       const int64_t height = (rows - row + tiles - 1) / tiles;
-      run_rows<kMaxRows, NB, G, S>(height, a_row, row, block, b_block, block_stride, segments, init, finish);
+      run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, block, b_block, block_stride, segments, init, finish);
       row += height;
     }
   }
@@ -155,14 +183,14 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, Or
 /// For rows 0..rows-1 and the blocks [block, blocks) of B, `block` a multiple of 4: acc[G] = init(row, block), acc += A
 /// row . B block, finish(row, block, acc).
 ///
-/// a_row(row) points at the row's element k = 0.
-template <int G, class S, class Row, class Init, class Finish>
+/// a_row(row) points at the row's element k = 0. kStrided: segments.stride counts, else it is 1.
+template <int G, class S, bool kStrided = false, class Row, class Init, class Finish>
 ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
                            const Element<S>* b, const Segments& segments, const Init& init, const Finish& finish) {
   if constexpr (G == 1) {
-    block = run_blocks<4, 1, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
+    block = run_blocks<4, 1, kStrided, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
   }
-  run_blocks<1, G, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
+  run_blocks<1, G, kStrided, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
 }
 
 template <class T>
@@ -266,16 +294,17 @@ struct PlainProduct {
   Order order = Order::kRows;
 };
 
-template <class S>
+template <class S, bool kStrided = false>
 NO_INLINE void plain_product(const PlainProduct<S>& p) {
   using T = Compute<S>;
   using V = Vec<T>;
-  product<1, S>(
+  product<1, S, kStrided>(
       p.rows, p.first, p.last < 0 ? blocks_of<T>(p.columns) : p.last, p.order,
       [&](int64_t r) { return reinterpret_cast<const Element<S>*>(p.a[r]); }, p.b, p.segments,
-      [&](int64_t, int64_t block, V* acc) {
+      [&](int64_t r, int64_t block, V* acc) {
         const int64_t column = block * kLanes<T>;
         *acc = p.bias ? load(p.bias + column) : V{};
+        if (p.accumulate) __builtin_prefetch(p.c[r] + column, 1);
       },
       [&](int64_t r, int64_t block, const V* acc) {
         const int64_t column = block * kLanes<T>, rest = p.columns - column;

@@ -221,13 +221,18 @@ struct ExpConstants<float> {
   static constexpr int kMantissa = 23;
   static constexpr int32_t kBias = 127;
   static constexpr float kLog2e = 1.44269504f;
-  static constexpr float kLn2High = 0.693359375f;
-  static constexpr float kLn2Low = -2.12194440e-4f;
   static constexpr float kTanhLimit = 9.02f;     // beyond it tanh rounds to 1
   static constexpr float kSigmoidLimit = 87.0f;  // exp stays finite
-  // (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2, interpolated at Chebyshev nodes: error 8e-9
-  static constexpr float kPoly[] = {0.5f, 0.16666576845993976f, 0.041666554437685939f, 0.0083632029715758549f,
-                                    0.0013926213466332443f};
+  static constexpr float kExpOverflow = 104.0f;  // exp is infinite
+  static constexpr float kLn2High = 0.693359375f;
+  static constexpr float kLn2Low = -2.12194440e-4f;
+  // (e^r - 1) / r on |r| <= ln(2)/2, interpolated at Chebyshev nodes: error of e^r 5e-9, in bfloat16 7e-6
+#if defined(RNN_EXT_BFLOAT16)
+  static constexpr float kPoly[] = {0.999984928632f, 0.4999974899f, 0.167670118752f, 0.0418338040784f};
+#else
+  static constexpr float kPoly[] = {1.00000001077f,  0.500000001346f,   0.166665052604f,
+                                    0.041666465006f, 0.00836914849086f, 0.0013933641032f};
+#endif
 };
 
 template <>
@@ -236,25 +241,49 @@ struct ExpConstants<double> {
   static constexpr int kMantissa = 52;
   static constexpr int64_t kBias = 1023;
   static constexpr double kLog2e = 1.4426950408889634;
-  static constexpr double kLn2High = 6.93145751953125e-1;
-  static constexpr double kLn2Low = 1.42860682030941723212e-6;
   static constexpr double kTanhLimit = 19.1;
   static constexpr double kSigmoidLimit = 708.0;
-  // as above: error 2e-19
-  static constexpr double kPoly[] = {0.5,
-                                     0.16666666666666671008,
-                                     0.041666666666666669767,
-                                     0.0083333333333261120526,
-                                     0.0013888888888883731828,
-                                     0.00019841269874901259234,
-                                     0.000024801587325605322782,
-                                     2.7557255297969644392e-6,
-                                     2.7557273570102139673e-7,
-                                     2.5105259538448493419e-8,
-                                     2.0914717341716375952e-9};
+  static constexpr double kExpOverflow = 750.0;
+  static constexpr double kLn2High = 6.93145751953125e-1;
+  static constexpr double kLn2Low = 1.42860682030941723212e-6;
+  // as above: error 8e-18
+  static constexpr double kPoly[] = {1.0,
+                                     0.50000000000000056169,
+                                     0.16666666666666670986,
+                                     0.041666666666573142611,
+                                     0.008333333333326140884,
+                                     0.0013888888932488598181,
+                                     0.00019841269874800491981,
+                                     0.000024801504346997687255,
+                                     2.7557255425746434282e-6,
+                                     2.7626357241447222855e-7,
+                                     2.5105206373957011116e-8};
 };
 
-/// Elementary functions on vectors; NaN in, NaN out. To a few units in the last place, or to 4e-5 where the results are
+/// x where it lies between two bounds, else the nearer one; NaN stays NaN.
+#if RNN_EXT_VECTOR_BYTES == 64
+ALWAYS_INLINE Vec<float> clamp(Vec<float> x, float low, float high) {
+  return _mm512_max_ps(broadcast(low), _mm512_min_ps(broadcast(high), x));
+}
+ALWAYS_INLINE Vec<double> clamp(Vec<double> x, double low, double high) {
+  return _mm512_max_pd(broadcast(low), _mm512_min_pd(broadcast(high), x));
+}
+#elif RNN_EXT_VECTOR_BYTES == 32
+ALWAYS_INLINE Vec<float> clamp(Vec<float> x, float low, float high) {
+  return _mm256_max_ps(broadcast(low), _mm256_min_ps(broadcast(high), x));
+}
+ALWAYS_INLINE Vec<double> clamp(Vec<double> x, double low, double high) {
+  return _mm256_max_pd(broadcast(low), _mm256_min_pd(broadcast(high), x));
+}
+#else
+template <class V, class T>
+ALWAYS_INLINE V clamp(V x, T low, T high) {
+  x = x > high ? broadcast(high) : x;  // a comparison with NaN is false and lets it through
+  return x < low ? broadcast(low) : x;
+}
+#endif
+
+/// Elementary functions on vectors; NaN in, NaN out. To a few units in the last place, or to 2e-5 where the results are
 /// rounded to 8 bits anyway.
 template <class T>
 struct Math {
@@ -262,22 +291,35 @@ struct Math {
   using Bits = typename VecOf<T>::bits;
   using C = ExpConstants<T>;
 
-  /// exp(x) = scale (1 + q) with scale a power of two and q = expm1 of the rest, for |x| <= kSigmoidLimit.
-  ALWAYS_INLINE static void split_exp(V x, V& scale, V& q) {
-    const V shifted = fma(x, broadcast(C::kLog2e), broadcast(C::kRound));
-    const V n = shifted - C::kRound;
-    V r = fma(n, broadcast(-C::kLn2High), x);
-    r = fma(n, broadcast(-C::kLn2Low), r);
-#if defined(RNN_EXT_BFLOAT16)
-    constexpr int kTerms = 3;
+  /// A power of two: itself or, where the processor scales by 2^n, its exponent.
+  struct Power {
+    V value;
+  };
+#if RNN_EXT_VECTOR_BYTES == 64
+  static constexpr bool kOverflows = true;  // scale gives inf
+  ALWAYS_INLINE static Power power(V /*shifted*/, V n) { return {n}; }
+  ALWAYS_INLINE static Vec<float> scale(Vec<float> x, Power p) { return _mm512_scalef_ps(x, p.value); }
+  ALWAYS_INLINE static Vec<double> scale(Vec<double> x, Power p) { return _mm512_scalef_pd(x, p.value); }
 #else
-    constexpr int kTerms = sizeof(C::kPoly) / sizeof(T);
+  static constexpr bool kOverflows = false;
+  ALWAYS_INLINE static Power power(V shifted, V /*n*/) { return {(V)(((Bits)shifted + C::kBias) << C::kMantissa)}; }
+  ALWAYS_INLINE static V scale(V x, Power p) { return x * p.value; }
 #endif
-    V p = broadcast(C::kPoly[kTerms - 1]);
+
+  /// exp(kTimes x) = p (1 + q r), p a power of two, |kTimes r| <= ln(2)/2; kTimes is a power of two or its negative.
+  template <int kTimes>
+  ALWAYS_INLINE static Power split_exp(V x, V& q, V& r) {
+    const V shifted = fma(x, broadcast(kTimes * C::kLog2e), broadcast(C::kRound));
+    const V n = shifted - C::kRound;
+    r = fma(n, broadcast(-C::kLn2High / kTimes), x);
+    r = fma(n, broadcast(-C::kLn2Low / kTimes), r);
+    constexpr int kTerms = sizeof(C::kPoly) / sizeof(T);
+    T factor = 1;
+    for (int i = 0; i < kTerms; ++i) factor *= kTimes;
+    q = broadcast(factor * C::kPoly[kTerms - 1]);
 #pragma GCC unroll 16
-    for (int i = kTerms - 2; i >= 0; --i) p = fma(p, r, broadcast(C::kPoly[i]));
-    q = fma(p, r * r, r);
-    scale = (V)(((Bits)shifted + C::kBias) << C::kMantissa);
+    for (int i = kTerms - 2; i >= 0; --i) q = fma(q, r, broadcast((factor /= kTimes) * C::kPoly[i]));
+    return power(shifted, n);
   }
 
   ALWAYS_INLINE static V over(V a, V b) {
@@ -288,23 +330,21 @@ struct Math {
 #endif
   }
 
-  ALWAYS_INLINE static V clamp(V x, T limit) {
-    x = x > limit ? broadcast(limit) : x;  // a comparison with NaN is false and lets it through
-    return x < -limit ? broadcast(-limit) : x;
-  }
-
+  /// 1 / (1 + e^-x); of -inf exactly 0, so that 0 * inf is NaN as it is in torch.
   ALWAYS_INLINE static V sigmoid(V x) {
-    V scale, q;
-    split_exp(-clamp(x, C::kSigmoidLimit), scale, q);
-    const V y = over(broadcast(T(1)), 1 + fma(scale, q, scale));
-    return x < -C::kSigmoidLimit ? V{} : y;  // of -inf exactly 0, so that 0 * inf is NaN as it is in torch
+    constexpr T limit = kOverflows ? C::kExpOverflow : C::kSigmoidLimit;
+    V q, r;
+    const Power p = split_exp<-1>(clamp(x, -limit, limit), q, r);
+    const V y = over(broadcast(T(1)), 1 + scale(fma(q, r, broadcast(T(1))), p));
+    return kOverflows ? y : x < -limit ? V{} : y;
   }
 
-  /// (e^2x - 1) / (e^2x + 1), with e^2x - 1 taken from q so that small x keep their digits.
+  /// (e^2x - 1) / (e^2x + 1), with e^2x - 1 taken from q r so that small x keep their digits.
   ALWAYS_INLINE static V tanh(V x) {
-    V scale, q;
-    split_exp(2 * clamp(x, C::kTanhLimit), scale, q);
-    const V expm1 = fma(scale, q, scale - 1);
+    V q, r;
+    const Power p = split_exp<2>(clamp(x, -C::kTanhLimit, C::kTanhLimit), q, r);
+    const V s = scale(broadcast(T(1)), p);
+    const V expm1 = fma(s, q * r, s - 1);
     return over(expm1, expm1 + 2);
   }
 

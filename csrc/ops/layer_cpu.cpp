@@ -24,9 +24,13 @@ const int watch_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 cpu::Executor executor() {
   cpu::Executor executor;
   executor.threads = forked || at::in_parallel_region() ? 1 : at::get_num_threads();
+  // Tasks are not equally long, so a thread takes the next one when it is free.
   executor.run = [](int64_t tasks, void (*fn)(void*, int64_t), void* context) {
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) fn(context, i);
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin) {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(context, i);
+      }
     });
   };
   // at::parallel_for may give one thread several tasks, one after the other: threads that wait for each other need a
