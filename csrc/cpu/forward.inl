@@ -55,10 +55,10 @@ struct Slice {
   int64_t size() const { return last - first; }
 };
 
-/// How many pieces to cut the batch into: as many as there are threads to spare, but of no fewer than 8 rows, because a
+/// How many pieces to cut the batch into: as many as there are threads to spare, but of no fewer than 4 rows, because a
 /// tile of fewer reads the weights more often than it can use them.
 inline int64_t count_slices(const Layout& layout, const Sizes& sizes, const Executor& executor) {
-  return larger(1, smaller(executor.threads / sizes.directions, layout.batch / 8));
+  return larger(1, smaller(executor.threads / sizes.directions, layout.batch / 4));
 }
 
 inline Slice slice_of(const Layout& layout, int64_t index, int64_t count) {
@@ -118,6 +118,12 @@ class Team {
   alignas(64) int round_ = 0;
 };
 
+/// Where the units of a layer may be parted, in blocks. One row alone sums in an order that depends on the width of its
+/// product: then only between whole tiles of the widest one, so that the sums do not depend on the number of members.
+inline int64_t blocks_apart(const Layout& layout) {
+  return layout.steps > 0 && layout.batch_sizes[layout.steps - 1] > 1 ? 1 : 4;
+}
+
 /// How many threads share the units of each direction: only where the batch is too small to be cut, and where a step is
 /// long against a meeting (0.1 to 0.3 us).
 inline int team_size(const Layout& layout, const Sizes& sizes, int gates, const Executor& executor, int64_t slices) {
@@ -126,7 +132,8 @@ inline int team_size(const Layout& layout, const Sizes& sizes, int gates, const 
   const double step =
       double(gates) * double(sizes.hidden) * double(sizes.hidden) * double(layout.rows) / double(layout.steps);
   if (step < kWorthwhile) return 1;
-  return int(larger(1, smaller(executor.threads / sizes.directions, sizes.hidden / 64)));
+  const int64_t most = sizes.hidden / (16 * blocks_apart(layout));
+  return int(larger(1, smaller(executor.threads / sizes.directions, most)));
 }
 
 /// Calls fn(direction - first, member, members) for the directions [first, last), all members of one at the same time.
@@ -155,11 +162,10 @@ struct UnitBlocks {
   int64_t first, last;
 };
 
-/// In whole tiles of the widest product, so that the sums do not depend on the number of members.
 template <class T>
-UnitBlocks part_of(int64_t hidden, int member, int members) {
-  const int64_t blocks = blocks_of<T>(hidden), tiles = (blocks + 3) / 4;
-  return {smaller(blocks, tiles * member / members * 4), smaller(blocks, tiles * (member + 1) / members * 4)};
+UnitBlocks part_of(int64_t hidden, const Layout& layout, int member, int members) {
+  const int64_t blocks = blocks_of<T>(hidden), apart = blocks_apart(layout), pieces = (blocks + apart - 1) / apart;
+  return {smaller(blocks, pieces * member / members * apart), smaller(blocks, pieces * (member + 1) / members * apart)};
 }
 
 /// One direction's weights as the forward scan wants them.
@@ -257,7 +263,7 @@ class ForwardScan {
         team_(team),
         member_(member),
         members_(members),
-        part_(part_of<T>(args.sizes.hidden, member, members)),
+        part_(part_of<T>(args.sizes.hidden, args.layout, member, members)),
         hidden_(args.sizes.hidden),
         padded_(args.sizes.padded()),
         out_(args.sizes.output()),

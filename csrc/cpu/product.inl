@@ -25,7 +25,7 @@ struct Segments {
 
 /// Where consecutive k are rows of a matrix no hardware prefetcher follows: how many k before its use a line is
 /// fetched.
-constexpr int64_t kAhead = 16;
+constexpr int64_t kAhead = 24;
 
 template <int MR, int NB, int G, bool kStrided, class S>
 ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Element<S>* const (&a)[MR],
@@ -180,7 +180,7 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, Or
   return block;
 }
 
-/// For rows 0..rows-1 and the blocks [block, blocks) of B, `block` a multiple of 4: acc[G] = init(row, block), acc += A
+/// For rows 0..rows-1 and the blocks [block, blocks) of B: acc[G] = init(row, block), acc += A
 /// row . B block, finish(row, block, acc).
 ///
 /// a_row(row) points at the row's element k = 0. kStrided: segments.stride counts, else it is 1.
@@ -189,6 +189,7 @@ ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order or
                            const Element<S>* b, const Segments& segments, const Init& init, const Finish& finish) {
   if constexpr (G == 1) {
     block = run_blocks<4, 1, kStrided, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
+    block = run_blocks<2, 1, kStrided, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
   }
   run_blocks<1, G, kStrided, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
 }
@@ -287,7 +288,7 @@ struct PlainProduct {
   Compute<S>* const* c = nullptr;  // [rows], of `columns` elements each
   const Element<S>* b = nullptr;   // packed, [columns / lanes][k][lanes]
   Segments segments;
-  int64_t first = 0;                 // blocks of columns, a multiple of 4, and
+  int64_t first = 0;                 // blocks of columns, and
   int64_t last = -1;                 // the end of them; -1: of all
   const Compute<S>* bias = nullptr;  // [columns, padded to whole vectors]
   bool accumulate = false;           // add to what C holds

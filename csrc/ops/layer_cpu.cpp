@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 #include <omp.h>
 #include <pthread.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,6 +12,7 @@
 
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
+#include "ops/workspace.h"
 
 namespace rnn_ext::ops {
 namespace {
@@ -71,19 +71,10 @@ T* data(const at::Tensor& tensor) {
   }
 }
 
-/// at::empty without a trip through the dispatcher, of which a call makes five. Large memory comes fresh from the
-/// system at each call, and faulting it in by pages of 4 KiB can take a third of a training step: ask for huge ones.
+/// at::empty without a trip through the dispatcher, of which a call makes five.
 at::Tensor empty(at::IntArrayRef size, const at::TensorOptions& options) {
   at::Tensor tensor = at::detail::empty_cpu(size, options);
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
-  if (tensor.nbytes() >= 2 * kHugePage) {
-    const auto data = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-    const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t end = (data + tensor.nbytes()) / kHugePage * kHugePage;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // where there are none, so be it
-  }
-#endif
+  prefer_huge_pages(tensor.data_ptr(), tensor.nbytes());
   return tensor;
 }
 
@@ -206,7 +197,7 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
   at::Tensor h_n = empty({sizes.directions, shape.batch, sizes.output()}, options);
   at::Tensor c_n =
       shape.cell.has_cell ? empty({sizes.directions, shape.batch, sizes.hidden}, options) : empty({0}, options);
-  at::Tensor saved = empty({save ? saved_numel(shape) : 0}, options.dtype(compute_type(input)));
+  at::Tensor saved = workspace({save ? saved_numel(shape) : 0}, options.dtype(compute_type(input)));
 
   with_storage(dtype, [&](auto storage) {
     using scalar_t = decltype(storage);

@@ -7,6 +7,7 @@
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
 #include "ops/saved_bytes.h"
+#include "ops/workspace.h"
 #ifdef RNN_EXT_WITH_CUDA
 #include "ops/cuda_layer.h"
 #endif
@@ -86,6 +87,8 @@ PYBIND11_MODULE(_C, m) {
       "Values per hidden unit and row kept for backward.");
   m.def("cached_weights_count", &rnn_ext::ops::cached_weights_count, "Directions whose packed weights are kept.");
   m.def("clear_cached_weights", &rnn_ext::ops::clear_cached_weights, "Forget all packed weights.");
+  m.def("idle_workspace_bytes", &rnn_ext::ops::idle_workspace_bytes, "Memory of past calls that waits for the next.");
+  m.def("drop_idle_workspaces", &rnn_ext::ops::drop_idle_workspaces, "Give that memory back to the system.");
   m.attr("with_cuda") = kWithCuda;
   m.def("cuda_saved_bytes", &cuda_saved_bytes, "saved_values on CUDA, in bytes.");
 #ifdef RNN_EXT_WITH_CUDA
