@@ -310,11 +310,12 @@ class BackwardScan {
     const int64_t out_padded = out_padded_, out = out_, proj = args_.sizes.proj;
     T* dh_carried = dh_.get() + first * out_padded;
     const auto a_row = [=](int64_t r) { return reinterpret_cast<const Element<S>*>(a_first + r * a_stride); };
-    // What forward left for the cell has been out of the cache for long: it comes while the product is computed. One
-    // row is over too soon for that, and the hardware sees what comes.
-    const auto init = [&](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
+    // What forward left for the cell, where it is too much to be in the cache still, comes while the product is
+    // computed.
+    const bool far = Cell::kSaved > 0 && layout_.rows * saved_stride_ * int64_t(sizeof(T)) > kFarBytes;
+    const auto init = [&, far](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
       *acc = V{};
-      if (order == Order::kRows) prefetch_cell(t, first + r, block * kLanes<T>);
+      if (Cell::kSaved > 0 && far) prefetch_cell(t, first + r, block * kLanes<T>);
     };
     Segments segments = hidden_segments_;
     if (!chained) segments.count = 0;
@@ -380,13 +381,10 @@ class BackwardScan {
     for (int g = 0; g < Cell::kGradGates; ++g) store_grads(to + g * padded_, dgates[g], rest);
   }
 
+  static constexpr int64_t kFarBytes = 2 << 20;
   ALWAYS_INLINE void prefetch_cell(int64_t t, int64_t r, int64_t unit) const {
-    if constexpr (Cell::kSaved > 0) {
-      const T* from = saved(t, r) + unit;
-      for (int i = 0; i < Cell::kSaved; ++i) __builtin_prefetch(from + i * padded_);
-    } else {
-      __builtin_prefetch(args_.output.at(layout_, t, slice_.first + r) + direction_ * out_ + unit);
-    }
+    const T* from = saved(t, r) + unit;
+    for (int i = 0; i < Cell::kSaved; ++i) __builtin_prefetch(from + i * padded_);
     if constexpr (Cell::kDirectCarry) __builtin_prefetch(h_before_.get()[r] + unit);
     if constexpr (Cell::kHasCell) __builtin_prefetch(c_before_.get()[r] + unit);
     if (args_.grad_output.data)
