@@ -149,9 +149,11 @@ def layer(
     """
     tensors = (input, h_0, c_0, weights, batch_sizes, lengths, resets)
     options = (cell, bidirectional, batch_first, cell_states, False)
-    if masks or recompute or _is_traced(input, h_0, c_0, weights):
+    if _is_traced(input, h_0, c_0, weights):
         # Not an empty list: AOTInductor takes that for None.
         return _layer(*tensors, masks or (None, None, None), *options, recompute)[:4]
+    if masks or recompute:
+        return _fast_extended_layer(*tensors, masks, *options, recompute)[:4]
     return _fast_layer(*tensors, *options)[:4]
 
 
@@ -176,7 +178,7 @@ def step(
 def random_mask(shape: Sequence[int], p: float, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A float32 or float64 tensor of `value` with probability p, else 0, drawn with torch's generator."""
     if device.type == "cpu" and is_available():  # torch.rand would take longer than a small layer
-        seed = torch.randint(-(2**63), 2**63 - 1, ())
+        seed = torch.randint(-(2**63), 2**63 - 1, (), device="cpu")
         return torch.ops.rnn_ext.random_mask.default(seed, shape, p, value, dtype)
     uniform = torch.rand(shape, dtype=dtype, device=device)
     return uniform.add_(min(p, 1 - 2**-24)).floor_().mul_(value)  # a larger p could round a sum up to 2
@@ -439,6 +441,7 @@ def _random_mask_vmap(info, in_dims, *args):
 
 
 if is_available():
+    from rnn_ext._C import extended_layer as _fast_extended_layer
     from rnn_ext._C import layer as _fast_layer
     from rnn_ext._C import step as _fast_step
 
@@ -460,4 +463,4 @@ else:
     def _layer(*args: Any) -> Any:
         raise RuntimeError(_load_error)
 
-    _fast_layer = _fast_step = _layer
+    _fast_layer = _fast_extended_layer = _fast_step = _layer
