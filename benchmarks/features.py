@@ -2,13 +2,15 @@
 
     taskset -c 0 python benchmarks/features.py
 
-Each figure is the least of many interleaved repeats, so that other processes add little; the ratio is what to read.
+Each figure is the least processor time of many interleaved repeats, so that other processes add little; the ratio is
+what to read.
 Writes results/features.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import platform
 import time
 from collections.abc import Callable
@@ -37,7 +39,7 @@ class Row(NamedTuple):
 
 
 def measure(calls: list[Callable[[], object]], seconds: float) -> list[float]:
-    """The least time of each, of interleaved repeats for about so long."""
+    """The least processor time of each, of interleaved repeats for about so long."""
     best = [float("inf")] * len(calls)
     for call in calls:
         call()
@@ -45,9 +47,9 @@ def measure(calls: list[Callable[[], object]], seconds: float) -> list[float]:
     repeats = 0
     while repeats < 5 or time.perf_counter() - begin < seconds:
         for i, call in enumerate(calls):
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            best[i] = min(best[i], time.perf_counter() - start)
+            best[i] = min(best[i], time.process_time() - start)
         repeats += 1
     return best
 
@@ -200,6 +202,33 @@ def streaming() -> list[Row]:
     return rows
 
 
+def output_of(layer: nn.Module, input: Tensor) -> Callable[[], tuple[Tensor]]:
+    return lambda: (layer(input)[0],)
+
+
+def variants() -> list[Row]:
+    lstm = ((1, 128, 64), (1, 512, 256), (8, 128, 128), (32, 128, 256))
+    masked = {"zoneout": 0.1, "recurrent_dropout": 0.2}
+    cases = [("LSTM", size, {"layer_norm": True, **masked, "weight_dropout": 0.3}) for size in lstm]
+    cases += [(name, lstm[0], masked) for name in ("GRU", "RNN")]
+    rows = []
+    for name, (N, L, H), options in cases:
+        for option, value in options.items():
+            layer, plain = LAYERS[name](H, H, **{option: value}), LAYERS[name](H, H)
+            x = torch.randn(L, N, H)
+            what = f"{name}, N={N}, L={L}, H={H}: `{option}={value}` against none"
+            calls = [output_of(m, x) for m in (layer, plain)]
+            target = 1.5 if name == "LSTM" else None
+            if option in ("layer_norm", "zoneout"):  # the others do nothing there
+                inference = [forward(output_of(copy.deepcopy(m).eval(), x)) for m in (layer, plain)]
+                rows.append(Row(f"{what}, eval, forward", *inference, target, same=False))
+            rows.append(Row(f"{what}, training, forward", *calls, target, same=False))
+            x.requires_grad_()
+            both = [training(call, m, x) for call, m in zip(calls, (layer, plain), strict=True)]
+            rows.append(Row(f"{what}, training, forward + backward", *both, target, same=False))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=2, help="for each comparison")
@@ -212,12 +241,12 @@ def main() -> None:
         "# What the options cost",
         "",
         f"`python benchmarks/features.py`, one thread, float32, torch {torch.__version__}, {platform.machine()} with "
-        f"{ops.cpu_capability()}; least of interleaved repeats.",
+        f"{ops.cpu_capability()}; least processor time of interleaved repeats.",
         "",
         "| comparison | option (ms) | plain (ms) | ratio | target |",
         "|---|---:|---:|---:|---:|",
     ]
-    for row in (*resets(), *cell_states(), *lengths(), *streaming()):
+    for row in (*resets(), *cell_states(), *lengths(), *variants(), *streaming()):
         if args.only not in row.what:
             continue
         if row.same:

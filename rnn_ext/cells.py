@@ -25,10 +25,11 @@ class _Cell(nn.RNNCellBase):
         self,
         input_size: int,
         hidden_size: int,
-        bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        backend: str,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
     ) -> None:
         gates = _GATES[type(self).__name__.removesuffix("Cell")]
         super().__init__(input_size, hidden_size, bias, gates, device=device, dtype=dtype)
@@ -100,7 +101,7 @@ class RNNCell(_Cell):
         *,
         backend: str = "auto",
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype, backend)
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend=backend)
         self.nonlinearity = nonlinearity
 
     @property
@@ -118,18 +119,6 @@ class GRUCell(_Cell):
 
     mode = "GRU"
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype, backend)
-
 
 class LSTMCell(_Cell):
     """One timestep of a long short-term memory, a replacement for :class:`torch.nn.LSTMCell`.
@@ -138,18 +127,6 @@ class LSTMCell(_Cell):
     """
 
     mode = "LSTM"
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype, backend)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The next ``(h, c)``, each (N, H) or unbatched (H,), from `input` (N, I) or (I,) and such a pair or None."""

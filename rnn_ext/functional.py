@@ -472,16 +472,9 @@ def _wide(like: Tensor) -> torch.dtype:
     return torch.promote_types(like.dtype, torch.float32)
 
 
-def _ones(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
-    """1 with probability p, else 0; not mapped by torch.func.vmap where `like` is. Torch's bernoulli takes three times
-    as long."""
-    uniform = torch.rand(shape, dtype=_wide(like), device=like.device)
-    return uniform.add_(min(p, 1 - 2**-24)).floor_()  # a larger p could round a sum up to 2
-
-
 def _dropout_mask(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
-    """0 with probability p, else 1 / (1 - p)."""
-    return _ones(shape, 1 - p, like).mul_(1 / (1 - p))
+    """0 with probability p, else 1 / (1 - p); not mapped by torch.func.vmap where `like` is."""
+    return ops.random_mask(shape, 1 - p, 1 / (1 - p), _wide(like), like.device)
 
 
 def _masks(
@@ -509,15 +502,17 @@ def _masks(
             batch = int(batch_sizes[0]) if h_0 is None else h_0.shape[1]
         hidden_mask = _dropout_mask((directions, batch, features), recurrent, input)
 
-    def keep(p: float, features: int) -> Tensor | None:
+    def keep(p: float, *shape: int) -> Tensor | None:
         if not p:
             return None
-        shape = (*input.shape[:-1], directions * features)
         if training:
-            return _ones(shape, p, input)
+            return ops.random_mask(shape, p, 1.0, _wide(input), input.device)
         return torch.full(shape[-1:], p, dtype=_wide(input), device=input.device).expand(shape)
 
-    return hidden_mask, keep(zoneout_h, features), keep(zoneout_c, weights[0].shape[0] // 4)
+    lead, hidden = input.shape[:-1], weights[0].shape[0] // 4
+    if zoneout_h and zoneout_h == zoneout_c and features == hidden:  # a call costs more than a small layer's numbers
+        return hidden_mask, *keep(zoneout_h, 2, *lead, directions * hidden)
+    return hidden_mask, keep(zoneout_h, *lead, directions * features), keep(zoneout_c, *lead, directions * hidden)
 
 
 def _dropout(output: Tensor, dropout: float, batch_first: bool) -> Tensor:

@@ -149,9 +149,11 @@ def layer(
     """
     tensors = (input, h_0, c_0, weights, batch_sizes, lengths, resets)
     options = (cell, bidirectional, batch_first, cell_states, False)
-    if masks or recompute or _is_traced(input, h_0, c_0, weights):
+    if _is_traced(input, h_0, c_0, weights):
         # Not an empty list: AOTInductor takes that for None.
         return _layer(*tensors, masks or (None, None, None), *options, recompute)[:4]
+    if masks or recompute:
+        return _fast_extended_layer(*tensors, masks, *options, recompute)[:4]
     return _fast_layer(*tensors, *options)[:4]
 
 
@@ -171,6 +173,15 @@ def step(
     if flat_states:
         h_n, c_n = h_n.squeeze(0), c_n.squeeze(0)
     return output.squeeze(0), h_n, c_n
+
+
+def random_mask(shape: Sequence[int], p: float, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A float32 or float64 tensor of `value` with probability p, else 0, drawn with torch's generator."""
+    if device.type == "cpu" and is_available():  # torch.rand would take longer than a small layer
+        seed = torch.randint(-(2**63), 2**63 - 1, (), device="cpu")
+        return torch.ops.rnn_ext.random_mask.default(seed, shape, p, value, dtype)
+    uniform = torch.rand(shape, dtype=dtype, device=device)
+    return uniform.add_(min(p, 1 - 2**-24)).floor_().mul_(value)  # a larger p could round a sum up to 2
 
 
 def _is_traced(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor]) -> bool:
@@ -351,6 +362,10 @@ def _layer_backward_fake(
     return grads[0], grads[1], grads[2], grads[3:]
 
 
+def _random_mask_fake(seed, size, p, value, dtype):
+    return seed.new_empty(size, dtype=dtype)
+
+
 def _select(value: Any, dim: Any, index: int) -> Any:
     """Entry `index` of a mapped argument; lists of tensors come with lists of dims."""
     if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
@@ -420,7 +435,13 @@ def _layer_backward_vmap(info, in_dims, *args):
     return _loop(torch.ops.rnn_ext.layer_backward, info.batch_size, in_dims, args)
 
 
+def _random_mask_vmap(info, in_dims, *args):
+    draw = torch.ops.rnn_ext.random_mask
+    return torch.stack([draw(seed, *args[1:]) for seed in args[0].unbind(in_dims[0])]), 0
+
+
 if is_available():
+    from rnn_ext._C import extended_layer as _fast_extended_layer
     from rnn_ext._C import layer as _fast_layer
     from rnn_ext._C import step as _fast_step
 
@@ -431,8 +452,10 @@ if is_available():
     _library.impl("layer_double_backward_reference", _layer_double_backward_reference, "CompositeImplicitAutograd")
     torch.library.register_fake("rnn_ext::layer", _layer_fake)
     torch.library.register_fake("rnn_ext::layer_backward", _layer_backward_fake)
+    torch.library.register_fake("rnn_ext::random_mask", _random_mask_fake)
     torch.library.register_vmap("rnn_ext::layer", _layer_vmap)
     torch.library.register_vmap("rnn_ext::layer_backward", _layer_backward_vmap)
+    torch.library.register_vmap("rnn_ext::random_mask", _random_mask_vmap)
     if "RNN_EXT_CPU_CAPABILITY" in os.environ:
         set_cpu_capability(os.environ["RNN_EXT_CPU_CAPABILITY"])
 else:
@@ -440,4 +463,4 @@ else:
     def _layer(*args: Any) -> Any:
         raise RuntimeError(_load_error)
 
-    _fast_layer = _fast_step = _layer
+    _fast_layer = _fast_extended_layer = _fast_step = _layer

@@ -391,6 +391,7 @@ def test_what_the_options_cost(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(features, "cell_states", list)  # the largest of them
     monkeypatch.setattr(features, "lengths", list)
+    monkeypatch.setattr(features, "variants", list)
     output = tmp_path / "features.md"
     arguments = ["features.py", "--seconds", "0", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", arguments)

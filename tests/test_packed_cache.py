@@ -92,9 +92,13 @@ def test_an_optimizer_is_noticed():
         assert torch.equal(kept(module, input), module(input)[0])
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
-def test_kept_weights_compute_the_same(cell):
-    module, input = ours(cell, INPUTS, H), randn(L, N, INPUTS)
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [("rnn_tanh", {}), ("gru", {}), ("lstm", {}), ("gru", {"zoneout": 0.2}), ("lstm", {"layer_norm": True})],
+    ids=str,
+)
+def test_kept_weights_compute_the_same(cell, options):
+    module, input = ours(cell, INPUTS, H, **options).eval(), randn(L, N, INPUTS)
     with torch.no_grad():
         first, *others = [module(input)[0] for _ in range(4)]
     assert _C.cached_weights_count() == 1

@@ -214,12 +214,13 @@ def test_padding_is_not_read():
     same_bits(dirty[1], clean[1])
 
 
+@pytest.mark.parametrize("size", [(12, 67, 61, 130), (40, 1, 61, 257)], ids=["slices", "teams"])
 @pytest.mark.parametrize("name", ["norm", "masks", "norm+masks"])
-def test_threads_do_not_change_the_bits(name):
-    case = Case("lstm", bidirectional=True, size=(12, 67, 61, 130))
+def test_threads_do_not_change_the_bits(name, size):
+    case = Case("lstm", bidirectional=True, size=size)
     problem, masks = sample(case, name, torch.float32)
     found = []
-    for threads in (1, 3):
+    for threads in (1, 4):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:

@@ -77,12 +77,26 @@ struct LayerNormLstm : Lstm {
   }
 };
 
+/// What a cell is a variant of, or itself.
 template <class Cell>
-constexpr bool kIsVariant = false;
+struct PlainOf {
+  using type = Cell;
+};
 template <class Cell>
-constexpr bool kIsVariant<Masked<Cell>> = true;
+struct PlainOf<Masked<Cell>> {
+  using type = Cell;
+};
 template <>
-inline constexpr bool kIsVariant<LayerNormLstm> = true;
+struct PlainOf<LayerNormLstm> {
+  using type = Lstm;
+};
+template <class Cell>
+using Plain = typename PlainOf<Cell>::type;
+
+template <class Cell, class P = Plain<Cell>>
+constexpr bool kIsVariant = true;
+template <class Cell>
+constexpr bool kIsVariant<Cell, Cell> = false;
 
 template <class Cell>
 constexpr bool kIsNormed = false;

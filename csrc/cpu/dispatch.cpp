@@ -123,6 +123,13 @@ template std::unique_ptr<PackedWeights> pack_weights(CellKind, const Sizes&, con
 
 void add_to_digest(Digest* digest, const void* data, size_t bytes) { current->digest(digest, data, bytes); }
 
+template <class T>
+void random_mask(uint64_t seed, double p, T value, T* out, int64_t size) {
+  kernels<T>().random_mask(seed, p, value, out, size);
+}
+template void random_mask(uint64_t, double, float, float*, int64_t);
+template void random_mask(uint64_t, double, double, double*, int64_t);
+
 template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor) {
   kernels<S>().forward(args, worthwhile(executor, args.sizes, args.layout, gates_of(args.cell), 1));

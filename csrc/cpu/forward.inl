@@ -168,7 +168,7 @@ UnitBlocks part_of(int64_t hidden, const Layout& layout, int member, int members
   return {smaller(blocks, pieces * member / members * apart), smaller(blocks, pieces * (member + 1) / members * apart)};
 }
 
-/// One direction's weights as the forward scan wants them.
+/// One direction's weights as the forward scan of a cell and of its variants wants them.
 template <class Cell, class S>
 struct ForwardWeights : PackedWeights {
   using T = Compute<S>;
@@ -194,18 +194,12 @@ struct ForwardWeights : PackedWeights {
       }
     }
     if (!pack) return;
-    if constexpr (cells::kIsVariant<Cell>) {
-      for (int64_t g = 0; g < Cell::kGates; ++g)
-        pack_gates(hidden.get() + g * gate_blocks * s.output() * kLanes<T>, w.weight_hh + g * s.hidden * s.output(), 1,
-                   s.hidden, s.output(), gate_blocks);
-    } else {
-      pack_gates(hidden.get(), w.weight_hh, Cell::kGates, s.hidden, s.output(), blocks_of<T>(s.hidden));
-    }
+    pack_gates(hidden.get(), w.weight_hh, Cell::kGates, s.hidden, s.output(), blocks_of<T>(s.hidden));
     if (s.proj) pack_gates(proj.get(), w.weight_hr, 1, s.proj, s.hidden, blocks_of<T>(s.proj));
   }
 
   Buffer<Element<S>> input;   // [G * padded H / lanes][I][lanes]
-  Buffer<Element<S>> hidden;  // [H / lanes][P][G][lanes], of a variant [G * padded H / lanes][P][lanes]
+  Buffer<Element<S>> hidden;  // [H / lanes][P][G][lanes]
   Buffer<Element<S>> proj;    // [P / lanes][H][lanes]
   Buffer<T> bias;             // [G, padded H]: both biases, of a split gate the input's alone
   Buffer<T> split_bias;       // [padded H]: bias_hh of the split gate
@@ -251,8 +245,8 @@ class ForwardScan {
   using V = Vec<T>;
 
  public:
-  ForwardScan(const ForwardArgs<S>& args, const ForwardWeights<Cell, S>& weights, int direction, Slice slice,
-              ForwardStates<S>& states, Team& team, int member, int members)
+  ForwardScan(const ForwardArgs<S>& args, const ForwardWeights<cells::Plain<Cell>, S>& weights, int direction,
+              Slice slice, ForwardStates<S>& states, Team& team, int member, int members)
       : args_(args),
         layout_(args.layout),
         weights_(weights),
@@ -514,7 +508,7 @@ class ForwardScan {
 
   const ForwardArgs<S>& args_;
   const Layout& layout_;
-  const ForwardWeights<Cell, S>& weights_;
+  const ForwardWeights<cells::Plain<Cell>, S>& weights_;
   const int direction_;
   const bool reverse_;
   const Slice slice_;
@@ -540,7 +534,7 @@ class ForwardScan {
 template <class Cell, class S>
 void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const int directions = args.sizes.directions;
-  using Packed = ForwardWeights<Cell, S>;
+  using Packed = ForwardWeights<cells::Plain<Cell>, S>;
   const bool pack = uses_packed_weights(args.layout);
   Both<Packed> own;
   const Packed* weights[2] = {};
@@ -553,7 +547,7 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const auto scan = [&](int d, Slice slice, ForwardStates<S>& states, Team& team, int member, int members) {
     ForwardScan<Cell, S>(args, *weights[d], d, slice, states, team, member, members).run();
   };
-  const int members = cells::kIsVariant<Cell> ? 1 : team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
+  const int members = cells::kIsNormed<Cell> ? 1 : team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
   if (members == 1) {
     return parallel(executor, directions * slices, [&](int64_t task) {
       const int d = int(task / slices);

@@ -28,6 +28,7 @@ struct Kernels {
   std::unique_ptr<PackedWeights> (*pack)(CellKind, const Sizes&, const Weights<const S>&);
   void (*forward)(const ForwardArgs<S>&, const Executor&);
   void (*backward)(const BackwardArgs<S>&, const Executor&);
+  void (*random_mask)(uint64_t, double, S, S*, int64_t) = nullptr;
 };
 
 namespace baseline {

@@ -20,6 +20,7 @@ namespace {
 #include "cpu/forward.inl"
 #include "cpu/backward.inl"
 #include "cpu/variants.inl"
+#include "cpu/random.inl"
 
 // Variants are not computed in BFloat16.
 template <class Cell, class S>
@@ -92,8 +93,6 @@ void add_to_digest(Digest* digest, const void* data, size_t bytes) {
   // Two sums over 64-bit words: of the words themselves, which any single change changes, and of the products of their
   // keyed halves (NH: Black et al., "UMAC", 1999), which tells apart most of what has the same sum. Each place has a
   // key of its own, so that words which change places are noticed.
-  typedef uint64_t Words __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
-  constexpr int kWords = sizeof(Words) / sizeof(uint64_t);
   const char* from = static_cast<const char*>(data);
   Words plain = {}, product = {}, key = {}, words;
   for (int i = 0; i < kWords; ++i) key[i] = 0x9e3779b97f4a7c15u * uint64_t(i + 1);
@@ -101,13 +100,7 @@ void add_to_digest(Digest* digest, const void* data, size_t bytes) {
     key += 0xd1342543de82ef95u;
     plain += words;
     const Words keyed = words + key;
-#if RNN_EXT_VECTOR_BYTES == 64
-    product += (Words)_mm512_mul_epu32((__m512i)keyed, (__m512i)(keyed >> 32));
-#elif RNN_EXT_VECTOR_BYTES == 32
-    product += (Words)_mm256_mul_epu32((__m256i)keyed, (__m256i)(keyed >> 32));
-#else
-    product += (keyed & 0xffffffffu) * (keyed >> 32);
-#endif
+    product += multiply_halves(keyed, keyed >> 32);
   };
   for (; bytes >= sizeof(words); bytes -= sizeof(words), from += sizeof(words)) {
     std::memcpy(&words, from, sizeof(words));
@@ -122,8 +115,8 @@ void add_to_digest(Digest* digest, const void* data, size_t bytes) {
   }
 }
 
-const Kernels<float> kFloat = {pack_any<float>, forward_any<float>, backward_any<float>};
-const Kernels<double> kDouble = {pack_any<double>, forward_any<double>, backward_any<double>};
+const Kernels<float> kFloat = {pack_any<float>, forward_any<float>, backward_any<float>, random_mask<float>};
+const Kernels<double> kDouble = {pack_any<double>, forward_any<double>, backward_any<double>, random_mask<double>};
 #endif
 
 }  // namespace rnn_ext::cpu::RNN_EXT_ISA

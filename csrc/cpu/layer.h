@@ -178,6 +178,10 @@ struct Digest {
 };
 void add_to_digest(Digest* digest, const void* data, size_t bytes);
 
+/// Fills out [size] with `value` with probability p, else 0, a function of the seed alone. T is float or double.
+template <class T>
+void random_mask(uint64_t seed, double p, T value, T* out, int64_t size);
+
 template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor);
 template <class S>

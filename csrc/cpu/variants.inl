@@ -3,6 +3,10 @@
 
 template <class T>
 ALWAYS_INLINE T lane_sum(Vec<T> v) {
+#if RNN_EXT_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) return _mm512_reduce_add_ps(v);
+  if constexpr (std::is_same_v<T, double>) return _mm512_reduce_add_pd(v);
+#endif
   alignas(64) T lanes[kLanes<T>];
   store(lanes, v);
   for (int width = kLanes<T> / 2; width > 0; width /= 2) {
@@ -26,39 +30,34 @@ struct Statistics {
   T mean, rstd;
 };
 
-/// Of a row of kParts stretches of `hidden` values.
-template <int kParts, class T>
-ALWAYS_INLINE Statistics<T> statistics(const T* row, int64_t hidden, int64_t padded) {
-  Vec<T> sum[kParts] = {}, squares[kParts] = {};
+/// Of each of some rows of kParts stretches of `hidden` values; the rows together, because each alone is a chain of
+/// sums that the processor would wait for.
+template <int kParts, int kRows, class T>
+ALWAYS_INLINE void statistics(Statistics<T> (&found)[kRows], const T* const (&rows)[kRows], int64_t hidden,
+                              int64_t padded) {
+  Vec<T> sum[kRows][kParts] = {}, squares[kRows][kParts] = {};
+  const T share = T(1) / T(kParts * hidden);
   for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
-    for (int p = 0; p < kParts; ++p) sum[p] += first_lanes<T>(load(row + p * padded + unit), hidden - unit);
+    for (int r = 0; r < kRows; ++r)
+      for (int p = 0; p < kParts; ++p) sum[r][p] += first_lanes<T>(load(rows[r] + p * padded + unit), hidden - unit);
   }
-  for (int p = 1; p < kParts; ++p) sum[0] += sum[p];
-  const T count = T(kParts * hidden), mean = lane_sum<T>(sum[0]) / count;
+  for (int r = 0; r < kRows; ++r) {
+    for (int p = 1; p < kParts; ++p) sum[r][0] += sum[r][p];
+    found[r].mean = lane_sum<T>(sum[r][0]) * share;
+  }
   for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
-    for (int p = 0; p < kParts; ++p) {
-      const Vec<T> d = first_lanes<T>(load(row + p * padded + unit) - mean, hidden - unit);
-      squares[p] = fma(d, d, squares[p]);
+    for (int r = 0; r < kRows; ++r) {
+      for (int p = 0; p < kParts; ++p) {
+        const Vec<T> d = first_lanes<T>(load(rows[r] + p * padded + unit) - found[r].mean, hidden - unit);
+        squares[r][p] = fma(d, d, squares[r][p]);
+      }
     }
   }
-  for (int p = 1; p < kParts; ++p) squares[0] += squares[p];
-  const double variance = double(lane_sum<T>(squares[0]) / count);
-  return {mean, T(1 / __builtin_sqrt(variance + cells::LayerNorm::kEps))};
-}
-
-/// Layer normalisation of a row of gates, in place. Returns rstd.
-template <class T>
-T normalise(T* row, int64_t hidden, int64_t padded) {
-  constexpr int G = cells::LayerNormLstm::kGates;
-  const Statistics<T> s = statistics<G>(row, hidden, padded);
-  const Vec<T> mean = broadcast(s.mean), rstd = broadcast(s.rstd);
-  for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
-    for (int g = 0; g < G; ++g) {
-      T* at = row + g * padded + unit;
-      store(at, cells::LayerNorm::forward(load(at), mean, rstd));
-    }
+  for (int r = 0; r < kRows; ++r) {
+    for (int p = 1; p < kParts; ++p) squares[r][0] += squares[r][p];
+    const double variance = double(lane_sum<T>(squares[r][0]) * share);
+    found[r].rstd = T(1 / __builtin_sqrt(variance + cells::LayerNorm::kEps));
   }
-  return s.rstd;
 }
 
 /// One direction's scales and shifts in padded rows; zeros past their ends.
@@ -104,17 +103,18 @@ struct VariantForward<Cell, T, true> {
   VariantForward(const ForwardArgs<T>& args, int direction, Slice slice)
       : norm(args.weights[direction], args.sizes),
         masked(args.masks.hidden ? slice.size() * Sizes::padded(args.sizes.output()) : 0),
-        hidden_gates(slice.size() * Cell::kGates * args.sizes.padded()),
         inputs(slice.size()),
+        hidden_gates(cells::kIsNormed<Cell> ? slice.size() * Cell::kGates * args.sizes.padded() : 0),
         products(slice.size()),
         c(cells::kIsNormed<Cell> ? args.sizes.padded() : 0),
         o(cells::kIsNormed<Cell> ? args.sizes.padded() : 0) {}
   NormWeightsOf<Cell, T> norm;
   Buffer<T> masked;         // [slice, padded P]: h times its mask
-  Buffer<T> hidden_gates;   // [slice, G, padded H], where they are not to be saved
   Buffer<const T*> inputs;  // [slice]
-  Buffer<T*> products;      // [slice]
-  Buffer<T> c, o;           // [padded H], of one row
+  // Of layer normalisation:
+  Buffer<T> hidden_gates;  // [slice, G, padded H], where they are not to be saved
+  Buffer<T*> products;     // [slice]
+  Buffer<T> c, o;          // [padded H], of one row
 };
 
 template <class Cell, class S>
@@ -126,7 +126,6 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
     const int64_t hidden = hidden_, padded = padded_, out = out_;
     const Masks<T>& masks = args_.masks;
     const T** inputs = variant_.inputs.get();
-    T** products = variant_.products.get();
     for (int64_t r = 0; r < rows; ++r) {
       inputs[r] = now + r * out_padded_;
       if (masks.hidden) {
@@ -135,100 +134,125 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
         multiply_rows(masked, inputs[r], masks.hidden + entry * out, out);
         inputs[r] = masked;
       }
-      products[r] = variant_.hidden_gates.get() + r * G * padded;
-      if constexpr (cells::kIsNormed<Cell>) {
-        if (keep_) products[r] = gates[r] + Cell::kNormHh * padded;
-      }
     }
-    if (short_) {
+    // init and finish as those of product().
+    const auto recurrent = [&](const auto& init, const auto& finish) ALWAYS_INLINE_LAMBDA {
+      if (!short_) {
+        return product<G, S>(
+            rows, part_.first, part_.last, step_order(layout_.batch_sizes[t], t), [=](int64_t r) { return inputs[r]; },
+            weights_.hidden.get(), Segments{1, out, {}, 1}, init, finish);
+      }
+      T* dots = hidden_gates_.get();
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t g = 0; g < G; ++g)
-          dot_rows(products[r] + g * padded, static_cast<const T*>(nullptr),
+          dot_rows(dots + g * padded, static_cast<const T*>(nullptr),
                    args_.weights[direction_].weight_hh + g * hidden * out, hidden, out, inputs[r]);
+        for (int64_t block = 0; block < blocks_of<T>(hidden); ++block) {
+          V acc[G];
+          init(r, block, acc);
+          for (int g = 0; g < G; ++g) acc[g] += load(dots + g * padded + block * kLanes<T>);
+          finish(r, block, acc);
+        }
       }
-    } else {
-      PlainProduct<T> p;
-      p.rows = rows;
-      p.columns = G * padded;
-      p.a = inputs;
-      p.c = products;
-      p.b = weights_.hidden.get();
-      p.segments.length = out;
-      p.order = step_order(layout_.batch_sizes[t], t);
-      plain_product(p);
-    }
+    };
+    // Zoneout, and where h and c go. Returns c as it goes on.
+    const auto leave = [&](int64_t r, int64_t unit, V h, V state) ALWAYS_INLINE_LAMBDA {
+      const int64_t j = slice_.first + r, rest = hidden - unit;
+      if constexpr (Cell::kHasCell) {
+        T* c = c_.get() + r * padded + unit;
+        if (masks.zoneout_c.data) {
+          const T* keep = masks.zoneout_c.at(layout_, t, j) + direction_ * hidden + unit;
+          state = cells::Zoneout::forward(load_part(keep, rest), load(c), state);
+        }
+        store(c, state);
+        if (args_.cells.data) store_part(args_.cells.at(layout_, t, j) + direction_ * hidden + unit, state, rest);
+      }
+      if (projected) {
+        store(unprojected_.get() + r * padded + unit, h);
+        if (keep_) store(gates[r] + Cell::kSaved * padded + unit, h);
+      } else {
+        const int64_t at = r * out_padded_ + unit;
+        if (masks.zoneout_h.data) {
+          const T* keep = masks.zoneout_h.at(layout_, t, j) + direction_ * out + unit;
+          h = cells::Zoneout::forward(load_part(keep, rest), load(now + at), h);
+        }
+        store(next + at, h);
+        store_part(args_.output.at(layout_, t, j) + direction_ * out + unit, h, rest);
+      }
+      return state;
+    };
 
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t j = slice_.first + r;
-      const T *before = now + r * out_padded_, *ig = gates[r], *hg = products[r];
-      T* c = c_.get() + r * padded;
-      const T* keep_h = masks.zoneout_h.data ? masks.zoneout_h.at(layout_, t, j) + direction_ * out : nullptr;
-      const T* keep_c = masks.zoneout_c.data ? masks.zoneout_c.at(layout_, t, j) + direction_ * hidden : nullptr;
-      T* output = args_.output.at(layout_, t, j) + direction_ * out;
-      T* cells = args_.cells.data ? args_.cells.at(layout_, t, j) + direction_ * hidden : nullptr;
-      // Zoneout, and where h and c go. Returns c as it goes on.
-      const auto leave = [&](int64_t unit, V h, V state) ALWAYS_INLINE_LAMBDA {
-        const int64_t rest = hidden - unit;
-        if constexpr (Cell::kHasCell) {
-          if (keep_c) state = cells::Zoneout::forward(load_part(keep_c + unit, rest), load(c + unit), state);
-          store(c + unit, state);
-          if (cells) store_part(cells + unit, state, rest);
-        }
-        if (projected) {
-          store(unprojected_.get() + r * padded + unit, h);
-          if (keep_) store(gates[r] + Cell::kSaved * padded + unit, h);
-        } else {
-          if (keep_h) h = cells::Zoneout::forward(load_part(keep_h + unit, rest), load(before + unit), h);
-          store(next + r * out_padded_ + unit, h);
-          store_part(output + unit, h, rest);
-        }
-        return state;
-      };
-      if constexpr (cells::kIsNormed<Cell>) {
-        const auto& norm = variant_.norm;
-        T *fresh = variant_.c.get(), *o = variant_.o.get();
-        const T rstd_ih = normalise(gates[r] + Cell::kNormIh * padded, hidden, padded);
-        const T rstd_hh = normalise(products[r], hidden, padded);
+    if constexpr (cells::kIsNormed<Cell>) {
+      T** products = variant_.products.get();
+      for (int64_t r = 0; r < rows; ++r)
+        products[r] = keep_ ? gates[r] + Cell::kNormHh * padded : variant_.hidden_gates.get() + r * G * padded;
+      recurrent(
+          [](int64_t, int64_t, V* acc) {
+            for (int g = 0; g < G; ++g) acc[g] = V{};
+          },
+          [=](int64_t r, int64_t block, const V* acc) {
+            for (int g = 0; g < G; ++g) store(products[r] + g * padded + block * kLanes<T>, acc[g]);
+          });
+      const auto& norm = variant_.norm;
+      T *fresh = variant_.c.get(), *o = variant_.o.get();
+      for (int64_t r = 0; r < rows; ++r) {
+        T *ig = gates[r], *hg = products[r], *c = c_.get() + r * padded;
+        Statistics<T> of_gates[2], of_c[1];
+        statistics<G>(of_gates, {ig, hg}, hidden, padded);
+        const V mean_ih = broadcast(of_gates[0].mean), rstd_ih = broadcast(of_gates[0].rstd);
+        const V mean_hh = broadcast(of_gates[1].mean), rstd_hh = broadcast(of_gates[1].rstd);
         for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
           V gate[G], active[G];
-          for (int g = 0; g < G; ++g)
-            gate[g] = norm.gate(g, unit, padded, load(ig + g * padded + unit), load(hg + g * padded + unit));
+          for (int g = 0; g < G; ++g) {
+            T *ih = ig + g * padded + unit, *hh = hg + g * padded + unit;
+            const V norm_ih = cells::LayerNorm::forward(load(ih), mean_ih, rstd_ih);
+            const V norm_hh = cells::LayerNorm::forward(load(hh), mean_hh, rstd_hh);
+            gate[g] = norm.gate(g, unit, padded, norm_ih, norm_hh);
+            if (!keep_) continue;
+            store(ih, norm_ih);
+            store(hh, norm_hh);
+          }
           store(fresh + unit, Cell::template next_cell<Math<T>>(gate, load(c + unit), active));
           store(o + unit, active[3]);
         }
-        const Statistics<T> s = statistics<1>(fresh, hidden, padded);
+        statistics<1>(of_c, {fresh}, hidden, padded);
         for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
           const V state = load(fresh + unit);
-          const V norm_c = cells::LayerNorm::forward(state, broadcast(s.mean), broadcast(s.rstd));
+          const V norm_c = cells::LayerNorm::forward(state, broadcast(of_c[0].mean), broadcast(of_c[0].rstd));
           const V h = Cell::template output<Math<T>>(load(o + unit), norm_c, load(norm.c.get() + unit),
                                                      load(norm.c_bias.get() + unit));
-          const V left = leave(unit, h, state);
+          const V left = leave(r, unit, h, state);
           if (keep_) store(gates[r] + Cell::kSavedCell * padded + unit, left);
         }
         if (keep_) {
           T* to = gates[r] + Cell::kStatistics * padded;
-          to[Cell::kRstdIh] = rstd_ih;
-          to[Cell::kRstdHh] = rstd_hh;
-          to[Cell::kMeanC] = s.mean;
-          to[Cell::kRstdC] = s.rstd;
-        }
-      } else {
-        using Base = typename Cell::Base;
-        for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
-          V gate[G], split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
-          for (int g = 0; g < G; ++g) {
-            const T* first = g < G - Cell::kSplit ? ig + g * padded : weights_.split_bias.get();
-            gate[g] = load(first + unit) + load(hg + g * padded + unit);
-          }
-          if constexpr (Cell::kSplit > 0) split[0] = load(ig + (G - 1) * padded + unit);
-          if constexpr (Base::kDirectCarry) h_prev = load(before + unit);
-          if constexpr (Cell::kHasCell) state = load(c + unit);
-          const V h = Base::template forward<Math<T>>(gate, split, h_prev, state, saved);
-          const V left = leave(unit, h, state);
-          if constexpr (Cell::kSaved > Base::kSaved) saved[Base::kSaved] = Cell::kHasCell ? left : h;
-          for (int i = 0; i < Cell::kSaved && keep_; ++i) store(gates[r] + i * padded + unit, saved[i]);
+          to[Cell::kRstdIh] = of_gates[0].rstd;
+          to[Cell::kRstdHh] = of_gates[1].rstd;
+          to[Cell::kMeanC] = of_c[0].mean;
+          to[Cell::kRstdC] = of_c[0].rstd;
         }
       }
+    } else {
+      using Base = typename Cell::Base;
+      const T* split_bias = weights_.split_bias.get();
+      recurrent(
+          [=](int64_t r, int64_t block, V* acc) {
+            const T* from = gates[r] + block * kLanes<T>;
+            for (int g = 0; g < G; ++g)
+              acc[g] = load(g < G - Cell::kSplit ? from + g * padded : split_bias + block * kLanes<T>);
+          },
+          [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
+            const int64_t unit = block * kLanes<T>;
+            T* row = gates[r] + unit;
+            V split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
+            if constexpr (Cell::kSplit > 0) split[0] = load(row + (G - 1) * padded);
+            if constexpr (Base::kDirectCarry) h_prev = load(now + r * out_padded_ + unit);
+            if constexpr (Cell::kHasCell) state = load(c_.get() + r * padded + unit);
+            const V h = Base::template forward<Math<T>>(acc, split, h_prev, state, saved);
+            const V left = leave(r, unit, h, state);
+            if constexpr (Cell::kSaved > Base::kSaved) saved[Base::kSaved] = Cell::kHasCell ? left : h;
+            for (int i = 0; i < Cell::kSaved && keep_; ++i) store(row + i * padded, saved[i]);
+          });
     }
     if (!projected) return;
     project(t, rows, after_step);

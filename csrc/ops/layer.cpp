@@ -22,6 +22,7 @@ TORCH_LIBRARY(rnn_ext, m) {
       "Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
       "Tensor?[] masks, Tensor output, Tensor saved, str cell, bool bidirectional, bool batch_first, bool cell_states, "
       "bool[] output_mask) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)");
+  m.def("random_mask(Tensor seed, SymInt[] size, float p, float value, ScalarType dtype) -> Tensor");
   // The following are written in Python with reference.py, and differentiable as often as one likes.
   m.def(
       "layer_reference(Tensor input, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "

@@ -223,7 +223,7 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
     std::shared_ptr<const cpu::PackedWeights> packed[2];
     for (int d = 0; d < sizes.directions; ++d) {
       args.weights[d] = named_weights<const scalar_t>(w, shape, d);
-      if (save || shape.variant != cpu::Variant::kPlain || !cpu::uses_packed_weights(args.layout)) continue;
+      if (save || !cpu::uses_packed_weights(args.layout)) continue;
       const int hh = shape.index(d, LayerShape::kWeightHh), ih = shape.index(d, LayerShape::kWeightIh);
       if (!w[hh].is_same(weights[hh]) || !w[ih].is_same(weights[ih])) continue;  // converted for this call alone
       packed[d] = cached_weights(args.cell, sizes, args.weights[d], w[hh]);

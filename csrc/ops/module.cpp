@@ -26,6 +26,18 @@ rnn_ext::ops::LayerResult layer(const at::Tensor& input, const OptionalTensor& h
                                   {cell, bidirectional, batch_first, cell_states}, save, false);
 }
 
+/// With what the above leaves out, each argument of which costs a call a little.
+rnn_ext::ops::LayerResult extended_layer(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                                         const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
+                                         const OptionalTensor& lengths, const OptionalTensor& resets,
+                                         const std::vector<OptionalTensor>& masks, std::string_view cell,
+                                         bool bidirectional, bool batch_first, bool cell_states, bool save,
+                                         bool recompute) {
+  return rnn_ext::ops::layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets,
+                                  OptionalTensors(at::ArrayRef<OptionalTensor>(masks)),
+                                  {cell, bidirectional, batch_first, cell_states}, save, recompute);
+}
+
 /// One timestep of one direction, without the dimensions of these: (N, I) -> (N, P); with flat_states also of states.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const at::Tensor& input, const OptionalTensor& h_0,
                                                     const OptionalTensor& c_0, const std::vector<at::Tensor>& weights,
@@ -78,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
       "set_cpu_capability", [](const char* name) { return rnn_ext::cpu::set_capability(name); },
       "Choose baseline, avx2 or avx512; False where this processor or build lacks it.");
   m.def("layer", torch::wrap_pybind_function_no_gil(&layer), "torch.ops.rnn_ext.layer.");
+  m.def("extended_layer", torch::wrap_pybind_function_no_gil(&extended_layer), "The same with masks and recompute.");
   m.def("step", torch::wrap_pybind_function_no_gil(&step), "The same for one timestep; see rnn_ext.ops.step.");
   m.def(
       "saved_values",

@@ -338,6 +338,24 @@ void compare(const Config& config, double allowed) {
   }
 }
 
+void random_masks() {
+  for (int64_t size : {0, 1, 15, 63, 64, 65, 200}) {
+    for (const char* name : {"baseline", "avx2", "avx512"}) {
+      if (!set_capability(name)) continue;
+      const Array<float> mask(size);
+      const Array<double> same(size);
+      random_mask<float>(uint64_t(size), 0.5, 2, mask.begin(), size);
+      random_mask<double>(uint64_t(size), 0.5, 2, same.begin(), size);
+      for (int64_t i = 0; i < size; ++i) {
+        if (mask.begin()[i] == float(same.begin()[i]) && (mask.begin()[i] == 0 || mask.begin()[i] == 2)) continue;
+        std::fprintf(stderr, "%s: a random mask of %d has %g at %d\n", name, int(size), double(mask.begin()[i]),
+                     int(i));
+        std::exit(1);
+      }
+    }
+  }
+}
+
 int every_configuration() {
   const int64_t shapes[][4] = {{1, 1, 1, 1},   {2, 3, 5, 7},    {3, 1, 33, 17}, {4, 9, 1, 33},  {2, 17, 7, 16},
                                {1, 5, 65, 31}, {5, 2, 3, 65},   {3, 7, 17, 15}, {2, 140, 2, 3}, {290, 1, 2, 5},
@@ -381,6 +399,7 @@ int every_configuration() {
       }
     }
   }
+  random_masks();
   std::printf("%d configurations\n", count);
   return 0;
 }

@@ -1,0 +1,236 @@
+"""A module among other things: copies, exchanged and computed parameters, torch.fx, hooks, ensembles, torch.compile."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch._dynamo.testing
+from test_modules import OURS, H, I, flatten, initial, native, options, ours, pair, randn, same
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.rnn import pack_sequence
+from util import CELLS, check_gradients, check_values, same_bits
+
+import rnn_ext
+
+
+def save_and_load(module):
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), save_and_load], ids=["deepcopy", "pickle", "save"]
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_copies(cell, how):
+    """A copy has the same results and parameters of its own; training it leaves the original as it was."""
+    module = ours(cell, num_layers=2, bidirectional=True)
+    module(randn(5, 3, I))
+    twin = how(module)
+    assert type(twin) is type(module) and twin.backend == "custom" and repr(twin) == repr(module)
+    same(twin, module, randn(5, 3, I))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for p in twin.parameters():
+        p.data.mul_(0.5)
+    assert not torch.equal(twin(randn(5, 3, I))[0], module(randn(5, 3, I))[0])
+    same_bits(dict(module.named_parameters()), before)
+    second = native(cell, num_layers=2, bidirectional=True)
+    second.load_state_dict(twin.state_dict())
+    same(twin, second, randn(5, 3, I))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_parameters_exchanged_behind_its_back(cell):
+    """Assigned, moved, converted, tied, called functionally: always the parameters of this moment are used."""
+    module, second = pair(cell, num_layers=2)
+    fresh = nn.Parameter(randn(*module.weight_hh_l1.shape, seed=9))
+    module.weight_hh_l1 = fresh
+    second.weight_hh_l1 = nn.Parameter(fresh.detach().clone())
+    same(module, second, randn(5, 3, I))
+    module.weight_hh_l0 = module.weight_hh_l1
+    second.weight_hh_l0 = second.weight_hh_l1
+    same(module, second, randn(5, 3, I))
+    module.float().double(), second.float().double()
+    same(module, second, randn(5, 3, I))
+    module.flatten_parameters()
+    same(module, second, randn(5, 3, I))
+    module.share_memory()
+    same(module, second, randn(5, 3, I))
+    module.weight_ih_l0.data = module.weight_ih_l0.data * 2
+    second.weight_ih_l0.data = second.weight_ih_l0.data * 2
+    same(module, second, randn(5, 3, I))
+    module = ours(cell)
+    others = {name: randn(*p.shape, seed=4).requires_grad_() for name, p in module.named_parameters()}
+    result = torch.func.functional_call(module, others, (randn(5, 3, I),))
+    expected = torch.func.functional_call(native(cell), others, (randn(5, 3, I),))
+    check_values(flatten(result), flatten(expected))
+    grads, expected_grads = (
+        torch.autograd.grad(r[0].square().sum(), list(others.values())) for r in (result, expected)
+    )
+    check_gradients(dict(zip(others, grads, strict=True)), dict(zip(others, expected_grads, strict=True)))
+    same(module, native(cell), randn(5, 3, I))  # its own are back
+
+
+def test_on_the_meta_device_then_materialized():
+    module = rnn_ext.LSTM(I, H, device="meta", dtype=torch.float64)
+    assert module(torch.zeros(5, 3, I, device="meta", dtype=torch.float64))[0].shape == (5, 3, H)
+    module.to_empty(device="cpu")
+    module.load_state_dict(native("lstm").state_dict())
+    same(module, native("lstm"), randn(5, 3, I))
+    with torch.device("meta"):
+        assert rnn_ext.GRU(I, H).weight_ih_l0.is_meta
+    torch.set_default_dtype(torch.float64)
+    assert rnn_ext.GRU(I, H).weight_ih_l0.dtype == torch.float64
+
+
+def hard_norm(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(module, "weight_hh_l0")
+
+
+class Double(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+REPARAMETRIZED = {
+    "weight_norm": lambda m: parametrizations.weight_norm(m, "weight_hh_l0"),
+    "spectral_norm": lambda m: parametrizations.spectral_norm(m, "weight_hh_l0"),
+    "orthogonal": lambda m: parametrizations.orthogonal(m, "weight_ih_l0"),
+    "own": lambda m: parametrize.register_parametrization(m, "bias_hh_l0", Double()),
+    "old weight_norm": hard_norm,
+    "prune": lambda m: prune.l1_unstructured(m, "weight_hh_l0", amount=0.5),
+}
+
+
+@pytest.mark.parametrize("how", REPARAMETRIZED)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+def test_reparametrized(cell, how):
+    """Weights that are computed from others: results of the weights as they are now, gradients to the originals."""
+    module = ours(cell)
+    torch.manual_seed(0)
+    changed = REPARAMETRIZED[how](module)
+    changed = module if changed is None else changed
+    changed.train()
+    names = [name for name, _ in native(cell).named_parameters()]
+    for _ in range(2):  # the second time after a step, with other weights
+        module.zero_grad()
+        with parametrize.cached():
+            output, _ = changed(randn(5, 3, I))
+            effective = {name: getattr(changed, name).detach().clone() for name in names}
+            output.square().sum().backward()
+        plain = native(cell)
+        plain.load_state_dict(effective)
+        expected, _ = plain(randn(5, 3, I))
+        check_values({"output": output}, {"output": expected})
+        assert len(list(changed.parameters())) >= len(names)
+        assert all(p.grad is not None and p.grad.any() for p in changed.parameters())
+        with torch.no_grad():
+            for p in changed.parameters():
+                p.sub_(0.1 * p.grad)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_fx_trace(cell):
+    """One node of a traced model, as torch.nn's own."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = ours(cell, batch_first=True)
+            self.fc = nn.Linear(H, 2, dtype=torch.float64)
+
+        def forward(self, x):
+            output, _ = self.rnn(x)
+            return self.fc(output[:, -1])
+
+    model = Model()
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["rnn", "fc"]
+    for length in (5, 9):
+        assert torch.equal(traced(randn(3, length, I)), model(randn(3, length, I)))
+
+    class Stateful(Model):
+        def forward(self, x, hx, lengths, resets):
+            return self.rnn(x, hx, lengths=lengths, resets=resets)[0]
+
+    given = (randn(3, 5, I), initial(cell, 1, 3), torch.tensor([2, 5, 0]), torch.eye(3, 5, dtype=torch.bool))
+    model = Stateful()
+    assert torch.equal(torch.fx.symbolic_trace(model)(*given), model(*given))
+    if cell == "lstm":
+
+        class Cells(Model):
+            def forward(self, x):
+                return self.rnn(x, return_cell_states=True)[2]
+
+        assert torch.equal(torch.fx.symbolic_trace(Cells())(given[0]), Cells()(given[0]))
+
+
+def test_hooks_and_apply():
+    module, seen = ours("gru"), []
+    module.register_forward_pre_hook(lambda m, args: seen.append("before"))
+    module.register_forward_hook(lambda m, args, result: seen.append("after"))
+    module.register_full_backward_hook(lambda m, grad_input, grad_output: seen.append("backward"))
+    module(randn(5, 3, I).requires_grad_())[0].sum().backward()
+    assert seen == ["before", "after", "backward"]
+    module.apply(lambda m: seen.append(type(m).__name__))
+    assert seen[-1] == "GRU"
+
+
+def test_ensemble():
+    """stack_module_state and vmap: an ensemble in one call."""
+    for cell in CELLS:
+        modules = [OURS[cell](I, H, **options(cell, bidirectional=True), backend="custom") for _ in range(3)]
+        params, buffers = torch.func.stack_module_state(modules)
+        base = copy.deepcopy(modules[0]).to("meta")
+
+        def call(p, b, x, base=base):
+            return torch.func.functional_call(base, (p, b), (x,))[0]
+
+        outputs = torch.vmap(call, in_dims=(0, 0, None))(params, buffers, randn(5, 3, I))
+        for module, output in zip(modules, outputs, strict=True):
+            check_values({"output": output}, {"output": module(randn(5, 3, I))[0]})
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+def test_compile(cell):
+    """One graph for two lengths and batch sizes, and two more for nothing."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    module = ours(cell, num_layers=2, bidirectional=True)
+    compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
+    for shape in ((5, 3), (8, 4), (6, 9)):
+        module.zero_grad()
+        input = randn(*shape, I).requires_grad_()
+        expected = module(input)
+        check_values(flatten(compiled(input)), flatten(expected))
+        grads, expected_grads = (
+            torch.autograd.grad(r[0].square().sum(), [input, module.weight_hh_l0]) for r in (compiled(input), expected)
+        )
+        for got, want in zip(grads, expected_grads, strict=True):
+            check_gradients({"": got}, {"": want})
+    assert counter.frame_count <= 2
+
+
+def test_compile_packed():
+    """A PackedSequence in and out of one graph, with other lengths and batch sizes each time."""
+    torch._dynamo.reset()
+    module = ours("lstm", num_layers=2, bidirectional=True)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for lengths in ([5, 3, 3, 1], [2, 7, 4]):
+        given = pack_sequence([randn(n, I, seed=n) for n in lengths], enforce_sorted=False)
+        results, expected = compiled(given), module(given)
+        check_values(flatten(results), flatten(expected))
+        parameters = list(module.parameters())
+        grads, expected_grads = (torch.autograd.grad(r[0].data.square().sum(), parameters) for r in (results, expected))
+        for got, want in zip(grads, expected_grads, strict=True):
+            check_gradients({"": got}, {"": want})
