@@ -9,13 +9,7 @@ namespace {
 
 template <class Cell>
 Facts facts() {
-  Facts result{Cell::kGates,
-               Cell::kSaved - (Cell::kHasCell ? 1 : 0),
-               Cell::kGradGates,
-               Cell::kHasCell,
-               Cell::kDirectCarry,
-               {},
-               {}};
+  Facts result{Cell::kGates, cells::saved_planes<Cell>(), Cell::kGradGates, Cell::kHasCell, Cell::kDirectCarry, {}, {}};
   const auto runs = [](int (*slot_of)(int), std::vector<Run>& to) {
     for (int gate = 0; gate < Cell::kGates; ++gate) {
       const int64_t slot = slot_of(gate);
@@ -31,9 +25,11 @@ Facts facts() {
   return result;
 }
 
-Facts facts_of(std::string_view name) {
+Facts facts_of(std::string_view name, cpu::Variant variant) {
+  if (variant == cpu::Variant::kLayerNorm) return facts<cells::LayerNormLstm>();
+  const bool masked = variant == cpu::Variant::kMasked;
 #define RNN_EXT_FACTS(Cell) \
-  if (name == cells::Cell::kName) return facts<cells::Cell>();
+  if (name == cells::Cell::kName) return masked ? facts<cells::Masked<cells::Cell>>() : facts<cells::Cell>();
   RNN_EXT_FOR_EACH_CELL(RNN_EXT_FACTS)
 #undef RNN_EXT_FACTS
   TORCH_INTERNAL_ASSERT(false, "cell_info knows a cell that cells.h does not");
@@ -60,7 +56,7 @@ Call::Call(const at::Tensor& input, const OptionalTensor& h_0_, const OptionalTe
            const OptionalTensor& batch_sizes, const OptionalTensor& lengths_, const OptionalTensor& resets_,
            const OptionalTensors& masks, const LayerOptions& layer_options)
     : shape(input, h_0_, c_0_, weights, batch_sizes, lengths_, resets_, masks, layer_options),
-      cell(facts_of(layer_options.cell)),
+      cell(facts_of(layer_options.cell, shape.variant)),
       directions(shape.sizes.directions),
       length(shape.length),
       batch(shape.batch),
@@ -75,9 +71,6 @@ Call::Call(const at::Tensor& input, const OptionalTensor& h_0_, const OptionalTe
       c_0(given(c_0_)),
       guard_(input.device()),
       stream(kernel_stream(input.device())) {
-  TORCH_CHECK_VALUE(shape.variant == cpu::Variant::kPlain,
-                    "layer_norm, zoneout and recurrent_dropout have no CUDA kernel: expected input on the CPU, got ",
-                    input.device());
   for (const at::Tensor& weight : weights) weights_.push_back(weight.contiguous());
   sequence.length = length;
   sequence.batch = batch;
@@ -88,6 +81,17 @@ Call::Call(const at::Tensor& input, const OptionalTensor& h_0_, const OptionalTe
   if (lengths_.has_value()) {
     lengths_on_device_ = lengths_->to(options.device(), at::kLong, /*non_blocking=*/true).contiguous();
     sequence.lengths = lengths_on_device_.const_data_ptr<int64_t>();
+  }
+  for (int i = 0; i < int(masks.size()); ++i) {
+    const OptionalTensor mask = masks.get(size_t(i));
+    if (!mask.has_value()) continue;
+    const at::Tensor wide = mask->to(accumulator);
+    if (i == LayerShape::kHiddenMask) {
+      hidden_mask = wide.contiguous();
+    } else {  // a row that was expanded to all stays one
+      const at::Tensor all = wide.reshape({rows, wide.size(-1)});
+      (i == LayerShape::kZoneoutH ? zoneout_h : zoneout_c) = all.stride(1) == 1 ? all : all.contiguous();
+    }
   }
   if (resets_.has_value()) {
     resets = resets_->contiguous();
@@ -102,6 +106,35 @@ Call::Call(const at::Tensor& input, const OptionalTensor& h_0_, const OptionalTe
     sequence.resets_time_stride = sequence.time_stride;
     sequence.resets_batch_stride = sequence.batch_stride;
   }
+}
+
+RnnExtMasks Call::state_masks(int64_t d) const {
+  RnnExtMasks masks{};
+  if (hidden_mask.defined()) masks.hidden = hidden_mask[d].const_data_ptr();
+  const auto share = [&](const at::Tensor& all, int64_t features, const void*& data, int64_t& stride) {
+    if (!all.defined()) return;
+    data = all.narrow(1, d * features, features).const_data_ptr();
+    stride = all.stride(0);
+  };
+  share(zoneout_h, out, masks.zoneout_h, masks.zoneout_h_stride);
+  share(zoneout_c, hidden, masks.zoneout_c, masks.zoneout_c_stride);
+  return masks;
+}
+
+RnnExtMasks Call::cell_masks(int64_t d) const {
+  RnnExtMasks masks = state_masks(d);
+  if (projected) masks.hidden = masks.zoneout_h = nullptr;
+  return masks;
+}
+
+at::Tensor Call::masked(at::Tensor all, int64_t d) {
+  if (!hidden_mask.defined()) return all;
+  if (shape.packed) {
+    locate_packed_rows();
+    return all.mul_(hidden_mask[d].index_select(0, entry_of_row_));
+  }
+  grid(all).mul_(hidden_mask[d]);
+  return all;
 }
 
 void Call::prepare_persistent() {

@@ -50,6 +50,8 @@ class Call {
   const RnnExtDtype dtype;
   const at::Tensor h_0, c_0;  // contiguous, or undefined
   at::Tensor resets;          // contiguous, in the caller's layout, or undefined
+  // Of a variant, each or none, accumulators: [D, N, P]; rows [R, D*P] and [R, D*H], which may be one for all
+  at::Tensor hidden_mask, zoneout_h, zoneout_c;
 
  private:
   const c10::DeviceGuard guard_;
@@ -67,6 +69,8 @@ class Call {
   bool has_lengths() const { return lengths_on_device_.defined() && !shape.packed; }
 
   RnnExtCell cell_number() const { return static_cast<RnnExtCell>(shape.cell.kind); }
+  RnnExtVariant variant() const { return static_cast<RnnExtVariant>(shape.variant); }
+  bool normed() const { return shape.variant == cpu::Variant::kLayerNorm; }
   RnnExtKernel choose(bool backward) const;
   template <class Args>
   Args arguments() const {
@@ -75,8 +79,12 @@ class Call {
     args.dtype = dtype;
     args.sequence = sequence;
     args.directions = static_cast<int32_t>(directions);
+    args.variant = variant();
     return args;
   }
+  /// Those of a direction's state h, and those of its cell: the same but where a projection lies between.
+  RnnExtMasks state_masks(int64_t d) const;
+  RnnExtMasks cell_masks(int64_t d) const;
 
   /// What persistent kernels want to know of packed rows.
   void prepare_persistent();
@@ -117,6 +125,8 @@ class Call {
     if (d == 1 || !resets.defined()) return {};
     return at_time(resets.reshape({rows, 1}), 0);
   }
+  /// Rows [R, P] times the direction's hidden mask, in place.
+  at::Tensor masked(at::Tensor all, int64_t d);
   at::Tensor no_timestep() const { return (lengths_on_device_ <= 0).unsqueeze(1); }
 
  private:
@@ -136,36 +146,45 @@ class Kept {
  public:
   Kept(const Call& call, const at::Tensor& bytes) : call_(call), bytes_(bytes) {
     const int64_t units = call.directions * call.rows * call.hidden;
-    planes_at_ = call.cell.has_cell ? units * accumulator_size() : 0;
+    statistics_at_ = call.cell.has_cell ? units * accumulator_size() : 0;
+    planes_at_ = statistics_at_ +
+                 (call.normed() ? call.directions * call.rows * RNN_EXT_NORM_STATISTICS * accumulator_size() : 0);
     raw_at_ = planes_at_ + units * call.cell.planes * size();
   }
   static int64_t numel(const Call& call) {
-    return call.directions * call.rows * call.hidden *
-           saved_bytes(call.cell.planes, call.cell.has_cell, call.projected, int64_t(call.options.dtype().itemsize()));
+    const SavedBytes bytes = saved_bytes(call.cell.planes, call.cell.has_cell, call.projected, call.normed(),
+                                         int64_t(call.options.dtype().itemsize()));
+    return call.directions * call.rows * (call.hidden * bytes.unit + bytes.row);
   }
   /// A [R, H], the cell state of every row.
   at::Tensor cells(int64_t d) const {
-    return call_.cell.has_cell ? part(0, d, accumulator_size(), call_.accumulator) : at::Tensor();
+    return call_.cell.has_cell ? part(0, d, call_.hidden * accumulator_size(), call_.accumulator) : at::Tensor();
+  }
+  /// A [R, 4], of layer normalisation
+  at::Tensor statistics(int64_t d) const {
+    return part(statistics_at_, d, RNN_EXT_NORM_STATISTICS * accumulator_size(), call_.accumulator);
   }
   /// T [R, S, H]
   at::Tensor planes(int64_t d) const {
-    return call_.cell.planes
-               ? part(planes_at_, d, call_.cell.planes * size(), at::typeMetaToScalarType(call_.options.dtype()))
-               : at::Tensor();
+    return call_.cell.planes ? part(planes_at_, d, call_.hidden * call_.cell.planes * size(),
+                                    at::typeMetaToScalarType(call_.options.dtype()))
+                             : at::Tensor();
   }
   /// T [R, H], h before its projection
-  at::Tensor raw(int64_t d) const { return part(raw_at_, d, size(), at::typeMetaToScalarType(call_.options.dtype())); }
+  at::Tensor raw(int64_t d) const {
+    return part(raw_at_, d, call_.hidden * size(), at::typeMetaToScalarType(call_.options.dtype()));
+  }
 
  private:
   int64_t size() const { return int64_t(call_.options.dtype().itemsize()); }
   int64_t accumulator_size() const { return int64_t(c10::elementSize(call_.accumulator)); }
-  at::Tensor part(int64_t at, int64_t d, int64_t bytes_a_unit, at::ScalarType dtype) const {
-    const int64_t bytes = call_.rows * call_.hidden * bytes_a_unit;
+  at::Tensor part(int64_t at, int64_t d, int64_t bytes_a_row, at::ScalarType dtype) const {
+    const int64_t bytes = call_.rows * bytes_a_row;
     return bytes_.narrow(0, at + d * bytes, bytes).view(dtype).view({call_.rows, -1});
   }
   const Call& call_;
   const at::Tensor bytes_;
-  int64_t planes_at_, raw_at_;
+  int64_t statistics_at_, planes_at_, raw_at_;
 };
 
 /// to [.., F] = the gate gradients [.., Q*H] times a weight [G*H, F].

@@ -8,6 +8,7 @@
 
 #include <atomic>
 
+#include "cells/cells.h"
 #include "ops/cuda_call.h"
 
 namespace rnn_ext::ops {
@@ -20,11 +21,12 @@ std::atomic<int> forced_kernel{kByTable};
 }  // namespace
 
 RnnExtKernel Call::choose(bool backward) const {
-  if (projected) return RNN_EXT_KERNEL_POINTWISE;
+  if (projected || normed()) return RNN_EXT_KERNEL_POINTWISE;
   const int forced = forced_kernel;
   const bool impossible = backward && forced == RNN_EXT_KERNEL_TENSOR;
   if (forced != kByTable && !impossible) return static_cast<RnnExtKernel>(forced);
-  return rnn_ext_cuda_choose(cell_number(), dtype, batch, hidden, static_cast<int32_t>(directions), 0, backward, 0)
+  return rnn_ext_cuda_choose(cell_number(), dtype, batch, hidden, static_cast<int32_t>(directions), 0, variant(),
+                             backward, 0)
       .kernel;
 }
 
@@ -35,14 +37,29 @@ namespace {
 void pointwise_forward(const Call& call, RnnExtForward& args, const Kept& kept, const at::Tensor& output_rows,
                        const at::Tensor& h_n) {
   const int64_t out = call.out;
-  at::Tensor hgates[2], exists;
+  const bool of_variant = call.variant() != RNN_EXT_PLAIN;
+  at::Tensor hgates[2], exists, masked;
   if (call.h_0.defined()) {
     h_n.copy_(call.h_0);
   } else {
     h_n.zero_();
   }
-  if (call.has_lengths() && call.projected) exists = call.exists();
+  if (call.has_lengths() && call.projected && !of_variant) exists = call.exists();
+  if (call.hidden_mask.defined()) masked = (h_n * call.hidden_mask).to(h_n.scalar_type());
+  const at::Tensor& state = masked.defined() ? masked : h_n;
+  auto states = call.arguments<RnnExtForward>();  // of a projected variant
+  states.sequence.hidden = out;
   for (int64_t d = 0; d < call.directions; ++d) {
+    RnnExtForwardDirection& to = (call.projected ? states : args).direction[d];
+    to.h_masked = pointer(of_direction(masked, d));
+    if (call.projected) {
+      to.reverse = d == 1;
+      to.h_0 = pointer(of_direction(call.h_0, d));
+      to.output = output_rows.narrow(1, d * out, out).data_ptr();
+      to.output_stride = call.directions * out;
+      to.h_n = h_n[d].data_ptr();
+      to.masks = call.state_masks(d);
+    }
     hgates[d] = call.empty({call.batch, call.cell.gates * call.hidden});
     args.direction[d].hgates = hgates[d].data_ptr();
   }
@@ -50,7 +67,7 @@ void pointwise_forward(const Call& call, RnnExtForward& args, const Kept& kept, 
     for (int64_t d = 0; d < call.directions; ++d) {
       const int64_t rows = call.rows_at(call.time_of(step, d));
       at::Tensor to = hgates[d].narrow(0, 0, rows);
-      at::mm_out(to, h_n[d].narrow(0, 0, rows), call.weight(d, LayerShape::kWeightHh).t());
+      at::mm_out(to, state[d].narrow(0, 0, rows), call.weight(d, LayerShape::kWeightHh).t());
     }
     RnnExtError error{};
     check_launch(rnn_ext_cuda_step_forward(&args, step, step + 1, call.stream, &error), error);
@@ -58,10 +75,27 @@ void pointwise_forward(const Call& call, RnnExtForward& args, const Kept& kept, 
       const int64_t time = call.time_of(step, d);
       at::Tensor to = call.at_time(output_rows, time).narrow(1, d * out, out);
       at::mm_out(to, call.at_time(kept.raw(d), time), call.weight(d, LayerShape::kWeightHr).t());
-      const at::Tensor state = h_n[d].narrow(0, 0, call.rows_at(time));
-      state.copy_(exists.defined() ? at::where(exists[time], to, state) : to);
+      if (of_variant) continue;
+      const at::Tensor h = h_n[d].narrow(0, 0, call.rows_at(time));
+      h.copy_(exists.defined() ? at::where(exists[time], to, h) : to);
     }
+    if (call.projected && of_variant)
+      check_launch(rnn_ext_cuda_projected_forward(&states, step, call.stream, &error), error);
   }
+}
+
+/// What layer normalisation needs of direction d. scratch: A [N, 7, H].
+RnnExtNorm norm_of(const Call& call, const Kept& kept, int64_t d, bool keeps, const at::Tensor& scratch) {
+  RnnExtNorm norm{};
+  norm.weight_ih = pointer(call.weight(d, LayerShape::kWeightNormIh));
+  norm.weight_hh = pointer(call.weight(d, LayerShape::kWeightNormHh));
+  norm.weight_c = pointer(call.weight(d, LayerShape::kWeightNormC));
+  norm.bias_c = pointer(call.weight(d, LayerShape::kBiasNormC));
+  norm.bias_ih = pointer(call.weight(d, LayerShape::kBiasIh));
+  norm.bias_hh = pointer(call.weight(d, LayerShape::kBiasHh));
+  norm.statistics = keeps ? kept.statistics(d).data_ptr() : nullptr;
+  norm.scratch = scratch.data_ptr();
+  return norm;
 }
 
 LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
@@ -101,10 +135,10 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
   auto args = call.arguments<RnnExtForward>();
   const at::Tensor x = input.reshape({R, call.shape.sizes.input}), output_rows = output.view({R, D * P});
   const at::Tensor raw_h_n = call.projected ? call.empty({D, N, H}) : h_n;
-  at::Tensor igates[2], cell_of_row[2], cell_state[2], planes[2];
+  at::Tensor igates[2], cell_of_row[2], cell_state[2], planes[2], scratch[2];
   for (int64_t d = 0; d < D; ++d) {
     const at::Tensor weight_ih = call.weight(d, LayerShape::kWeightIh), bias = call.weight(d, LayerShape::kBiasIh);
-    igates[d] = bias.defined() ? at::addmm(bias, x, weight_ih.t()) : at::mm(x, weight_ih.t());
+    igates[d] = bias.defined() && !call.normed() ? at::addmm(bias, x, weight_ih.t()) : at::mm(x, weight_ih.t());
     if (has_cell) {
       if (keeps) {
         cell_of_row[d] = kept.cells(d);
@@ -132,6 +166,11 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
     to.saved = pointer(planes[d]);
     to.cells = pointer(cell_of_row[d]);
     to.cell_state = pointer(cell_state[d]);
+    to.masks = call.cell_masks(d);
+    if (call.normed()) {
+      scratch[d] = call.empty_accumulators({N, RNN_EXT_NORM_SCRATCH, H});
+      to.norm = norm_of(call, kept, d, save, scratch[d]);
+    }
   }
   RnnExtError error{};
   switch (kernel) {
@@ -170,6 +209,35 @@ void pointwise_backward(const Call& call, RnnExtBackward& args, const at::Tensor
       if (call.projected) at::mm_out(to, product, call.weight(d, LayerShape::kWeightHr));
     }
     RnnExtError error{};
+    check_launch(rnn_ext_cuda_step_backward(&args, step, step + 1, call.stream, &error), error);
+  }
+}
+
+/// The same of a variant with a projection: before the cell's step, that of the state. `args` has dh_recurrent zero,
+/// and doutput is raw_dy, which is found here. dprojected: of each direction [R, P], gradient of the projection.
+void projected_variant_backward(const Call& call, RnnExtBackward& args, const RnnExtBackward& states_,
+                                const at::Tensor* dgates, const at::Tensor* dprojected, const at::Tensor* raw_dy) {
+  RnnExtBackward states = states_;
+  at::Tensor dh[2], zeros[2];
+  for (int64_t d = 0; d < call.directions; ++d) {
+    dh[d] = call.empty({call.batch, call.out});
+    zeros[d] = at::zeros({call.batch, call.hidden}, call.options);
+    states.direction[d].dh_recurrent = dh[d].data_ptr();
+    args.direction[d].dh_recurrent = zeros[d].data_ptr();
+  }
+  for (int64_t step = 0; step <= call.length; ++step) {
+    for (int64_t d = 0; d < call.directions && step > 0; ++d) {
+      const int64_t after = call.time_of(call.length - step, d);
+      times_weight(dh[d].narrow(0, 0, call.rows_at(after)), call.at_time(dgates[d], after),
+                   call.weight(d, LayerShape::kWeightHh), call.cell.hh, call.hidden);
+    }
+    RnnExtError error{};
+    check_launch(rnn_ext_cuda_projected_backward(&states, step, call.stream, &error), error);
+    for (int64_t d = 0; d < call.directions && step < call.length; ++d) {
+      const int64_t now = call.time_of(call.length - 1 - step, d);
+      at::Tensor to = call.at_time(raw_dy[d], now);
+      at::mm_out(to, call.at_time(dprojected[d], now), call.weight(d, LayerShape::kWeightHr));
+    }
     check_launch(rnn_ext_cuda_step_backward(&args, step, step + 1, call.stream, &error), error);
   }
 }
@@ -223,17 +291,37 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
   const at::Tensor dy = doutput.defined() ? doutput.view({R, D * P}) : doutput;
   at::Tensor dh_0 = call.empty({D, N, P}), dc_0 = has_cell ? call.empty({D, N, H}) : none;
   const at::Tensor raw_dh_0 = call.projected ? call.empty({D, N, H}) : dh_0;
+  const bool projected_variant = call.projected && call.variant() != RNN_EXT_PLAIN;
   at::Tensor dgates[2], recurrent[2], raw_dy[2], raw_dh_n[2], dh_carry[2], dc_carry[2], planes[2], cell_of_row[2];
+  at::Tensor scratch[2], dprojected[2], state_carry[2];
+  auto states = call.arguments<RnnExtBackward>();  // of a projected variant
+  states.sequence.hidden = P;
   for (int64_t d = 0; d < D; ++d) {
     dgates[d] = call.empty({R, call.cell.grad_gates * H});
     if (call.cell.direct_carry) dh_carry[d] = call.empty_accumulators({N, H});
     if (has_cell) dc_carry[d] = call.empty_accumulators({N, H});
     RnnExtBackwardDirection& to = args.direction[d];
-    if (call.projected) {
+    if (projected_variant) {
+      dprojected[d] = call.empty({R, P});
+      state_carry[d] = call.empty_accumulators({N, P});
+      raw_dy[d] = call.empty({R, H});
+      RnnExtBackwardDirection& state = states.direction[d];
+      state.reverse = d == 1;
+      state.doutput = pointer(dy.defined() ? dy.narrow(1, d * P, P) : dy);
+      state.doutput_stride = D * P;
+      state.dh_n = pointer(of_direction(dh_n, d));
+      state.dgates = dprojected[d].data_ptr();
+      state.dgates_stride = P;
+      state.dh_carry = state_carry[d].data_ptr();
+      state.dh_0 = dh_0[d].data_ptr();
+      state.masks = call.state_masks(d);
+    } else if (call.projected) {
       const at::Tensor weight_hr = call.weight(d, LayerShape::kWeightHr);
       recurrent[d] = call.empty({R, P});
       if (dy.defined()) raw_dy[d] = at::mm(dy.narrow(1, d * P, P), weight_hr);
       if (dh_n.defined()) raw_dh_n[d] = at::mm(dh_n[d], weight_hr);
+    }
+    if (call.projected) {
       to.output = kept.raw(d).const_data_ptr();
       to.output_stride = to.doutput_stride = H;
     } else {
@@ -261,6 +349,11 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
     to.dc_carry = pointer(dc_carry[d]);
     to.dh_0 = raw_dh_0[d].data_ptr();
     to.dc_0 = has_cell ? dc_0[d].data_ptr() : nullptr;
+    to.masks = call.cell_masks(d);
+    if (call.normed()) {
+      scratch[d] = call.empty_accumulators({N, RNN_EXT_NORM_SCRATCH, H});
+      to.norm = norm_of(call, kept, d, true, scratch[d]);
+    }
   }
   RnnExtError error{};
   switch (kernel) {
@@ -268,7 +361,11 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
       check_launch(rnn_ext_cuda_step_backward(&args, 0, call.length + 1, call.stream, &error), error);
       break;
     case RNN_EXT_KERNEL_POINTWISE:
-      pointwise_backward(call, args, dgates, recurrent);
+      if (projected_variant) {
+        projected_variant_backward(call, args, states, dgates, dprojected, raw_dy);
+      } else {
+        pointwise_backward(call, args, dgates, recurrent);
+      }
       break;
     case RNN_EXT_KERNEL_PERSISTENT:
       check_launch(rnn_ext_cuda_persistent_backward(&args, call.stream, &error), error);
@@ -289,10 +386,16 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
       const int index = call.shape.index(static_cast<int>(d), name);
       if (index >= 0 && output_mask.get(3 + index)) dw[index] = compute();
     };
+    using Normed = cells::LayerNormLstm;
+    const auto slots = [&](int64_t first, int64_t count) { return dgates[d].narrow(1, first * H, count * H); };
+    const auto scale_grad = [&](int64_t first_saved) {
+      const at::Tensor values = planes[d].narrow(1, first_saved * H, Normed::kGates * H);
+      return call.without_padding(slots(Normed::kGradGate, Normed::kGates) * values).sum(0);
+    };
     at::Tensor sums;
     const auto bias_grad = [&](const std::vector<Run>& runs) {
       if (!sums.defined()) sums = dgates[d].sum(0);
-      return bias_gradient(sums, runs, H);
+      return call.normed() ? sums.narrow(0, Normed::kGradGate * H, Normed::kGates * H) : bias_gradient(sums, runs, H);
     };
     put(LayerShape::kWeightIh, [&] {
       if (!x.defined()) x = call.without_padding(input.reshape({R, call.shape.sizes.input}));
@@ -301,17 +404,22 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
     put(LayerShape::kWeightHh, [&] {
       const at::Tensor before =
           call.neighbours(y.narrow(1, d * P, P), of_direction(call.h_0, d), /*after=*/d == 1, /*begins=*/true);
-      return weight_gradient(dgates[d], before, call.cell.hh, call.cell.gates, H);
+      return weight_gradient(dgates[d], call.masked(before, d), call.cell.hh, call.cell.gates, H);
     });
     put(LayerShape::kBiasIh, [&] { return bias_grad(call.cell.ih); });
     put(LayerShape::kBiasHh, [&] { return bias_grad(call.cell.hh); });
+    put(LayerShape::kWeightNormIh, [&] { return scale_grad(Normed::kNormIh); });
+    put(LayerShape::kWeightNormHh, [&] { return scale_grad(Normed::kNormHh); });
+    put(LayerShape::kWeightNormC, [&] { return (slots(Normed::kGradNorm, 1) * slots(Normed::kNormC, 1)).sum(0); });
+    put(LayerShape::kBiasNormC, [&] { return slots(Normed::kGradNorm, 1).sum(0); });
     put(LayerShape::kWeightHr, [&] {
+      if (projected_variant) return at::mm(dprojected[d].t(), kept.raw(d));
       // The whole gradient of each projected output: what came from outside and what the next timestep gave back.
       at::Tensor dprojected = call.neighbours(recurrent[d], of_direction(dh_n, d), /*after=*/d == 0, /*begins=*/false);
       if (dy.defined()) dprojected.add_(dy.narrow(1, d * P, P));
       return at::mm(call.without_padding(dprojected).t(), kept.raw(d));
     });
-    if (call.projected && output_mask.get(1)) {
+    if (call.projected && !projected_variant && output_mask.get(1)) {
       at::Tensor first = call.first_rows(recurrent[d], d);
       if (const at::Tensor cut = call.first_cut(d); cut.defined()) first = first.masked_fill(cut, 0);
       if (call.has_lengths())
