@@ -119,6 +119,8 @@ def test_each_gradient_alone(name, proj):
         for leaf in problem.leaves():
             _, alone = util.gradients(lambda p: util.run(p, masks=masks), problem, wrt=[leaf])
             util.same_bits(alone, {leaf: every[leaf]})
+    # A gradient that is changed in place, by clipping for instance, must not be another parameter's too.
+    assert len({grad.untyped_storage().data_ptr() for grad in every.values()}) == len(every)
 
 
 @pytest.mark.parametrize("kernel", ["step", "pointwise"])

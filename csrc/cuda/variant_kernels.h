@@ -6,11 +6,12 @@
 // then over the warps in their order, one barrier each (4 forward, 2 backward). What a thread has found of its units
 // waits in `scratch`, where no other thread looks.
 //
-// Cost of one timestep beside the GEMM (s = bytes of T, a = bytes of A, per direction), read and written:
-//   forward   s N H (8 + 1) + a N H (2 + 2 c and o in scratch, 3 times) + 8 s N H when saving; about 100 N H operations
-//   backward  s N H (8 norms twice, 14 dgates, 3) + a N H (7 in scratch, 2 times, carries 4); about 200 N H operations
-// A row's values come from the nearest cache after their first use. Four barriers and five passes make a launch longer
-// than a pointwise one; no time has been measured.
+// Cost of one timestep beside the GEMM (s = bytes of T, a = bytes of A, per direction):
+//   forward   about 100 N H operations; bytes: s N H (8 + 2) + a N H (2; scratch: 2 written, 3 read)
+//             (+ 8 s N H + 4 a N when saving)
+//   backward  about 200 N H operations; bytes: s N H (8 + 3 + 14) + a N H (5; scratch: 11 written, 11 read)
+// A row is passed five times forward and three times backward; all but the first find it in the nearest cache. The
+// barriers and passes make a launch longer than a pointwise one, by how much has not been measured.
 #pragma once
 
 #include "cuda/step_kernels.h"
@@ -46,6 +47,9 @@ struct NormStep : Step {
 using NormCell = cells::LayerNormLstm;
 inline constexpr int kNormGates = NormCell::kGates, kNormStatistics = RNN_EXT_NORM_STATISTICS;
 inline constexpr int kMaxNormThreads = 256, kMaxNormWarps = kMaxNormThreads / 32;
+// Blocks per multiprocessor that registers must allow (see kForwardBlocks).
+template <class T>
+inline constexpr int kNormBlocks = sizeof(AccumulatorOf<T>) == 8 ? 1 : 2;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Sums over the threads of a block, in the same order every time. Two sums in a row need two places, of kCount *
@@ -90,7 +94,7 @@ RNN_EXT_DEVICE void normed_gates(const NormPointers<T>& norm, int64_t hidden, in
 
 // grid: (rows, 1, directions)
 template <class T>
-__global__ void __launch_bounds__(kMaxNormThreads)
+__global__ void __launch_bounds__(kMaxNormThreads, kNormBlocks<T>)
     norm_forward_kernel(const __grid_constant__ NormStep<ForwardStep<T>, T> step) {
   using A = AccumulatorOf<T>;
   RNN_EXT_SHARED(A, places, 2 * 2 * kMaxNormWarps);
@@ -181,7 +185,7 @@ __global__ void __launch_bounds__(kMaxNormThreads)
 
 // grid: (rows, 1, directions)
 template <class T>
-__global__ void __launch_bounds__(kMaxNormThreads)
+__global__ void __launch_bounds__(kMaxNormThreads, kNormBlocks<T>)
     norm_backward_kernel(const __grid_constant__ NormStep<BackwardStep<T>, T> step) {
   using A = AccumulatorOf<T>;
   RNN_EXT_SHARED(A, places, (2 + 4) * kMaxNormWarps);

@@ -394,8 +394,9 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
     };
     at::Tensor sums;
     const auto bias_grad = [&](const std::vector<Run>& runs) {
+      if (call.normed()) return slots(Normed::kGradGate, Normed::kGates).sum(0);
       if (!sums.defined()) sums = dgates[d].sum(0);
-      return call.normed() ? sums.narrow(0, Normed::kGradGate * H, Normed::kGates * H) : bias_gradient(sums, runs, H);
+      return bias_gradient(sums, runs, H);
     };
     put(LayerShape::kWeightIh, [&] {
       if (!x.defined()) x = call.without_padding(input.reshape({R, call.shape.sizes.input}));
