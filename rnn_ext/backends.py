@@ -92,13 +92,16 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: object = None
         raise TypeError(f"explain expects an rnn_ext.RNN, LSTM, GRU or cell of these, got {type(module).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
     cell = module.mode.lower()
-    custom = use_custom(module.backend, data)
+    lacking = _what_native_lacks(module)
+    custom = use_custom(module.backend, data, only_custom=bool(lacking))
     if module.backend != "auto":
         reason = f"backend={module.backend!r} was asked for"
     else:
         supported, reason = can_run_custom(data)
         if supported and not custom:
             reason = UNMEASURED
+    if lacking:
+        reason = f"{reason}; native would refuse it, which has no {' and no '.join(lacking)}"
     if custom and data.is_cuda:
         kernel, why = _cuda_kernel(module, cell, input)
         return Explanation("custom", f"rnn_ext::layer {cell}, cuda {kernel}", f"{reason}; {why}")
@@ -107,12 +110,24 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: object = None
     return Explanation("native", f"torch.{cell}{'_cell' if isinstance(module, nn.RNNCellBase) else ''}", reason)
 
 
+def _what_native_lacks(module: nn.Module) -> list[str]:
+    """Names of the module's options that torch's kernels do not have, as far as they act in its present mode."""
+    zoneout = getattr(module, "zoneout", 0)
+    acts = {
+        "layer_norm": getattr(module, "layer_norm", False),
+        "zoneout": any(zoneout) if isinstance(zoneout, (tuple, list)) else zoneout,
+        "recurrent_dropout": module.training and getattr(module, "recurrent_dropout", 0),
+    }
+    return [name for name, active in acts.items() if active]
+
+
 def _cuda_kernel(module: nn.Module, cell: str, input: Tensor | PackedSequence) -> tuple[str, str]:
     data, options = input, {}
     if isinstance(module, nn.RNNCellBase):
         batch = 1 if input.dim() == 1 else input.shape[0]
     else:
-        options = {"bidirectional": module.bidirectional, "projected": module.proj_size > 0}
+        variant = 2 if module.layer_norm else 1 if _what_native_lacks(module) else 0  # as ops.variant_of
+        options = {"bidirectional": module.bidirectional, "projected": module.proj_size > 0, "variant": variant}
         if isinstance(input, PackedSequence):
             data, batch = input.data, int(input.batch_sizes[0])
         else:

@@ -101,15 +101,17 @@ def cuda_kernel(
     *,
     bidirectional: bool = False,
     projected: bool = False,
+    variant: int = 0,
     backward: bool = False,
     shared_bytes: int,
 ) -> tuple[str, str]:
     """The CUDA kernel that the dispatch table (csrc/cuda/dispatch.h) has for a layer, "step", "pointwise",
-    "persistent" or "tensor", and the reason. `shared_bytes`: the most shared memory a block of the device can have."""
+    "persistent" or "tensor", and the reason. `variant` as of :func:`variant_of`; `shared_bytes`: the most shared memory
+    a block of the device can have."""
     from rnn_ext import _C
 
     kind, number = _CELL_KINDS.index(cell), _CUDA_DTYPES.index(dtype)
-    return _C.cuda_kernel(kind, number, batch, hidden, 1 + bidirectional, projected, backward, shared_bytes)
+    return _C.cuda_kernel(kind, number, batch, hidden, 1 + bidirectional, projected, variant, backward, shared_bytes)
 
 
 def force_cuda_kernel(name: str | None) -> None:
@@ -305,6 +307,12 @@ def _vjp(function: Callable, inputs: Sequence[Tensor], cotangents: Sequence[Tens
     return grads if keep_graph else [g.detach() for g in grads]
 
 
+def variant_of(weights: int, masked: bool) -> int:
+    """Which variant of a cell so many weights a direction and masks make: 0 plain, 1 masked, 2 with layer normalisation
+    (csrc/cpu/layer.h, csrc/cuda/launch.h)."""
+    return 2 if weights > 5 else 1 if masked else 0
+
+
 def _padded(size: int) -> int:
     return (size + 15) // 16 * 16
 
@@ -333,13 +341,13 @@ def _layer_fake(
     from rnn_ext import _C
 
     has_cell = reference.CELLS[cell].has_cell_state
+    variant = variant_of(len(weights) // directions, any(m is not None for m in masks))
     if input.device.type == "cuda":
-        dtype, values = torch.uint8, hidden * _C.cuda_saved_bytes(cell, projected, input.dtype.itemsize)
+        dtype = torch.uint8
+        per_unit, per_row = _C.cuda_saved_bytes(cell, projected, variant, input.dtype.itemsize)
+        values = hidden * per_unit + per_row
     else:
         dtype = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
-        variant = (
-            2 if len(weights) // directions > 5 else 1 if any(m is not None for m in masks) else 0
-        )  # in the order of csrc/cpu/layer.h
         values = _C.saved_values(_CELL_KINDS.index(cell), projected, variant) * _padded(hidden)
     kept = directions * rows * values if save else 0
     return (

@@ -275,3 +275,20 @@ def test_native_refuses_a_state_of_another_batch_size():
     for batch in (1, 3):
         with pytest.raises(RuntimeError, match=rf"2 sequences.*\[1, {batch}, 4\]"):
             rnn_ext.GRU(2, 4, backend="native")(packed, torch.zeros(1, batch, 4))
+
+
+def test_explain_names_what_native_lacks():
+    """Whichever runs: native would refuse the call, as it says itself."""
+    module, input = rnn_ext.LSTM(3, 4, layer_norm=True, zoneout=(0.0, 0.1), recurrent_dropout=0.2), torch.randn(5, 2, 3)
+    explanation = rnn_ext.explain(module, input)
+    assert explanation.backend == "custom"
+    lacks = "native would refuse it, which has no layer_norm and no zoneout"
+    assert explanation.reason.endswith(f"{lacks} and no recurrent_dropout")
+    assert rnn_ext.explain(module.eval(), input).reason.endswith(lacks)
+    module.backend = "native"
+    assert lacks in rnn_ext.explain(module, input).reason
+    with pytest.raises(ValueError, match="layer_norm is an option of the custom backend"):
+        module(input)
+    plain = rnn_ext.LSTM(3, 4, zoneout=(0.0, 0.0), weight_dropout=0.5)
+    assert "refuse" not in rnn_ext.explain(plain, input).reason
+    assert "refuse" not in rnn_ext.explain(rnn_ext.LSTMCell(3, 4), input[0]).reason

@@ -87,14 +87,19 @@ def to_device(problem: util.Problem) -> util.Problem:
     return moved
 
 
-def agree(case: Case, dtype: torch.dtype, kernel: str | None) -> None:
-    problem = util.build(case, dtype)
-    there = to_device(problem)
+def agree(case: Case, dtype: torch.dtype, kernel: str | None, options: str = "") -> None:
+    """`options`: those of util.COMBINED."""
+    problem, masks = util.sample(case, options, dtype) if options else (util.build(case, dtype), [])
+    there, masks_there = to_device(problem), [m if m is None else m.to(DEVICE) for m in masks]
+
+    def run(problem: util.Problem) -> dict[str, torch.Tensor]:
+        return util.run(problem, masks=masks_there)
+
     with kernels(kernel):
-        grad_of = util.cotangents({name: t.cpu() for name, t in util.run(there).items()})
-        actual, grads = util.gradients(util.run, there, {name: grad.to(DEVICE) for name, grad in grad_of.items()})
+        grad_of = util.cotangents({name: t.cpu() for name, t in run(there).items()})
+        actual, grads = util.gradients(run, there, {name: grad.to(DEVICE) for name, grad in grad_of.items()})
     double = {name: grad.double() for name, grad in grad_of.items()}
-    expected, expected_grads = util.gradients(util.oracle, problem.to(torch.float64), double)
+    expected, expected_grads = util.gradients(lambda p: util.oracle(p, masks), problem.to(torch.float64), double)
     assert all(t.dtype == dtype and t.device.type == DEVICE for t in (*actual.values(), *grads.values()))
     util.check(
         {name: t.cpu() for name, t in actual.items()}, expected, VALUES[dtype], 1.0, f"{case} {kernel}: value of"
@@ -134,6 +139,22 @@ def test_layouts(cell, kernel):
                 for state in (True, False):
                     case = Case(cell, layout, True, True, proj, lengths, resets, state, size)
                     agree(case, torch.float32, kernel)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", util.COMBINED)
+@pytest.mark.parametrize("cell", CELLS)
+def test_variants(cell, options, dtype):
+    """By step, pointwise and the table; of an LSTM projected too."""
+    if cell != "lstm" and ("norm" in options or options == "zoneout_c"):
+        return
+    for size in [(3, 4, 3, 17)] if EMULATED else [(3, 4, 3, 17), (9, 37, 9, 65), (7, 70, 33, 300), (3, 9, 40, 1025)]:
+        for layout in util.LAYOUTS:
+            case = Case(cell, layout, True, lengths=layout == "batch_first", resets=layout == "dense", size=size)
+            for kernel in (None,) if "norm" in options else (None, "step", "pointwise"):
+                agree(case, dtype, kernel, options)
+            if cell == "lstm":
+                agree(case.but(proj=size[3] - 3), dtype, None, options)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -226,18 +247,27 @@ def test_training_falls_like_torchs():
 # ---- what only a GPU has --------------------------------------------------------------------------------------------
 
 
-def gpu_layer(kernel: str | None, requires_grad: bool = True):
+def gpu_layer(kernel: str | None, requires_grad: bool = True, **options):
     """A bidirectional LSTM with lengths on the GPU, its input and its leaves."""
-    module = rnn_ext.LSTM(16, 48, bidirectional=True, backend="custom", device="cuda")
+    module = rnn_ext.LSTM(16, 48, bidirectional=True, backend="custom", device="cuda", **options)
     input = torch.randn(20, 9, 16, device="cuda", requires_grad=requires_grad)
     lengths = torch.tensor([20, 1, 0, 7, 19, 20, 3, 11, 5], device="cuda")
     return module, input, lengths
 
 
+VARIANTS = [
+    *((kernel, {}) for kernel in KERNELS),
+    *((kernel, {"zoneout": 0.1}) for kernel in ("step", "pointwise")),
+    (None, {"layer_norm": True, "zoneout": 0.1}),
+    (None, {"layer_norm": True, "zoneout": 0.1, "proj_size": 20}),
+]
+
+
 @needs_gpu
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_nothing_waits_for_the_device(kernel):
-    module, input, lengths = gpu_layer(kernel)
+@pytest.mark.parametrize("kernel, options", VARIANTS, ids=str)
+def test_nothing_waits_for_the_device(kernel, options):
+    more = {"recurrent_dropout": 0.2, "weight_dropout": 0.3} if options else {}
+    module, input, lengths = gpu_layer(kernel, **options, **more)
     resets = torch.rand(20, 9, device="cuda") < 0.2
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -250,10 +280,11 @@ def test_nothing_waits_for_the_device(kernel):
 
 
 @needs_gpu
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_cuda_graph(kernel):
+@pytest.mark.parametrize("kernel, options", VARIANTS, ids=str)
+def test_cuda_graph(kernel, options):
     """Forward and backward in one graph; replayed on new numbers it gives what a call would."""
-    module, input, lengths = gpu_layer(kernel)
+    module, input, lengths = gpu_layer(kernel, **options)
+    module.eval()  # nothing is drawn
 
     def step():
         output, (h_n, _) = module(input, lengths=lengths)
@@ -385,7 +416,7 @@ SHORT_RUN = """
 import torch
 from rnn_ext import ops
 from tests import util
-from tests.test_cuda_device import to_device, kernels, fits
+from tests.test_cuda_device import agree, to_device, kernels, fits
 
 for cell in util.CELLS:
     for layout in ("dense", "packed"):
@@ -393,6 +424,9 @@ for cell in util.CELLS:
             case = util.Case(cell, layout, True, lengths=layout == "dense", size=(3, 5, 4, 33))
             with kernels(kernel):
                 util.gradients(util.run, to_device(util.build(case, torch.float32)))
+    agree(util.Case(cell, "packed", True, size=(3, 5, 4, 33)), torch.float32, None, "masks")
+    for proj in (0, 5) if cell == "lstm" else ():
+        agree(util.Case(cell, "packed", True, proj=proj, size=(3, 5, 4, 33)), torch.float32, None, "norm+masks")
 if torch.cuda.is_available():
     torch.cuda.synchronize()
 print("done")

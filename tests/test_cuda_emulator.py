@@ -64,6 +64,43 @@ def test_step_layouts(cell: str, kernel: str, layout: str) -> None:
     check(replace(LAYOUTS[layout], cell=cell, kernel=kernel, backward=True))
 
 
+MASKS = {"zoneout": 0.3, "recurrent_dropout": 0.4}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel", ["step", "pointwise"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_masked_layouts(cell: str, kernel: str, layout: str) -> None:
+    check(replace(LAYOUTS[layout], cell=cell, kernel=kernel, backward=True, **MASKS))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norm_layouts(layout: str) -> None:
+    for options in ({}, MASKS):
+        check(replace(LAYOUTS[layout], kernel="pointwise", layer_norm=True, backward=True, **options))
+
+
+@pytest.mark.parametrize("batch, hidden", [*SIZES, (2, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_norm_sizes(dtype: torch.dtype, batch: int, hidden: int) -> None:
+    check(Case("lstm", "pointwise", dtype, 3, batch, hidden, layer_norm=True, backward=True, **MASKS))
+
+
+def test_variants_of_schedules_and_sanitizers() -> None:
+    """Rows of two warps, whose sums meet in shared memory."""
+    packed = replace(LAYOUTS["packed_resets"], kernel="pointwise", hidden=40, backward=True, **MASKS)
+    for flavour, schedule in (("plain", 1), ("plain", 2), ("asan", 1), ("tsan", 1)):
+        check(replace(packed, layer_norm=True), flavour, schedule=schedule)
+        check(replace(packed, kernel="step", batch=4, hidden=17), flavour, schedule=schedule)
+
+
+def test_variants_refuse_what_they_cannot_run() -> None:
+    with pytest.raises(KernelReportError, match="layer normalisation needs hgates"):
+        errors(Case("lstm", layer_norm=True, length=1))
+    with pytest.raises(KernelReportError, match="persistent kernels have no variants"):
+        errors(Case("gru", "persistent", zoneout=0.1, length=1))
+
+
 @pytest.mark.parametrize("batch, hidden", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
@@ -158,6 +195,9 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*shape.split(), "--schedule", "2", "--arch", "80"]
     assert main(arguments) == 0
     assert "ok" in capsys.readouterr().out
+    variant = "--kernel pointwise --layer-norm --zoneout 0.2 --recurrent-dropout 0.3 --backward"
+    assert main(variant.split()) == 0
+    assert "ok" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -165,6 +205,8 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (b"cell=2", b"cell=7", "no cell has the number 7"),
         (b"hidden=7", b"hidden=0", "hidden size 0"),
+        (b"variant=0", b"variant=2", "only an lstm has layer normalisation, got cell 2"),
+        (b"variant=0", b"variant=3", "no variant has the number 3"),
         (b"batch=3", b"batch=4", r"batch_sizes\[0\] is 3"),
     ],
 )
@@ -276,13 +318,24 @@ DISPATCH = [
 ]
 
 
-def test_dispatch_boundaries() -> None:
+# The same of masked cells, and of those with layer normalisation.
+DISPATCH_MASKED = [
+    ("lstm", torch.float32, 32, 64, 1, False, False, H100, "step"),
+    ("gru", torch.bfloat16, 33, 64, 1, False, False, H100, "step"),
+    ("gru", torch.bfloat16, 33, 256, 1, False, True, H100, "pointwise"),
+    ("lstm", torch.float32, 1, 64, 1, True, False, H100, "pointwise"),
+]
+DISPATCH_NORMED = [("lstm", torch.float32, 1, 16, 1, False, backward, H100, "pointwise") for backward in (False, True)]
+
+
+@pytest.mark.parametrize("variant, rows", [(0, DISPATCH), (1, DISPATCH_MASKED), (2, DISPATCH_NORMED)])
+def test_dispatch_boundaries(variant: int, rows: list[tuple]) -> None:
     program = build.build([*build.kernel_sources(), build.HERE / "dispatch_table.cpp"])
     questions = "\n".join(
-        f"{CELLS.index(cell)} {DTYPES.index(dtype)} " + " ".join(str(int(number)) for number in rest)
-        for cell, dtype, *rest, _ in DISPATCH
+        f"{CELLS.index(cell)} {DTYPES.index(dtype)} " + " ".join(str(int(number)) for number in (*rest, variant))
+        for cell, dtype, *rest, _ in rows
     )
     result = subprocess.run([str(program)], input=questions, capture_output=True, text=True, check=True)
     answers = result.stdout.splitlines()
-    assert [answer.split(":")[0] for answer in answers] == [row[-1] for row in DISPATCH]
+    assert [answer.split(":")[0] for answer in answers] == [row[-1] for row in rows]
     assert all(len(answer.split(": ", 1)[1]) > 20 for answer in answers), "every choice says why"

@@ -409,15 +409,6 @@ def test_backward_checks_its_arguments(change, message):
             torch.ops.rnn_ext.layer_backward(**arguments | change)
 
 
-@pytest.mark.parametrize(
-    "options", [{"layer_norm": True}, {"zoneout": 0.1}, {"recurrent_dropout": 0.1}], ids=lambda o: next(iter(o))
-)
-def test_variants_are_for_the_cpu(options):
-    layer = rnn_ext.LSTM(4, 5, **options)
-    with emulated(), pytest.raises(ValueError, match="have no CUDA kernel: expected input on the CPU"):
-        layer(torch.randn(3, 2, 4))
-
-
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
 def test_recompute(cell):
     torch.manual_seed(0)

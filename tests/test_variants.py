@@ -12,42 +12,26 @@ import torch
 import util
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
-from util import Case, Problem, build, check_gradients, check_values, cotangents, gradients, named, same_bits
+from util import (
+    COMBINED,
+    NORMS,
+    Case,
+    Masks,
+    Problem,
+    build,
+    check_gradients,
+    check_values,
+    cotangents,
+    gradients,
+    named,
+    same_bits,
+    sample,
+)
 
 import rnn_ext
 from rnn_ext import functional, ops
 
 MODULES = {"rnn_tanh": rnn_ext.RNN, "gru": rnn_ext.GRU, "lstm": rnn_ext.LSTM}
-NORMS = ("weight_norm_ih", "weight_norm_hh", "weight_norm_c", "bias_norm_c")
-Masks = list[Tensor | None]
-
-
-def vary(problem: Problem, norm: bool, hidden: bool, zoneout_h: bool, zoneout_c: bool) -> tuple[Problem, Masks]:
-    """The same problem with weights for layer normalisation, and masks: those asked for."""
-    case = problem.case
-    _, batch, _, size = case.size
-    seed = torch.Generator().manual_seed(7)
-    suffixes = ("", "_reverse")[: 1 + case.bidirectional]
-    weights = {}
-    for suffix in suffixes:
-        weights |= {n: w for n, w in problem.weights.items() if n.endswith("_reverse") == bool(suffix)}
-        if norm:
-            sizes = dict(zip(NORMS, (4 * size, 4 * size, size, size), strict=True))
-            new = {n + suffix: torch.randn(k, generator=seed, dtype=torch.float64) for n, k in sizes.items()}
-            weights |= {n: w.to(problem.input.dtype) for n, w in new.items()}
-    problem.weights = weights
-    features = case.proj or size
-    lead = problem.input.shape[:-1]
-
-    def zoneout(k: int) -> Tensor:
-        return (torch.rand(*lead, len(suffixes) * k, generator=seed) < 0.3).to(torch.float64)
-
-    masks = [
-        torch.rand(len(suffixes), batch, features, generator=seed, dtype=torch.float64) if hidden else None,
-        zoneout(features) if zoneout_h else None,
-        zoneout(size) if zoneout_c else None,
-    ]
-    return problem, masks if hidden or zoneout_h or zoneout_c else []
 
 
 def run(problem: Problem, masks: Masks) -> dict[str, Tensor]:
@@ -129,10 +113,6 @@ def by_hand(problem: Problem, masks: Masks) -> dict[str, Tensor]:
     return named((gather(outputs, case.proj or size), states[0], states[1], gather(cells, size)), case)
 
 
-# norm, hidden mask, zoneout of h and of c
-SINGLE = {"norm": (1, 0, 0, 0), "hidden": (0, 1, 0, 0), "zoneout_h": (0, 0, 1, 0), "zoneout_c": (0, 0, 0, 1)}
-MASKED = {"masks": (0, 1, 1, 1)}
-COMBINED = {**SINGLE, **MASKED, "norm+masks": (1, 1, 1, 1), "norm+zoneout_h": (1, 0, 1, 0)}
 SAMPLES = [
     *((Case("lstm", size=(4, 3, 3, 5)), name) for name in COMBINED),
     *((Case("lstm", "batch_first", True, lengths=True, resets=True, size=(5, 4, 3, 7)), n) for n in COMBINED),
@@ -150,11 +130,6 @@ SAMPLES += [
     for name in ("hidden", "zoneout_h", "masks")
 ]
 IDS = [f"{case}-{name}" for case, name in SAMPLES]
-
-
-def sample(case: Case, name: str, dtype: torch.dtype = torch.float64) -> tuple[Problem, Masks]:
-    norm, hidden, zoneout_h, zoneout_c = COMBINED[name]
-    return vary(build(case, dtype), norm, hidden, zoneout_h, zoneout_c and case.has_cell_state)
 
 
 @pytest.mark.parametrize(("case", "name"), SAMPLES, ids=IDS)

@@ -22,6 +22,8 @@ LAYOUTS = ("dense", "batch_first", "packed")
 # Below, at and above multiples of every vector and tile width (1 to 128), and primes.
 SIZES = (1, 7, 33, 65, 129)
 PRIMES = (2, 3, 5, 11, 13)
+NORMS = ("weight_norm_ih", "weight_norm_hh", "weight_norm_c", "bias_norm_c")
+Masks = list[Tensor | None]  # as the op has them
 
 # Largest |actual - expected|, relative to the larger of 1 and the largest expected value.
 #   float64   rounding of sums of some hundred products, carried over some ten timesteps: about 1e-14
@@ -149,6 +151,52 @@ def build(case: Case, dtype: torch.dtype = torch.float64) -> Problem:
     return Problem(case, input, h_0, c_0, weights, batch_sizes, lengths, resets).to(dtype)
 
 
+# What variants are made of: norm, hidden mask, zoneout of h and of c.
+COMBINED = {
+    "norm": (1, 0, 0, 0),
+    "hidden": (0, 1, 0, 0),
+    "zoneout_h": (0, 0, 1, 0),
+    "zoneout_c": (0, 0, 0, 1),
+    "masks": (0, 1, 1, 1),
+    "norm+masks": (1, 1, 1, 1),
+    "norm+zoneout_h": (1, 0, 1, 0),
+}
+
+
+def vary(problem: Problem, norm: bool, hidden: bool, zoneout_h: bool, zoneout_c: bool) -> tuple[Problem, Masks]:
+    """The same problem with weights for layer normalisation, and masks: those asked for."""
+    case = problem.case
+    _, batch, _, size = case.size
+    seed = torch.Generator().manual_seed(7)
+    suffixes = ("", "_reverse")[: 1 + case.bidirectional]
+    weights = {}
+    for suffix in suffixes:
+        weights |= {n: w for n, w in problem.weights.items() if n.endswith("_reverse") == bool(suffix)}
+        if norm:
+            sizes = dict(zip(NORMS, (4 * size, 4 * size, size, size), strict=True))
+            new = {n + suffix: torch.randn(k, generator=seed, dtype=torch.float64) for n, k in sizes.items()}
+            weights |= {n: w.to(problem.input.dtype) for n, w in new.items()}
+    problem.weights = weights
+    features = case.proj or size
+    lead = problem.input.shape[:-1]
+
+    def zoneout(k: int) -> Tensor:
+        return (torch.rand(*lead, len(suffixes) * k, generator=seed) < 0.3).to(torch.float64)
+
+    masks = [
+        torch.rand(len(suffixes), batch, features, generator=seed, dtype=torch.float64) if hidden else None,
+        zoneout(features) if zoneout_h else None,
+        zoneout(size) if zoneout_c else None,
+    ]
+    return problem, masks if hidden or zoneout_h or zoneout_c else []
+
+
+def sample(case: Case, name: str, dtype: torch.dtype = torch.float64) -> tuple[Problem, Masks]:
+    """The problem of a case with the options that `name` combines."""
+    norm, hidden, zoneout_h, zoneout_c = COMBINED[name]
+    return vary(build(case, dtype), norm, hidden, zoneout_h, zoneout_c and case.has_cell_state)
+
+
 def named(results: Sequence[Tensor | None], case: Case, cell_states: bool = True) -> dict[str, Tensor]:
     """The four results of the op by name, without those that this cell does not have."""
     names = ["output", "h_n"]
@@ -200,13 +248,13 @@ def agree(problem: Problem, dtype: torch.dtype = torch.float64) -> None:
         check_gradients(grads, expected_grads, dtype)
 
 
-def oracle(problem: Problem) -> dict[str, Tensor]:
+def oracle(problem: Problem, masks: Masks = ()) -> dict[str, Tensor]:
     """The reference on this problem."""
     case = problem.case
     weights = list(problem.weights.values())
     flags = (case.cell, case.bidirectional, case.layout == "batch_first")
-    masks = (problem.batch_sizes, problem.lengths, problem.resets)
-    return named(reference.layer(problem.input, problem.h_0, problem.c_0, weights, *masks, *flags), case)
+    rows = (problem.batch_sizes, problem.lengths, problem.resets)
+    return named(reference.layer(problem.input, problem.h_0, problem.c_0, weights, *rows, *flags, masks), case)
 
 
 def cotangents(results: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:

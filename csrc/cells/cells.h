@@ -6,6 +6,17 @@
 #include "cells/rnn.h"
 #include "cells/variants.h"
 
+namespace rnn_ext::cells {
+
+/// How many of a cell's saved values stand before its cell state; all where it has none.
+template <class Cell>
+constexpr int saved_planes() {
+  if constexpr (Cell::kHasCell) return Cell::kSavedCell;
+  return Cell::kSaved;
+}
+
+}  // namespace rnn_ext::cells
+
 #define RNN_EXT_FOR_EACH_CELL(X) \
   X(RnnTanh)                     \
   X(RnnRelu)                     \

@@ -17,6 +17,7 @@ struct Question {
   int64_t batch, hidden;
   int32_t directions;
   bool projected;
+  RnnExtVariant variant;
   bool backward;
   int64_t shared_bytes;  // of a block on this device; stands for the architecture
 };
@@ -33,11 +34,12 @@ inline constexpr int64_t kMaxStepRows = 32;
 inline constexpr int64_t kMinLibraryHidden = 256;
 
 inline bool persistent_fits(const Question& q) {
-  return rnn_ext_cuda_persistent_fits(q.cell, q.dtype, q.hidden, q.backward, q.shared_bytes) != 0;
+  return q.variant == RNN_EXT_PLAIN &&
+         rnn_ext_cuda_persistent_fits(q.cell, q.dtype, q.hidden, q.backward, q.shared_bytes) != 0;
 }
 
 inline bool tensor_fits(const Question& q) {
-  return !q.backward && (q.dtype == RNN_EXT_BFLOAT16 || q.dtype == RNN_EXT_FLOAT16) &&
+  return q.variant == RNN_EXT_PLAIN && !q.backward && (q.dtype == RNN_EXT_BFLOAT16 || q.dtype == RNN_EXT_FLOAT16) &&
          q.hidden <= max_tensor_hidden(q.cell);
 }
 
@@ -50,6 +52,8 @@ struct DispatchRow {
 inline constexpr DispatchRow kDispatchTable[] = {
     {[](const Question& q) { return q.projected; }, RNN_EXT_KERNEL_POINTWISE,
      "a projection is a product between two timesteps: both go to the library"},
+    {[](const Question& q) { return q.variant == RNN_EXT_LAYER_NORM; }, RNN_EXT_KERNEL_POINTWISE,
+     "layer normalisation takes means over a whole row of the product: a library GEMM and one kernel by rows"},
     {[](const Question& q) { return tensor_fits(q) && q.batch * q.directions <= kMaxTensorRows; },
      RNN_EXT_KERNEL_TENSOR, "the recurrent weight fits one block's registers, as tensor cores take it: one launch"},
     {[](const Question& q) { return persistent_fits(q) && q.batch * q.directions <= kMaxPersistentRows; },

@@ -33,6 +33,10 @@ long long number(int64_t value) { return value; }
 template <class Args>
 int check(const Args& args, int64_t first_step, int64_t last_step, int64_t steps, RnnExtError* error) {
   const RnnExtSequence& s = args.sequence;
+  if (args.variant < RNN_EXT_PLAIN || args.variant > RNN_EXT_LAYER_NORM)
+    return refuse(error, "no variant has the number %d", static_cast<int>(args.variant));
+  if (args.variant == RNN_EXT_LAYER_NORM && args.cell != RNN_EXT_LSTM)
+    return refuse(error, "only an lstm has layer normalisation, got cell %d", static_cast<int>(args.cell));
   if (args.cell < RNN_EXT_RNN_TANH || args.cell > RNN_EXT_LSTM)
     return refuse(error, "no cell has the number %d", static_cast<int>(args.cell));
   if (args.dtype < RNN_EXT_FLOAT32 || args.dtype > RNN_EXT_FLOAT16)
@@ -66,6 +70,13 @@ int check(const Args& args, int64_t first_step, int64_t last_step, int64_t steps
   return 0;
 }
 
+int check_norm(const RnnExtNorm& norm, bool backward, RnnExtError* error) {
+  if (!norm.weight_ih || !norm.weight_hh || !norm.weight_c || !norm.bias_c || !norm.scratch)
+    return refuse(error, "layer normalisation needs norm.weight_ih, weight_hh, weight_c, bias_c and scratch");
+  if (backward && !norm.statistics) return refuse(error, "backward of layer normalisation needs norm.statistics");
+  return 0;
+}
+
 int check_pointers(const RnnExtForward& args, RnnExtError* error) {
   for (int i = 0; i < args.directions; ++i) {
     const RnnExtForwardDirection& d = args.direction[i];
@@ -73,6 +84,11 @@ int check_pointers(const RnnExtForward& args, RnnExtError* error) {
       return refuse(error, "igates, output, h_n and weight_hh or hgates must be given");
     }
     if (args.cell == RNN_EXT_LSTM && !d.c_n) return refuse(error, "an lstm needs c_n");
+    if (d.h_masked && !d.masks.hidden) return refuse(error, "h_masked needs masks.hidden");
+    if (args.variant == RNN_EXT_LAYER_NORM) {
+      if (!d.hgates) return refuse(error, "layer normalisation needs hgates");
+      if (check_norm(d.norm, false, error)) return 1;
+    }
   }
   return 0;
 }
@@ -86,6 +102,12 @@ int check_pointers(const RnnExtBackward& args, RnnExtError* error) {
     if (args.cell == RNN_EXT_LSTM && (!d.saved || !d.cells || !d.dc_0))
       return refuse(error, "an lstm needs saved, cells and dc_0");
     if (args.cell == RNN_EXT_GRU && !d.saved) return refuse(error, "a gru needs saved");
+    if (args.variant != RNN_EXT_PLAIN && (!d.saved || !d.dh_carry))
+      return refuse(error, "a variant needs saved and dh_carry");
+    if (args.variant == RNN_EXT_LAYER_NORM) {
+      if (!d.dh_recurrent) return refuse(error, "layer normalisation needs dh_recurrent");
+      if (check_norm(d.norm, true, error)) return 1;
+    }
   }
   return 0;
 }
@@ -94,6 +116,7 @@ template <class Args>
 int check_persistent(const Args& args, RnnExtError* error) {
   if (check(args, 0, 0, 0, error) || check_pointers(args, error)) return 1;
   const RnnExtSequence& s = args.sequence;
+  if (args.variant != RNN_EXT_PLAIN) return refuse(error, "persistent kernels have no variants");
   if (args.dtype == RNN_EXT_FLOAT64) return refuse(error, "persistent kernels do not take float64");
   if (s.hidden > kMaxPersistentHidden) {
     return refuse(error, "persistent kernels end at hidden size %lld, got %lld", number(kMaxPersistentHidden),
@@ -179,6 +202,30 @@ extern "C" int rnn_ext_cuda_step_backward(const RnnExtBackward* args, int64_t fi
   RNN_EXT_FOR_DTYPE(step_backward)
 }
 
+extern "C" int rnn_ext_cuda_projected_forward(const RnnExtForward* args, int64_t step, void* stream,
+                                              RnnExtError* error) {
+  const int64_t first_step = step, last_step = step + 1;
+  if (check(*args, first_step, last_step, args->sequence.length, error)) return 1;
+  for (int i = 0; i < args->directions; ++i) {
+    const RnnExtForwardDirection& d = args->direction[i];
+    if (!d.output || !d.h_n) return refuse(error, "output and h_n must be given");
+    if (d.h_masked && !d.masks.hidden) return refuse(error, "h_masked needs masks.hidden");
+  }
+  RNN_EXT_FOR_DTYPE(projected_forward)
+}
+
+extern "C" int rnn_ext_cuda_projected_backward(const RnnExtBackward* args, int64_t step, void* stream,
+                                               RnnExtError* error) {
+  const int64_t first_step = step, last_step = step + 1;
+  if (check(*args, first_step, last_step, args->sequence.length + 1, error)) return 1;
+  for (int i = 0; i < args->directions; ++i) {
+    const RnnExtBackwardDirection& d = args->direction[i];
+    if (!d.dh_recurrent || !d.dgates || !d.dh_carry || !d.dh_0)
+      return refuse(error, "dh_recurrent, dgates, dh_carry and dh_0 must be given");
+  }
+  RNN_EXT_FOR_DTYPE(projected_backward)
+}
+
 extern "C" int rnn_ext_cuda_persistent_forward(const RnnExtForward* args, void* stream, RnnExtError* error) {
   if (check_persistent(*args, error)) return 1;
   RNN_EXT_FOR_PERSISTENT_DTYPE(persistent_forward)
@@ -211,9 +258,10 @@ extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, 
 }
 
 extern "C" RnnExtChoice rnn_ext_cuda_choose(RnnExtCell cell, RnnExtDtype dtype, int64_t batch, int64_t hidden,
-                                            int32_t directions, int32_t projected, int32_t backward,
-                                            int64_t shared_bytes) {
+                                            int32_t directions, int32_t projected, RnnExtVariant variant,
+                                            int32_t backward, int64_t shared_bytes) {
   const int64_t available = shared_bytes > 0 ? shared_bytes : shared_bytes_per_block();
-  const DispatchRow& row = dispatch({cell, dtype, batch, hidden, directions, projected != 0, backward != 0, available});
+  const DispatchRow& row =
+      dispatch({cell, dtype, batch, hidden, directions, projected != 0, variant, backward != 0, available});
   return {row.kernel, row.reason};
 }

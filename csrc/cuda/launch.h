@@ -10,6 +10,8 @@
 //   rnn_relu   1  0  1   -                                      d gates
 //   gru        3  4  4   r z n, W_hn h + b_hn                   dr dz, d of the input part of n, d of its hidden part
 //   lstm       4  4  4   i f g o (the cell state is in `cells`) di df dg do
+// Variants (csrc/cells/variants.h). MASKED: S is 1 for rnn (h before zoneout) and 5 for lstm (its c before zoneout),
+// the rest is the cell's. LAYER_NORM, lstm: S 8, LN(W_ih x) and LN(W_hh h_prev); Q 14, in the order of LayerNormLstm.
 #pragma once
 
 #include <stdint.h>
@@ -19,6 +21,7 @@ extern "C" {
 #endif
 
 typedef enum RnnExtCell { RNN_EXT_RNN_TANH, RNN_EXT_RNN_RELU, RNN_EXT_GRU, RNN_EXT_LSTM } RnnExtCell;
+typedef enum RnnExtVariant { RNN_EXT_PLAIN, RNN_EXT_MASKED, RNN_EXT_LAYER_NORM } RnnExtVariant;
 typedef enum RnnExtDtype { RNN_EXT_FLOAT32, RNN_EXT_FLOAT64, RNN_EXT_BFLOAT16, RNN_EXT_FLOAT16 } RnnExtDtype;
 
 typedef struct RnnExtError {
@@ -40,6 +43,30 @@ typedef struct RnnExtSequence {
   int64_t resets_time_stride, resets_batch_stride;
 } RnnExtSequence;
 
+// What holds or drops a state: for MASKED and LAYER_NORM, each may be null.
+typedef struct RnnExtMasks {
+  const void* hidden;  // A [N, H], factors of the h_prev that W_hh multiplies
+  const void*
+      zoneout_h;  // A [R, H], the share of h that stays what it was before the timestep; projected: of a call of
+                  //   its own (rnn_ext_cuda_projected_*)
+  int64_t zoneout_h_stride;
+  const void* zoneout_c;  // A [R, H], the same of c
+  int64_t zoneout_c_stride;
+} RnnExtMasks;
+
+// For LAYER_NORM.
+enum { RNN_EXT_NORM_STATISTICS = 4, RNN_EXT_NORM_SCRATCH = 7 };
+typedef struct RnnExtNorm {
+  const void* weight_ih;  // T [4*H], the scales of LN(W_ih x)
+  const void* weight_hh;  // T [4*H], of LN(W_hh h_prev)
+  const void* weight_c;   // T [H], of LN(c)
+  const void* bias_c;     // T [H]
+  const void* bias_ih;    // T [4*H] or null; igates and hgates are without bias. bias_hh too
+  const void* bias_hh;
+  void* statistics;  // A [R, 4] or null: inference. In the order of LayerNormLstm.
+  void* scratch;     // A [N, 7, H]
+} RnnExtNorm;
+
 typedef struct RnnExtForwardDirection {
   int32_t reverse;        // from the last timestep to the first
   const void* igates;     // T [R, G*H], W_ih x + b_ih
@@ -57,6 +84,9 @@ typedef struct RnnExtForwardDirection {
   void* saved;       // T [R, S, H] or null: inference
   void* cells;       // A [R, H] or null: inference. The cell state of every row.
   void* cell_state;  // A [N, H], scratch; where there is a cell state and `cells` is null
+  RnnExtMasks masks;
+  void* h_masked;  // T [N, H] or null: with hgates, h_n times masks.hidden, written at every step
+  RnnExtNorm norm;
 } RnnExtForwardDirection;
 
 typedef struct RnnExtForward {
@@ -64,6 +94,7 @@ typedef struct RnnExtForward {
   RnnExtDtype dtype;
   RnnExtSequence sequence;
   int32_t directions;  // 1 or 2, run side by side
+  RnnExtVariant variant;
   RnnExtForwardDirection direction[2];
 } RnnExtForward;
 
@@ -87,10 +118,12 @@ typedef struct RnnExtBackwardDirection {
   const void* dc_n;  // T [N, H]
   void* dgates;      // T [R, Q*H]
   int64_t dgates_stride;
-  void* dh_carry;  // A [N, H], scratch: the part of dh_prev that does not pass W_hh (gru)
+  void* dh_carry;  // A [N, H], scratch: the part of dh_prev that does not pass W_hh (gru, variants)
   void* dc_carry;  // A [N, H], scratch: dc (lstm)
   void* dh_0;      // T [N, H]
   void* dc_0;      // T [N, H], cells with a cell state
+  RnnExtMasks masks;
+  RnnExtNorm norm;
 } RnnExtBackwardDirection;
 
 typedef struct RnnExtBackward {
@@ -98,6 +131,7 @@ typedef struct RnnExtBackward {
   RnnExtDtype dtype;
   RnnExtSequence sequence;
   int32_t directions;
+  RnnExtVariant variant;
   RnnExtBackwardDirection direction[2];
 } RnnExtBackward;
 
@@ -106,13 +140,20 @@ int rnn_ext_cuda_set_device(int32_t device, RnnExtError* error);
 // Whether there is such a device and the kernels have code for it; leaves the current device as it is.
 int rnn_ext_cuda_check_device(int32_t device, RnnExtError* error);
 
-// `step`: one launch per timestep. Steps are counted in the order they are computed: forward has L of them; backward
-// has L + 1, the last of which finishes dh_0 and dc_0. [first_step, last_step) is run; a whole layer is [0, L) and [0,
-// L + 1).
+// `step`: one launch per timestep, of any variant (LAYER_NORM: with hgates and dh_recurrent). Steps are counted in the
+// order they are computed: forward has L of them; backward has L + 1, the last of which finishes dh_0 and dc_0.
+// [first_step, last_step) is run; a whole layer is [0, L) and [0, L + 1).
 int rnn_ext_cuda_step_forward(const RnnExtForward* args, int64_t first_step, int64_t last_step, void* stream,
                               RnnExtError* error);
 int rnn_ext_cuda_step_backward(const RnnExtBackward* args, int64_t first_step, int64_t last_step, void* stream,
                                RnnExtError* error);
+
+// The state of a projected layer's variant at one timestep; args.sequence.hidden is P, the cell is not looked at.
+// Forward: `output` holds the projection of the timestep and gets h; h_n and h_masked go on. Needs masks, h_0, output,
+// h_n, h_masked. Backward, one more step than forward: `dgates` (Q = 1) gets the gradient of the projection. Needs
+// masks, dh_recurrent, doutput, dh_n, dgates, dh_carry, dh_0.
+int rnn_ext_cuda_projected_forward(const RnnExtForward* args, int64_t step, void* stream, RnnExtError* error);
+int rnn_ext_cuda_projected_backward(const RnnExtBackward* args, int64_t step, void* stream, RnnExtError* error);
 
 // `persistent`: all timesteps and directions in one launch, the recurrent weight in shared memory. float32, bfloat16
 // and float16, hidden sizes whose weight fits (see `fits`); hgates, dh_recurrent, cell_state and the carries are not
@@ -140,7 +181,7 @@ typedef struct RnnExtChoice {
   const char* reason;
 } RnnExtChoice;
 RnnExtChoice rnn_ext_cuda_choose(RnnExtCell cell, RnnExtDtype dtype, int64_t batch, int64_t hidden, int32_t directions,
-                                 int32_t projected, int32_t backward, int64_t shared_bytes);
+                                 int32_t projected, RnnExtVariant variant, int32_t backward, int64_t shared_bytes);
 
 #ifdef __cplusplus
 }

@@ -98,9 +98,9 @@ BackwardPointers<T> typed(const RnnExtBackwardDirection& from) {
   return to;
 }
 
-// Saved values that have the storage type: all but the cell state.
+// Saved values that have the storage type: those before the cell state.
 template <class Cell>
-inline constexpr int kSavedPlanes = Cell::kSaved - (Cell::kHasCell ? 1 : 0);
+inline constexpr int kSavedPlanes = cells::saved_planes<Cell>();
 
 template <class T>
 RNN_EXT_DEVICE AccumulatorOf<T> value_or_zero(const T* array, int64_t index) {

@@ -20,9 +20,26 @@ namespace rnn_ext::cuda {
 
 // ---- arguments of one launch ----------------------------------------------------------------------------------------
 
+template <class A>
+struct MaskPointers {
+  const A* hidden;
+  const A* zoneout_h;
+  int64_t zoneout_h_stride;
+  const A* zoneout_c;
+  int64_t zoneout_c_stride;
+};
+
+template <class A>
+MaskPointers<A> typed(const RnnExtMasks& from) {
+  return {static_cast<const A*>(from.hidden), static_cast<const A*>(from.zoneout_h), from.zoneout_h_stride,
+          static_cast<const A*>(from.zoneout_c), from.zoneout_c_stride};
+}
+
 template <class T>
 struct ForwardStepDirection : ForwardPointers<T> {
   Moment before, now, after;  // in the order of computation
+  MaskPointers<AccumulatorOf<T>> masks;
+  T* h_masked;
 };
 
 template <class T>
@@ -35,6 +52,7 @@ struct ForwardStep {
 template <class T>
 struct BackwardStepDirection : BackwardPointers<T> {
   Moment before, now, after;  // in forward's order of computation: gradients come from `after`
+  MaskPointers<AccumulatorOf<T>> masks;
 };
 
 template <class T>
@@ -46,6 +64,18 @@ struct BackwardStep {
 
 // ---- one row and unit: the cell and everything around it ---------------------------------------------
 
+template <class Cell>
+struct BaseCell {
+  using type = Cell;
+};
+template <class Cell>
+struct BaseCell<cells::Masked<Cell>> {
+  using type = Cell;
+};
+// The cell without what is done around it.
+template <class Cell>
+using BaseOf = typename BaseCell<Cell>::type;
+
 // h_prev or c_prev as the cell sees it: from the row before, from the initial state, or zero after a reset.
 template <class Value, class T>
 RNN_EXT_DEVICE AccumulatorOf<T> previous_state(bool cut, bool has_before, const Value* before, const T* initial,
@@ -54,32 +84,72 @@ RNN_EXT_DEVICE AccumulatorOf<T> previous_state(bool cut, bool has_before, const 
   return has_before ? widen(*before) : value_or_zero(initial, initial_index);
 }
 
-// product: W_hh h_prev of the G gates of this unit, zero where h_prev is. kKeepsState: h_n is the running state.
+// A row that does not exist: its output is zero, and its final state the initial one where it never does.
+template <class Cell, class T>
+RNN_EXT_DEVICE void leave_absent_unit(const ForwardStep<T>& step, const ForwardStepDirection<T>& d, int64_t n,
+                                      int64_t unit) {
+  using A = AccumulatorOf<T>;
+  const int64_t row = d.now.row(n, step.rules.batch_stride), state = n * step.hidden + unit;
+  d.output[row * d.output_stride + unit] = narrow<T>(A(0));
+  if (d.before.rows == 0 && step.rules.never_exists(n)) {
+    d.h_n[state] = narrow<T>(value_or_zero(d.h_0, state));
+    if constexpr (Cell::kHasCell) d.c_n[state] = narrow<T>(value_or_zero(d.c_0, state));
+  }
+}
+
+template <class T>
+RNN_EXT_DEVICE AccumulatorOf<T> previous_h(const ForwardStep<T>& step, const ForwardStepDirection<T>& d, int64_t n,
+                                           int64_t unit) {
+  const int64_t row_before = d.before.row(n, step.rules.batch_stride);
+  return previous_state(step.rules.cut(d.before, d.now, n), step.rules.exists(d.before, n),
+                        d.output + row_before * d.output_stride + unit, d.h_0, n * step.hidden + unit);
+}
+template <class T>
+RNN_EXT_DEVICE AccumulatorOf<T> previous_c(const ForwardStep<T>& step, const ForwardStepDirection<T>& d, int64_t n,
+                                           int64_t unit) {
+  const int64_t row_before = d.before.row(n, step.rules.batch_stride), state = n * step.hidden + unit;
+  const AccumulatorOf<T>* c_before = d.cells ? d.cells + row_before * step.hidden + unit : d.cell_state + state;
+  return previous_state(step.rules.cut(d.before, d.now, n), step.rules.exists(d.before, n), c_before, d.c_0, state);
+}
+
+// The cell's h and c, through zoneout in a variant, to all places where they go. kKeepsState: h_n is the running state.
+template <class Cell, bool kKeepsState, class T>
+RNN_EXT_DEVICE void leave_unit(const ForwardStep<T>& step, const ForwardStepDirection<T>& d, int64_t n, int64_t unit,
+                               AccumulatorOf<T> h, AccumulatorOf<T> c) {
+  const int64_t hidden = step.hidden, row = d.now.row(n, step.rules.batch_stride), state = n * hidden + unit;
+  if constexpr (cells::kIsVariant<Cell>) {
+    const auto& m = d.masks;
+    if (m.zoneout_h)
+      h = cells::Zoneout::forward(m.zoneout_h[row * m.zoneout_h_stride + unit], previous_h(step, d, n, unit), h);
+    if constexpr (Cell::kHasCell) {
+      if (m.zoneout_c)
+        c = cells::Zoneout::forward(m.zoneout_c[row * m.zoneout_c_stride + unit], previous_c(step, d, n, unit), c);
+    }
+    if (d.h_masked) d.h_masked[state] = narrow<T>(h * m.hidden[state]);
+  }
+  d.output[row * d.output_stride + unit] = narrow<T>(h);
+  if constexpr (Cell::kHasCell) (d.cells ? d.cells[row * hidden + unit] : d.cell_state[state]) = c;
+  const bool last = !step.rules.exists(d.after, n);
+  if (kKeepsState || last) d.h_n[state] = narrow<T>(h);
+  if (last) {
+    if constexpr (Cell::kHasCell) d.c_n[state] = narrow<T>(c);
+  }
+}
+
+// product: W_hh h_prev of the G gates of this unit, zero where h_prev is.
 template <class Cell, bool kKeepsState, class T>
 RNN_EXT_DEVICE void forward_unit(const ForwardStep<T>& step, const ForwardStepDirection<T>& d, int64_t n, int64_t unit,
                                  const AccumulatorOf<T>* product) {
   using A = AccumulatorOf<T>;
   constexpr int kGates = Cell::kGates, kSplit = Cell::kSplit;
-  const int64_t hidden = step.hidden, row = d.now.row(n, step.rules.batch_stride), state = n * hidden + unit;
+  const int64_t hidden = step.hidden, row = d.now.row(n, step.rules.batch_stride);
   if (!step.rules.exists(d.now, n)) {
-    d.output[row * d.output_stride + unit] = narrow<T>(A(0));
-    if (d.before.rows == 0 && step.rules.never_exists(n)) {
-      d.h_n[state] = narrow<T>(value_or_zero(d.h_0, state));
-      if constexpr (Cell::kHasCell) d.c_n[state] = narrow<T>(value_or_zero(d.c_0, state));
-    }
+    leave_absent_unit<Cell>(step, d, n, unit);
     return;
   }
-  const bool has_before = step.rules.exists(d.before, n);
-  const bool cut = step.rules.cut(d.before, d.now, n);
-  const int64_t row_before = d.before.row(n, step.rules.batch_stride);
-
   A h_prev = 0, c = 0;
-  if constexpr (Cell::kDirectCarry)
-    h_prev = previous_state(cut, has_before, d.output + row_before * d.output_stride + unit, d.h_0, state);
-  if constexpr (Cell::kHasCell) {
-    const A* c_before = d.cells ? d.cells + row_before * hidden + unit : d.cell_state + state;
-    c = previous_state(cut, has_before, c_before, d.c_0, state);
-  }
+  if constexpr (BaseOf<Cell>::kDirectCarry) h_prev = previous_h(step, d, n, unit);
+  if constexpr (Cell::kHasCell) c = previous_c(step, d, n, unit);
   A gates[kGates], split[kSplit > 0 ? kSplit : 1];
   const T* igates = d.igates + row * d.igates_stride + unit;
 #pragma unroll
@@ -90,33 +160,30 @@ RNN_EXT_DEVICE void forward_unit(const ForwardStep<T>& step, const ForwardStepDi
   for (int j = 0; j < kSplit; ++j) split[j] = widen(igates[(kGates - kSplit + j) * hidden]);
   A saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
   const A h = Cell::template forward<ExactMath<A>>(gates, split, h_prev, c, saved);
-
-  d.output[row * d.output_stride + unit] = narrow<T>(h);
-  if constexpr (Cell::kHasCell) (d.cells ? d.cells[row * hidden + unit] : d.cell_state[state]) = c;
+  if constexpr (cells::kIsVariant<Cell> && BaseOf<Cell>::kSaved == 0) saved[0] = h;
   if (d.saved) {
 #pragma unroll
     for (int s = 0; s < kSavedPlanes<Cell>; ++s)
       d.saved[(row * kSavedPlanes<Cell> + s) * hidden + unit] = narrow<T>(saved[s]);
   }
-  const bool last = !step.rules.exists(d.after, n);
-  if (kKeepsState || last) d.h_n[state] = narrow<T>(h);
-  if (last) {
-    if constexpr (Cell::kHasCell) d.c_n[state] = narrow<T>(c);
-  }
+  leave_unit<Cell, kKeepsState>(step, d, n, unit, h, c);
 }
 
-// product: what the dgates of the row after give back through W_hh.
+// dh, dc: whole gradients of the state between now and after. product: what the dgates of the row after give back
+// through W_hh. Returns whether the row exists; where it does not, its gradients are written.
 template <class Cell, class T>
-RNN_EXT_DEVICE void backward_unit(const BackwardStep<T>& step, const BackwardStepDirection<T>& d, int64_t n,
-                                  int64_t unit, AccumulatorOf<T> product) {
+RNN_EXT_DEVICE bool gradients_arrive(const BackwardStep<T>& step, const BackwardStepDirection<T>& d, int64_t n,
+                                     int64_t unit, AccumulatorOf<T> product, AccumulatorOf<T>& dh,
+                                     AccumulatorOf<T>& dc) {
   using A = AccumulatorOf<T>;
-  constexpr int kGradGates = Cell::kGradGates;
   const int64_t hidden = step.hidden, row = d.now.row(n, step.rules.batch_stride), state = n * hidden + unit;
-  const bool has_now = step.rules.exists(d.now, n), has_after = step.rules.exists(d.after, n);
-
-  A dh, dc = 0;  // whole gradients of the state between now and after
+  const bool has_after = step.rules.exists(d.after, n);
+  dc = 0;
   if (has_after) {
     const bool cut = step.rules.cut(d.now, d.after, n);
+    if constexpr (cells::kIsVariant<Cell>) {
+      if (d.masks.hidden) product *= d.masks.hidden[state];
+    }
     dh = cut ? A(0) : product;
     if constexpr (Cell::kDirectCarry) dh += cut ? A(0) : d.dh_carry[state];
     if constexpr (Cell::kHasCell) dc = cut ? A(0) : d.dc_carry[state];
@@ -124,37 +191,75 @@ RNN_EXT_DEVICE void backward_unit(const BackwardStep<T>& step, const BackwardSte
     dh = value_or_zero(d.dh_n, state);
     if constexpr (Cell::kHasCell) dc = value_or_zero(d.dc_n, state);
   }
-  if (!has_now) {  // before the row's first timestep, after its last, or the row has none
-    if (n < d.now.rows) {
+  if (step.rules.exists(d.now, n)) return true;
+  // before the row's first timestep, after its last, or the row has none
+  if (n < d.now.rows) {
 #pragma unroll
-      for (int q = 0; q < kGradGates; ++q) d.dgates[row * d.dgates_stride + q * hidden + unit] = narrow<T>(A(0));
-    }
-    if (has_after || (d.now.rows == 0 && step.rules.never_exists(n))) {
-      d.dh_0[state] = narrow<T>(dh);
-      if constexpr (Cell::kHasCell) d.dc_0[state] = narrow<T>(dc);
-    }
-    return;
+    for (int q = 0; q < Cell::kGradGates; ++q) d.dgates[row * d.dgates_stride + q * hidden + unit] = narrow<T>(A(0));
   }
+  if (has_after || (d.now.rows == 0 && step.rules.never_exists(n))) {
+    d.dh_0[state] = narrow<T>(dh);
+    if constexpr (Cell::kHasCell) d.dc_0[state] = narrow<T>(dc);
+  }
+  return false;
+}
+
+// Adds what comes from outside to the gradient of h or c; a variant then turns it into that of the cell's h or c and
+// returns the gradient that goes to the state before by zoneout.
+template <class Cell, class T>
+RNN_EXT_DEVICE AccumulatorOf<T> add_doutput(const BackwardStepDirection<T>& d, int64_t row, int64_t unit,
+                                            AccumulatorOf<T>& dh) {
+  if (d.doutput) dh += widen(d.doutput[row * d.doutput_stride + unit]);
+  if constexpr (cells::kIsVariant<Cell>) {
+    const auto& m = d.masks;
+    if (m.zoneout_h) return cells::Zoneout::backward(m.zoneout_h[row * m.zoneout_h_stride + unit], dh);
+  }
+  return 0;
+}
+template <class Cell, class T>
+RNN_EXT_DEVICE AccumulatorOf<T> add_dcells(const BackwardStepDirection<T>& d, int64_t row, int64_t unit,
+                                           AccumulatorOf<T>& dc) {
+  if (d.dcells) dc += widen(d.dcells[row * d.dcells_stride + unit]);
+  if constexpr (cells::kIsVariant<Cell>) {
+    const auto& m = d.masks;
+    if (m.zoneout_c) return cells::Zoneout::backward(m.zoneout_c[row * m.zoneout_c_stride + unit], dc);
+  }
+  return 0;
+}
+
+template <class Cell, class T>
+RNN_EXT_DEVICE void backward_unit(const BackwardStep<T>& step, const BackwardStepDirection<T>& d, int64_t n,
+                                  int64_t unit, AccumulatorOf<T> product) {
+  using A = AccumulatorOf<T>;
+  constexpr int kGradGates = Cell::kGradGates;
+  const int64_t hidden = step.hidden, row = d.now.row(n, step.rules.batch_stride), state = n * hidden + unit;
+  A dh, dc;
+  if (!gradients_arrive<Cell>(step, d, n, unit, product, dh, dc)) return;
   const bool has_before = step.rules.exists(d.before, n);
   const bool cut = step.rules.cut(d.before, d.now, n);
   const int64_t row_before = d.before.row(n, step.rules.batch_stride);
 
-  if (d.doutput) dh += widen(d.doutput[row * d.doutput_stride + unit]);
-  A h_prev = 0, c_prev = 0;
-  if constexpr (Cell::kDirectCarry)
+  const A h_before = add_doutput<Cell>(d, row, unit, dh);
+  A h_prev = 0, c_prev = 0, c_before = 0;
+  if constexpr (BaseOf<Cell>::kDirectCarry)
     h_prev = previous_state(cut, has_before, d.output + row_before * d.output_stride + unit, d.h_0, state);
   A saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
 #pragma unroll
   for (int s = 0; s < kSavedPlanes<Cell>; ++s)
     saved[s] = widen(d.saved[(row * kSavedPlanes<Cell> + s) * hidden + unit]);
   if constexpr (Cell::kHasCell) {
-    if (d.dcells) dc += widen(d.dcells[row * d.dcells_stride + unit]);
+    c_before = add_dcells<Cell>(d, row, unit, dc);
     saved[Cell::kSavedCell] = d.cells[row * hidden + unit];
     c_prev = previous_state(cut, has_before, d.cells + row_before * hidden + unit, d.c_0, state);
   }
-  const A h = widen(d.output[row * d.output_stride + unit]);
+  A h = widen(d.output[row * d.output_stride + unit]);
+  if constexpr (cells::kIsVariant<Cell> && BaseOf<Cell>::kSaved == 0) h = saved[0];
   A dgates[kGradGates];
-  const A direct = Cell::template backward<ExactMath<A>>(saved, h, h_prev, c_prev, dh, dc, dgates);
+  A direct = Cell::template backward<ExactMath<A>>(saved, h, h_prev, c_prev, dh, dc, dgates);
+  if constexpr (cells::kIsVariant<Cell>) {
+    direct += h_before;
+    dc += c_before;
+  }
 
 #pragma unroll
   for (int q = 0; q < kGradGates; ++q) d.dgates[row * d.dgates_stride + q * hidden + unit] = narrow<T>(dgates[q]);
@@ -233,7 +338,11 @@ __global__ void __launch_bounds__(kTileThreads, kForwardBlocks)
       const int index = thread + i * kTileThreads;
       const int64_t k = k0 + index % kChunk;
       const T* source = h_rows[index / kChunk];
-      h_next[i] = source && k < hidden ? widen(source[k]) : A(0);
+      const bool there = source && k < hidden;
+      h_next[i] = there ? widen(source[k]) : A(0);
+      if constexpr (cells::kIsVariant<Cell>) {
+        if (there && d.masks.hidden) h_next[i] *= d.masks.hidden[(row0 + index / kChunk) * hidden + k];
+      }
     }
 #pragma unroll
     for (int i = 0; i < kColumnLoads; ++i) {
@@ -280,14 +389,21 @@ __global__ void __launch_bounds__(kTileThreads, kForwardBlocks)
   }
 }
 
+// The row and unit of a thread where there is one thread per (row, unit); false beyond their ends.
+RNN_EXT_DEVICE bool pointwise_place(int64_t rows, int64_t hidden, int64_t& n, int64_t& unit) {
+  n = blockIdx.x;
+  unit = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+  return n < rows && unit < hidden;
+}
+
 // One thread per (row, unit). grid: (rows, unit blocks, directions)
 template <class Cell, class T>
 __global__ void __launch_bounds__(kTileThreads, kOtherBlocks)
     pointwise_forward_kernel(const __grid_constant__ ForwardStep<T> step) {
   using A = AccumulatorOf<T>;
   const ForwardStepDirection<T>& d = step.direction[blockIdx.z];
-  const int64_t n = blockIdx.x, unit = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
-  if (n >= d.now.rows || unit >= step.hidden) return;
+  int64_t n, unit;
+  if (!pointwise_place(d.now.rows, step.hidden, n, unit)) return;
   const bool zero = step.rules.cut(d.before, d.now, n);
   A product[Cell::kGates];
 #pragma unroll
@@ -396,8 +512,8 @@ __global__ void __launch_bounds__(kTileThreads)
     pointwise_backward_kernel(const __grid_constant__ BackwardStep<T> step) {
   using A = AccumulatorOf<T>;
   const BackwardStepDirection<T>& d = step.direction[blockIdx.z];
-  const int64_t n = blockIdx.x, unit = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
-  if (n >= backward_rows(d) || unit >= step.hidden) return;
+  int64_t n, unit;
+  if (!pointwise_place(backward_rows(d), step.hidden, n, unit)) return;
   const bool flows = step.rules.exists(d.after, n);  // a cut is seen to by backward_unit
   backward_unit<Cell>(step, d, n, unit, flows ? widen(d.dh_recurrent[n * step.hidden + unit]) : A(0));
 }

@@ -76,15 +76,31 @@ inline constexpr int64_t kFewRows = 8;
 template <class T>
 inline constexpr int kManyRows = sizeof(AccumulatorOf<T>) == 8 ? 2 : 4;
 
-template <class Cell, class T>
-int step_forward_cell(const RnnExtForward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
-                      RnnExtError* error) {
-  ForwardStep<T> params{};
+// What of a layer's arguments is the same at every timestep.
+template <class T>
+void fill(ForwardStep<T>& params, const RnnExtForward& args) {
   params.rules = row_rules(args.sequence);
   params.hidden = args.sequence.hidden;
   for (int i = 0; i < args.directions; ++i) {
     static_cast<ForwardPointers<T>&>(params.direction[i]) = typed<T>(args.direction[i]);
+    params.direction[i].masks = typed<AccumulatorOf<T>>(args.direction[i].masks);
+    params.direction[i].h_masked = static_cast<T*>(args.direction[i].h_masked);
   }
+}
+template <class T>
+void fill(BackwardStep<T>& params, const RnnExtBackward& args) {
+  params.rules = row_rules(args.sequence);
+  params.hidden = args.sequence.hidden;
+  for (int i = 0; i < args.directions; ++i) {
+    static_cast<BackwardPointers<T>&>(params.direction[i]) = typed<T>(args.direction[i]);
+    params.direction[i].masks = typed<AccumulatorOf<T>>(args.direction[i].masks);
+  }
+}
+
+// Calls run(rows of the widest direction) for each timestep, with `params` moved there, until one fails.
+template <class T, class Run>
+int for_each_step(ForwardStep<T>& params, const RnnExtForward& args, int64_t first_step, int64_t last_step,
+                  const Run& run) {
   Timeline timelines[2] = {{args.sequence, args.direction[0].reverse != 0},
                            {args.sequence, args.direction[1].reverse != 0}};
   for (int64_t step = first_step; step < last_step; ++step) {
@@ -96,31 +112,13 @@ int step_forward_cell(const RnnExtForward& args, int64_t first_step, int64_t las
       d.after = timelines[i].at(step + 1);
       rows = std::max(rows, d.now.rows);
     }
-    int failed;
-    if (args.direction[0].hgates) {
-      failed = launch_pointwise("pointwise_forward", &pointwise_forward_kernel<Cell, T>, params, rows, args.directions,
-                                stream, error);
-    } else if (rows <= kFewRows) {
-      failed = launch_tiles("step_forward", &step_forward_kernel<Cell, T, 1>, params, kTileGroups, rows,
-                            args.directions, stream, error);
-    } else {
-      failed = launch_tiles("step_forward", &step_forward_kernel<Cell, T, kManyRows<T>>, params,
-                            kManyRows<T> * kTileGroups, rows, args.directions, stream, error);
-    }
-    if (failed) return failed;
+    if (run(rows)) return 1;
   }
   return 0;
 }
-
-template <class Cell, class T>
-int step_backward_cell(const RnnExtBackward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
-                       RnnExtError* error) {
-  BackwardStep<T> params{};
-  params.rules = row_rules(args.sequence);
-  params.hidden = args.sequence.hidden;
-  for (int i = 0; i < args.directions; ++i) {
-    static_cast<BackwardPointers<T>&>(params.direction[i]) = typed<T>(args.direction[i]);
-  }
+template <class T, class Run>
+int for_each_step(BackwardStep<T>& params, const RnnExtBackward& args, int64_t first_step, int64_t last_step,
+                  const Run& run) {
   Timeline timelines[2] = {{args.sequence, args.direction[0].reverse != 0},
                            {args.sequence, args.direction[1].reverse != 0}};
   for (int64_t step = first_step; step < last_step; ++step) {
@@ -133,20 +131,47 @@ int step_backward_cell(const RnnExtBackward& args, int64_t first_step, int64_t l
       d.before = timelines[i].at(forward_step - 1);
       rows = std::max({rows, d.now.rows, d.after.rows});
     }
-    int failed;
-    if (args.direction[0].dh_recurrent) {
-      failed = launch_pointwise("pointwise_backward", &pointwise_backward_kernel<Cell, T>, params, rows,
-                                args.directions, stream, error);
-    } else if (rows <= kFewRows) {
-      failed = launch_tiles("step_backward", &step_backward_kernel<Cell, T, 1>, params, kTileGroups, rows,
-                            args.directions, stream, error);
-    } else {
-      failed = launch_tiles("step_backward", &step_backward_kernel<Cell, T, kManyRows<T>>, params,
-                            kManyRows<T> * kTileGroups, rows, args.directions, stream, error);
-    }
-    if (failed) return failed;
+    if (run(rows)) return 1;
   }
   return 0;
+}
+
+template <class Cell, class T>
+int step_forward_cell(const RnnExtForward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
+                      RnnExtError* error) {
+  ForwardStep<T> params{};
+  fill(params, args);
+  return for_each_step(params, args, first_step, last_step, [&](int64_t rows) {
+    if (args.direction[0].hgates) {
+      return launch_pointwise("pointwise_forward", &pointwise_forward_kernel<Cell, T>, params, rows, args.directions,
+                              stream, error);
+    }
+    if (rows <= kFewRows) {
+      return launch_tiles("step_forward", &step_forward_kernel<Cell, T, 1>, params, kTileGroups, rows, args.directions,
+                          stream, error);
+    }
+    return launch_tiles("step_forward", &step_forward_kernel<Cell, T, kManyRows<T>>, params, kManyRows<T> * kTileGroups,
+                        rows, args.directions, stream, error);
+  });
+}
+
+template <class Cell, class T>
+int step_backward_cell(const RnnExtBackward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
+                       RnnExtError* error) {
+  BackwardStep<T> params{};
+  fill(params, args);
+  return for_each_step(params, args, first_step, last_step, [&](int64_t rows) {
+    if (args.direction[0].dh_recurrent) {
+      return launch_pointwise("pointwise_backward", &pointwise_backward_kernel<Cell, T>, params, rows, args.directions,
+                              stream, error);
+    }
+    if (rows <= kFewRows) {
+      return launch_tiles("step_backward", &step_backward_kernel<Cell, T, 1>, params, kTileGroups, rows,
+                          args.directions, stream, error);
+    }
+    return launch_tiles("step_backward", &step_backward_kernel<Cell, T, kManyRows<T>>, params,
+                        kManyRows<T> * kTileGroups, rows, args.directions, stream, error);
+  });
 }
 
 #define RNN_EXT_STEP_CASE(cell_enum, Cell, function) \
@@ -156,6 +181,7 @@ int step_backward_cell(const RnnExtBackward& args, int64_t first_step, int64_t l
 template <class T>
 int step_forward(const RnnExtForward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
                  RnnExtError* error) {
+  if (args.variant != RNN_EXT_PLAIN) return variant_forward<T>(args, first_step, last_step, stream, error);
   switch (args.cell) {
     RNN_EXT_STEP_CASE(RNN_EXT_RNN_TANH, RnnTanh, step_forward_cell)
     RNN_EXT_STEP_CASE(RNN_EXT_RNN_RELU, RnnRelu, step_forward_cell)
@@ -168,6 +194,7 @@ int step_forward(const RnnExtForward& args, int64_t first_step, int64_t last_ste
 template <class T>
 int step_backward(const RnnExtBackward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
                   RnnExtError* error) {
+  if (args.variant != RNN_EXT_PLAIN) return variant_backward<T>(args, first_step, last_step, stream, error);
   switch (args.cell) {
     RNN_EXT_STEP_CASE(RNN_EXT_RNN_TANH, RnnTanh, step_backward_cell)
     RNN_EXT_STEP_CASE(RNN_EXT_RNN_RELU, RnnRelu, step_backward_cell)

@@ -1,21 +1,15 @@
 // The layer op over the CUDA kernels. Products over all timesteps (input gates, and in backward the gradients of input
 // and weights) are single GEMMs of torch's, which obeys the user's precision settings; the chain through time is
 // csrc/cuda's. Nothing waits for the device, and lengths are never read on the host.
-//
-// A row is one (timestep, entry) pair, in the order of the caller's layout: time-major, batch-first or packed. Letters
-// as in cuda/launch.h, and P output size (H without projection), F any number of features.
+// Words and letters: ops/cuda_call.h.
 #include "ops/cuda_layer.h"
 
-#include <ATen/ATen.h>
-#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <atomic>
-#include <cstring>
 
 #include "cells/cells.h"
-#include "ops/layer.h"
-#include "ops/saved_bytes.h"
+#include "ops/cuda_call.h"
 
 namespace rnn_ext::ops {
 namespace {
@@ -24,383 +18,48 @@ constexpr const char* kKernelNames[] = {"step", "pointwise", "persistent", "tens
 constexpr int kByTable = -1;
 std::atomic<int> forced_kernel{kByTable};
 
-/// Neighbouring gate gradients that belong to neighbouring row blocks of a weight.
-struct Run {
-  int64_t slot, gate, count;
-};
+}  // namespace
 
-/// A cell's constants, for code that is not a template.
-struct Facts {
-  int64_t gates = 0, planes = 0, grad_gates = 0;
-  bool has_cell = false, direct_carry = false;
-  std::vector<Run> ih, hh;
-};
-
-template <class Cell>
-Facts facts() {
-  Facts result{Cell::kGates,
-               Cell::kSaved - (Cell::kHasCell ? 1 : 0),
-               Cell::kGradGates,
-               Cell::kHasCell,
-               Cell::kDirectCarry,
-               {},
-               {}};
-  const auto runs = [](int (*slot_of)(int), std::vector<Run>& to) {
-    for (int gate = 0; gate < Cell::kGates; ++gate) {
-      const int64_t slot = slot_of(gate);
-      if (!to.empty() && to.back().slot + to.back().count == slot) {
-        ++to.back().count;
-      } else {
-        to.push_back({slot, gate, 1});
-      }
-    }
-  };
-  runs([](int gate) { return Cell::ih_slot(gate); }, result.ih);
-  runs([](int gate) { return Cell::hh_slot(gate); }, result.hh);
-  return result;
+RnnExtKernel Call::choose(bool backward) const {
+  if (projected || normed()) return RNN_EXT_KERNEL_POINTWISE;
+  const int forced = forced_kernel;
+  const bool impossible = backward && forced == RNN_EXT_KERNEL_TENSOR;
+  if (forced != kByTable && !impossible) return static_cast<RnnExtKernel>(forced);
+  return rnn_ext_cuda_choose(cell_number(), dtype, batch, hidden, static_cast<int32_t>(directions), 0, variant(),
+                             backward, 0)
+      .kernel;
 }
 
-Facts facts_of(std::string_view name) {
-#define RNN_EXT_FACTS(Cell) \
-  if (name == cells::Cell::kName) return facts<cells::Cell>();
-  RNN_EXT_FOR_EACH_CELL(RNN_EXT_FACTS)
-#undef RNN_EXT_FACTS
-  TORCH_INTERNAL_ASSERT(false, "cell_info knows a cell that cells.h does not");
-}
-
-RnnExtDtype dtype_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return RNN_EXT_FLOAT32;
-    case at::kDouble:
-      return RNN_EXT_FLOAT64;
-    case at::kBFloat16:
-      return RNN_EXT_BFLOAT16;
-    case at::kHalf:
-      return RNN_EXT_FLOAT16;
-    default:
-      TORCH_CHECK_VALUE(false, "expected input of float32, float64, bfloat16 or float16, got ", dtype);
-  }
-}
-
-void* pointer(const at::Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
-at::Tensor given(const OptionalTensor& tensor) {
-  return tensor.has_value() && tensor->defined() ? tensor->contiguous() : at::Tensor();
-}
-at::Tensor of_direction(const at::Tensor& states, int64_t d) { return states.defined() ? states[d] : states; }
-
-/// One call: its checked shape, where its rows lie, and what the kernels need to know about them.
-class Call {
- public:
-  Call(const at::Tensor& input, const OptionalTensor& h_0_, const OptionalTensor& c_0_, at::TensorList weights,
-       const OptionalTensor& batch_sizes, const OptionalTensor& lengths_, const OptionalTensor& resets_,
-       const OptionalTensors& masks, const LayerOptions& layer_options)
-      : shape(input, h_0_, c_0_, weights, batch_sizes, lengths_, resets_, masks, layer_options),
-        cell(facts_of(layer_options.cell)),
-        directions(shape.sizes.directions),
-        length(shape.length),
-        batch(shape.batch),
-        rows(shape.packed ? shape.rows : length * batch),
-        hidden(shape.sizes.hidden),
-        out(shape.sizes.output()),
-        projected(shape.sizes.proj != 0),
-        options(input.options()),
-        accumulator(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
-        dtype(dtype_of(input.scalar_type())),
-        h_0(given(h_0_)),
-        c_0(given(c_0_)),
-        guard_(input.device()),
-        stream(kernel_stream(input.device())) {
-    TORCH_CHECK_VALUE(shape.variant == cpu::Variant::kPlain,
-                      "layer_norm, zoneout and recurrent_dropout have no CUDA kernel: expected input on the CPU, got ",
-                      input.device());
-    for (const at::Tensor& weight : weights) weights_.push_back(weight.contiguous());
-    sequence.length = length;
-    sequence.batch = batch;
-    sequence.hidden = hidden;
-    sequence.time_stride = shape.batch_first ? 1 : batch;
-    sequence.batch_stride = shape.batch_first ? length : 1;
-    if (shape.packed) sequence.batch_sizes = shape.batch_sizes.data();
-    if (lengths_.has_value()) {
-      lengths_on_device_ = lengths_->to(options.device(), at::kLong, /*non_blocking=*/true).contiguous();
-      sequence.lengths = lengths_on_device_.const_data_ptr<int64_t>();
-    }
-    if (resets_.has_value()) {
-      resets = resets_->contiguous();
-      if (shape.packed) {  // the kernels want them as (L, N)
-        locate_packed_rows();
-        resets_grid_ = at::zeros({length * batch}, resets.options());
-        resets_grid_.index_copy_(0, time_of_row_ * batch + entry_of_row_, resets);
-      } else {
-        resets_grid_ = resets;
-      }
-      sequence.resets = reinterpret_cast<const uint8_t*>(resets_grid_.const_data_ptr<bool>());
-      sequence.resets_time_stride = sequence.time_stride;
-      sequence.resets_batch_stride = sequence.batch_stride;
-    }
-  }
-
-  const LayerShape shape;
-  const Facts cell;
-  const int64_t directions, length, batch, rows, hidden, out;
-  const bool projected;
-  const at::TensorOptions options;
-  const at::ScalarType accumulator;
-  const RnnExtDtype dtype;
-  const at::Tensor h_0, c_0;  // contiguous, or undefined
-  at::Tensor resets;          // contiguous, in the caller's layout, or undefined
-
- private:
-  const c10::DeviceGuard guard_;
-
- public:
-  void* const stream;
-  RnnExtSequence sequence{};
-
-  at::Tensor weight(int64_t d, LayerShape::Weight name) const {
-    const int index = shape.index(static_cast<int>(d), name);
-    return index < 0 ? at::Tensor() : weights_[index];
-  }
-  at::Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, options); }
-  at::Tensor empty_accumulators(at::IntArrayRef sizes) const { return at::empty(sizes, options.dtype(accumulator)); }
-  bool has_lengths() const { return lengths_on_device_.defined() && !shape.packed; }
-
-  RnnExtCell cell_number() const { return static_cast<RnnExtCell>(shape.cell.kind); }
-  RnnExtKernel choose(bool backward) const {
-    if (projected) return RNN_EXT_KERNEL_POINTWISE;
-    const int forced = forced_kernel;
-    const bool impossible = backward && forced == RNN_EXT_KERNEL_TENSOR;
-    if (forced != kByTable && !impossible) return static_cast<RnnExtKernel>(forced);
-    return rnn_ext_cuda_choose(cell_number(), dtype, batch, hidden, static_cast<int32_t>(directions), 0, backward, 0)
-        .kernel;
-  }
-  template <class Args>
-  Args arguments() const {
-    Args args{};
-    args.cell = cell_number();
-    args.dtype = dtype;
-    args.sequence = sequence;
-    args.directions = static_cast<int32_t>(directions);
-    return args;
-  }
-
-  /// What persistent kernels want to know of packed rows.
-  void prepare_persistent() {
-    if (!shape.packed) return;
-    upload_packing();
-    sequence.row_offsets = offsets_on_device_.const_data_ptr<int64_t>();
-    sequence.lengths = lengths_on_device_.const_data_ptr<int64_t>();
-  }
-
-  // Timesteps in the order in which a direction computes them.
-  int64_t time_of(int64_t step, int64_t d) const { return d == 1 ? length - 1 - step : step; }
-  int64_t rows_at(int64_t time) const { return shape.packed ? shape.batch_sizes[time] : batch; }
-  /// The rows [R, F] of one timestep.
-  at::Tensor at_time(const at::Tensor& all, int64_t time) const {
-    if (shape.packed) return all.narrow(0, shape.offsets[time], shape.batch_sizes[time]);
-    return grid(all).select(0, time);
-  }
-  /// Rows [R, F] of a padded layout as [L, N, F].
-  at::Tensor grid(const at::Tensor& all) const {
-    if (shape.batch_first) return all.unflatten(0, {batch, length}).transpose(0, 1);
-    return all.unflatten(0, {length, batch});
-  }
-  /// (L, N, 1) of padded rows with lengths: whether the timestep exists.
-  at::Tensor exists() const {
-    return (at::arange(length, lengths_on_device_.options()).unsqueeze(1) < lengths_on_device_).unsqueeze(2);
-  }
-  /// Rows that do not exist become zero, whatever stood there.
-  at::Tensor without_padding(const at::Tensor& all) const {
-    if (!has_lengths()) return all;
-    const at::Tensor result = at::empty(all.sizes(), all.options());
-    grid(result).copy_(at::where(exists(), grid(all), at::zeros({}, all.options())));
-    return result;
-  }
-
-  /// For each row [R, F] the row of its neighbour in time: that of the timestep before (after, where `after`), of
-  /// `initial` [N, F] (undefined: zeros) where there is none, and zero where a reset lies between. `begins`: a reset at
-  /// a sequence's first timestep cuts `initial` off.
-  at::Tensor neighbours(const at::Tensor& all, const at::Tensor& initial, bool after, bool begins) {
-    return shape.packed ? packed_neighbours(all, initial, after, begins)
-                        : padded_neighbours(all, initial, after, begins);
-  }
-
-  /// Of each entry's first timestep in the order of direction d, the row of `all` [R, F]: [N, F]. Where there is no
-  /// timestep, any row.
-  at::Tensor first_rows(const at::Tensor& all, int64_t d) {
-    if (d == 0) return at_time(all, 0);
-    if (shape.packed) {
-      upload_packing();
-      const at::Tensor last = lengths_on_device_ - 1;
-      return all.index_select(0, offsets_on_device_.index_select(0, last) + at::arange(batch, last.options()));
-    }
-    if (!has_lengths()) return at_time(all, length - 1);
-    const at::Tensor last = (lengths_on_device_ - 1).clamp(0, length - 1);
-    const at::Tensor entry = at::arange(batch, last.options());
-    return all.index_select(0, last * sequence.time_stride + entry * sequence.batch_stride);
-  }
-  /// [N, 1]: whether a reset at the first timestep in the order of direction d cuts the initial state off.
-  at::Tensor first_cut(int64_t d) const {
-    if (d == 1 || !resets.defined()) return {};
-    return at_time(resets.reshape({rows, 1}), 0);
-  }
-  at::Tensor no_timestep() const { return (lengths_on_device_ <= 0).unsqueeze(1); }
-
- private:
-  at::Tensor padded_neighbours(const at::Tensor& all, const at::Tensor& initial, bool after, bool begins) const {
-    const at::Tensor result = at::empty(all.sizes(), all.options());
-    const at::Tensor to = grid(result), from = grid(all);
-    const int64_t end = after ? length - 1 : 0;
-    to.narrow(0, after ? 0 : 1, length - 1).copy_(from.narrow(0, after ? 1 : 0, length - 1));
-    if (initial.defined()) {
-      to.select(0, end).copy_(initial);
-    } else {
-      to.select(0, end).zero_();
-    }
-    if (after && has_lengths() && initial.defined()) {
-      const at::Tensor next = at::arange(1, length + 1, lengths_on_device_.options()).unsqueeze(1);
-      to.copy_(at::where((next == lengths_on_device_).unsqueeze(2), initial.unsqueeze(0), to));
-    }
-    if (resets.defined()) {
-      at::Tensor cut = grid(resets.reshape({rows, 1}));
-      if (has_lengths()) cut = cut.logical_and(exists());
-      if (after) {
-        to.narrow(0, 0, length - 1).masked_fill_(cut.narrow(0, 1, length - 1), 0);
-      } else {
-        const int64_t first = begins ? 0 : 1;
-        to.narrow(0, first, length - first).masked_fill_(cut.narrow(0, first, length - first), 0);
-      }
-    }
-    return result;
-  }
-
-  at::Tensor packed_neighbours(const at::Tensor& all, const at::Tensor& initial, bool after, bool begins) {
-    locate_packed_rows();
-    const at::Tensor time = after ? time_of_row_ + 1 : time_of_row_ - 1;
-    const at::Tensor there = after ? time < lengths_on_device_.index_select(0, entry_of_row_) : time >= 0;
-    const at::Tensor row = offsets_on_device_.index_select(0, time.clamp(0, length - 1)) + entry_of_row_;
-    const at::Tensor safe_row = row.clamp(0, rows - 1), mask = there.unsqueeze(1);
-    const at::Tensor otherwise =
-        initial.defined() ? initial.index_select(0, entry_of_row_) : at::zeros({}, all.options());
-    at::Tensor result = at::where(mask, all.index_select(0, safe_row), otherwise);
-    if (resets.defined()) {
-      at::Tensor cut =
-          after ? resets.index_select(0, safe_row).logical_and(there) : (begins ? resets : resets.logical_and(there));
-      result.masked_fill_(cut.unsqueeze(1), 0);
-    }
-    return result;
-  }
-
-  void upload_packing() {
-    if (offsets_on_device_.defined()) return;
-    const at::Tensor host = at::empty({2 * length + batch}, at::kLong);
-    int64_t* to = host.mutable_data_ptr<int64_t>();
-    std::copy(shape.offsets.begin(), shape.offsets.end(), to);
-    std::copy(shape.batch_sizes.begin(), shape.batch_sizes.end(), to + length);
-    for (int64_t time = 0, n = batch; time <= length; ++time) {
-      const int64_t alive = time < length ? shape.batch_sizes[time] : 0;
-      while (n > alive) to[2 * length + --n] = time;
-    }
-    const at::Tensor all = host.to(options.device(), /*non_blocking=*/true);
-    offsets_on_device_ = all.narrow(0, 0, length);
-    batch_sizes_on_device_ = all.narrow(0, length, length);
-    lengths_on_device_ = all.narrow(0, 2 * length, batch);
-  }
-  void locate_packed_rows() {
-    if (time_of_row_.defined()) return;
-    upload_packing();
-    time_of_row_ = at::repeat_interleave(batch_sizes_on_device_, std::optional<int64_t>(rows));
-    entry_of_row_ = at::arange(rows, time_of_row_.options()) - offsets_on_device_.index_select(0, time_of_row_);
-  }
-
-  std::vector<at::Tensor> weights_;
-  at::Tensor lengths_on_device_;  // [N] int64: as given, or those of packed entries
-  at::Tensor resets_grid_;
-  at::Tensor offsets_on_device_, batch_sizes_on_device_, time_of_row_, entry_of_row_;  // packed
-};
-
-/// What forward keeps for backward, in one tensor of bytes; views of each part of a direction.
-class Kept {
- public:
-  Kept(const Call& call, const at::Tensor& bytes) : call_(call), bytes_(bytes) {
-    const int64_t units = call.directions * call.rows * call.hidden;
-    planes_at_ = call.cell.has_cell ? units * accumulator_size() : 0;
-    raw_at_ = planes_at_ + units * call.cell.planes * size();
-  }
-  static int64_t numel(const Call& call) {
-    return call.directions * call.rows * call.hidden *
-           saved_bytes(call.cell.planes, call.cell.has_cell, call.projected, int64_t(call.options.dtype().itemsize()));
-  }
-  /// A [R, H], the cell state of every row.
-  at::Tensor cells(int64_t d) const {
-    return call_.cell.has_cell ? part(0, d, accumulator_size(), call_.accumulator) : at::Tensor();
-  }
-  /// T [R, S, H]
-  at::Tensor planes(int64_t d) const {
-    return call_.cell.planes
-               ? part(planes_at_, d, call_.cell.planes * size(), at::typeMetaToScalarType(call_.options.dtype()))
-               : at::Tensor();
-  }
-  /// T [R, H], h before its projection
-  at::Tensor raw(int64_t d) const { return part(raw_at_, d, size(), at::typeMetaToScalarType(call_.options.dtype())); }
-
- private:
-  int64_t size() const { return int64_t(call_.options.dtype().itemsize()); }
-  int64_t accumulator_size() const { return int64_t(c10::elementSize(call_.accumulator)); }
-  at::Tensor part(int64_t at, int64_t d, int64_t bytes_a_unit, at::ScalarType dtype) const {
-    const int64_t bytes = call_.rows * call_.hidden * bytes_a_unit;
-    return bytes_.narrow(0, at + d * bytes, bytes).view(dtype).view({call_.rows, -1});
-  }
-  const Call& call_;
-  const at::Tensor bytes_;
-  int64_t planes_at_, raw_at_;
-};
-
-/// to [.., F] = the gate gradients [.., Q*H] times a weight [G*H, F].
-void times_weight(at::Tensor to, const at::Tensor& dgates, const at::Tensor& weight, const std::vector<Run>& runs,
-                  int64_t hidden, bool add = false) {
-  for (const Run& run : runs) {
-    const at::Tensor left = dgates.narrow(1, run.slot * hidden, run.count * hidden);
-    const at::Tensor right = weight.narrow(0, run.gate * hidden, run.count * hidden);
-    if (add) {
-      at::addmm_out(to, to, left, right);
-    } else {
-      at::mm_out(to, left, right);
-    }
-    add = true;
-  }
-}
-
-/// The gradient [G*H, F] of a weight that multiplied `inputs` [R, F].
-at::Tensor weight_gradient(const at::Tensor& dgates, const at::Tensor& inputs, const std::vector<Run>& runs,
-                           int64_t gates, int64_t hidden) {
-  at::Tensor result = at::empty({gates * hidden, inputs.size(1)}, inputs.options());
-  for (const Run& run : runs) {
-    at::Tensor to = result.narrow(0, run.gate * hidden, run.count * hidden);
-    at::mm_out(to, dgates.narrow(1, run.slot * hidden, run.count * hidden).t(), inputs);
-  }
-  return result;
-}
-
-at::Tensor bias_gradient(const at::Tensor& sums, const std::vector<Run>& runs, int64_t hidden) {
-  std::vector<at::Tensor> parts;
-  for (const Run& run : runs) parts.push_back(sums.narrow(0, run.slot * hidden, run.count * hidden));
-  return at::cat(parts);
-}
+namespace {
 
 /// The layer with the recurrent product, and a projection, from torch's GEMM at every timestep. h_n holds the running
 /// state: where a row does not take part, it stands still.
 void pointwise_forward(const Call& call, RnnExtForward& args, const Kept& kept, const at::Tensor& output_rows,
                        const at::Tensor& h_n) {
   const int64_t out = call.out;
-  at::Tensor hgates[2], exists;
+  const bool of_variant = call.variant() != RNN_EXT_PLAIN;
+  at::Tensor hgates[2], exists, masked;
   if (call.h_0.defined()) {
     h_n.copy_(call.h_0);
   } else {
     h_n.zero_();
   }
-  if (call.has_lengths() && call.projected) exists = call.exists();
+  if (call.has_lengths() && call.projected && !of_variant) exists = call.exists();
+  if (call.hidden_mask.defined()) masked = (h_n * call.hidden_mask).to(h_n.scalar_type());
+  const at::Tensor& state = masked.defined() ? masked : h_n;
+  auto states = call.arguments<RnnExtForward>();  // of a projected variant
+  states.sequence.hidden = out;
   for (int64_t d = 0; d < call.directions; ++d) {
+    RnnExtForwardDirection& to = (call.projected ? states : args).direction[d];
+    to.h_masked = pointer(of_direction(masked, d));
+    if (call.projected) {
+      to.reverse = d == 1;
+      to.h_0 = pointer(of_direction(call.h_0, d));
+      to.output = output_rows.narrow(1, d * out, out).data_ptr();
+      to.output_stride = call.directions * out;
+      to.h_n = h_n[d].data_ptr();
+      to.masks = call.state_masks(d);
+    }
     hgates[d] = call.empty({call.batch, call.cell.gates * call.hidden});
     args.direction[d].hgates = hgates[d].data_ptr();
   }
@@ -408,7 +67,7 @@ void pointwise_forward(const Call& call, RnnExtForward& args, const Kept& kept, 
     for (int64_t d = 0; d < call.directions; ++d) {
       const int64_t rows = call.rows_at(call.time_of(step, d));
       at::Tensor to = hgates[d].narrow(0, 0, rows);
-      at::mm_out(to, h_n[d].narrow(0, 0, rows), call.weight(d, LayerShape::kWeightHh).t());
+      at::mm_out(to, state[d].narrow(0, 0, rows), call.weight(d, LayerShape::kWeightHh).t());
     }
     RnnExtError error{};
     check_launch(rnn_ext_cuda_step_forward(&args, step, step + 1, call.stream, &error), error);
@@ -416,10 +75,27 @@ void pointwise_forward(const Call& call, RnnExtForward& args, const Kept& kept, 
       const int64_t time = call.time_of(step, d);
       at::Tensor to = call.at_time(output_rows, time).narrow(1, d * out, out);
       at::mm_out(to, call.at_time(kept.raw(d), time), call.weight(d, LayerShape::kWeightHr).t());
-      const at::Tensor state = h_n[d].narrow(0, 0, call.rows_at(time));
-      state.copy_(exists.defined() ? at::where(exists[time], to, state) : to);
+      if (of_variant) continue;
+      const at::Tensor h = h_n[d].narrow(0, 0, call.rows_at(time));
+      h.copy_(exists.defined() ? at::where(exists[time], to, h) : to);
     }
+    if (call.projected && of_variant)
+      check_launch(rnn_ext_cuda_projected_forward(&states, step, call.stream, &error), error);
   }
+}
+
+/// What layer normalisation needs of direction d. scratch: A [N, 7, H].
+RnnExtNorm norm_of(const Call& call, const Kept& kept, int64_t d, bool keeps, const at::Tensor& scratch) {
+  RnnExtNorm norm{};
+  norm.weight_ih = pointer(call.weight(d, LayerShape::kWeightNormIh));
+  norm.weight_hh = pointer(call.weight(d, LayerShape::kWeightNormHh));
+  norm.weight_c = pointer(call.weight(d, LayerShape::kWeightNormC));
+  norm.bias_c = pointer(call.weight(d, LayerShape::kBiasNormC));
+  norm.bias_ih = pointer(call.weight(d, LayerShape::kBiasIh));
+  norm.bias_hh = pointer(call.weight(d, LayerShape::kBiasHh));
+  norm.statistics = keeps ? kept.statistics(d).data_ptr() : nullptr;
+  norm.scratch = scratch.data_ptr();
+  return norm;
 }
 
 LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
@@ -459,10 +135,10 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
   auto args = call.arguments<RnnExtForward>();
   const at::Tensor x = input.reshape({R, call.shape.sizes.input}), output_rows = output.view({R, D * P});
   const at::Tensor raw_h_n = call.projected ? call.empty({D, N, H}) : h_n;
-  at::Tensor igates[2], cell_of_row[2], cell_state[2], planes[2];
+  at::Tensor igates[2], cell_of_row[2], cell_state[2], planes[2], scratch[2];
   for (int64_t d = 0; d < D; ++d) {
     const at::Tensor weight_ih = call.weight(d, LayerShape::kWeightIh), bias = call.weight(d, LayerShape::kBiasIh);
-    igates[d] = bias.defined() ? at::addmm(bias, x, weight_ih.t()) : at::mm(x, weight_ih.t());
+    igates[d] = bias.defined() && !call.normed() ? at::addmm(bias, x, weight_ih.t()) : at::mm(x, weight_ih.t());
     if (has_cell) {
       if (keeps) {
         cell_of_row[d] = kept.cells(d);
@@ -490,6 +166,11 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
     to.saved = pointer(planes[d]);
     to.cells = pointer(cell_of_row[d]);
     to.cell_state = pointer(cell_state[d]);
+    to.masks = call.cell_masks(d);
+    if (call.normed()) {
+      scratch[d] = call.empty_accumulators({N, RNN_EXT_NORM_SCRATCH, H});
+      to.norm = norm_of(call, kept, d, save, scratch[d]);
+    }
   }
   RnnExtError error{};
   switch (kernel) {
@@ -528,6 +209,35 @@ void pointwise_backward(const Call& call, RnnExtBackward& args, const at::Tensor
       if (call.projected) at::mm_out(to, product, call.weight(d, LayerShape::kWeightHr));
     }
     RnnExtError error{};
+    check_launch(rnn_ext_cuda_step_backward(&args, step, step + 1, call.stream, &error), error);
+  }
+}
+
+/// The same of a variant with a projection: before the cell's step, that of the state. `args` has dh_recurrent zero,
+/// and doutput is raw_dy, which is found here. dprojected: of each direction [R, P], gradient of the projection.
+void projected_variant_backward(const Call& call, RnnExtBackward& args, const RnnExtBackward& states_,
+                                const at::Tensor* dgates, const at::Tensor* dprojected, const at::Tensor* raw_dy) {
+  RnnExtBackward states = states_;
+  at::Tensor dh[2], zeros[2];
+  for (int64_t d = 0; d < call.directions; ++d) {
+    dh[d] = call.empty({call.batch, call.out});
+    zeros[d] = at::zeros({call.batch, call.hidden}, call.options);
+    states.direction[d].dh_recurrent = dh[d].data_ptr();
+    args.direction[d].dh_recurrent = zeros[d].data_ptr();
+  }
+  for (int64_t step = 0; step <= call.length; ++step) {
+    for (int64_t d = 0; d < call.directions && step > 0; ++d) {
+      const int64_t after = call.time_of(call.length - step, d);
+      times_weight(dh[d].narrow(0, 0, call.rows_at(after)), call.at_time(dgates[d], after),
+                   call.weight(d, LayerShape::kWeightHh), call.cell.hh, call.hidden);
+    }
+    RnnExtError error{};
+    check_launch(rnn_ext_cuda_projected_backward(&states, step, call.stream, &error), error);
+    for (int64_t d = 0; d < call.directions && step < call.length; ++d) {
+      const int64_t now = call.time_of(call.length - 1 - step, d);
+      at::Tensor to = call.at_time(raw_dy[d], now);
+      at::mm_out(to, call.at_time(dprojected[d], now), call.weight(d, LayerShape::kWeightHr));
+    }
     check_launch(rnn_ext_cuda_step_backward(&args, step, step + 1, call.stream, &error), error);
   }
 }
@@ -581,17 +291,37 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
   const at::Tensor dy = doutput.defined() ? doutput.view({R, D * P}) : doutput;
   at::Tensor dh_0 = call.empty({D, N, P}), dc_0 = has_cell ? call.empty({D, N, H}) : none;
   const at::Tensor raw_dh_0 = call.projected ? call.empty({D, N, H}) : dh_0;
+  const bool projected_variant = call.projected && call.variant() != RNN_EXT_PLAIN;
   at::Tensor dgates[2], recurrent[2], raw_dy[2], raw_dh_n[2], dh_carry[2], dc_carry[2], planes[2], cell_of_row[2];
+  at::Tensor scratch[2], dprojected[2], state_carry[2];
+  auto states = call.arguments<RnnExtBackward>();  // of a projected variant
+  states.sequence.hidden = P;
   for (int64_t d = 0; d < D; ++d) {
     dgates[d] = call.empty({R, call.cell.grad_gates * H});
     if (call.cell.direct_carry) dh_carry[d] = call.empty_accumulators({N, H});
     if (has_cell) dc_carry[d] = call.empty_accumulators({N, H});
     RnnExtBackwardDirection& to = args.direction[d];
-    if (call.projected) {
+    if (projected_variant) {
+      dprojected[d] = call.empty({R, P});
+      state_carry[d] = call.empty_accumulators({N, P});
+      raw_dy[d] = call.empty({R, H});
+      RnnExtBackwardDirection& state = states.direction[d];
+      state.reverse = d == 1;
+      state.doutput = pointer(dy.defined() ? dy.narrow(1, d * P, P) : dy);
+      state.doutput_stride = D * P;
+      state.dh_n = pointer(of_direction(dh_n, d));
+      state.dgates = dprojected[d].data_ptr();
+      state.dgates_stride = P;
+      state.dh_carry = state_carry[d].data_ptr();
+      state.dh_0 = dh_0[d].data_ptr();
+      state.masks = call.state_masks(d);
+    } else if (call.projected) {
       const at::Tensor weight_hr = call.weight(d, LayerShape::kWeightHr);
       recurrent[d] = call.empty({R, P});
       if (dy.defined()) raw_dy[d] = at::mm(dy.narrow(1, d * P, P), weight_hr);
       if (dh_n.defined()) raw_dh_n[d] = at::mm(dh_n[d], weight_hr);
+    }
+    if (call.projected) {
       to.output = kept.raw(d).const_data_ptr();
       to.output_stride = to.doutput_stride = H;
     } else {
@@ -619,6 +349,11 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
     to.dc_carry = pointer(dc_carry[d]);
     to.dh_0 = raw_dh_0[d].data_ptr();
     to.dc_0 = has_cell ? dc_0[d].data_ptr() : nullptr;
+    to.masks = call.cell_masks(d);
+    if (call.normed()) {
+      scratch[d] = call.empty_accumulators({N, RNN_EXT_NORM_SCRATCH, H});
+      to.norm = norm_of(call, kept, d, true, scratch[d]);
+    }
   }
   RnnExtError error{};
   switch (kernel) {
@@ -626,7 +361,11 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
       check_launch(rnn_ext_cuda_step_backward(&args, 0, call.length + 1, call.stream, &error), error);
       break;
     case RNN_EXT_KERNEL_POINTWISE:
-      pointwise_backward(call, args, dgates, recurrent);
+      if (projected_variant) {
+        projected_variant_backward(call, args, states, dgates, dprojected, raw_dy);
+      } else {
+        pointwise_backward(call, args, dgates, recurrent);
+      }
       break;
     case RNN_EXT_KERNEL_PERSISTENT:
       check_launch(rnn_ext_cuda_persistent_backward(&args, call.stream, &error), error);
@@ -647,8 +386,15 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
       const int index = call.shape.index(static_cast<int>(d), name);
       if (index >= 0 && output_mask.get(3 + index)) dw[index] = compute();
     };
+    using Normed = cells::LayerNormLstm;
+    const auto slots = [&](int64_t first, int64_t count) { return dgates[d].narrow(1, first * H, count * H); };
+    const auto scale_grad = [&](int64_t first_saved) {
+      const at::Tensor values = planes[d].narrow(1, first_saved * H, Normed::kGates * H);
+      return call.without_padding(slots(Normed::kGradGate, Normed::kGates) * values).sum(0);
+    };
     at::Tensor sums;
     const auto bias_grad = [&](const std::vector<Run>& runs) {
+      if (call.normed()) return slots(Normed::kGradGate, Normed::kGates).sum(0);
       if (!sums.defined()) sums = dgates[d].sum(0);
       return bias_gradient(sums, runs, H);
     };
@@ -659,17 +405,22 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
     put(LayerShape::kWeightHh, [&] {
       const at::Tensor before =
           call.neighbours(y.narrow(1, d * P, P), of_direction(call.h_0, d), /*after=*/d == 1, /*begins=*/true);
-      return weight_gradient(dgates[d], before, call.cell.hh, call.cell.gates, H);
+      return weight_gradient(dgates[d], call.masked(before, d), call.cell.hh, call.cell.gates, H);
     });
     put(LayerShape::kBiasIh, [&] { return bias_grad(call.cell.ih); });
     put(LayerShape::kBiasHh, [&] { return bias_grad(call.cell.hh); });
+    put(LayerShape::kWeightNormIh, [&] { return scale_grad(Normed::kNormIh); });
+    put(LayerShape::kWeightNormHh, [&] { return scale_grad(Normed::kNormHh); });
+    put(LayerShape::kWeightNormC, [&] { return (slots(Normed::kGradNorm, 1) * slots(Normed::kNormC, 1)).sum(0); });
+    put(LayerShape::kBiasNormC, [&] { return slots(Normed::kGradNorm, 1).sum(0); });
     put(LayerShape::kWeightHr, [&] {
+      if (projected_variant) return at::mm(dprojected[d].t(), kept.raw(d));
       // The whole gradient of each projected output: what came from outside and what the next timestep gave back.
       at::Tensor dprojected = call.neighbours(recurrent[d], of_direction(dh_n, d), /*after=*/d == 0, /*begins=*/false);
       if (dy.defined()) dprojected.add_(dy.narrow(1, d * P, P));
       return at::mm(call.without_padding(dprojected).t(), kept.raw(d));
     });
-    if (call.projected && output_mask.get(1)) {
+    if (call.projected && !projected_variant && output_mask.get(1)) {
       at::Tensor first = call.first_rows(recurrent[d], d);
       if (const at::Tensor cut = call.first_cut(d); cut.defined()) first = first.masked_fill(cut, 0);
       if (call.has_lengths())

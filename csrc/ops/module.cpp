@@ -52,11 +52,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const at::Tensor& input, con
   return {output.squeeze(0), lower(h_n), lower(c_n)};
 }
 
-int64_t cuda_saved_bytes(const std::string& cell, bool projected, int64_t itemsize) {
-#define RNN_EXT_SAVED_BYTES(Cell) \
-  using rnn_ext::cells::Cell;     \
-  if (cell == Cell::kName)        \
-    return rnn_ext::ops::saved_bytes(Cell::kSaved - Cell::kHasCell, Cell::kHasCell, projected, itemsize);
+std::pair<int64_t, int64_t> cuda_saved_bytes(const std::string& cell, bool projected, int variant, int64_t itemsize) {
+  namespace cells = rnn_ext::cells;
+  const auto bytes = [&](auto cell_type, bool normed) {
+    using Cell = decltype(cell_type);
+    const auto kept =
+        rnn_ext::ops::saved_bytes(cells::saved_planes<Cell>(), Cell::kHasCell, projected, normed, itemsize);
+    return std::pair(kept.unit, kept.row);
+  };
+  const auto kind = rnn_ext::cpu::Variant(variant);
+  if (kind == rnn_ext::cpu::Variant::kLayerNorm) return bytes(cells::LayerNormLstm(), true);
+#define RNN_EXT_SAVED_BYTES(Cell)                                                              \
+  if (cell == cells::Cell::kName) {                                                            \
+    return kind == rnn_ext::cpu::Variant::kMasked ? bytes(cells::Masked<cells::Cell>(), false) \
+                                                  : bytes(cells::Cell(), false);               \
+  }
   RNN_EXT_FOR_EACH_CELL(RNN_EXT_SAVED_BYTES)
 #undef RNN_EXT_SAVED_BYTES
   throw std::invalid_argument("unknown cell '" + cell + "'");
@@ -72,9 +82,9 @@ std::optional<std::string> cuda_problem(int device) {
 }
 
 std::pair<std::string, std::string> cuda_kernel(int cell, int dtype, int64_t batch, int64_t hidden, int directions,
-                                                bool projected, bool backward, int64_t shared_bytes) {
+                                                bool projected, int variant, bool backward, int64_t shared_bytes) {
   const RnnExtChoice choice = rnn_ext_cuda_choose(RnnExtCell(cell), RnnExtDtype(dtype), batch, hidden, directions,
-                                                  projected, backward, shared_bytes);
+                                                  projected, RnnExtVariant(variant), backward, shared_bytes);
   return {rnn_ext::ops::kernel_name(choice.kernel), choice.reason};
 }
 #else
@@ -103,7 +113,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("idle_workspace_bytes", &rnn_ext::ops::idle_workspace_bytes, "Memory of past calls that waits for the next.");
   m.def("drop_idle_workspaces", &rnn_ext::ops::drop_idle_workspaces, "Give that memory back to the system.");
   m.attr("with_cuda") = kWithCuda;
-  m.def("cuda_saved_bytes", &cuda_saved_bytes, "saved_values on CUDA, in bytes.");
+  m.def("cuda_saved_bytes", &cuda_saved_bytes, "saved_values on CUDA, in bytes, and those of a row besides.");
 #ifdef RNN_EXT_WITH_CUDA
   m.def("cuda_problem", &cuda_problem, "Why the CUDA kernels cannot run on this device, or None.");
   m.def("cuda_kernel", &cuda_kernel, "The kernel meant for a layer, and why; see csrc/cuda/dispatch.h.");

@@ -3,13 +3,22 @@
 
 #include <cstdint>
 
+#include "cuda/launch.h"
+
 namespace rnn_ext::ops {
 
-/// Bytes for each hidden unit of each row and direction: the cell state as accumulator, `planes` other values and, of a
-/// projected layer, the h before its projection, as stored.
-inline int64_t saved_bytes(int64_t planes, bool has_cell, bool projected, int64_t itemsize) {
+/// What is kept of every row of a direction, in bytes.
+struct SavedBytes {
+  int64_t
+      unit;     // for each hidden unit: the cell state as accumulator, `planes` other values and, of a projected layer,
+                //   the h before its projection, as stored
+  int64_t row;  // besides: the statistics of layer normalisation
+};
+
+inline SavedBytes saved_bytes(int64_t planes, bool has_cell, bool projected, bool normed, int64_t itemsize) {
   const int64_t accumulator = itemsize == 8 ? 8 : 4;
-  return (has_cell ? accumulator : 0) + (planes + (projected ? 1 : 0)) * itemsize;
+  return {(has_cell ? accumulator : 0) + (planes + (projected ? 1 : 0)) * itemsize,
+          normed ? RNN_EXT_NORM_STATISTICS * accumulator : 0};
 }
 
 }  // namespace rnn_ext::ops

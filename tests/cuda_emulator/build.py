@@ -20,7 +20,12 @@ ROOT = HERE.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 EMULATOR = HERE / "emu"
 BUILD = ROOT / "build" / "cuda_emulator"
-TORCH_SOURCES = (ROOT / "csrc/ops/layer.cpp", ROOT / "csrc/ops/cuda_layer.cpp", HERE / "torch_layer.cpp")
+TORCH_SOURCES = (
+    ROOT / "csrc/ops/layer.cpp",
+    ROOT / "csrc/ops/cuda_call.cpp",
+    ROOT / "csrc/ops/cuda_layer.cpp",
+    HERE / "torch_layer.cpp",
+)
 
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-pass-failed"]  # unroll pragmas are nvcc's
 # The checks that can fire in a kernel; all of UBSan takes eight times as long to compile.

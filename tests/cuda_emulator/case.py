@@ -17,6 +17,8 @@ from tests.cuda_emulator import build
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # the numbers of RnnExtCell
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the numbers of RnnExtDtype
 SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 4}  # S and Q of launch.h
+SAVED_MASKED = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 5}
+NORM_SAVED, NORM_GRAD_GATES, NORM_GRAD_GATE, NORM_STATISTICS, NORM_SCRATCH = 8, 14, 8, 4, 7
 GRAD_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 4}
 KERNELS = ("step", "pointwise", "persistent", "tensor")
 
@@ -49,12 +51,28 @@ class Case:
     initial: bool = True
     bias: bool = True
     training: bool = True  # keep what backward needs
+    layer_norm: bool = False
+    zoneout: float = 0.0
+    recurrent_dropout: float = 0.0
     seed: int = 0
 
     @property
     def directions(self) -> list[bool]:
         """Of each direction, whether it runs in reverse."""
         return [False, True] if self.bidirectional else [self.reverse]
+
+    @property
+    def variant(self) -> int:
+        """The number of its RnnExtVariant."""
+        return 2 if self.layer_norm else 1 if self.zoneout or self.recurrent_dropout else 0
+
+    @property
+    def grad_gates(self) -> int:
+        return NORM_GRAD_GATES if self.layer_norm else GRAD_GATES[self.cell]
+
+    @property
+    def saved(self) -> int:
+        return NORM_SAVED if self.layer_norm else (SAVED_MASKED if self.variant else SAVED)[self.cell]
 
 
 @dataclass
@@ -72,6 +90,9 @@ class Inputs:
     dcells: Tensor
     dh_n: list[Tensor]
     dc_n: list[Tensor]
+    hidden_mask: list[Tensor] | None  # of each direction, (N, H)
+    zoneout: Tensor | None  # (L, N, D * H), of h and of c alike
+    norm: list[list[Tensor]] | None  # of each direction: the scales of both products (G * H), of c (H), the shift of c
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -93,7 +114,19 @@ def make_inputs(case: Case) -> Inputs:
         igates = (igates + igates.sign()).to(case.dtype).double()
     lengths = torch.tensor(case.lengths) if case.lengths is not None else None
     resets = torch.rand(length, batch, generator=generator) < case.resets if case.resets > 0 else None
+
+    def ones(p: float, *shape: int) -> Tensor:
+        return (torch.rand(*shape, generator=masks) < p).double()
+
+    def mask() -> Tensor:
+        return (ones(1 - case.recurrent_dropout, batch, hidden) / (1 - case.recurrent_dropout)).float().double()
+
+    masks = torch.Generator().manual_seed(case.seed + 1)
+    norm_sizes = (gates * hidden, gates * hidden, hidden, hidden)
     return Inputs(
+        hidden_mask=[mask() for _ in range(count)] if case.recurrent_dropout else None,
+        zoneout=ones(case.zoneout, length, batch, count * hidden) if case.zoneout else None,
+        norm=[[draw(size) for size in norm_sizes] for _ in range(count)] if case.layer_norm else None,
         igates=igates,
         weight_hh=each(gates * hidden, hidden, scale=hidden**-0.5 / (4 if relu else 1)),
         bias_hh=each(gates * hidden, scale=0.25) if case.bias else None,
@@ -124,9 +157,12 @@ def expected(case: Case, inputs: Inputs) -> dict[str, Tensor]:
         bias = inputs.bias_hh[d] if inputs.bias_hh else torch.zeros(width, dtype=torch.float64)
         bias = bias.clone().requires_grad_()
         identity = torch.eye(width, dtype=torch.float64)
-        weights = reference.LayerWeights(identity, inputs.weight_hh[d], torch.zeros_like(bias), bias)
+        norm = inputs.norm[d] if inputs.norm else []
+        weights = reference.LayerWeights(identity, inputs.weight_hh[d], torch.zeros_like(bias), bias, None, *norm)
+        keep = None if inputs.zoneout is None else inputs.zoneout.chunk(len(case.directions), -1)[d]
+        masks = reference.Masks(inputs.hidden_mask[d] if inputs.hidden_mask else None, keep, keep)
         output, final, cells = reference.scan(
-            case.cell, igates, tuple(state), weights, inputs.active, inputs.resets, reverse
+            case.cell, igates, tuple(state), weights, inputs.active, inputs.resets, reverse, masks
         )
         outputs.append(output)
         answer[f"h_n{d}"] = final[0].detach()
@@ -186,7 +222,8 @@ def request(case: Case, inputs: Inputs) -> bytes:
         "batch_stride": case.length if case.batch_first else 1,
         "igates_stride": count * gates * hidden,
         "output_stride": count * hidden,
-        "dgates_stride": GRAD_GATES[cell] * hidden,
+        "dgates_stride": case.grad_gates * hidden,
+        "variant": case.variant,
     }
     arrays: dict[str, Tensor] = {}
     blanks: dict[str, tuple[int, torch.dtype]] = {"output": (rows * count * hidden, case.dtype)}
@@ -195,6 +232,9 @@ def request(case: Case, inputs: Inputs) -> bytes:
         arrays[name] = tensor.to(case.dtype)
 
     put("igates", _to_rows(case, inputs.active, inputs.igates))
+    if inputs.zoneout is not None:
+        keep = _to_rows(case, inputs.active, inputs.zoneout).to(accumulator)
+        arrays.update({"zoneout_h": keep, "zoneout_c": keep})
     if case.packed:
         sizes = inputs.active.sum(1)
         arrays["batch_sizes"] = sizes
@@ -209,6 +249,16 @@ def request(case: Case, inputs: Inputs) -> bytes:
             put("dcells", _to_rows(case, inputs.active, inputs.dcells))
     for d, reverse in enumerate(case.directions):
         words[f"reverse{d}"] = int(reverse)
+        if inputs.hidden_mask:
+            arrays[f"hidden_mask{d}"] = inputs.hidden_mask[d].to(accumulator)
+            if case.kernel == "pointwise":  # what the kernel then keeps up to date
+                put(f"h_masked{d}", inputs.hidden_mask[d] * (inputs.h_0[d] if inputs.h_0 else 0))
+        if inputs.norm:
+            for name, tensor in zip(reference.LayerWeights._fields[5:], inputs.norm[d], strict=True):
+                put(f"{name}{d}", tensor)
+            blanks[f"scratch{d}"] = (batch * NORM_SCRATCH * hidden, accumulator)
+            if case.training or case.backward:
+                blanks[f"statistics{d}"] = (rows * NORM_STATISTICS, accumulator)
         put(f"weight_hh{d}", inputs.weight_hh[d])
         if inputs.bias_hh:
             put(f"bias_hh{d}", inputs.bias_hh[d])
@@ -224,13 +274,13 @@ def request(case: Case, inputs: Inputs) -> bytes:
                 (rows if saves_cells else batch) * hidden,
                 accumulator,
             )
-        if SAVED[cell] and (case.training or case.backward):
-            blanks[f"saved{d}"] = (rows * SAVED[cell] * hidden, case.dtype)
+        if case.saved and (case.training or case.backward):
+            blanks[f"saved{d}"] = (rows * case.saved * hidden, case.dtype)
         if case.backward:
             put(f"dh_n{d}", inputs.dh_n[d])
-            blanks[f"dgates{d}"] = (rows * GRAD_GATES[cell] * hidden, case.dtype)
+            blanks[f"dgates{d}"] = (rows * case.grad_gates * hidden, case.dtype)
             blanks[f"dh_0{d}"] = (batch * hidden, case.dtype)
-            if cell == "gru":
+            if cell == "gru" or case.variant:
                 blanks[f"dh_carry{d}"] = (batch * hidden, accumulator)
             if has_cell:
                 put(f"dc_n{d}", inputs.dc_n[d])
@@ -311,13 +361,12 @@ def errors(
     result = {}
     for name, target in want.items():
         if name.startswith("dbias_hh"):  # the hidden side of the gate gradients, summed over rows
-            slots = [0, 1, 3] if case.cell == "gru" else list(range(gates))
-            every = tensor(f"dgates{name[-1]}", GRAD_GATES[case.cell] * hidden).reshape(
-                -1, GRAD_GATES[case.cell], hidden
-            )
+            first = NORM_GRAD_GATE if case.layer_norm else 0
+            slots = [0, 1, 3] if case.cell == "gru" else list(range(first, first + gates))
+            every = tensor(f"dgates{name[-1]}", case.grad_gates * hidden).reshape(-1, case.grad_gates, hidden)
             got = every[:, slots].sum(0).flatten()
         elif name.startswith("dgates"):
-            rows = tensor(name, GRAD_GATES[case.cell] * hidden)[:, : gates * hidden]
+            rows = tensor(name, case.grad_gates * hidden)[:, : gates * hidden]
             got = _from_rows(case, inputs.active, rows)
         elif name == "output":
             got = _from_rows(case, inputs.active, tensor(name, len(case.directions) * hidden))

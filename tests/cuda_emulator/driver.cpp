@@ -101,6 +101,7 @@ Args layer_of(const Request& request) {
   args.dtype = static_cast<RnnExtDtype>(request.number("dtype"));
   args.sequence = sequence_of(request);
   args.directions = static_cast<int32_t>(request.number("directions"));
+  args.variant = static_cast<RnnExtVariant>(request.number("variant"));
   return args;
 }
 
@@ -110,6 +111,30 @@ int64_t gates_of(RnnExtCell cell) { return cell == RNN_EXT_LSTM ? 4 : cell == RN
 template <class T>
 T* share(T* rows, const char* direction, int64_t width) {
   return rows ? rows + (direction[0] - '0') * width : nullptr;
+}
+
+template <class T>
+RnnExtMasks masks_of(const Request& request, const std::string& suffix) {
+  using A = AccumulatorOf<T>;
+  const int64_t hidden = request.number("hidden"), stride = request.number("output_stride");
+  RnnExtMasks masks{};
+  masks.hidden = request.array("hidden_mask" + suffix);
+  masks.zoneout_h = share(request.array<A>("zoneout_h"), suffix.c_str(), hidden);
+  masks.zoneout_c = share(request.array<A>("zoneout_c"), suffix.c_str(), hidden);
+  masks.zoneout_h_stride = masks.zoneout_c_stride = stride;
+  return masks;
+}
+
+RnnExtNorm norm_of(const Request& request, const std::string& suffix) {
+  RnnExtNorm norm{};
+  norm.weight_ih = request.array("weight_norm_ih" + suffix);
+  norm.weight_hh = request.array("weight_norm_hh" + suffix);
+  norm.weight_c = request.array("weight_norm_c" + suffix);
+  norm.bias_c = request.array("bias_norm_c" + suffix);
+  norm.bias_hh = request.array("bias_hh" + suffix);
+  norm.statistics = request.array("statistics" + suffix);
+  norm.scratch = request.array("scratch" + suffix);
+  return norm;
 }
 
 template <class T>
@@ -133,6 +158,9 @@ RnnExtForward forward_of(const Request& request) {
     d.saved = request.array("saved" + suffix);
     d.cells = request.array("cells" + suffix);
     d.cell_state = request.array("cell_state" + suffix);
+    d.masks = masks_of<T>(request, suffix);
+    d.h_masked = request.array("h_masked" + suffix);
+    d.norm = norm_of(request, suffix);
   }
   return args;
 }
@@ -164,6 +192,8 @@ RnnExtBackward backward_of(const Request& request) {
     d.dc_carry = request.array("dc_carry" + suffix);
     d.dh_0 = request.array("dh_0" + suffix);
     d.dc_0 = request.array("dc_0" + suffix);
+    d.masks = masks_of<T>(request, suffix);
+    d.norm = norm_of(request, suffix);
   }
   return args;
 }
@@ -175,7 +205,8 @@ void forward_product(const RnnExtForward& args, const RnnExtForwardDirection& d,
   const RowRules rules = row_rules(args.sequence);
   const int64_t hidden = args.sequence.hidden, columns = gates_of(args.cell) * hidden;
   for (int64_t n = 0; n < args.sequence.batch; ++n) {
-    const T* h = rules.exists(before, n)
+    const T* h = d.h_masked ? static_cast<const T*>(d.h_masked) + n * hidden
+                 : rules.exists(before, n)
                      ? static_cast<const T*>(d.output) + before.row(n, rules.batch_stride) * d.output_stride
                  : d.h_0 ? static_cast<const T*>(d.h_0) + n * hidden
                          : nullptr;
@@ -199,7 +230,9 @@ void backward_product(const RnnExtBackward& args, const RnnExtBackwardDirection&
     for (int64_t j = 0; j < hidden; ++j) {
       AccumulatorOf<T> sum = 0;
       for (int64_t g = 0; g < gates; ++g) {
-        const int64_t slot = args.cell == RNN_EXT_GRU && g == 2 ? 3 : g;
+        const int64_t slot = args.variant == RNN_EXT_LAYER_NORM   ? rnn_ext::cells::LayerNormLstm::hh_slot(g)
+                             : args.cell == RNN_EXT_GRU && g == 2 ? 3
+                                                                  : g;
         for (int64_t k = 0; k < hidden; ++k) {
           sum += widen(dgates[slot * hidden + k]) *
                  widen(static_cast<const T*>(d.weight_hh)[(g * hidden + k) * hidden + j]);

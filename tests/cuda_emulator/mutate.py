@@ -27,6 +27,7 @@ from tests.cuda_emulator.case import Case, KernelReportError, errors, failures
 SOURCES = {
     "sequence.h": ("cuda/step_float32.cu", "driver.cpp"),
     "step_kernels.h": ("cuda/step_float32.cu",),
+    "variant_kernels.h": ("cuda/variant_float32.cu",),
     "persistent_kernels.h": ("cuda/persistent_float32.cu",),
     "tensor_kernels.h": ("cuda/tensor_bfloat16.cu",),
 }
@@ -60,7 +61,7 @@ EXPLAINED = {
     "step_kernels.h: k0 + kChunk < hidden": "saves work: a chunk of zeros, never read",
     "step_kernels.h: row0 >= d.now.rows": "saves work: every row is checked again",
     "step_kernels.h: row0 >= rows": "saves work: every row is checked again",
-    "step_kernels.h: n >= backward_rows(d)": "saves work: backward_unit writes nothing for such a row",
+    "variant_kernels.h: n >= backward_rows(d)": "saves work: gradients_arrive writes nothing for such a row",
 }
 
 
@@ -100,6 +101,9 @@ def cases(mutant: Mutant) -> list[Case]:
     packed = replace(
         base, cell="lstm", packed=True, length=5, batch=10, lengths=(5, 5, 4, 3, 2, 1, 1, 1, 1, 1), resets=0.3
     )
+    if mutant.file == "variant_kernels.h":  # rows of two warps
+        options = {"kernel": "pointwise", "layer_norm": True, "hidden": 40, "zoneout": 0.3, "recurrent_dropout": 0.4}
+        return [replace(packed, **options), replace(ragged, **options)]
     fused = [packed, ragged, base, replace(base, hidden=32, batch=2)]
     if kernel != "step":
         return fused

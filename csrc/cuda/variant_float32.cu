@@ -1,0 +1,6 @@
+// The variants of the `step` kernels that store float32.
+#include "cuda/variant_launch.h"
+
+namespace rnn_ext::cuda {
+RNN_EXT_INSTANTIATE_VARIANT(float)
+}  // namespace rnn_ext::cuda
