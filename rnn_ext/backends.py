@@ -118,7 +118,10 @@ def _cuda_kernel(module: nn.Module, cell: str, input: Tensor | PackedSequence) -
         else:
             batch = 1 if input.dim() == 2 else input.shape[0 if module.batch_first else 1]
     shared_bytes = torch.cuda.get_device_properties(data.device).shared_memory_per_block_optin
-    return ops.cuda_kernel(cell, data.dtype, batch, module.hidden_size, shared_bytes=shared_bytes, **options)
+    options["shared_bytes"] = shared_bytes
+    kernel, why = ops.cuda_kernel(cell, data.dtype, batch, module.hidden_size, **options)
+    after, why_after = ops.cuda_kernel(cell, data.dtype, batch, module.hidden_size, backward=True, **options)
+    return kernel, why if after == kernel else f"{why}; backward by {after}: {why_after}"
 
 
 def set_backend(model: ModuleT, backend: str) -> ModuleT:

@@ -27,6 +27,8 @@ pytestmark = [
 with_cuda = pytest.mark.skipif(not ops.with_cuda(), reason="the library has been built without CUDA kernels")
 
 KERNELS = ("step", "pointwise", "persistent")
+ALL_KERNELS = (*KERNELS, "tensor")
+DTYPE = {"persistent": torch.float32, "tensor": torch.float16}  # of kernels that have no float64
 LAYERS = {"rnn_tanh": rnn_ext.RNN, "gru": rnn_ext.GRU, "lstm": rnn_ext.LSTM}
 # A GEMM's result is rounded to the storage type before the cell takes it up: one rounding more than on the CPU.
 VALUES = {**util.VALUE_TOLERANCE, torch.bfloat16: 3e-2}
@@ -35,7 +37,7 @@ GRADIENTS = {**util.GRAD_TOLERANCE, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 def agree(case: Case, kernel: str | None, dtype: torch.dtype | None = None, **options) -> None:
     """Values and gradients are the reference's in float64 on the same numbers."""
-    dtype = dtype or (torch.float32 if kernel == "persistent" else torch.float64)  # persistent has no float64
+    dtype = dtype or DTYPE.get(kernel, torch.float64)
     problem = util.build(case, dtype)
     expected, expected_grads = util.gradients(util.oracle, problem.to(torch.float64), **options)
     with emulated(kernel):
@@ -72,7 +74,7 @@ def test_matrix(cell, kernel):
 def test_packed_resets(cell, kernel):
     """Which modules do not offer, but the op does: one reset for each row of the packed input."""
     for proj in (0, 3) if cell == "lstm" and kernel == "pointwise" else (0,):
-        dtype = torch.float32 if kernel == "persistent" else torch.float64
+        dtype = DTYPE.get(kernel, torch.float64)
         problem = util.build(Case(cell, "packed", True, proj=proj, size=(6, 5, 2, 5)), dtype)
         generator = torch.Generator().manual_seed(1)
         problem.resets = torch.rand(problem.input.shape[0], generator=generator) < 0.4
@@ -85,7 +87,7 @@ def test_packed_resets(cell, kernel):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kernel", [*KERNELS, "tensor"])
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_dtypes(cell, kernel, dtype):
     if kernel == "tensor" and dtype == torch.float32:
@@ -108,19 +110,38 @@ def test_sizes(cell, kernel, size):
 
 
 @pytest.mark.parametrize("proj", [0, 3])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_each_cotangent_alone(cell, layout, kernel, proj):
     if proj and (cell != "lstm" or kernel != "pointwise"):
         return
     case = Case(cell, layout, True, proj=proj, lengths=layout == "dense", resets=layout == "dense", size=(4, 3, 2, 5))
-    dtype = torch.float32 if kernel == "persistent" else torch.float64
+    dtype = DTYPE.get(kernel, torch.float64)
     results = util.oracle(util.build(case, dtype))
     for name, cotangent in util.cotangents(results).items():
-        agree(
-            case, kernel, grad_of={name: cotangent.to(torch.float64 if dtype == torch.float64 else dtype)}, unused=True
-        )
+        agree(case, kernel, grad_of={name: cotangent.to(dtype)}, unused=True)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_any_backward_follows_any_forward(cell):
+    """What is kept is laid out the same: after each forward, every backward gives the gradients of `step`."""
+    for layout in ("dense", "packed"):
+        problem = util.build(Case(cell, layout, True, size=(4, 3, 2, 17)), torch.float16).requiring()
+        leaves = list(problem.leaves().values())
+        for forward in ALL_KERNELS:
+            with emulated(forward):
+                results = util.run(problem)
+            cotangents = util.cotangents(results)
+            grads = {}
+            for backward in ALL_KERNELS:
+                with emulated(backward):
+                    grads[backward] = torch.autograd.grad(
+                        list(results.values()), leaves, list(cotangents.values()), retain_graph=True
+                    )
+            for backward in ALL_KERNELS[1:]:
+                for actual, expected in zip(grads[backward], grads["step"], strict=True):
+                    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -135,7 +156,7 @@ def test_each_gradient_alone(cell):
 
 
 @pytest.mark.parametrize("proj", [0, 3])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_padding_is_not_looked_at(cell, kernel, proj):
     """NaN there, in the input and in what flows back, reaches no value and no gradient."""
@@ -143,7 +164,7 @@ def test_padding_is_not_looked_at(cell, kernel, proj):
         return
     for layout in ("dense", "batch_first"):
         case = Case(cell, layout, True, proj=proj, lengths=True, size=(5, 4, 3, 6))
-        problem = util.build(case, torch.float32)
+        problem = util.build(case, DTYPE.get(kernel, torch.float32))
         padding = torch.arange(5).unsqueeze(1) >= problem.lengths
         padding = padding.t() if layout == "batch_first" else padding
         with emulated(kernel):
@@ -160,12 +181,12 @@ def test_padding_is_not_looked_at(cell, kernel, proj):
         util.same_bits(grads, expected_grads)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_inference(cell, kernel):
     """Without gradients nothing is kept; values are the same bits. Cell states can be had all the same."""
     for case in (Case(cell, bidirectional=True, size=(4, 3, 2, 9)), Case(cell, "packed", size=(4, 3, 2, 9))):
-        problem = util.build(case, torch.float32)
+        problem = util.build(case, DTYPE.get(kernel, torch.float32))
         with emulated(kernel):
             trained, _ = util.gradients(util.run, problem)
             for cell_states in (False, case.has_cell_state):
@@ -214,9 +235,10 @@ def test_memory_of_any_shape(kernel):
     assert torch.equal(*results) and torch.equal(*grads)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
 def test_same_bits_every_time(kernel):
-    problem = util.build(Case("lstm", bidirectional=True, lengths=True, size=(5, 4, 3, 17)), torch.float32)
+    dtype = DTYPE.get(kernel, torch.float32)
+    problem = util.build(Case("lstm", bidirectional=True, lengths=True, size=(5, 4, 3, 17)), dtype)
     with emulated(kernel):
         first, grads = util.gradients(util.run, problem)
         for _ in range(3):

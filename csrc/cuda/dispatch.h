@@ -37,8 +37,7 @@ inline bool persistent_fits(const Question& q) {
 }
 
 inline bool tensor_fits(const Question& q) {
-  return !q.backward && (q.dtype == RNN_EXT_BFLOAT16 || q.dtype == RNN_EXT_FLOAT16) &&
-         q.hidden <= max_tensor_hidden(q.cell);
+  return (q.dtype == RNN_EXT_BFLOAT16 || q.dtype == RNN_EXT_FLOAT16) && q.hidden <= kMaxTensorHidden;
 }
 
 struct DispatchRow {

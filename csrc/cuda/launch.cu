@@ -107,6 +107,17 @@ int check_persistent(const Args& args, RnnExtError* error) {
   return 0;
 }
 
+template <class Args>
+int check_tensor(const Args& args, RnnExtError* error) {
+  if (check_persistent(args, error)) return 1;
+  if (args.dtype == RNN_EXT_FLOAT32) return refuse(error, "tensor kernels take bfloat16 and float16 only");
+  if (args.sequence.hidden > kMaxTensorHidden) {
+    return refuse(error, "tensor kernels end at hidden size %lld, got %lld", number(kMaxTensorHidden),
+                  number(args.sequence.hidden));
+  }
+  return 0;
+}
+
 }  // namespace
 
 #define RNN_EXT_FOR_DTYPE(function)                                          \
@@ -190,15 +201,17 @@ extern "C" int rnn_ext_cuda_persistent_backward(const RnnExtBackward* args, void
 }
 
 extern "C" int rnn_ext_cuda_tensor_forward(const RnnExtForward* args, void* stream, RnnExtError* error) {
-  if (check_persistent(*args, error)) return 1;
-  if (const int64_t most = max_tensor_hidden(args->cell); args->sequence.hidden > most) {
-    return refuse(error, "tensor kernels of this cell end at hidden size %lld, got %lld", number(most),
-                  number(args->sequence.hidden));
-  }
+  if (check_tensor(*args, error)) return 1;
   const auto queue = static_cast<cudaStream_t>(stream);
-  if (args->dtype == RNN_EXT_BFLOAT16) return tensor_forward<bfloat16>(*args, queue, error);
-  if (args->dtype == RNN_EXT_FLOAT16) return tensor_forward<float16>(*args, queue, error);
-  return refuse(error, "tensor kernels take bfloat16 and float16 only");
+  return args->dtype == RNN_EXT_BFLOAT16 ? tensor_forward<bfloat16>(*args, queue, error)
+                                         : tensor_forward<float16>(*args, queue, error);
+}
+
+extern "C" int rnn_ext_cuda_tensor_backward(const RnnExtBackward* args, void* stream, RnnExtError* error) {
+  if (check_tensor(*args, error)) return 1;
+  const auto queue = static_cast<cudaStream_t>(stream);
+  return args->dtype == RNN_EXT_BFLOAT16 ? tensor_backward<bfloat16>(*args, queue, error)
+                                         : tensor_backward<float16>(*args, queue, error);
 }
 
 extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,

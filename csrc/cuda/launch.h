@@ -119,9 +119,10 @@ int rnn_ext_cuda_step_backward(const RnnExtBackward* args, int64_t first_step, i
 // used. Packed data needs batch_sizes, row_offsets and lengths.
 int rnn_ext_cuda_persistent_forward(const RnnExtForward* args, void* stream, RnnExtError* error);
 int rnn_ext_cuda_persistent_backward(const RnnExtBackward* args, void* stream, RnnExtError* error);
-// `tensor`: forward as `persistent`, on tensor cores; bfloat16 and float16, hidden size up to 128 (lstm: 96). The
-// backward of `persistent` or `step` goes with it.
+// `tensor`: as `persistent`, on tensor cores; bfloat16 and float16, hidden size up to 128. Any kernel's backward can
+// follow any kernel's forward.
 int rnn_ext_cuda_tensor_forward(const RnnExtForward* args, void* stream, RnnExtError* error);
+int rnn_ext_cuda_tensor_backward(const RnnExtBackward* args, void* stream, RnnExtError* error);
 // 1 if the kernel can run this on a device whose blocks have so much shared memory, else 0.
 int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
                                  int64_t shared_bytes);

@@ -168,9 +168,7 @@ class Call {
   RnnExtCell cell_number() const { return static_cast<RnnExtCell>(shape.cell.kind); }
   RnnExtKernel choose(bool backward) const {
     if (projected) return RNN_EXT_KERNEL_POINTWISE;
-    const int forced = forced_kernel;
-    const bool impossible = backward && forced == RNN_EXT_KERNEL_TENSOR;
-    if (forced != kByTable && !impossible) return static_cast<RnnExtKernel>(forced);
+    if (const int forced = forced_kernel; forced != kByTable) return static_cast<RnnExtKernel>(forced);
     return rnn_ext_cuda_choose(cell_number(), dtype, batch, hidden, static_cast<int32_t>(directions), 0, backward, 0)
         .kernel;
   }
@@ -575,7 +573,7 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
 
   const Kept kept(call, saved.contiguous());
   const RnnExtKernel kernel = call.choose(true);
-  if (kernel == RNN_EXT_KERNEL_PERSISTENT) call.prepare_persistent();
+  if (kernel == RNN_EXT_KERNEL_PERSISTENT || kernel == RNN_EXT_KERNEL_TENSOR) call.prepare_persistent();
   auto args = call.arguments<RnnExtBackward>();
   const at::Tensor y = output.contiguous().view({R, D * P});
   const at::Tensor dy = doutput.defined() ? doutput.view({R, D * P}) : doutput;
@@ -632,7 +630,8 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
       check_launch(rnn_ext_cuda_persistent_backward(&args, call.stream, &error), error);
       break;
     case RNN_EXT_KERNEL_TENSOR:
-      TORCH_INTERNAL_ASSERT(false, "tensor kernels are forward only");
+      check_launch(rnn_ext_cuda_tensor_backward(&args, call.stream, &error), error);
+      break;
   }
 
   at::Tensor dx = none, x;
