@@ -93,7 +93,7 @@ RNN_EXT_DEVICE void settle(uint32_t (&fragments)[kCount][4], uint4* staging) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
     staging[i * threads + thread] = {fragments[i][0], fragments[i][1], fragments[i][2], fragments[i][3]};
-  __syncwarp();
+  __syncwarp(kWholeWarp);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const uint4 words = staging[i * threads + thread];

@@ -61,7 +61,7 @@ EXPLAINED = {
     "step_kernels.h: row0 >= d.now.rows": "saves work: every row is checked again",
     "step_kernels.h: row0 >= rows": "saves work: every row is checked again",
     "step_kernels.h: n >= backward_rows(d)": "saves work: backward_unit writes nothing for such a row",
-    "tensor_kernels.h: __syncwarp();": "orders nothing: a thread reads what it wrote; spares registers",
+    "tensor_kernels.h: __syncwarp(kWholeWarp);": "orders nothing: a thread reads what it wrote; spares registers",
 }
 
 
