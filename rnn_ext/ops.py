@@ -105,7 +105,8 @@ def cuda_kernel(
     shared_bytes: int,
 ) -> tuple[str, str]:
     """The CUDA kernel that the dispatch table (csrc/cuda/dispatch.h) has for a layer, "step", "pointwise",
-    "persistent" or "tensor", and the reason. `shared_bytes`: the most shared memory a block of the device can have."""
+    "persistent" or "tensor", and the reason, under torch's present settings for TF32. `shared_bytes`: the most shared
+    memory a block of the device can have."""
     from rnn_ext import _C
 
     kind, number = _CELL_KINDS.index(cell), _CUDA_DTYPES.index(dtype)

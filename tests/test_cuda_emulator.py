@@ -78,21 +78,25 @@ def test_persistent_layouts(cell: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("batch, hidden", [(1, 1), (3, 7), (9, 33), (17, 65), (2, 97)])  # of each compiled size one
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_tensor_sizes(cell: str, dtype: torch.dtype, batch: int, hidden: int) -> None:
+    if dtype == torch.float32:
+        hidden = min(hidden, {"lstm": 64, "gru": 96}.get(cell, 128))
     check(Case(cell, kernel="tensor", dtype=dtype, batch=batch, hidden=hidden, length=3, backward=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_tensor_layouts(cell: str, layout: str) -> None:
-    check(replace(LAYOUTS[layout], cell=cell, kernel="tensor", dtype=torch.bfloat16, backward=True))
+def test_tensor_layouts(cell: str, dtype: torch.dtype, layout: str) -> None:
+    check(replace(LAYOUTS[layout], cell=cell, kernel="tensor", dtype=dtype, backward=True))
 
 
-def test_tensor_products_are_exact() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_tensor_products_are_exact(dtype: torch.dtype) -> None:
     """h W^T and dgates W of small integers have no rounding: a wrong fragment is off by far more than a tolerance."""
-    case = Case("rnn_relu", "tensor", torch.float16, length=1, batch=8, hidden=128, bias=False, backward=True)
+    case = Case("rnn_relu", "tensor", dtype, length=1, batch=8, hidden=128, bias=False, backward=True)
     inputs = make_inputs(case)
     inputs.weight_hh[0] = (torch.arange(128 * 128).reshape(128, 128) * 7 % 5 - 1).double()
     inputs.h_0[0] = (torch.arange(8 * 128).reshape(8, 128) * 3 % 7 - 2).double()
@@ -107,9 +111,34 @@ def test_tensor_products_are_exact() -> None:
     assert want_grad.abs().max() > 100 and torch.equal(dh_0.reshape(8, 128), want_grad)
 
 
+def test_tensor_rounds_float32_to_tf32() -> None:
+    """Factors, the weight and the other, to nearest with ties away from zero; what is stored is not rounded."""
+    case = Case("rnn_relu", "tensor", length=2, batch=1, hidden=17, bias=False, backward=True)
+    inputs = make_inputs(case)
+    values = (torch.arange(17) - 8) * 0.2
+    values[:3] = torch.tensor([1 + 2**-11, 1 - 2**-12, -1 - 2**-11])  # ties
+    rounded = ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
+    assert rounded[:3].tolist() == [1 + 2**-10, 1, -1 - 2**-10] and (rounded != values)[3:].any()
+    inputs.weight_hh[0] = torch.diag(values).double()
+    inputs.h_0[0] = values.reshape(1, 17).double()
+    inputs.dh_n[0] = values.reshape(1, 17).double()
+    inputs.igates[0], inputs.igates[1] = 2, 100  # every unit active
+    inputs.doutput.zero_()
+    raw = run_program(build.driver(), "plain", request(case, inputs))
+    output, dgates, h_n = (
+        torch.frombuffer(bytearray(raw[name]), dtype=torch.float32).reshape(-1, 17)
+        for name in ("output", "dgates0", "h_n0")
+    )
+    assert torch.equal(output[0], (rounded * rounded + 2).float())
+    assert torch.equal(dgates[1], values) and torch.equal(h_n, output[1:])
+    assert torch.equal(dgates[0], (rounded * rounded).float())
+
+
 def test_tensor_refuses_what_it_cannot_take() -> None:
-    with pytest.raises(KernelReportError, match="bfloat16 and float16 only"):
-        errors(Case("gru", kernel="tensor", hidden=8, length=1, batch=1))
+    with pytest.raises(KernelReportError, match="do not take float64"):
+        errors(Case("gru", kernel="tensor", dtype=torch.float64, hidden=8, length=1, batch=1))
+    with pytest.raises(KernelReportError, match="end at hidden size 64, got 65"):
+        errors(Case("lstm", kernel="tensor", hidden=65, length=1, batch=1))
     with pytest.raises(KernelReportError, match="end at hidden size 128, got 129"):
         errors(Case("lstm", kernel="tensor", dtype=torch.bfloat16, hidden=129, length=1, batch=1))
     check(Case("gru", kernel="tensor", dtype=torch.bfloat16, hidden=128, length=1, batch=1))
@@ -144,7 +173,7 @@ def test_schedules(cell: str, kernel: str, schedule: int) -> None:
 def test_sanitizers(cell: str, kernel: str, flavour: str) -> None:
     packed = replace(LAYOUTS["packed_resets"], cell=cell, kernel=kernel, hidden=33, backward=True)
     if kernel == "tensor":
-        packed = replace(packed, dtype=torch.float16)
+        packed = replace(packed, dtype=torch.float16 if cell == "lstm" else torch.float32)
     dense = replace(packed, dtype=torch.bfloat16, packed=False, lengths=None, length=3, batch=9, hidden=17, resets=0)
     for case in (packed, dense):
         check(case, flavour, schedule=1)
@@ -278,15 +307,26 @@ DISPATCH = [
     ("gru", torch.float16, 33, 255, 1, False, False, H100, "step"),
     ("lstm", torch.float32, 1, 16, 1, True, False, H100, "pointwise"),
 ]
+DISPATCH_TF32 = [
+    ("lstm", torch.float32, 4160, 64, 1, False, False, A100, "tensor"),
+    ("lstm", torch.float32, 1, 64, 1, False, True, A100, "tensor"),
+    ("lstm", torch.float32, 4161, 64, 1, False, False, A100, "step"),
+    ("lstm", torch.float32, 1, 65, 1, False, False, H100, "persistent"),
+    ("gru", torch.float32, 1, 96, 1, False, True, H100, "tensor"),
+    ("gru", torch.float32, 1, 97, 1, False, True, H100, "persistent"),
+    ("rnn_tanh", torch.float32, 1, 128, 2, False, False, H100, "tensor"),
+    ("lstm", torch.float64, 1, 16, 1, False, False, H100, "step"),
+]
 
 
 def test_dispatch_boundaries() -> None:
     program = build.build([*build.kernel_sources(), build.HERE / "dispatch_table.cpp"])
     questions = "\n".join(
-        f"{CELLS.index(cell)} {DTYPES.index(dtype)} " + " ".join(str(int(number)) for number in rest)
-        for cell, dtype, *rest, _ in DISPATCH
+        f"{CELLS.index(cell)} {DTYPES.index(dtype)} " + " ".join(str(int(number)) for number in [*rest, tf32])
+        for tf32, table in ((False, DISPATCH), (True, DISPATCH_TF32))
+        for cell, dtype, *rest, _ in table
     )
     result = subprocess.run([str(program)], input=questions, capture_output=True, text=True, check=True)
     answers = result.stdout.splitlines()
-    assert [answer.split(":")[0] for answer in answers] == [row[-1] for row in DISPATCH]
+    assert [answer.split(":")[0] for answer in answers] == [row[-1] for row in DISPATCH + DISPATCH_TF32]
     assert all(len(answer.split(": ", 1)[1]) > 20 for answer in answers), "every choice says why"

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pack_sequence
 import rnn_ext
 from rnn_ext import backends, ops
 from tests import util
+from tests.cuda_emulator.case import TF32_TOLERANCE
 from tests.cuda_emulator.torch_layer import emulated
 from tests.util import CELLS, Case
 
@@ -43,11 +44,12 @@ def agree(case: Case, kernel: str | None, dtype: torch.dtype | None = None, **op
     with emulated(kernel):
         actual, grads = util.gradients(util.run, problem, **options)
     assert all(t.dtype == dtype for t in (*actual.values(), *grads.values()))
-    util.check(actual, expected, VALUES[dtype], 1.0, "value of")
+    tf32 = kernel == "tensor" and dtype == torch.float32
+    util.check(actual, expected, TF32_TOLERANCE if tf32 else VALUES[dtype], 1.0, "value of")
     if case.cell == "rnn_relu" and dtype.itemsize == 2:
         return  # a rounding takes some unit across the kink, and its gradient with it
     floor = 1e-3 * util.largest(expected_grads.values())
-    util.check(grads, expected_grads, GRADIENTS[dtype], floor, "gradient of")
+    util.check(grads, expected_grads, 4 * TF32_TOLERANCE if tf32 else GRADIENTS[dtype], floor, "gradient of")
 
 
 def small(case: Case) -> Case:
@@ -90,10 +92,30 @@ def test_packed_resets(cell, kernel):
 @pytest.mark.parametrize("kernel", ALL_KERNELS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_dtypes(cell, kernel, dtype):
-    if kernel == "tensor" and dtype == torch.float32:
-        return
     agree(Case(cell, bidirectional=True, lengths=True, resets=True, size=(5, 4, 7, 33)), kernel, dtype)
     agree(Case(cell, "packed", bidirectional=True, size=(5, 9, 3, 7)), kernel, dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_tf32_where_torch_allows_it(cell, monkeypatch):
+    """Strict float32 otherwise, by the same call; either of torch's two ways to allow it counts."""
+    problem = util.build(Case(cell, size=(5, 3, 7, 33)), torch.float32)
+
+    def run(kernel=None):
+        with emulated(kernel):
+            return torch.cat([t.flatten() for results in util.gradients(util.run, problem) for t in results.values()])
+
+    strict, rounded = run("persistent"), run("tensor")
+    assert torch.equal(run(), strict) and not torch.equal(strict, rounded)
+    settings = [
+        (torch.backends.cuda.matmul, "allow_tf32", True),
+        (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    ]
+    for setting in settings:
+        with monkeypatch.context() as patch:
+            patch.setattr(*setting)
+            assert torch.equal(run(), rounded), setting
+    assert torch.equal(run(), strict)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -385,8 +407,8 @@ def test_a_kernel_that_cannot_run_says_why():
     double = util.build(Case("gru", size=(2, 1, 2, 3)))
     with emulated("persistent"), pytest.raises(RuntimeError, match="do not take float64"):
         util.run(double)
-    with emulated("tensor"), pytest.raises(RuntimeError, match="bfloat16 and float16 only"):
-        util.run(util.build(Case("gru", size=(2, 1, 2, 3)), torch.float32))
+    with emulated("tensor"), pytest.raises(RuntimeError, match="end at hidden size 96, got 129"):
+        util.run(problem)
     with emulated():  # nothing is left behind
         util.check_values(util.run(problem), util.oracle(problem.to(torch.float64)), torch.float32)
 
@@ -505,6 +527,12 @@ def test_fake_kernel_keeps_as_much_as_the_real_one(cell, proj, dtype):
 def test_choices_are_those_of_the_table():
     assert ops.cuda_kernel("lstm", torch.float32, 8, 64, shared_bytes=227 * 1024)[0] == "persistent"
     assert ops.cuda_kernel("gru", torch.float32, 8, 300, shared_bytes=227 * 1024)[0] == "step"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        kernel, reason = ops.cuda_kernel("lstm", torch.float32, 8, 64, shared_bytes=227 * 1024)
+        assert kernel == "tensor" and "TF32" in reason
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
     kernel, reason = ops.cuda_kernel("gru", torch.float16, 64, 512, bidirectional=True, shared_bytes=227 * 1024)
     assert kernel == "pointwise" and "GEMM" in reason
     assert ops.cuda_kernel("lstm", torch.float32, 8, 64, projected=True, shared_bytes=227 * 1024)[0] == "pointwise"

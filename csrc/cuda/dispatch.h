@@ -19,6 +19,7 @@ struct Question {
   bool projected;
   bool backward;
   int64_t shared_bytes;  // of a block on this device; stands for the architecture
+  bool allow_tf32;
 };
 
 // A block of `persistent` serves 4 rows. Four rounds of blocks on about 130 multiprocessors take 4 s G H^2 / 128 clocks
@@ -37,7 +38,7 @@ inline bool persistent_fits(const Question& q) {
 }
 
 inline bool tensor_fits(const Question& q) {
-  return (q.dtype == RNN_EXT_BFLOAT16 || q.dtype == RNN_EXT_FLOAT16) && q.hidden <= kMaxTensorHidden;
+  return q.hidden <= max_tensor_hidden(q.cell, q.dtype) && q.batch * q.directions <= kMaxTensorRows;
 }
 
 struct DispatchRow {
@@ -49,8 +50,10 @@ struct DispatchRow {
 inline constexpr DispatchRow kDispatchTable[] = {
     {[](const Question& q) { return q.projected; }, RNN_EXT_KERNEL_POINTWISE,
      "a projection is a product between two timesteps: both go to the library"},
-    {[](const Question& q) { return tensor_fits(q) && q.batch * q.directions <= kMaxTensorRows; },
-     RNN_EXT_KERNEL_TENSOR, "the recurrent weight fits one block's registers, as tensor cores take it: one launch"},
+    {[](const Question& q) { return q.dtype != RNN_EXT_FLOAT32 && tensor_fits(q); }, RNN_EXT_KERNEL_TENSOR,
+     "the recurrent weight fits one block's registers, as tensor cores take it: one launch"},
+    {[](const Question& q) { return q.dtype == RNN_EXT_FLOAT32 && q.allow_tf32 && tensor_fits(q); },
+     RNN_EXT_KERNEL_TENSOR, "torch allows TF32, and the recurrent weight fits one block's registers in it: one launch"},
     {[](const Question& q) { return persistent_fits(q) && q.batch * q.directions <= kMaxPersistentRows; },
      RNN_EXT_KERNEL_PERSISTENT, "the recurrent weight fits one block's shared memory: one launch for all timesteps"},
     {[](const Question& q) { return q.batch <= kMaxStepRows; }, RNN_EXT_KERNEL_STEP,

@@ -110,9 +110,8 @@ int check_persistent(const Args& args, RnnExtError* error) {
 template <class Args>
 int check_tensor(const Args& args, RnnExtError* error) {
   if (check_persistent(args, error)) return 1;
-  if (args.dtype == RNN_EXT_FLOAT32) return refuse(error, "tensor kernels take bfloat16 and float16 only");
-  if (args.sequence.hidden > kMaxTensorHidden) {
-    return refuse(error, "tensor kernels end at hidden size %lld, got %lld", number(kMaxTensorHidden),
+  if (const int64_t most = max_tensor_hidden(args.cell, args.dtype); args.sequence.hidden > most) {
+    return refuse(error, "tensor kernels of this cell and dtype end at hidden size %lld, got %lld", number(most),
                   number(args.sequence.hidden));
   }
   return 0;
@@ -202,16 +201,12 @@ extern "C" int rnn_ext_cuda_persistent_backward(const RnnExtBackward* args, void
 
 extern "C" int rnn_ext_cuda_tensor_forward(const RnnExtForward* args, void* stream, RnnExtError* error) {
   if (check_tensor(*args, error)) return 1;
-  const auto queue = static_cast<cudaStream_t>(stream);
-  return args->dtype == RNN_EXT_BFLOAT16 ? tensor_forward<bfloat16>(*args, queue, error)
-                                         : tensor_forward<float16>(*args, queue, error);
+  RNN_EXT_FOR_PERSISTENT_DTYPE(tensor_forward)
 }
 
 extern "C" int rnn_ext_cuda_tensor_backward(const RnnExtBackward* args, void* stream, RnnExtError* error) {
   if (check_tensor(*args, error)) return 1;
-  const auto queue = static_cast<cudaStream_t>(stream);
-  return args->dtype == RNN_EXT_BFLOAT16 ? tensor_backward<bfloat16>(*args, queue, error)
-                                         : tensor_backward<float16>(*args, queue, error);
+  RNN_EXT_FOR_PERSISTENT_DTYPE(tensor_backward)
 }
 
 extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
@@ -225,8 +220,9 @@ extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, 
 
 extern "C" RnnExtChoice rnn_ext_cuda_choose(RnnExtCell cell, RnnExtDtype dtype, int64_t batch, int64_t hidden,
                                             int32_t directions, int32_t projected, int32_t backward,
-                                            int64_t shared_bytes) {
+                                            int64_t shared_bytes, int32_t allow_tf32) {
   const int64_t available = shared_bytes > 0 ? shared_bytes : shared_bytes_per_block();
-  const DispatchRow& row = dispatch({cell, dtype, batch, hidden, directions, projected != 0, backward != 0, available});
+  const DispatchRow& row =
+      dispatch({cell, dtype, batch, hidden, directions, projected != 0, backward != 0, available, allow_tf32 != 0});
   return {row.kernel, row.reason};
 }

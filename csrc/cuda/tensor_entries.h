@@ -6,8 +6,12 @@
 
 namespace rnn_ext::cuda {
 
-// A 128-unit LSTM's weight is half of a multiprocessor's registers.
-inline constexpr int64_t kMaxTensorHidden = 128;
+// The largest weight takes half of a multiprocessor's registers.
+inline constexpr int64_t max_tensor_hidden(RnnExtCell cell, RnnExtDtype dtype) {
+  if (dtype == RNN_EXT_FLOAT64) return 0;
+  if (dtype != RNN_EXT_FLOAT32) return 128;
+  return cell == RNN_EXT_LSTM ? 64 : cell == RNN_EXT_GRU ? 96 : 128;
+}
 
 // Arguments have been checked; 0 or 1 as in launch.h.
 template <class T>

@@ -32,7 +32,13 @@
 namespace rnn_ext::cuda {
 
 inline constexpr int kTensorRows = 8;
-inline constexpr int kMmaDepth = 16, kMmaHalf = 8;
+inline constexpr int kTensorUnits = 16;  // hidden sizes are compiled for multiples of it
+inline constexpr int kMmaHalf = 8;       // rows of a product's result that lie between the two of a lane
+// Values in 16 bytes, which are a row of what ldmatrix loads; a product takes two of them of K.
+template <class T>
+inline constexpr int kSegment = 16 / static_cast<int>(sizeof(T));
+template <class T>
+inline constexpr int kMmaDepth = 2 * kSegment<T>;
 
 // Units of a lane in forward. An odd number of gates needs two; and fewer, larger warps leave more registers for the
 // weight.
@@ -41,7 +47,7 @@ inline constexpr int kLaneUnits = Cell::kGates % 2 == 0 && kDepth < 8 ? 1 : 2;
 template <class Cell, int kDepth>
 inline constexpr int kMmas = Cell::kGates * kLaneUnits<Cell, kDepth> / 2;
 template <class Cell, int kDepth>
-inline constexpr int kForwardThreads = 32 * kDepth * kMmaDepth / (kMmaHalf * kLaneUnits<Cell, kDepth>);
+inline constexpr int kForwardThreads = 32 * kDepth * kTensorUnits / (kMmaHalf * kLaneUnits<Cell, kDepth>);
 template <int kDepth>
 inline constexpr int kBackwardThreads = 32 * kDepth;
 
@@ -84,6 +90,26 @@ struct TensorLane {
   }
 };
 
+// What a product multiplies: 16-bit values as they are stored, float32 rounded to TF32.
+template <class T>
+RNN_EXT_DEVICE T factor(AccumulatorOf<T> value) {
+  if constexpr (sizeof(T) == 2) {
+    return narrow<T>(value);
+  } else {
+    return round_to_tf32(value);
+  }
+}
+// The factors k, k + 1, .. of 32 bits, from[0], from[stride], ..; zero from k = count on.
+template <class T>
+RNN_EXT_DEVICE uint32_t factors(const T* from, int stride, int k, int count) {
+  const T first = k < count ? from[0] : narrow<T>(0);
+  if constexpr (sizeof(T) == 2) {
+    return pack2(first, k + 1 < count ? from[stride] : narrow<T>(0));
+  } else {
+    return bits_of(round_to_tf32(first));
+  }
+}
+
 // One step of the weight's way into registers: fragments [kCount][4] of this thread pass through its own place in
 // shared memory [kCount, threads]. ptxas keeps two unpacked halves of each word, and all loads at once, in flight; what
 // has to be stored before a barrier is packed by then.
@@ -110,8 +136,8 @@ __global__ void __launch_bounds__(kForwardThreads<Cell, kDepth>, 1)
     tensor_forward_kernel(const __grid_constant__ PersistentLayer<ForwardPointers<T>> layer) {
   using A = AccumulatorOf<T>;
   constexpr int kGates = Cell::kGates, kSplit = Cell::kSplit, kUnits = kLaneUnits<Cell, kDepth>;
-  constexpr int kColumns = kDepth * kMmaDepth;
-  constexpr int kPitch = kColumns + kMmaHalf;  // the 8 rows that ldmatrix takes at once are then in different banks
+  constexpr int kColumns = kDepth * kTensorUnits, kProducts = kColumns / kMmaDepth<T>;
+  constexpr int kPitch = kColumns + kSegment<T>;  // the 8 rows that ldmatrix takes at once are then in different banks
   RNN_EXT_SHARED(T, h_buffers, 2 * kTensorRows * kPitch);
   RNN_EXT_SHARED(A, bias, kGates * kColumns);
   constexpr int kStaged = kMmas<Cell, kDepth> * kForwardThreads<Cell, kDepth>;
@@ -122,19 +148,17 @@ __global__ void __launch_bounds__(kForwardThreads<Cell, kDepth>, 1)
   const TensorLane at(layer, kMmaHalf * kUnits);
   const int hidden = at.hidden, steps = at.steps, thread = static_cast<int>(threadIdx.x), lane = thread % 32;
 
-  uint32_t weight[kDepth][kMmas<Cell, kDepth>][4];
+  uint32_t weight[kProducts][kMmas<Cell, kDepth>][4];
 #pragma unroll
-  for (int k = 0; k < kDepth; ++k) {
+  for (int k = 0; k < kProducts; ++k) {
 #pragma unroll
     for (int m = 0; m < kMmas<Cell, kDepth>; ++m) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int slot = 2 * m + (r & 1), unit = at.unit(slot / kGates);
-        const int column = k * kMmaDepth + 2 * (lane % 4) + kMmaHalf * (r >> 1);
-        const T* from = d.weight_hh + (slot % kGates * hidden + unit) * hidden + column;
-        const T low = unit < hidden && column < hidden ? from[0] : narrow<T>(A(0));
-        const T high = unit < hidden && column + 1 < hidden ? from[1] : narrow<T>(A(0));
-        weight[k][m][r] = pack2(low, high);
+        const int column = k * kMmaDepth<T> + lane % 4 * (kSegment<T> / 4) + kSegment<T> * (r >> 1);
+        const T* row = d.weight_hh + (slot % kGates * hidden + unit) * hidden;
+        weight[k][m][r] = factors(row + column, 1, column, unit < hidden ? hidden : 0);
       }
     }
     settle(weight[k], staging);
@@ -159,7 +183,7 @@ __global__ void __launch_bounds__(kForwardThreads<Cell, kDepth>, 1)
       }
     }
   };
-  // h in shared memory is rounded to T; a cell that carries h on directly has it whole besides.
+  // h in shared memory is rounded; a cell that carries h on directly has it whole besides.
   A h[kUnits][2], c[kUnits][2];
 #pragma unroll
   for (int j = 0; j < kUnits; ++j) {
@@ -168,7 +192,7 @@ __global__ void __launch_bounds__(kForwardThreads<Cell, kDepth>, 1)
       h[j][e] = at.mine(j, e) ? value_or_zero(d.h_0, at.state(j, e)) : A(0);
       c[j][e] = 0;
       if constexpr (Cell::kHasCell) c[j][e] = at.mine(j, e) ? value_or_zero(d.c_0, at.state(j, e)) : A(0);
-      h_buffers[(at.column + e) * kPitch + at.unit(j)] = narrow<T>(h[j][e]);
+      h_buffers[(at.column + e) * kPitch + at.unit(j)] = factor<T>(h[j][e]);
     }
   }
   fetch(0);
@@ -181,9 +205,9 @@ __global__ void __launch_bounds__(kForwardThreads<Cell, kDepth>, 1)
 
     A product[kMmas<Cell, kDepth>][4] = {};
 #pragma unroll
-    for (int k = 0; k < kDepth; k += 2) {
-      uint32_t fragments[4];  // two steps of 16 units
-      load_matrices(fragments, h_now + lane % 8 * kPitch + k * kMmaDepth + lane / 8 * kMmaHalf);
+    for (int k = 0; k < kProducts; k += 2) {
+      uint32_t fragments[4];  // of two products
+      load_matrices(fragments, h_now + lane % 8 * kPitch + k * kMmaDepth<T> + lane / 8 * kSegment<T>);
 #pragma unroll
       for (int m = 0; m < kMmas<Cell, kDepth>; ++m) {
         multiply_16x8<T>(product[m], weight[k][m], fragments[0], fragments[1]);
@@ -197,7 +221,7 @@ __global__ void __launch_bounds__(kForwardThreads<Cell, kDepth>, 1)
 #pragma unroll
       for (int j = 0; j < kUnits; ++j) {
         const int unit = at.unit(j), place = (at.column + e) * kPitch + unit;
-        T h_rounded = h_now[place];
+        T h_factor = h_now[place];
         if (at.mine(j, e) && at.exists(e, time)) {
           const int64_t row = at.row(layer, e, time);
           if (cut) h[j][e] = c[j][e] = A(0);
@@ -214,8 +238,8 @@ __global__ void __launch_bounds__(kForwardThreads<Cell, kDepth>, 1)
           A saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
           h[j][e] = Cell::template forward<ExactMath<A>>(gates, split, h[j][e], c[j][e], saved);
 
-          h_rounded = narrow<T>(h[j][e]);
-          d.output[row * d.output_stride + unit] = h_rounded;
+          h_factor = factor<T>(h[j][e]);
+          d.output[row * d.output_stride + unit] = narrow<T>(h[j][e]);
           if constexpr (Cell::kHasCell) {
             if (d.cells) d.cells[row * hidden + unit] = c[j][e];
           }
@@ -227,7 +251,7 @@ __global__ void __launch_bounds__(kForwardThreads<Cell, kDepth>, 1)
         } else if (at.mine(j, e) && !layer.row_offsets) {
           d.output[at.row(layer, e, time) * d.output_stride + unit] = narrow<T>(A(0));
         }
-        h_new[place] = h_rounded;
+        h_new[place] = h_factor;
       }
     }
     fetch(step + 1);  // travels over the barrier and the next product
@@ -237,8 +261,11 @@ __global__ void __launch_bounds__(kForwardThreads<Cell, kDepth>, 1)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       if (!at.mine(j, e)) continue;
-      // Its own: no barrier.
-      d.h_n[at.state(j, e)] = h_buffers[((steps & 1) * kTensorRows + at.column + e) * kPitch + at.unit(j)];
+      if constexpr (sizeof(T) == 2) {  // h from shared memory, which spares a register. Its own: no barrier.
+        d.h_n[at.state(j, e)] = h_buffers[((steps & 1) * kTensorRows + at.column + e) * kPitch + at.unit(j)];
+      } else {
+        d.h_n[at.state(j, e)] = h[j][e];
+      }
       if constexpr (Cell::kHasCell) d.c_n[at.state(j, e)] = narrow<T>(c[j][e]);
     }
   }
@@ -251,9 +278,9 @@ __global__ void __launch_bounds__(kBackwardThreads<kDepth>, 1)
     tensor_backward_kernel(const __grid_constant__ PersistentLayer<BackwardPointers<T>> layer) {
   using A = AccumulatorOf<T>;
   constexpr int kGates = Cell::kGates, kGradGates = Cell::kGradGates, kUnits = 2, kPlanes = kSavedPlanes<Cell>;
-  constexpr int kColumns = kDepth * kMmaDepth;
-  constexpr int kChains = kGates * kDepth >= 8 ? 4 : 2;         // sums that do not wait for each other
-  constexpr int kPitch = kGates * kColumns + kMmaHalf;          // as forward's
+  constexpr int kColumns = kDepth * kTensorUnits, kProducts = kColumns / kMmaDepth<T>;
+  constexpr int kChains = kGates * kProducts >= 8 ? 4 : 2;      // sums that do not wait for each other
+  constexpr int kPitch = kGates * kColumns + kSegment<T>;       // as forward's
   RNN_EXT_SHARED(T, dgates_buffers, 2 * kTensorRows * kPitch);  // [row][gate][unit], gate gradients of the hidden side
   RNN_EXT_SHARED(uint4, staging, kGates * kBackwardThreads<kDepth>);
 
@@ -262,18 +289,17 @@ __global__ void __launch_bounds__(kBackwardThreads<kDepth>, 1)
   const TensorLane at(layer, kMmaHalf * kUnits);
   const int hidden = at.hidden, steps = at.steps, lane = static_cast<int>(threadIdx.x) % 32;
 
-  uint32_t weight[kDepth][kGates][4];
+  uint32_t weight[kProducts][kGates][4];
 #pragma unroll
-  for (int k = 0; k < kDepth; ++k) {
+  for (int k = 0; k < kProducts; ++k) {
 #pragma unroll
     for (int g = 0; g < kGates; ++g) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const int unit = at.unit(r & 1), row = k * kMmaDepth + 2 * (lane % 4) + kMmaHalf * (r >> 1);
-        const T* from = d.weight_hh + (g * hidden + row) * hidden + unit;
-        const T low = unit < hidden && row < hidden ? from[0] : narrow<T>(A(0));
-        const T high = unit < hidden && row + 1 < hidden ? from[hidden] : narrow<T>(A(0));
-        weight[k][g][r] = pack2(low, high);
+        const int unit = at.unit(r & 1);
+        const int row = k * kMmaDepth<T> + lane % 4 * (kSegment<T> / 4) + kSegment<T> * (r >> 1);
+        const T* column = d.weight_hh + g * hidden * hidden + unit;
+        weight[k][g][r] = factors(column + row * hidden, hidden, row, unit < hidden ? hidden : 0);
       }
     }
     settle(weight[k], staging);
@@ -336,10 +362,11 @@ __global__ void __launch_bounds__(kBackwardThreads<kDepth>, 1)
 #pragma unroll
     for (int g = 0; g < kGates; ++g) {
 #pragma unroll
-      for (int k = 0; k < kDepth; k += 2) {
-        uint32_t fragments[4];  // two steps of 16 gates
-        load_matrices(fragments, dgates_now + lane % 8 * kPitch + g * kColumns + k * kMmaDepth + lane / 8 * kMmaHalf);
-        const int chain = (g * kDepth + k) % kChains;
+      for (int k = 0; k < kProducts; k += 2) {
+        uint32_t fragments[4];  // of two products
+        const T* of_gate = dgates_now + lane % 8 * kPitch + g * kColumns;
+        load_matrices(fragments, of_gate + k * kMmaDepth<T> + lane / 8 * kSegment<T>);
+        const int chain = (g * kProducts + k) % kChains;
         multiply_16x8<T>(part[chain], weight[k][g], fragments[0], fragments[1]);
         multiply_16x8<T>(part[chain + 1], weight[k + 1][g], fragments[2], fragments[3]);
       }
@@ -382,7 +409,7 @@ __global__ void __launch_bounds__(kBackwardThreads<kDepth>, 1)
         }
 #pragma unroll
         for (int g = 0; g < kGates; ++g)
-          dgates_new[(at.column + e) * kPitch + g * kColumns + unit] = narrow<T>(dgates[Cell::hh_slot(g)]);
+          dgates_new[(at.column + e) * kPitch + g * kColumns + unit] = factor<T>(dgates[Cell::hh_slot(g)]);
       }
       cut[e] = begins[e];
     }

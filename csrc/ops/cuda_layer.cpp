@@ -169,7 +169,8 @@ class Call {
   RnnExtKernel choose(bool backward) const {
     if (projected) return RNN_EXT_KERNEL_POINTWISE;
     if (const int forced = forced_kernel; forced != kByTable) return static_cast<RnnExtKernel>(forced);
-    return rnn_ext_cuda_choose(cell_number(), dtype, batch, hidden, static_cast<int32_t>(directions), 0, backward, 0)
+    return rnn_ext_cuda_choose(cell_number(), dtype, batch, hidden, static_cast<int32_t>(directions), 0, backward, 0,
+                               dtype == RNN_EXT_FLOAT32 && allows_tf32())
         .kernel;
   }
   template <class Args>
@@ -680,6 +681,12 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
 }
 
 }  // namespace
+
+bool allows_tf32() {
+  return !at::NoTF32Guard::should_disable_tf32() &&
+         at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+             at::Float32Precision::TF32;
+}
 
 const char* kernel_name(RnnExtKernel kernel) { return kKernelNames[kernel]; }
 

@@ -24,6 +24,10 @@ bool force_cuda_kernel(const std::string& name);
 
 const char* kernel_name(RnnExtKernel kernel);
 
+/// Whether torch's settings let its own GEMMs round float32 to TF32. (Context::allowTF32CuBLAS raises where only the
+/// newer of the two ways to set it was used.)
+bool allows_tf32();
+
 /// RuntimeError with the launcher's words where something failed.
 void check_launch(int failed, const RnnExtError& error);
 

@@ -61,7 +61,7 @@ std::optional<std::string> cuda_problem(int device) {
 std::pair<std::string, std::string> cuda_kernel(int cell, int dtype, int64_t batch, int64_t hidden, int directions,
                                                 bool projected, bool backward, int64_t shared_bytes) {
   const RnnExtChoice choice = rnn_ext_cuda_choose(RnnExtCell(cell), RnnExtDtype(dtype), batch, hidden, directions,
-                                                  projected, backward, shared_bytes);
+                                                  projected, backward, shared_bytes, rnn_ext::ops::allows_tf32());
   return {rnn_ext::ops::kernel_name(choice.kernel), choice.reason};
 }
 #else
