@@ -180,10 +180,12 @@ def test_sanitizers(cell: str, kernel: str, flavour: str) -> None:
 
 
 @pytest.mark.skipif("clang++" not in build.compilers(), reason="clang++ is not installed")
-@pytest.mark.parametrize("kernel", ["step", "persistent"])
+@pytest.mark.parametrize("kernel", ["step", "persistent", "tensor"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_clang(cell: str, kernel: str) -> None:
-    check(replace(LAYOUTS["packed_resets"], cell=cell, kernel=kernel, hidden=33, backward=True), compiler="clang++")
+    dtype = torch.bfloat16 if kernel == "tensor" else torch.float32
+    case = replace(LAYOUTS["packed_resets"], cell=cell, kernel=kernel, dtype=dtype, hidden=33, backward=True)
+    check(case, compiler="clang++")
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,5 @@
-// `tensor`: all timesteps in one launch, the recurrent product on tensor cores, for bfloat16 and float16 and hidden
-// sizes whose weight fits one block's registers.
+// `tensor`: all timesteps in one launch, the recurrent product on tensor cores, for hidden sizes whose weight fits one
+// block's registers. bfloat16 and float16 as they are stored; float32 is rounded to TF32 in the product alone.
 //
 // A block owns kTensorRows = 8 batch rows of one direction (blockIdx.y). Each step multiplies the weight by a [K, 8]
 // operand with mma.sync: the batch is the N of the product. The weight is the stationary operand: it is read from
@@ -16,13 +16,16 @@
 // The cell is then local to a lane, and its state (backward: dc and the part of dh that does not pass the weight)
 // stays in float32 registers.
 //
-// Cost of one timestep and block (G gates, Q gate gradients, S saved, H hidden, C = H up to what is compiled):
-//   16 G C^2 operations, in G C^2 / 256 products of 4096
-//   forward   shared memory: 16 C bytes of h for every warp (of 8 or 16 units)
-//             global: 8 H (2 (1 + G) + (2 S + 4) when saving), in segments of 16 bytes
-//   backward  shared memory: 16 G C bytes of gate gradients for every warp (of 16 units)
-//             global: 8 H (2 (Q + S + 3) + 8)
-//   (LSTM, H = 96: 144 products for the 4 tensor cores, where `persistent` reads 72 KB of weight from shared memory)
+// Cost of one timestep and block (s bytes of T, G gates, Q gate gradients, S saved, H hidden, C = H up to what is
+// compiled):
+//   16 G C^2 operations, in s G C^2 / 512 products of 8192 / s; the weight takes s G C^2 bytes of registers, which is
+//   half of them at most (LSTM, C = 128: 128 of the 255 of a thread)
+//   forward   shared memory: 8 s C bytes of h for every warp (of 8 or 16 units)
+//             global: 8 H (s (1 + G) + (S s + 4) when saving), in segments of 8 s bytes
+//   backward  shared memory: 8 s G C bytes of gate gradients for every warp (of 16 units)
+//             global: 8 H (s (Q + S + 3) + 8)
+//   (LSTM, H = 128, 16 bits: 256 products for the 4 tensor cores, and 16 or 64 KB of operands from shared memory, of
+//   which `persistent` reads 128 KB of weight for half as many rows)
 // Nothing of this has a measured time.
 #pragma once
 
@@ -111,8 +114,8 @@ RNN_EXT_DEVICE uint32_t factors(const T* from, int stride, int k, int count) {
 }
 
 // One step of the weight's way into registers: fragments [kCount][4] of this thread pass through its own place in
-// shared memory [kCount, threads]. ptxas keeps two unpacked halves of each word, and all loads at once, in flight; what
-// has to be stored before a barrier is packed by then.
+// shared memory, [kCount, threads]. Left to itself ptxas keeps all loads in flight at once, each word as two unpacked
+// halves, and spills; what has to be stored is packed by then.
 template <int kCount>
 RNN_EXT_DEVICE void settle(uint32_t (&fragments)[kCount][4], uint4* staging) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -140,8 +143,8 @@ __global__ void __launch_bounds__(kForwardThreads<Cell, kDepth>, 1)
   constexpr int kPitch = kColumns + kSegment<T>;  // the 8 rows that ldmatrix takes at once are then in different banks
   RNN_EXT_SHARED(T, h_buffers, 2 * kTensorRows * kPitch);
   RNN_EXT_SHARED(A, bias, kGates * kColumns);
-  constexpr int kStaged = kMmas<Cell, kDepth> * kForwardThreads<Cell, kDepth>;
-  RNN_EXT_SHARED(uint4, staging, kStaged);
+  constexpr int kStaging = kMmas<Cell, kDepth> * kForwardThreads<Cell, kDepth>;
+  RNN_EXT_SHARED(uint4, staging, kStaging);
 
   const ForwardPointers<T>& d = layer.direction[blockIdx.y].pointers;
   const bool reverse = layer.direction[blockIdx.y].reverse;
