@@ -42,12 +42,17 @@ needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)
-def _full_precision(monkeypatch):
-    if CUDA:
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
+def _full_precision():
+    """Not by monkeypatch, which restores what stands in an object's __dict__: these settings do not."""
+    matmul = torch.backends.cuda.matmul
+    flags = [(matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")]
+    flags += [(matmul, f"allow_{name}_reduced_precision_reduction") for name in ("bf16", "fp16")]
+    before = [getattr(*flag) for flag in flags] if CUDA else []
+    for owner, name in flags[: len(before)]:
+        setattr(owner, name, False)
+    yield
+    for (owner, name), value in zip(flags, before, strict=False):
+        setattr(owner, name, value)
 
 
 @contextlib.contextmanager
