@@ -3,27 +3,31 @@
 
 #include <cstdio>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/persistent_launch.h"
 #include "cuda/tensor_kernels.h"
 
 namespace rnn_ext::cuda {
 
-// Few sizes are compiled: a layer between two of them multiplies by zeros.
-template <class Cell, class T, class Run>
-int for_depth(int64_t hidden, const Run& run) {
-  // What max_tensor_hidden knows, and where a size between 64 and 128 pays.
-  constexpr bool kWide = sizeof(T) == 4;
-  constexpr bool kHas6 = kWide ? Cell::kGates == 3 : Cell::kGates == 4, kHas8 = !kWide || Cell::kGates == 1;
-  if (hidden <= 2 * kTensorUnits) return run(std::integral_constant<int, 2>{});
-  if constexpr (kHas6) {
-    if (hidden > 4 * kTensorUnits && (!kHas8 || hidden <= 6 * kTensorUnits))
-      return run(std::integral_constant<int, 6>{});
+// Few sizes are compiled, up to max_tensor_hidden: a layer between two of them multiplies by zeros.
+template <class Cell, class T>
+constexpr auto depths() {
+  if constexpr (sizeof(T) == 4) {
+    if constexpr (Cell::kGates == 4) return std::integer_sequence<int, 2, 4>{};
+    if constexpr (Cell::kGates == 3) return std::integer_sequence<int, 2, 4, 6>{};
+    if constexpr (Cell::kGates == 1) return std::integer_sequence<int, 2, 4, 8>{};
+  } else {
+    if constexpr (Cell::kGates == 4) return std::integer_sequence<int, 2, 4, 6, 8>{};
+    if constexpr (Cell::kGates != 4) return std::integer_sequence<int, 2, 4, 8>{};
   }
-  if constexpr (kHas8) {
-    if (hidden > 4 * kTensorUnits) return run(std::integral_constant<int, 8>{});
+}
+template <int kDepth, int... kMore, class Run>
+int for_depth(std::integer_sequence<int, kDepth, kMore...>, int64_t hidden, const Run& run) {
+  if constexpr (sizeof...(kMore) > 0) {
+    if (hidden > kDepth * kTensorUnits) return for_depth(std::integer_sequence<int, kMore...>{}, hidden, run);
   }
-  return run(std::integral_constant<int, 4>{});
+  return run(std::integral_constant<int, kDepth>{});
 }
 
 template <class T, class Pointers, class Args>
@@ -49,7 +53,7 @@ int launch_tensor(const char* name, void (*kernel)(PersistentLayer<Pointers>), i
 
 template <class Cell, class T>
 int tensor_forward_cell(const RnnExtForward& args, cudaStream_t stream, RnnExtError* error) {
-  return for_depth<Cell, T>(args.sequence.hidden, [&](auto depth) {
+  return for_depth(depths<Cell, T>(), args.sequence.hidden, [&](auto depth) {
     constexpr int kDepth = decltype(depth)::value;
     return launch_tensor<T>("tensor_forward", &tensor_forward_kernel<Cell, T, kDepth>, kForwardThreads<Cell, kDepth>,
                             args, stream, error);
@@ -58,7 +62,7 @@ int tensor_forward_cell(const RnnExtForward& args, cudaStream_t stream, RnnExtEr
 
 template <class Cell, class T>
 int tensor_backward_cell(const RnnExtBackward& args, cudaStream_t stream, RnnExtError* error) {
-  return for_depth<Cell, T>(args.sequence.hidden, [&](auto depth) {
+  return for_depth(depths<Cell, T>(), args.sequence.hidden, [&](auto depth) {
     constexpr int kDepth = decltype(depth)::value;
     return launch_tensor<T>("tensor_backward", &tensor_backward_kernel<Cell, T, kDepth>, kBackwardThreads<kDepth>, args,
                             stream, error);
