@@ -124,16 +124,20 @@ def _what_native_lacks(module: nn.Module) -> list[str]:
 def _cuda_kernel(module: nn.Module, cell: str, input: Tensor | PackedSequence) -> tuple[str, str]:
     data, options = input, {}
     if isinstance(module, nn.RNNCellBase):
-        batch = 1 if input.dim() == 1 else input.shape[0]
+        length, batch = 1, 1 if input.dim() == 1 else input.shape[0]
     else:
         variant = 2 if module.layer_norm else 1 if _what_native_lacks(module) else 0  # as ops.variant_of
         options = {"bidirectional": module.bidirectional, "projected": module.proj_size > 0, "variant": variant}
         if isinstance(input, PackedSequence):
-            data, batch = input.data, int(input.batch_sizes[0])
+            data, length, batch = input.data, input.batch_sizes.numel(), int(input.batch_sizes[0])
         else:
-            batch = 1 if input.dim() == 2 else input.shape[0 if module.batch_first else 1]
-    shared_bytes = torch.cuda.get_device_properties(data.device).shared_memory_per_block_optin
-    return ops.cuda_kernel(cell, data.dtype, batch, module.hidden_size, shared_bytes=shared_bytes, **options)
+            along = 1 if module.batch_first and input.dim() == 3 else 0
+            length, batch = input.shape[along], 1 if input.dim() == 2 else input.shape[1 - along]
+    options["shared_bytes"] = torch.cuda.get_device_properties(data.device).shared_memory_per_block_optin
+    question = (cell, data.dtype, length, batch, module.hidden_size)
+    kernel, why = ops.cuda_kernel(*question, **options)
+    after, why_after = ops.cuda_kernel(*question, backward=True, **options)
+    return kernel, why if after == kernel else f"{why}; backward by {after}: {why_after}"
 
 
 def set_backend(model: ModuleT, backend: str) -> ModuleT:

@@ -44,6 +44,7 @@ from rnn_ext import _loader, reference
 
 _CELL_KINDS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # in the order of csrc/cpu/layer.h and csrc/cuda/launch.h
 _CUDA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/cuda/launch.h
+CUDA_KERNELS = ("step", "pointwise", "persistent", "tensor")  # in the order of csrc/cuda/launch.h
 _load_error = _loader.load()
 
 
@@ -96,6 +97,7 @@ def cuda_problem(device: int) -> str | None:
 def cuda_kernel(
     cell: str,
     dtype: torch.dtype,
+    length: int,
     batch: int,
     hidden: int,
     *,
@@ -105,13 +107,13 @@ def cuda_kernel(
     backward: bool = False,
     shared_bytes: int,
 ) -> tuple[str, str]:
-    """The CUDA kernel that the dispatch table (csrc/cuda/dispatch.h) has for a layer, "step", "pointwise",
-    "persistent" or "tensor", and the reason. `variant` as of :func:`variant_of`; `shared_bytes`: the most shared memory
-    a block of the device can have."""
+    """The CUDA kernel that the dispatch table (csrc/cuda/dispatch.h) has for a layer, one of :data:`CUDA_KERNELS`, and
+    the reason, under torch's present settings for TF32. `variant` as of :func:`variant_of`; `shared_bytes`: the most
+    shared memory a block of the device can have."""
     from rnn_ext import _C
 
-    kind, number = _CELL_KINDS.index(cell), _CUDA_DTYPES.index(dtype)
-    return _C.cuda_kernel(kind, number, batch, hidden, 1 + bidirectional, projected, variant, backward, shared_bytes)
+    which = _CELL_KINDS.index(cell), _CUDA_DTYPES.index(dtype), variant
+    return _C.cuda_kernel(*which, length, batch, hidden, 1 + bidirectional, projected, backward, shared_bytes)
 
 
 def force_cuda_kernel(name: str | None) -> None:
@@ -126,7 +128,7 @@ def force_cuda_kernel(name: str | None) -> None:
     from rnn_ext import _C
 
     if not _C.force_cuda_kernel(name or ""):
-        raise ValueError(f"unknown CUDA kernel {name!r}: expected step, pointwise, persistent, tensor or None")
+        raise ValueError(f"unknown CUDA kernel {name!r}: expected {', '.join(CUDA_KERNELS)} or None")
 
 
 def layer(

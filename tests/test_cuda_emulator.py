@@ -114,37 +114,70 @@ def test_persistent_layouts(cell: str, layout: str) -> None:
     check(replace(LAYOUTS[layout], cell=cell, kernel="persistent", backward=True))
 
 
-@pytest.mark.parametrize("batch, hidden", [(1, 1), (3, 7), (9, 33), (17, 65), (2, 96)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("batch, hidden", [(1, 1), (3, 7), (9, 33), (17, 65), (2, 97)])  # of each compiled size one
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_tensor_sizes(cell: str, dtype: torch.dtype, batch: int, hidden: int) -> None:
+    if dtype == torch.float32:
+        hidden = min(hidden, {"lstm": 64, "gru": 96}.get(cell, 128))
     check(Case(cell, kernel="tensor", dtype=dtype, batch=batch, hidden=hidden, length=3, backward=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_tensor_layouts(cell: str, layout: str) -> None:
-    check(replace(LAYOUTS[layout], cell=cell, kernel="tensor", dtype=torch.bfloat16, backward=True))
+def test_tensor_layouts(cell: str, dtype: torch.dtype, layout: str) -> None:
+    check(replace(LAYOUTS[layout], cell=cell, kernel="tensor", dtype=dtype, backward=True))
 
 
-def test_tensor_products_are_exact() -> None:
-    """h W^T of small integers has no rounding: a wrong fragment is off by far more than a tolerance."""
-    case = Case("rnn_relu", kernel="tensor", dtype=torch.float16, length=1, batch=8, hidden=128, bias=False)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_tensor_products_are_exact(dtype: torch.dtype) -> None:
+    """h W^T and dgates W of small integers have no rounding: a wrong fragment is off by far more than a tolerance."""
+    case = Case("rnn_relu", "tensor", dtype, length=1, batch=8, hidden=128, bias=False, backward=True)
     inputs = make_inputs(case)
     inputs.weight_hh[0] = (torch.arange(128 * 128).reshape(128, 128) * 7 % 5 - 1).double()
     inputs.h_0[0] = (torch.arange(8 * 128).reshape(8, 128) * 3 % 7 - 2).double()
+    inputs.dh_n[0] = (torch.arange(8 * 128).reshape(8, 128) * 5 % 9 - 3).double()
     inputs.igates.zero_()
+    inputs.doutput.zero_()
     raw = run_program(build.driver(), "plain", request(case, inputs))
-    got = torch.frombuffer(bytearray(raw["output"]), dtype=torch.float16).reshape(8, 128)
+    output, dh_0 = (torch.frombuffer(bytearray(raw[name]), dtype=case.dtype).double() for name in ("output", "dh_00"))
     want = (inputs.h_0[0] @ inputs.weight_hh[0].t()).relu()
-    assert want.max() > 100 and torch.equal(got.double(), want)
+    want_grad = (inputs.dh_n[0] * (want > 0)) @ inputs.weight_hh[0]
+    assert want.max() > 100 and torch.equal(output.reshape(8, 128), want)
+    assert want_grad.abs().max() > 100 and torch.equal(dh_0.reshape(8, 128), want_grad)
+
+
+def test_tensor_rounds_float32_to_tf32() -> None:
+    """Factors, the weight and the other, to nearest with ties away from zero; what is stored is not rounded."""
+    case = Case("rnn_relu", "tensor", length=2, batch=1, hidden=17, bias=False, backward=True)
+    inputs = make_inputs(case)
+    values = (torch.arange(17) - 8) * 0.2
+    values[:3] = torch.tensor([1 + 2**-11, 1 - 2**-12, -1 - 2**-11])  # ties
+    rounded = ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
+    assert rounded[:3].tolist() == [1 + 2**-10, 1, -1 - 2**-10] and (rounded != values)[3:].any()
+    inputs.weight_hh[0] = torch.diag(values).double()
+    inputs.h_0[0] = values.reshape(1, 17).double()
+    inputs.dh_n[0] = values.reshape(1, 17).double()
+    inputs.igates[0], inputs.igates[1] = 2, 100  # every unit active
+    inputs.doutput.zero_()
+    raw = run_program(build.driver(), "plain", request(case, inputs))
+    output, dgates, h_n = (
+        torch.frombuffer(bytearray(raw[name]), dtype=torch.float32).reshape(-1, 17)
+        for name in ("output", "dgates0", "h_n0")
+    )
+    assert torch.equal(output[0], (rounded * rounded + 2).float())
+    assert torch.equal(dgates[1], values) and torch.equal(h_n, output[1:])
+    assert torch.equal(dgates[0], (rounded * rounded).float())
 
 
 def test_tensor_refuses_what_it_cannot_take() -> None:
-    with pytest.raises(KernelReportError, match="bfloat16 and float16 only"):
-        errors(Case("gru", kernel="tensor", hidden=8, length=1, batch=1))
-    with pytest.raises(KernelReportError, match="end at hidden size 96, got 97"):
-        errors(Case("lstm", kernel="tensor", dtype=torch.bfloat16, hidden=97, length=1, batch=1))
+    with pytest.raises(KernelReportError, match="do not take float64"):
+        errors(Case("gru", kernel="tensor", dtype=torch.float64, hidden=8, length=1, batch=1))
+    with pytest.raises(KernelReportError, match="end at hidden size 64, got 65"):
+        errors(Case("lstm", kernel="tensor", hidden=65, length=1, batch=1))
+    with pytest.raises(KernelReportError, match="end at hidden size 128, got 129"):
+        errors(Case("lstm", kernel="tensor", dtype=torch.bfloat16, hidden=129, length=1, batch=1))
     check(Case("gru", kernel="tensor", dtype=torch.bfloat16, hidden=128, length=1, batch=1))
 
 
@@ -177,17 +210,19 @@ def test_schedules(cell: str, kernel: str, schedule: int) -> None:
 def test_sanitizers(cell: str, kernel: str, flavour: str) -> None:
     packed = replace(LAYOUTS["packed_resets"], cell=cell, kernel=kernel, hidden=33, backward=True)
     if kernel == "tensor":
-        packed = replace(packed, dtype=torch.float16)
+        packed = replace(packed, dtype=torch.float16 if cell == "lstm" else torch.float32)
     dense = replace(packed, dtype=torch.bfloat16, packed=False, lengths=None, length=3, batch=9, hidden=17, resets=0)
     for case in (packed, dense):
         check(case, flavour, schedule=1)
 
 
 @pytest.mark.skipif("clang++" not in build.compilers(), reason="clang++ is not installed")
-@pytest.mark.parametrize("kernel", ["step", "persistent"])
+@pytest.mark.parametrize("kernel", ["step", "persistent", "tensor"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_clang(cell: str, kernel: str) -> None:
-    check(replace(LAYOUTS["packed_resets"], cell=cell, kernel=kernel, hidden=33, backward=True), compiler="clang++")
+    dtype = torch.bfloat16 if kernel == "tensor" else torch.float32
+    case = replace(LAYOUTS["packed_resets"], cell=cell, kernel=kernel, dtype=dtype, hidden=33, backward=True)
+    check(case, compiler="clang++")
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,12 +333,12 @@ A100, H100 = 163 * 1024, 227 * 1024
 DISPATCH = [
     ("lstm", torch.float32, 1, 112, 1, False, False, H100, "persistent"),
     ("lstm", torch.float32, 1, 128, 1, False, False, H100, "step"),  # 4 H^2 float32 do not fit
-    ("lstm", torch.bfloat16, 1, 128, 1, False, False, H100, "persistent"),
-    ("lstm", torch.bfloat16, 1, 96, 1, False, False, A100, "tensor"),
-    ("lstm", torch.bfloat16, 1, 97, 1, False, False, A100, "persistent"),
-    ("lstm", torch.bfloat16, 1, 96, 1, False, True, H100, "persistent"),  # forward only
+    ("lstm", torch.bfloat16, 1, 128, 1, False, False, A100, "tensor"),
+    ("lstm", torch.bfloat16, 1, 129, 1, False, False, A100, "step"),
+    ("lstm", torch.bfloat16, 1, 128, 1, False, True, H100, "tensor"),
     ("gru", torch.float16, 4160, 128, 1, False, False, H100, "tensor"),
     ("gru", torch.float16, 2081, 128, 2, False, False, H100, "step"),
+    ("gru", torch.float16, 4161, 64, 1, False, True, H100, "step"),
     ("gru", torch.float32, 1, 64, 1, False, False, H100, "persistent"),
     ("lstm", torch.float32, 1, 112, 1, False, False, A100, "step"),
     ("gru", torch.float32, 1, 112, 1, False, False, A100, "persistent"),
@@ -315,6 +350,16 @@ DISPATCH = [
     ("gru", torch.float16, 33, 512, 1, False, False, H100, "pointwise"),
     ("gru", torch.float16, 33, 255, 1, False, False, H100, "step"),
     ("lstm", torch.float32, 1, 16, 1, True, False, H100, "pointwise"),
+]
+DISPATCH_TF32 = [
+    ("lstm", torch.float32, 4160, 64, 1, False, False, A100, "tensor"),
+    ("lstm", torch.float32, 1, 64, 1, False, True, A100, "tensor"),
+    ("lstm", torch.float32, 4161, 64, 1, False, False, A100, "step"),
+    ("lstm", torch.float32, 1, 65, 1, False, False, H100, "persistent"),
+    ("gru", torch.float32, 1, 96, 1, False, True, H100, "tensor"),
+    ("gru", torch.float32, 1, 97, 1, False, True, H100, "persistent"),
+    ("rnn_tanh", torch.float32, 1, 128, 2, False, False, H100, "tensor"),
+    ("lstm", torch.float64, 1, 16, 1, False, False, H100, "step"),
 ]
 
 
@@ -328,14 +373,19 @@ DISPATCH_MASKED = [
 DISPATCH_NORMED = [("lstm", torch.float32, 1, 16, 1, False, backward, H100, "pointwise") for backward in (False, True)]
 
 
-@pytest.mark.parametrize("variant, rows", [(0, DISPATCH), (1, DISPATCH_MASKED), (2, DISPATCH_NORMED)])
-def test_dispatch_boundaries(variant: int, rows: list[tuple]) -> None:
+@pytest.mark.parametrize(
+    "rows, variant, allow_tf32",
+    [(DISPATCH, 0, False), (DISPATCH_TF32, 0, True), (DISPATCH_MASKED, 1, True), (DISPATCH_NORMED, 2, True)],
+)
+def test_dispatch_boundaries(rows: list[tuple], variant: int, allow_tf32: bool) -> None:
     program = build.build([*build.kernel_sources(), build.HERE / "dispatch_table.cpp"])
-    questions = "\n".join(
-        f"{CELLS.index(cell)} {DTYPES.index(dtype)} " + " ".join(str(int(number)) for number in (*rest, variant))
-        for cell, dtype, *rest, _ in rows
-    )
-    result = subprocess.run([str(program)], input=questions, capture_output=True, text=True, check=True)
+    lines = []
+    for cell, dtype, batch, hidden, directions, projected, backward, shared_bytes, _ in rows:
+        length = 100
+        numbers = [CELLS.index(cell), DTYPES.index(dtype), variant, length, batch, hidden, directions]
+        numbers += [projected, backward, allow_tf32, shared_bytes]
+        lines.append(" ".join(str(int(number)) for number in numbers))
+    result = subprocess.run([str(program)], input="\n".join(lines), capture_output=True, text=True, check=True)
     answers = result.stdout.splitlines()
     assert [answer.split(":")[0] for answer in answers] == [row[-1] for row in rows]
     assert all(len(answer.split(": ", 1)[1]) > 20 for answer in answers), "every choice says why"

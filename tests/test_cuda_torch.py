@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pack_sequence
 import rnn_ext
 from rnn_ext import backends, ops
 from tests import util
+from tests.cuda_emulator.case import TF32_TOLERANCE
 from tests.cuda_emulator.torch_layer import emulated
 from tests.util import CELLS, Case
 
@@ -27,6 +28,8 @@ pytestmark = [
 with_cuda = pytest.mark.skipif(not ops.with_cuda(), reason="the library has been built without CUDA kernels")
 
 KERNELS = ("step", "pointwise", "persistent")
+ALL_KERNELS = (*KERNELS, "tensor")
+DTYPE = {"persistent": torch.float32, "tensor": torch.float16}  # of kernels that have no float64
 LAYERS = {"rnn_tanh": rnn_ext.RNN, "gru": rnn_ext.GRU, "lstm": rnn_ext.LSTM}
 # A GEMM's result is rounded to the storage type before the cell takes it up: one rounding more than on the CPU.
 VALUES = {**util.VALUE_TOLERANCE, torch.bfloat16: 3e-2}
@@ -35,17 +38,18 @@ GRADIENTS = {**util.GRAD_TOLERANCE, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 def agree(case: Case, kernel: str | None, dtype: torch.dtype | None = None, **options) -> None:
     """Values and gradients are the reference's in float64 on the same numbers."""
-    dtype = dtype or (torch.float32 if kernel == "persistent" else torch.float64)  # persistent has no float64
+    dtype = dtype or DTYPE.get(kernel, torch.float64)
     problem = util.build(case, dtype)
     expected, expected_grads = util.gradients(util.oracle, problem.to(torch.float64), **options)
     with emulated(kernel):
         actual, grads = util.gradients(util.run, problem, **options)
     assert all(t.dtype == dtype for t in (*actual.values(), *grads.values()))
-    util.check(actual, expected, VALUES[dtype], 1.0, "value of")
+    tf32 = kernel == "tensor" and dtype == torch.float32
+    util.check(actual, expected, TF32_TOLERANCE if tf32 else VALUES[dtype], 1.0, "value of")
     if case.cell == "rnn_relu" and dtype.itemsize == 2:
         return  # a rounding takes some unit across the kink, and its gradient with it
     floor = 1e-3 * util.largest(expected_grads.values())
-    util.check(grads, expected_grads, GRADIENTS[dtype], floor, "gradient of")
+    util.check(grads, expected_grads, 4 * TF32_TOLERANCE if tf32 else GRADIENTS[dtype], floor, "gradient of")
 
 
 def small(case: Case) -> Case:
@@ -72,7 +76,7 @@ def test_matrix(cell, kernel):
 def test_packed_resets(cell, kernel):
     """Which modules do not offer, but the op does: one reset for each row of the packed input."""
     for proj in (0, 3) if cell == "lstm" and kernel == "pointwise" else (0,):
-        dtype = torch.float32 if kernel == "persistent" else torch.float64
+        dtype = DTYPE.get(kernel, torch.float64)
         problem = util.build(Case(cell, "packed", True, proj=proj, size=(6, 5, 2, 5)), dtype)
         generator = torch.Generator().manual_seed(1)
         problem.resets = torch.rand(problem.input.shape[0], generator=generator) < 0.4
@@ -85,13 +89,33 @@ def test_packed_resets(cell, kernel):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kernel", [*KERNELS, "tensor"])
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_dtypes(cell, kernel, dtype):
-    if kernel == "tensor" and dtype == torch.float32:
-        return
     agree(Case(cell, bidirectional=True, lengths=True, resets=True, size=(5, 4, 7, 33)), kernel, dtype)
     agree(Case(cell, "packed", bidirectional=True, size=(5, 9, 3, 7)), kernel, dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_tf32_where_torch_allows_it(cell):
+    """Strict float32 otherwise, by the same call; either of torch's two ways to allow it counts."""
+    problem = util.build(Case(cell, size=(5, 3, 7, 33)), torch.float32)
+
+    def run(kernel=None):
+        with emulated(kernel):
+            return torch.cat([t.flatten() for results in util.gradients(util.run, problem) for t in results.values()])
+
+    strict, rounded = run("persistent"), run("tensor")
+    assert torch.equal(run(), strict) and not torch.equal(strict, rounded)
+    matmul = torch.backends.cuda.matmul
+    for name, allowed in (("allow_tf32", True), ("fp32_precision", "tf32")):
+        before = getattr(matmul, name)
+        try:
+            setattr(matmul, name, allowed)
+            assert torch.equal(run(), rounded), name
+        finally:
+            setattr(matmul, name, before)
+    assert torch.equal(run(), strict)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -108,19 +132,38 @@ def test_sizes(cell, kernel, size):
 
 
 @pytest.mark.parametrize("proj", [0, 3])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_each_cotangent_alone(cell, layout, kernel, proj):
     if proj and (cell != "lstm" or kernel != "pointwise"):
         return
     case = Case(cell, layout, True, proj=proj, lengths=layout == "dense", resets=layout == "dense", size=(4, 3, 2, 5))
-    dtype = torch.float32 if kernel == "persistent" else torch.float64
+    dtype = DTYPE.get(kernel, torch.float64)
     results = util.oracle(util.build(case, dtype))
     for name, cotangent in util.cotangents(results).items():
-        agree(
-            case, kernel, grad_of={name: cotangent.to(torch.float64 if dtype == torch.float64 else dtype)}, unused=True
-        )
+        agree(case, kernel, grad_of={name: cotangent.to(dtype)}, unused=True)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_any_backward_follows_any_forward(cell):
+    """What is kept is laid out the same: after each forward, every backward gives the gradients of `step`."""
+    for layout in ("dense", "packed"):
+        problem = util.build(Case(cell, layout, True, size=(4, 3, 2, 17)), torch.float16).requiring()
+        leaves = list(problem.leaves().values())
+        for forward in ALL_KERNELS:
+            with emulated(forward):
+                results = util.run(problem)
+            cotangents = util.cotangents(results)
+            grads = {}
+            for backward in ALL_KERNELS:
+                with emulated(backward):
+                    grads[backward] = torch.autograd.grad(
+                        list(results.values()), leaves, list(cotangents.values()), retain_graph=True
+                    )
+            for backward in ALL_KERNELS[1:]:
+                for actual, expected in zip(grads[backward], grads["step"], strict=True):
+                    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -135,7 +178,7 @@ def test_each_gradient_alone(cell):
 
 
 @pytest.mark.parametrize("proj", [0, 3])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_padding_is_not_looked_at(cell, kernel, proj):
     """NaN there, in the input and in what flows back, reaches no value and no gradient."""
@@ -143,7 +186,7 @@ def test_padding_is_not_looked_at(cell, kernel, proj):
         return
     for layout in ("dense", "batch_first"):
         case = Case(cell, layout, True, proj=proj, lengths=True, size=(5, 4, 3, 6))
-        problem = util.build(case, torch.float32)
+        problem = util.build(case, DTYPE.get(kernel, torch.float32))
         padding = torch.arange(5).unsqueeze(1) >= problem.lengths
         padding = padding.t() if layout == "batch_first" else padding
         with emulated(kernel):
@@ -160,12 +203,12 @@ def test_padding_is_not_looked_at(cell, kernel, proj):
         util.same_bits(grads, expected_grads)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_inference(cell, kernel):
     """Without gradients nothing is kept; values are the same bits. Cell states can be had all the same."""
     for case in (Case(cell, bidirectional=True, size=(4, 3, 2, 9)), Case(cell, "packed", size=(4, 3, 2, 9))):
-        problem = util.build(case, torch.float32)
+        problem = util.build(case, DTYPE.get(kernel, torch.float32))
         with emulated(kernel):
             trained, _ = util.gradients(util.run, problem)
             for cell_states in (False, case.has_cell_state):
@@ -214,9 +257,10 @@ def test_memory_of_any_shape(kernel):
     assert torch.equal(*results) and torch.equal(*grads)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
 def test_same_bits_every_time(kernel):
-    problem = util.build(Case("lstm", bidirectional=True, lengths=True, size=(5, 4, 3, 17)), torch.float32)
+    dtype = DTYPE.get(kernel, torch.float32)
+    problem = util.build(Case("lstm", bidirectional=True, lengths=True, size=(5, 4, 3, 17)), dtype)
     with emulated(kernel):
         first, grads = util.gradients(util.run, problem)
         for _ in range(3):
@@ -363,8 +407,8 @@ def test_a_kernel_that_cannot_run_says_why():
     double = util.build(Case("gru", size=(2, 1, 2, 3)))
     with emulated("persistent"), pytest.raises(RuntimeError, match="do not take float64"):
         util.run(double)
-    with emulated("tensor"), pytest.raises(RuntimeError, match="bfloat16 and float16 only"):
-        util.run(util.build(Case("gru", size=(2, 1, 2, 3)), torch.float32))
+    with emulated("tensor"), pytest.raises(RuntimeError, match="end at hidden size 96, got 97"):
+        util.run(util.build(Case("gru", size=(2, 1, 2, 97)), torch.float32))
     with emulated():  # nothing is left behind
         util.check_values(util.run(problem), util.oracle(problem.to(torch.float64)), torch.float32)
 
@@ -472,11 +516,17 @@ def test_fake_kernel_keeps_as_much_as_the_real_one(cell, proj, dtype):
 
 @with_cuda
 def test_choices_are_those_of_the_table():
-    assert ops.cuda_kernel("lstm", torch.float32, 8, 64, shared_bytes=227 * 1024)[0] == "persistent"
-    assert ops.cuda_kernel("gru", torch.float32, 8, 300, shared_bytes=227 * 1024)[0] == "step"
-    kernel, reason = ops.cuda_kernel("gru", torch.float16, 64, 512, bidirectional=True, shared_bytes=227 * 1024)
+    assert ops.cuda_kernel("lstm", torch.float32, 100, 8, 64, shared_bytes=227 * 1024)[0] == "persistent"
+    assert ops.cuda_kernel("gru", torch.float32, 100, 8, 300, shared_bytes=227 * 1024)[0] == "step"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        kernel, reason = ops.cuda_kernel("lstm", torch.float32, 100, 8, 64, shared_bytes=227 * 1024)
+        assert kernel == "tensor" and "TF32" in reason
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    kernel, reason = ops.cuda_kernel("gru", torch.float16, 100, 64, 512, bidirectional=True, shared_bytes=227 * 1024)
     assert kernel == "pointwise" and "GEMM" in reason
-    assert ops.cuda_kernel("lstm", torch.float32, 8, 64, projected=True, shared_bytes=227 * 1024)[0] == "pointwise"
+    assert ops.cuda_kernel("lstm", torch.float32, 100, 8, 64, projected=True, shared_bytes=227 * 1024)[0] == "pointwise"
     with pytest.raises(
         ValueError, match="unknown CUDA kernel 'fast': expected step, pointwise, persistent, tensor or None"
     ):
@@ -508,6 +558,9 @@ def test_explain_on_a_gpu(monkeypatch):
         with FakeTensorMode():
             input = torch.empty(size, device="cuda")
         assert rnn_ext.explain(cell, input).kernel == f"rnn_ext::layer gru, cuda {kernel}"
+    Properties.shared_memory_per_block_optin = 163 * 1024  # backward needs more than forward
+    explanation = rnn_ext.explain(rnn_ext.GRU(4, 112, backend="custom"), few)
+    assert explanation.kernel == "rnn_ext::layer gru, cuda persistent" and "; backward by step: " in explanation.reason
 
 
 def test_without_cuda_kernels(monkeypatch):

@@ -256,9 +256,9 @@ def test_fake_kernel_keeps_as_much_as_the_real_one(cell, name, proj):
 @with_cuda
 def test_choices_are_those_of_the_table():
     few = {"shared_bytes": 227 * 1024, "variant": 1}
-    assert ops.cuda_kernel("lstm", torch.bfloat16, 8, 64, **few)[0] == "step"
-    assert ops.cuda_kernel("lstm", torch.float32, 64, 512, **few)[0] == "pointwise"
-    kernel, reason = ops.cuda_kernel("lstm", torch.float32, 8, 64, **few | {"variant": 2})
+    assert ops.cuda_kernel("lstm", torch.bfloat16, 100, 8, 64, **few)[0] == "step"
+    assert ops.cuda_kernel("lstm", torch.float32, 100, 64, 512, **few)[0] == "pointwise"
+    kernel, reason = ops.cuda_kernel("lstm", torch.float32, 100, 8, 64, **few | {"variant": 2})
     assert kernel == "pointwise" and "layer normalisation" in reason
 
 

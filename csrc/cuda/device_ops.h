@@ -132,11 +132,37 @@ RNN_EXT_DEVICE uint32_t pack2(float16 low, float16 high) {
 #endif
 }
 
-// Four 8x8 matrices of 16-bit values. Lane l gives the address of row l % 8 of matrix l / 8, 16-byte aligned in shared
-// memory, and gets of every matrix the values 2 (l % 4) and the next of row l / 4.
+// The nearest TF32, ties away from zero: a float32 whose last 13 bits are zero.
+RNN_EXT_DEVICE float round_to_tf32(float value) {
+#if defined(__CUDACC__)
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return __uint_as_float(bits);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7f800000u) != 0x7f800000u) bits += 0x1000u;  // infinities and NaN stay what they are
+  bits &= ~0x1fffu;
+  if (value != value) bits |= 0x7fc00000u;
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
+#endif
+}
+RNN_EXT_DEVICE uint32_t bits_of(float value) {
+#if defined(__CUDACC__)
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+// Four 8x8 matrices of 16-bit values, or 8x4 of 32 bits. Lane l gives the address of row l % 8 of matrix l / 8, 16-byte
+// aligned in shared memory, and gets of every matrix the (l % 4)-th 32 bits of row l / 4.
 template <class T>
 RNN_EXT_DEVICE void load_matrices(uint32_t (&to)[4], const T* row RNN_EXT_AND_CALLER) {
-  static_assert(sizeof(T) == 2);
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4);
 #if defined(__CUDACC__)
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -151,11 +177,19 @@ RNN_EXT_DEVICE void load_matrices(uint32_t (&to)[4], const T* row RNN_EXT_AND_CA
 //   a[r]  row g + 8 (r % 2), columns 2 t + 8 (r / 2) and the next
 //   b0, b1  rows 2 t and the next, and 8 further down; column g
 //   d[i]  row g + 8 (i / 2), column 2 t + i % 2
+// float, in TF32, of which the last 13 bits are not looked at: a [16, 8], b [8, 8]
+//   a[r]  row g + 8 (r % 2), column t + 4 (r / 2)
+//   b0, b1  row t, and 4 further down; column g
 template <class T>
 RNN_EXT_DEVICE void multiply_16x8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 RNN_EXT_AND_CALLER) {
 #if defined(__CUDACC__)
   if constexpr (std::is_same_v<T, bfloat16>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else if constexpr (std::is_same_v<T, float>) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
         "%2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -166,19 +200,27 @@ RNN_EXT_DEVICE void multiply_16x8(float (&d)[4], const uint32_t (&a)[4], uint32_
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 #else
-  const auto value = [](uint32_t pair, int upper) {
-    return widen(T{static_cast<uint16_t>(upper ? pair >> 16 : pair & 0xffffu)});
+  constexpr int kValues = 4 / static_cast<int>(sizeof(T));  // in a word
+  const auto value = [](uint32_t word, int which) {
+    if constexpr (kValues == 1) {
+      float result;
+      word &= ~0x1fffu;
+      std::memcpy(&result, &word, sizeof result);
+      return result;
+    } else {
+      return widen(T{static_cast<uint16_t>(which ? word >> 16 : word & 0xffffu)});
+    }
   };
   const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
   const emu::WarpWords all = emu::warp_exchange(0xffffffffu, words, 6, emu::kMma, EMU_SITE);
   const int group = emu::lane() / 4, member = emu::lane() % 4;
   for (int i = 0; i < 4; ++i) {
     double sum = d[i];
-    for (int k = 0; k < 16; ++k) {
-      const int pair = k % 8 / 2, half = k / 8;
-      const uint32_t left = all[group * 4 + pair][i / 2 + 2 * half];
-      const uint32_t right = all[(2 * member + i % 2) * 4 + pair][4 + half];
-      sum += static_cast<double>(value(left, k % 2)) * static_cast<double>(value(right, k % 2));
+    for (int k = 0; k < 8 * kValues; ++k) {
+      const int word = k / kValues % 4, half = k / kValues / 4;
+      const uint32_t left = all[group * 4 + word][i / 2 + 2 * half];
+      const uint32_t right = all[(2 * member + i % 2) * 4 + word][4 + half];
+      sum += static_cast<double>(value(left, k % kValues)) * static_cast<double>(value(right, k % kValues));
     }
     d[i] = static_cast<float>(sum);
   }

@@ -11,16 +11,7 @@
 
 namespace rnn_ext::cuda {
 
-struct Question {
-  RnnExtCell cell;
-  RnnExtDtype dtype;
-  int64_t batch, hidden;
-  int32_t directions;
-  bool projected;
-  RnnExtVariant variant;
-  bool backward;
-  int64_t shared_bytes;  // of a block on this device; stands for the architecture
-};
+using Question = RnnExtQuestion;  // shared_bytes stands for the architecture
 
 // A block of `persistent` serves 4 rows. Four rounds of blocks on about 130 multiprocessors take 4 s G H^2 / 128 clocks
 // of shared-memory reads a step, which for the largest weights is what two launches and a library GEMM take (5 to 8
@@ -39,8 +30,8 @@ inline bool persistent_fits(const Question& q) {
 }
 
 inline bool tensor_fits(const Question& q) {
-  return q.variant == RNN_EXT_PLAIN && !q.backward && (q.dtype == RNN_EXT_BFLOAT16 || q.dtype == RNN_EXT_FLOAT16) &&
-         q.hidden <= max_tensor_hidden(q.cell);
+  return q.variant == RNN_EXT_PLAIN && q.hidden <= max_tensor_hidden(q.cell, q.dtype) &&
+         q.batch * q.directions <= kMaxTensorRows;
 }
 
 struct DispatchRow {
@@ -54,8 +45,10 @@ inline constexpr DispatchRow kDispatchTable[] = {
      "a projection is a product between two timesteps: both go to the library"},
     {[](const Question& q) { return q.variant == RNN_EXT_LAYER_NORM; }, RNN_EXT_KERNEL_POINTWISE,
      "layer normalisation takes means over a whole row of the product: a library GEMM and one kernel by rows"},
-    {[](const Question& q) { return tensor_fits(q) && q.batch * q.directions <= kMaxTensorRows; },
-     RNN_EXT_KERNEL_TENSOR, "the recurrent weight fits one block's registers, as tensor cores take it: one launch"},
+    {[](const Question& q) { return q.dtype != RNN_EXT_FLOAT32 && tensor_fits(q); }, RNN_EXT_KERNEL_TENSOR,
+     "the recurrent weight fits one block's registers, as tensor cores take it: one launch"},
+    {[](const Question& q) { return q.dtype == RNN_EXT_FLOAT32 && q.allow_tf32 && tensor_fits(q); },
+     RNN_EXT_KERNEL_TENSOR, "torch allows TF32, and the recurrent weight fits one block's registers in it: one launch"},
     {[](const Question& q) { return persistent_fits(q) && q.batch * q.directions <= kMaxPersistentRows; },
      RNN_EXT_KERNEL_PERSISTENT, "the recurrent weight fits one block's shared memory: one launch for all timesteps"},
     {[](const Question& q) { return q.batch <= kMaxStepRows; }, RNN_EXT_KERNEL_STEP,

@@ -130,6 +130,16 @@ int check_persistent(const Args& args, RnnExtError* error) {
   return 0;
 }
 
+template <class Args>
+int check_tensor(const Args& args, RnnExtError* error) {
+  if (check_persistent(args, error)) return 1;
+  if (const int64_t most = max_tensor_hidden(args.cell, args.dtype); args.sequence.hidden > most) {
+    return refuse(error, "tensor kernels of this cell and dtype end at hidden size %lld, got %lld", number(most),
+                  number(args.sequence.hidden));
+  }
+  return 0;
+}
+
 }  // namespace
 
 #define RNN_EXT_FOR_DTYPE(function)                                          \
@@ -237,15 +247,13 @@ extern "C" int rnn_ext_cuda_persistent_backward(const RnnExtBackward* args, void
 }
 
 extern "C" int rnn_ext_cuda_tensor_forward(const RnnExtForward* args, void* stream, RnnExtError* error) {
-  if (check_persistent(*args, error)) return 1;
-  if (const int64_t most = max_tensor_hidden(args->cell); args->sequence.hidden > most) {
-    return refuse(error, "tensor kernels of this cell end at hidden size %lld, got %lld", number(most),
-                  number(args->sequence.hidden));
-  }
-  const auto queue = static_cast<cudaStream_t>(stream);
-  if (args->dtype == RNN_EXT_BFLOAT16) return tensor_forward<bfloat16>(*args, queue, error);
-  if (args->dtype == RNN_EXT_FLOAT16) return tensor_forward<float16>(*args, queue, error);
-  return refuse(error, "tensor kernels take bfloat16 and float16 only");
+  if (check_tensor(*args, error)) return 1;
+  RNN_EXT_FOR_PERSISTENT_DTYPE(tensor_forward)
+}
+
+extern "C" int rnn_ext_cuda_tensor_backward(const RnnExtBackward* args, void* stream, RnnExtError* error) {
+  if (check_tensor(*args, error)) return 1;
+  RNN_EXT_FOR_PERSISTENT_DTYPE(tensor_backward)
 }
 
 extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
@@ -257,11 +265,9 @@ extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, 
   return needed <= shared_bytes;
 }
 
-extern "C" RnnExtChoice rnn_ext_cuda_choose(RnnExtCell cell, RnnExtDtype dtype, int64_t batch, int64_t hidden,
-                                            int32_t directions, int32_t projected, RnnExtVariant variant,
-                                            int32_t backward, int64_t shared_bytes) {
-  const int64_t available = shared_bytes > 0 ? shared_bytes : shared_bytes_per_block();
-  const DispatchRow& row =
-      dispatch({cell, dtype, batch, hidden, directions, projected != 0, variant, backward != 0, available});
+extern "C" RnnExtChoice rnn_ext_cuda_choose(const RnnExtQuestion* question) {
+  RnnExtQuestion complete = *question;
+  if (complete.shared_bytes <= 0) complete.shared_bytes = shared_bytes_per_block();
+  const DispatchRow& row = dispatch(complete);
   return {row.kernel, row.reason};
 }

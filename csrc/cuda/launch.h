@@ -160,16 +160,17 @@ int rnn_ext_cuda_projected_backward(const RnnExtBackward* args, int64_t step, vo
 // used. Packed data needs batch_sizes, row_offsets and lengths.
 int rnn_ext_cuda_persistent_forward(const RnnExtForward* args, void* stream, RnnExtError* error);
 int rnn_ext_cuda_persistent_backward(const RnnExtBackward* args, void* stream, RnnExtError* error);
-// `tensor`: forward as `persistent`, on tensor cores; bfloat16 and float16, hidden size up to 128 (lstm: 96). The
-// backward of `persistent` or `step` goes with it.
+// `tensor`: as `persistent`, on tensor cores; hidden sizes up to 128. float32 is multiplied in TF32 (the caller has
+// asked whether it may be), and ends at 64 (lstm) or 96 (gru). Any kernel's backward can follow any kernel's forward.
 int rnn_ext_cuda_tensor_forward(const RnnExtForward* args, void* stream, RnnExtError* error);
+int rnn_ext_cuda_tensor_backward(const RnnExtBackward* args, void* stream, RnnExtError* error);
 // 1 if the kernel can run this on a device whose blocks have so much shared memory, else 0.
 int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
                                  int64_t shared_bytes);
 
 // Which of the kernels above is meant for a layer (csrc/cuda/dispatch.h), with a sentence that says why. POINTWISE:
 // `step` with hgates or dh_recurrent from a library GEMM. `shared_bytes` is what a block of the device can have; 0 asks
-// the current one.
+// the current one. `allow_tf32`: whether float32 may be rounded to TF32 in a product.
 typedef enum RnnExtKernel {
   RNN_EXT_KERNEL_STEP,
   RNN_EXT_KERNEL_POINTWISE,
@@ -180,8 +181,17 @@ typedef struct RnnExtChoice {
   RnnExtKernel kernel;
   const char* reason;
 } RnnExtChoice;
-RnnExtChoice rnn_ext_cuda_choose(RnnExtCell cell, RnnExtDtype dtype, int64_t batch, int64_t hidden, int32_t directions,
-                                 int32_t projected, RnnExtVariant variant, int32_t backward, int64_t shared_bytes);
+// A layer on a device, of which `shared_bytes` is what a block can have; 0 asks the current device.
+typedef struct RnnExtQuestion {
+  RnnExtCell cell;
+  RnnExtDtype dtype;
+  RnnExtVariant variant;
+  int64_t length, batch, hidden;
+  int32_t directions, projected, backward;
+  int32_t allow_tf32;
+  int64_t shared_bytes;
+} RnnExtQuestion;
+RnnExtChoice rnn_ext_cuda_choose(const RnnExtQuestion* question);
 
 #ifdef __cplusplus
 }

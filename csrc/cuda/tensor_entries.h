@@ -6,11 +6,17 @@
 
 namespace rnn_ext::cuda {
 
-// A 128-unit LSTM would take 16 warps, whose 128 registers each do not hold its weight and all else without a spill.
-inline constexpr int64_t max_tensor_hidden(RnnExtCell cell) { return cell == RNN_EXT_LSTM ? 96 : 128; }
+// The largest weight takes half of a multiprocessor's registers.
+inline constexpr int64_t max_tensor_hidden(RnnExtCell cell, RnnExtDtype dtype) {
+  if (dtype == RNN_EXT_FLOAT64) return 0;
+  if (dtype != RNN_EXT_FLOAT32) return 128;
+  return cell == RNN_EXT_LSTM ? 64 : cell == RNN_EXT_GRU ? 96 : 128;
+}
 
 // Arguments have been checked; 0 or 1 as in launch.h.
 template <class T>
 int tensor_forward(const RnnExtForward& args, cudaStream_t stream, RnnExtError* error);
+template <class T>
+int tensor_backward(const RnnExtBackward& args, cudaStream_t stream, RnnExtError* error);
 
 }  // namespace rnn_ext::cuda

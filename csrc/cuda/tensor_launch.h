@@ -2,38 +2,71 @@
 #pragma once
 
 #include <cstdio>
+#include <type_traits>
+#include <utility>
 
 #include "cuda/persistent_launch.h"
 #include "cuda/tensor_kernels.h"
 
 namespace rnn_ext::cuda {
 
-template <class Cell, class T, int kDepth>
-int tensor_forward_depth(const RnnExtForward& args, cudaStream_t stream, RnnExtError* error) {
-  if (args.sequence.length > INT32_MAX) {
-    std::snprintf(error->message, sizeof error->message, "tensor_forward: %lld timesteps are too many for one launch",
+// Few sizes are compiled, up to max_tensor_hidden: a layer between two of them multiplies by zeros.
+template <class Cell, class T>
+constexpr auto depths() {
+  if constexpr (sizeof(T) == 4) {
+    if constexpr (Cell::kGates == 4) return std::integer_sequence<int, 2, 4>{};
+    if constexpr (Cell::kGates == 3) return std::integer_sequence<int, 2, 4, 6>{};
+    if constexpr (Cell::kGates == 1) return std::integer_sequence<int, 2, 4, 8>{};
+  } else {
+    if constexpr (Cell::kGates == 4) return std::integer_sequence<int, 2, 4, 6, 8>{};
+    if constexpr (Cell::kGates != 4) return std::integer_sequence<int, 2, 4, 8>{};
+  }
+}
+template <int kDepth, int... kMore, class Run>
+int for_depth(std::integer_sequence<int, kDepth, kMore...>, int64_t hidden, const Run& run) {
+  if constexpr (sizeof...(kMore) > 0) {
+    if (hidden > kDepth * kTensorUnits) return for_depth(std::integer_sequence<int, kMore...>{}, hidden, run);
+  }
+  return run(std::integral_constant<int, kDepth>{});
+}
+
+template <class T, class Pointers, class Args>
+int launch_tensor(const char* name, void (*kernel)(PersistentLayer<Pointers>), int threads, const Args& args,
+                  cudaStream_t stream, RnnExtError* error) {
+  if (args.sequence.length >= INT32_MAX) {
+    std::snprintf(error->message, sizeof error->message, "%s: %lld timesteps are too many for one launch", name,
                   static_cast<long long>(args.sequence.length));
     return 1;
   }
-  auto layer = persistent_layer<ForwardPointers<T>>(args);
+  auto layer = persistent_layer<Pointers>(args);
   for (int i = 0; i < args.directions; ++i)
     layer.direction[i] = {args.direction[i].reverse != 0, typed<T>(args.direction[i])};
   LaunchConfig config;
   config.grid = dim3(static_cast<unsigned>((layer.batch + kTensorRows - 1) / kTensorRows),
                      static_cast<unsigned>(args.directions));
-  config.block = dim3(kTensorThreads<Cell, kDepth>);
+  config.block = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
-  const char* problem = launch("tensor_forward", &tensor_forward_kernel<Cell, T, kDepth>, config, layer);
-  if (problem) std::snprintf(error->message, sizeof error->message, "tensor_forward: %s", problem);
+  const char* problem = launch(name, kernel, config, layer);
+  if (problem) std::snprintf(error->message, sizeof error->message, "%s: %s", name, problem);
   return problem != nullptr;
 }
 
-// Few sizes are compiled: a layer between two of them multiplies by zeros.
 template <class Cell, class T>
 int tensor_forward_cell(const RnnExtForward& args, cudaStream_t stream, RnnExtError* error) {
-  if (args.sequence.hidden <= 2 * kMmaDepth) return tensor_forward_depth<Cell, T, 2>(args, stream, error);
-  if (args.sequence.hidden <= 4 * kMmaDepth) return tensor_forward_depth<Cell, T, 4>(args, stream, error);
-  return tensor_forward_depth<Cell, T, Cell::kGates % 2 == 0 ? 6 : 8>(args, stream, error);
+  return for_depth(depths<Cell, T>(), args.sequence.hidden, [&](auto depth) {
+    constexpr int kDepth = decltype(depth)::value;
+    return launch_tensor<T>("tensor_forward", &tensor_forward_kernel<Cell, T, kDepth>, kForwardThreads<Cell, kDepth>,
+                            args, stream, error);
+  });
+}
+
+template <class Cell, class T>
+int tensor_backward_cell(const RnnExtBackward& args, cudaStream_t stream, RnnExtError* error) {
+  return for_depth(depths<Cell, T>(), args.sequence.hidden, [&](auto depth) {
+    constexpr int kDepth = decltype(depth)::value;
+    return launch_tensor<T>("tensor_backward", &tensor_backward_kernel<Cell, T, kDepth>, kBackwardThreads<kDepth>, args,
+                            stream, error);
+  });
 }
 
 template <class T>
@@ -51,6 +84,23 @@ int tensor_forward(const RnnExtForward& args, cudaStream_t stream, RnnExtError* 
   return 1;
 }
 
-#define RNN_EXT_INSTANTIATE_TENSOR(T) template int tensor_forward<T>(const RnnExtForward&, cudaStream_t, RnnExtError*);
+template <class T>
+int tensor_backward(const RnnExtBackward& args, cudaStream_t stream, RnnExtError* error) {
+  switch (args.cell) {
+    case RNN_EXT_RNN_TANH:
+      return tensor_backward_cell<cells::RnnTanh, T>(args, stream, error);
+    case RNN_EXT_RNN_RELU:
+      return tensor_backward_cell<cells::RnnRelu, T>(args, stream, error);
+    case RNN_EXT_GRU:
+      return tensor_backward_cell<cells::Gru, T>(args, stream, error);
+    case RNN_EXT_LSTM:
+      return tensor_backward_cell<cells::Lstm, T>(args, stream, error);
+  }
+  return 1;
+}
+
+#define RNN_EXT_INSTANTIATE_TENSOR(T)                                               \
+  template int tensor_forward<T>(const RnnExtForward&, cudaStream_t, RnnExtError*); \
+  template int tensor_backward<T>(const RnnExtBackward&, cudaStream_t, RnnExtError*);
 
 }  // namespace rnn_ext::cuda

@@ -22,12 +22,18 @@ std::atomic<int> forced_kernel{kByTable};
 
 RnnExtKernel Call::choose(bool backward) const {
   if (projected || normed()) return RNN_EXT_KERNEL_POINTWISE;
-  const int forced = forced_kernel;
-  const bool impossible = backward && forced == RNN_EXT_KERNEL_TENSOR;
-  if (forced != kByTable && !impossible) return static_cast<RnnExtKernel>(forced);
-  return rnn_ext_cuda_choose(cell_number(), dtype, batch, hidden, static_cast<int32_t>(directions), 0, variant(),
-                             backward, 0)
-      .kernel;
+  if (const int forced = forced_kernel; forced != kByTable) return static_cast<RnnExtKernel>(forced);
+  RnnExtQuestion question{};
+  question.cell = cell_number();
+  question.dtype = dtype;
+  question.variant = variant();
+  question.length = length;
+  question.batch = batch;
+  question.hidden = hidden;
+  question.directions = static_cast<int32_t>(directions);
+  question.backward = backward;
+  question.allow_tf32 = dtype == RNN_EXT_FLOAT32 && allows_tf32();
+  return rnn_ext_cuda_choose(&question).kernel;
 }
 
 namespace {
@@ -285,7 +291,7 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
 
   const Kept kept(call, saved.contiguous());
   const RnnExtKernel kernel = call.choose(true);
-  if (kernel == RNN_EXT_KERNEL_PERSISTENT) call.prepare_persistent();
+  if (kernel == RNN_EXT_KERNEL_PERSISTENT || kernel == RNN_EXT_KERNEL_TENSOR) call.prepare_persistent();
   auto args = call.arguments<RnnExtBackward>();
   const at::Tensor y = output.contiguous().view({R, D * P});
   const at::Tensor dy = doutput.defined() ? doutput.view({R, D * P}) : doutput;
@@ -371,7 +377,8 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
       check_launch(rnn_ext_cuda_persistent_backward(&args, call.stream, &error), error);
       break;
     case RNN_EXT_KERNEL_TENSOR:
-      TORCH_INTERNAL_ASSERT(false, "tensor kernels are forward only");
+      check_launch(rnn_ext_cuda_tensor_backward(&args, call.stream, &error), error);
+      break;
   }
 
   at::Tensor dx = none, x;
@@ -432,6 +439,12 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
 }
 
 }  // namespace
+
+bool allows_tf32() {
+  return !at::NoTF32Guard::should_disable_tf32() &&
+         at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+             at::Float32Precision::TF32;
+}
 
 const char* kernel_name(RnnExtKernel kernel) { return kKernelNames[kernel]; }
 

@@ -18,12 +18,15 @@ void implement_cuda_layer(torch::Library& library);
 /// the stream that they are queued on. The device is current.
 void* kernel_stream(c10::Device device);
 
-/// "step", "pointwise", "persistent" or "tensor" (whose backward is the table's) instead of what the dispatch table
-/// says, for tests and comparisons; "" is the table. Projected layers and those with layer normalisation are always
-/// pointwise. False for another name.
+/// "step", "pointwise", "persistent" or "tensor" instead of what the dispatch table says, for tests and comparisons; ""
+/// is the table. Projected layers and those with layer normalisation are always pointwise. False for another name.
 bool force_cuda_kernel(const std::string& name);
 
 const char* kernel_name(RnnExtKernel kernel);
+
+/// Whether torch's settings let its own GEMMs round float32 to TF32. (Context::allowTF32CuBLAS raises where only the
+/// newer of the two ways to set it was used.)
+bool allows_tf32();
 
 /// RuntimeError with the launcher's words where something failed.
 void check_launch(int failed, const RnnExtError& error);

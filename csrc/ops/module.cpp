@@ -81,10 +81,13 @@ std::optional<std::string> cuda_problem(int device) {
   return std::nullopt;
 }
 
-std::pair<std::string, std::string> cuda_kernel(int cell, int dtype, int64_t batch, int64_t hidden, int directions,
-                                                bool projected, int variant, bool backward, int64_t shared_bytes) {
-  const RnnExtChoice choice = rnn_ext_cuda_choose(RnnExtCell(cell), RnnExtDtype(dtype), batch, hidden, directions,
-                                                  projected, RnnExtVariant(variant), backward, shared_bytes);
+std::pair<std::string, std::string> cuda_kernel(int cell, int dtype, int variant, int64_t length, int64_t batch,
+                                                int64_t hidden, int directions, bool projected, bool backward,
+                                                int64_t shared_bytes) {
+  const RnnExtQuestion question{
+      RnnExtCell(cell), RnnExtDtype(dtype), RnnExtVariant(variant),      length,      batch, hidden, directions,
+      projected,        backward,           rnn_ext::ops::allows_tf32(), shared_bytes};
+  const RnnExtChoice choice = rnn_ext_cuda_choose(&question);
   return {rnn_ext::ops::kernel_name(choice.kernel), choice.reason};
 }
 #else

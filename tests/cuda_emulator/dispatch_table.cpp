@@ -1,16 +1,23 @@
-// Prints what csrc/cuda/dispatch.h chooses: a line "kernel: reason" for every line of nine numbers on standard input
-// (cell, dtype, batch, hidden, directions, projected, backward, shared bytes, variant).
+// Prints what csrc/cuda/dispatch.h chooses: a line "kernel: reason" for every line of numbers on standard input, the
+// members of RnnExtQuestion in their order.
 #include <iostream>
 
 #include "cuda/launch.h"
 
+template <class T>
+bool read(T& to) {
+  int64_t number;
+  if (!(std::cin >> number)) return false;
+  to = static_cast<T>(number);
+  return true;
+}
+
 int main() {
   const char* names[] = {"step", "pointwise", "persistent", "tensor"};
-  int64_t cell, dtype, batch, hidden, directions, projected, backward, shared, variant;
-  while (std::cin >> cell >> dtype >> batch >> hidden >> directions >> projected >> backward >> shared >> variant) {
-    const RnnExtChoice choice = rnn_ext_cuda_choose(
-        static_cast<RnnExtCell>(cell), static_cast<RnnExtDtype>(dtype), batch, hidden, static_cast<int32_t>(directions),
-        static_cast<int32_t>(projected), static_cast<RnnExtVariant>(variant), static_cast<int32_t>(backward), shared);
+  RnnExtQuestion q;
+  while (read(q.cell) && read(q.dtype) && read(q.variant) && read(q.length) && read(q.batch) && read(q.hidden) &&
+         read(q.directions) && read(q.projected) && read(q.backward) && read(q.allow_tf32) && read(q.shared_bytes)) {
+    const RnnExtChoice choice = rnn_ext_cuda_choose(&q);
     std::cout << names[choice.kernel] << ": " << choice.reason << '\n';
   }
 }

@@ -289,9 +289,9 @@ int run_request(const Request& request, RnnExtError* error) {
     if (rnn_ext_cuda_persistent_forward(&forward, nullptr, error)) return 1;
     return with_backward ? rnn_ext_cuda_persistent_backward(&backward, nullptr, error) : 0;
   }
-  if (request.is("kernel", "tensor")) {  // forward only: the backward that goes with it is `persistent`
+  if (request.is("kernel", "tensor")) {
     if (rnn_ext_cuda_tensor_forward(&forward, nullptr, error)) return 1;
-    return with_backward ? rnn_ext_cuda_persistent_backward(&backward, nullptr, error) : 0;
+    return with_backward ? rnn_ext_cuda_tensor_backward(&backward, nullptr, error) : 0;
   }
   if (request.is("kernel", "pointwise")) {
     if (pointwise_forward<T>(forward, error)) return 1;

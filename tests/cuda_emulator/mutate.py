@@ -62,6 +62,7 @@ EXPLAINED = {
     "step_kernels.h: row0 >= d.now.rows": "saves work: every row is checked again",
     "step_kernels.h: row0 >= rows": "saves work: every row is checked again",
     "variant_kernels.h: n >= backward_rows(d)": "saves work: gradients_arrive writes nothing for such a row",
+    "tensor_kernels.h: __syncwarp(kWholeWarp);": "orders nothing: a thread reads what it wrote; spares registers",
 }
 
 
