@@ -41,7 +41,7 @@ struct DispatchRow {
 };
 
 inline constexpr DispatchRow kDispatchTable[] = {
-    {[](const Question& q) { return q.projected; }, RNN_EXT_KERNEL_POINTWISE,
+    {[](const Question& q) { return q.projected != 0; }, RNN_EXT_KERNEL_POINTWISE,
      "a projection is a product between two timesteps: both go to the library"},
     {[](const Question& q) { return q.variant == RNN_EXT_LAYER_NORM; }, RNN_EXT_KERNEL_POINTWISE,
      "layer normalisation takes means over a whole row of the product: a library GEMM and one kernel by rows"},
