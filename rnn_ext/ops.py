@@ -105,7 +105,8 @@ def cuda_kernel(
     shared_bytes: int,
 ) -> tuple[str, str]:
     """The CUDA kernel that the dispatch table (csrc/cuda/dispatch.h) has for a layer, "step", "pointwise",
-    "persistent" or "tensor", and the reason. `shared_bytes`: the most shared memory a block of the device can have."""
+    "persistent", "tensor" or "cluster", and the reason. `shared_bytes`: the most shared memory a block of the device
+    can have, which stands for its architecture."""
     from rnn_ext import _C
 
     kind, number = _CELL_KINDS.index(cell), _CUDA_DTYPES.index(dtype)
@@ -124,7 +125,7 @@ def force_cuda_kernel(name: str | None) -> None:
     from rnn_ext import _C
 
     if not _C.force_cuda_kernel(name or ""):
-        raise ValueError(f"unknown CUDA kernel {name!r}: expected step, pointwise, persistent, tensor or None")
+        raise ValueError(f"unknown CUDA kernel {name!r}: expected step, pointwise, persistent, tensor, cluster or None")
 
 
 def layer(

@@ -28,7 +28,7 @@ DEVICE = os.environ.get("RNN_EXT_TEST_DEVICE", "cuda")
 EMULATED = DEVICE == "cpu"
 CUDA = not EMULATED and torch.cuda.is_available()
 KERNELS = ("step", "pointwise", "persistent")
-TENSOR = "tensor"  # bfloat16 and float16, forward only
+FORWARD_ONLY = {"tensor": 96, "cluster": 512}  # bfloat16 and float16, hidden sizes of all cells up to
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 VALUES = {**util.VALUE_TOLERANCE, torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 GRADIENTS = {**util.GRAD_TOLERANCE, torch.float32: 3e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -66,9 +66,11 @@ def kernels(kernel: str | None = None) -> Iterator[None]:
 
 
 def fits(kernel: str | None, cell: str, dtype: torch.dtype, hidden: int) -> bool:
-    """Whether `persistent` or `tensor` can run it here."""
-    if kernel == TENSOR:
-        return dtype.itemsize == 2 and hidden <= 96
+    """Whether such a kernel can run it here."""
+    if kernel == "cluster" and CUDA and torch.cuda.get_device_capability() < (9, 0):
+        return False
+    if kernel in FORWARD_ONLY:
+        return dtype.itemsize == 2 and hidden <= FORWARD_ONLY[kernel]
     if kernel != "persistent":
         return True
     if dtype == torch.float64 or hidden > 128:
@@ -114,7 +116,7 @@ if not EMULATED:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kernel", [None, *KERNELS, TENSOR])
+@pytest.mark.parametrize("kernel", [None, *KERNELS, *FORWARD_ONLY])
 @pytest.mark.parametrize("cell", CELLS)
 def test_sizes(cell, kernel, dtype, size):
     if not fits(kernel, cell, dtype, size[3]):

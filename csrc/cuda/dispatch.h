@@ -5,6 +5,7 @@
 // them.
 #pragma once
 
+#include "cuda/cluster_entries.h"
 #include "cuda/launch.h"
 #include "cuda/persistent_entries.h"
 #include "cuda/tensor_entries.h"
@@ -19,6 +20,7 @@ struct Question {
   bool projected;
   bool backward;
   int64_t shared_bytes;  // of a block on this device; stands for the architecture
+  bool this_device;      // of which more can be asked
 };
 
 // A block of `persistent` serves 4 rows. Four rounds of blocks on about 130 multiprocessors take 4 s G H^2 / 128 clocks
@@ -27,6 +29,9 @@ struct Question {
 inline constexpr int64_t kMaxPersistentRows = 4 * 4 * 130;
 // A block of `tensor` serves twice as many rows.
 inline constexpr int64_t kMaxTensorRows = 2 * kMaxPersistentRows;
+// A cluster serves 8 rows. Four rounds of as many clusters as about 130 multiprocessors hold, half a microsecond a step
+// each, are what a launch and a library GEMM take.
+constexpr int64_t max_cluster_rows(int blocks) { return 4 * kClusterRows * (128 / blocks); }
 // Up to one row tile `step` reads the weight once, as a GEMM would, and saves a launch.
 inline constexpr int64_t kMaxStepRows = 32;
 // Below this the product is smaller than the launch that it would cost to have it from the library.
@@ -41,6 +46,12 @@ inline bool tensor_fits(const Question& q) {
          q.hidden <= max_tensor_hidden(q.cell);
 }
 
+inline bool cluster_fits(const Question& q) {
+  return q.hidden > max_tensor_hidden(q.cell) &&  // what fits one block stays there
+         rnn_ext_cuda_cluster_fits(q.cell, q.dtype, q.hidden, q.backward, q.this_device ? 0 : q.shared_bytes) != 0;
+}
+constexpr int gates_of(RnnExtCell cell) { return cell == RNN_EXT_LSTM ? 4 : cell == RNN_EXT_GRU ? 3 : 1; }
+
 struct DispatchRow {
   bool (*applies)(const Question&);
   RnnExtKernel kernel;
@@ -52,6 +63,11 @@ inline constexpr DispatchRow kDispatchTable[] = {
      "a projection is a product between two timesteps: both go to the library"},
     {[](const Question& q) { return tensor_fits(q) && q.batch * q.directions <= kMaxTensorRows; },
      RNN_EXT_KERNEL_TENSOR, "the recurrent weight fits one block's registers, as tensor cores take it: one launch"},
+    {[](const Question& q) {
+       return q.batch * q.directions <= max_cluster_rows(cluster_blocks(gates_of(q.cell), q.hidden)) && cluster_fits(q);
+     },
+     RNN_EXT_KERNEL_CLUSTER,
+     "the recurrent weight fits the registers of a few blocks, which exchange the state as a cluster: one launch"},
     {[](const Question& q) { return persistent_fits(q) && q.batch * q.directions <= kMaxPersistentRows; },
      RNN_EXT_KERNEL_PERSISTENT, "the recurrent weight fits one block's shared memory: one launch for all timesteps"},
     {[](const Question& q) { return q.batch <= kMaxStepRows; }, RNN_EXT_KERNEL_STEP,

@@ -18,7 +18,7 @@ CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # the numbers of RnnExtCell
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the numbers of RnnExtDtype
 SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 4}  # S and Q of launch.h
 GRAD_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 4}
-KERNELS = ("step", "pointwise", "persistent", "tensor")
+KERNELS = ("step", "pointwise", "persistent", "tensor", "cluster")
 
 # Relative to the largest value of an array (at least 1). The kernels round h (and, backward, the saved gates and the
 # gate gradients) to the storage type at every timestep: some roundings of 2^-9 or 2^-12 add up over a sequence.

@@ -5,7 +5,7 @@
 #include "cuda/launch.h"
 
 int main() {
-  const char* names[] = {"step", "pointwise", "persistent", "tensor"};
+  const char* names[] = {"step", "pointwise", "persistent", "tensor", "cluster"};
   int64_t cell, dtype, batch, hidden, directions, projected, backward, shared;
   while (std::cin >> cell >> dtype >> batch >> hidden >> directions >> projected >> backward >> shared) {
     const RnnExtChoice choice = rnn_ext_cuda_choose(
