@@ -108,6 +108,9 @@ def test_cluster_large_sizes(cell: str, hidden: int) -> None:
     check(Case(cell, kernel="cluster", dtype=torch.float16, batch=17, hidden=hidden, bidirectional=True, backward=True))
 
 
+CLUSTER_HEADERS = ("cluster_kernels.h", "cluster_backward.h")  # of kernels
+
+
 # The emulated exchange takes its time: all layouts for one cell, for the others those that hold the most.
 @pytest.mark.parametrize(
     "cell, layout",
@@ -115,7 +118,8 @@ def test_cluster_large_sizes(cell: str, hidden: int) -> None:
     + [(cell, layout) for cell in CELLS[:3] for layout in ("packed_resets", "lengths_resets", "no_state_no_bias")],
 )
 def test_cluster_layouts(cell: str, layout: str) -> None:
-    check(replace(LAYOUTS[layout], cell=cell, kernel="cluster", dtype=torch.bfloat16, hidden=35, backward=True))
+    case = replace(LAYOUTS[layout], cell=cell, kernel="cluster", dtype=torch.bfloat16, hidden=35, backward=True)
+    check(case if cell == "lstm" else replace(case, bidirectional=False, reverse=True))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -294,7 +298,13 @@ def test_seeded_mistake_is_caught(mistake: str) -> None:
 
 def test_deleted_synchronisations_are_seen() -> None:
     """`python -m tests.cuda_emulator.mutate` tries every mutant; these are the ones that matter most."""
-    assert mutate.run("synchronisation") == []
+    others = [name for name in mutate.SOURCES if name not in CLUSTER_HEADERS]
+    assert mutate.run("synchronisation", sources=others) == []
+
+
+@pytest.mark.slow  # many kernels to compile for each mutant
+def test_deleted_synchronisations_of_clusters_are_seen() -> None:
+    assert mutate.run("synchronisation", sources=CLUSTER_HEADERS) == []
 
 
 @pytest.mark.slow

@@ -183,13 +183,13 @@ RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointer
 #pragma unroll
     for (int m = 0; m < kWarpTiles; ++m) {
       const int tile = warp * kWarpTiles + m, owner = tile / Shape::kBlockTiles;
-      // In the order of their owner's threads: lane % 4 is the row there, lane / 4 the unit.
+      // In the order of its owner's threads: those of a warp have the rows of one lane % 4.
       const int place = tile % Shape::kBlockTiles * 4 * 32 + (lane % 4 * 8 + lane / 4) * 4;
       A values[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) values[i] = part[0][m][i] + part[1][m][i];
-      store_async_16(received + (next * kBlocks + rank) * kThreads + place, bits_of(values), &full[next],
-                     static_cast<unsigned>(owner));
+      A* to = received + (next * kBlocks + rank) * kThreads + place;
+      store_async_16(to, bits_of(values), &full[next], static_cast<unsigned>(owner));
     }
 
     // While dh travels: what was computed, and what the next step needs.

@@ -11,16 +11,15 @@
 // the whole block: a pair of warps meets at a barrier of its own.
 //
 // h travels by st.async, 16 bytes a lane, and counts itself on an mbarrier of the block that it arrives at; a warp
-// waits until all 8 rows of K units are there. Two buffers are enough: a warp sends h of step s + 1 (over h of s - 1)
-// when h of s is whole in its block, that is after every warp of the cluster has sent its part of it, and so has read h
-// of s -
-// 1. There is no barrier of a block or of the cluster in the loop, and no fence.
+// waits until all 8 rows of K units are there. Two buffers are enough: a warp sends the h after this step's only when
+// this step's is whole in its block. Every warp of the cluster has then sent its part of it, and so has read the h
+// before, which is written over. There is no barrier of a block or of the cluster in the loop, and no fence.
 //
 // Cost of one timestep and cluster (G gates, H hidden, S saved values):
-//   16 G K^2 operations in G K^2 / 256 products of 4096, those of a block G K^2 / (256 kBlocks)
+//   16 G K^2 operations in G K^2 / 256 products of 4096, those of a block G K^2 / (256 kBlocks); gru as if G were 4
 //     (LSTM, H = 256, 8 blocks: 128 a block, 16 a warp)
-//   block: shared memory: 8 K bytes of h read for every warp, 16 K received; sent 16 kUnits to each block
-//          partial sums 256 G kUnits / 8, written and read
+//   block: shared memory: 8 K bytes of h read for every warp, 16 K received; sent 16 kUnits to each block; partial sums
+//          32 G kUnits, written and read
 //   global: 8 H (2 (1 + G) + (2 S + 4) when saving), in segments of 16 bytes
 // The chain of a step: K / 64 dependent products, one hand-over between two warps, the cell, one hand-over between
 // blocks. Nothing of this has a measured time.

@@ -125,7 +125,7 @@ inline constexpr bool kCompilesClusters = true;
 // Null, or why the current device cannot hold one cluster of this launch.
 inline const char* clusters_missing(const void* kernel, const LaunchConfig& config) {
 #if defined(__CUDACC__)
-  // CUDA is asked once for each kernel and device.
+  // CUDA is asked once for each kernel and device, unless it cannot say.
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, const char*> answers;
   int device = 0, has_clusters = 0, clusters = 0;
@@ -145,13 +145,15 @@ inline const char* clusters_missing(const void* kernel, const LaunchConfig& conf
   }
   if (error != cudaSuccess) {
     cudaGetLastError();
-    answer->second = describe(error);
-  } else if (!has_clusters) {
+    answers.erase(answer);
+    return describe(error);
+  }
+  if (!has_clusters) {
     answer->second = "this GPU has no thread-block clusters (compute capability 9.0 and later do)";
   } else if (compiled.ptxVersion < 90) {
     answer->second =
-        "the library has no code with clusters for this GPU: build it again with RNN_EXT_CUDA_ARCHS set to "
-        "the GPU's compute capability";
+        "the library has no code with clusters for this GPU: build it again with RNN_EXT_CUDA_ARCHS set to the GPU's "
+        "compute capability";
   } else if (clusters < 1) {
     answer->second = "this GPU cannot hold one of them";
   }
