@@ -91,8 +91,9 @@ def test_packed_resets(cell, kernel):
 def test_dtypes(cell, kernel, dtype):
     if kernel in ("tensor", "cluster") and dtype == torch.float32:
         return
-    agree(Case(cell, bidirectional=True, lengths=True, resets=True, size=(5, 4, 7, 33)), kernel, dtype)
-    agree(Case(cell, "packed", bidirectional=True, size=(5, 9, 3, 7)), kernel, dtype)
+    length = 2 if kernel == "cluster" else 5  # thousands of emulated threads
+    agree(Case(cell, bidirectional=True, lengths=True, resets=True, size=(length, 4, 7, 33)), kernel, dtype)
+    agree(Case(cell, "packed", bidirectional=True, size=(length, 9, 3, 7)), kernel, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
