@@ -47,6 +47,8 @@ RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointer
   constexpr int kGates = Cell::kGates, kGradGates = Cell::kGradGates, kPlanes = kSavedPlanes<Cell>;
   constexpr int kRows = static_cast<int>(kClusterRows), kUnits = Shape::kUnits, kTile = Shape::kTile;
   constexpr int kPitch = Shape::kPitch, kThreads = Shape::kThreads, kWarpTiles = Shape::kWarpTiles;
+  // A product waits for the one before it: two chains of them, where so many threads leave the registers for it.
+  constexpr int kChains = kThreads > 256 && kWarpTiles > 1 ? 1 : 2;
   constexpr unsigned kBytes = kBlocks * kThreads * sizeof(A);
   RNN_EXT_SHARED(A, received, 2 * kBlocks * kThreads);  // [buffer][from block][thread]
   RNN_EXT_SHARED(T, dgates_buffers, 2 * kRows * kPitch);
@@ -169,7 +171,7 @@ RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointer
       own[own_row * kPitch + g * kUnits + own_unit] = narrow<T>(dgates[Cell::hh_slot(g)]);
     __syncthreads();  // the block's gate gradients are whole; the other buffer has been read
 
-    A part[2][kWarpTiles][4] = {};  // two chains: a product waits for the one before it
+    A part[kChains][kWarpTiles][4] = {};
 #pragma unroll
     for (int k = 0; k < Shape::kOwnDepth; k += 2) {
       uint32_t fragments[4];  // two steps of 16 gates
@@ -177,7 +179,7 @@ RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointer
 #pragma unroll
       for (int m = 0; m < kWarpTiles; ++m) {
         multiply_16x8<T>(part[0][m], weight[m][k], fragments[0], fragments[1]);
-        multiply_16x8<T>(part[1][m], weight[m][k + 1], fragments[2], fragments[3]);
+        multiply_16x8<T>(part[kChains - 1][m], weight[m][k + 1], fragments[2], fragments[3]);
       }
     }
 #pragma unroll
@@ -187,7 +189,7 @@ RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointer
       const int place = tile % Shape::kBlockTiles * 4 * 32 + (lane % 4 * 8 + lane / 4) * 4;
       A values[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) values[i] = part[0][m][i] + part[1][m][i];
+      for (int i = 0; i < 4; ++i) values[i] = kChains == 1 ? part[0][m][i] : part[0][m][i] + part[kChains - 1][m][i];
       A* to = received + (next * kBlocks + rank) * kThreads + place;
       store_async_16(to, bits_of(values), &full[next], static_cast<unsigned>(owner));
     }
