@@ -44,7 +44,7 @@ from rnn_ext import _loader, reference
 
 _CELL_KINDS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # in the order of csrc/cpu/layer.h and csrc/cuda/launch.h
 _CUDA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/cuda/launch.h
-CUDA_KERNELS = ("step", "pointwise", "persistent", "tensor")  # in the order of csrc/cuda/launch.h
+CUDA_KERNELS = ("step", "pointwise", "persistent", "tensor", "cluster")  # in the order of csrc/cuda/launch.h
 _load_error = _loader.load()
 
 
@@ -109,7 +109,7 @@ def cuda_kernel(
 ) -> tuple[str, str]:
     """The CUDA kernel that the dispatch table (csrc/cuda/dispatch.h) has for a layer, one of :data:`CUDA_KERNELS`, and
     the reason, under torch's present settings for TF32. `variant` as of :func:`variant_of`; `shared_bytes`: the most
-    shared memory a block of the device can have."""
+    shared memory a block of the device can have, which stands for its architecture."""
     from rnn_ext import _C
 
     which = _CELL_KINDS.index(cell), _CUDA_DTYPES.index(dtype), variant

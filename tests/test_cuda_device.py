@@ -72,7 +72,10 @@ def kernels(kernel: str | None = None) -> Iterator[None]:
 
 
 def fits(kernel: str | None, cell: str, dtype: torch.dtype, hidden: int) -> bool:
-    """Whether `persistent` or `tensor` can run it here."""
+    """Whether such a kernel can run it here."""
+    if kernel == "cluster":
+        clusters = not CUDA or torch.cuda.get_device_capability() >= (9, 0)
+        return clusters and dtype.itemsize == 2 and hidden <= 512
     if kernel == TENSOR:
         if dtype == torch.float32:
             return hidden <= 64
@@ -133,7 +136,7 @@ if not EMULATED:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kernel", [None, *KERNELS, TENSOR])
+@pytest.mark.parametrize("kernel", [None, *KERNELS, TENSOR, "cluster"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_sizes(cell, kernel, dtype, size):
     if not fits(kernel, cell, dtype, size[3]):

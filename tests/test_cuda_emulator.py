@@ -130,10 +130,64 @@ def test_tensor_layouts(cell: str, dtype: torch.dtype, layout: str) -> None:
     check(replace(LAYOUTS[layout], cell=cell, kernel="tensor", dtype=dtype, backward=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_tensor_products_are_exact(dtype: torch.dtype) -> None:
+# One size for every number of blocks and of steps of the product, most of them not full; no unit at all in some block.
+CLUSTER_SIZES = [(1, 1), (9, 64), (3, 129), (2, 257), (1, 385)]
+
+
+@pytest.mark.parametrize("batch, hidden", CLUSTER_SIZES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_cluster_sizes(cell: str, batch: int, hidden: int) -> None:
+    dtype = torch.bfloat16 if hidden % 64 else torch.float16
+    check(Case(cell, kernel="cluster", dtype=dtype, batch=batch, hidden=hidden, length=2, backward=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden", [255, 384, 512])
+@pytest.mark.parametrize("cell", CELLS)
+def test_cluster_large_sizes(cell: str, hidden: int) -> None:
+    check(Case(cell, kernel="cluster", dtype=torch.float16, batch=17, hidden=hidden, bidirectional=True, backward=True))
+
+
+CLUSTER_HEADERS = ("cluster_kernels.h", "cluster_backward.h")  # of kernels
+
+
+# The emulated exchange takes its time: all layouts for one cell, for the others those that hold the most.
+@pytest.mark.parametrize(
+    "cell, layout",
+    [("lstm", layout) for layout in LAYOUTS]
+    + [(cell, layout) for cell in CELLS[:3] for layout in ("packed_resets", "lengths_resets", "no_state_no_bias")],
+)
+def test_cluster_layouts(cell: str, layout: str) -> None:
+    case = replace(LAYOUTS[layout], cell=cell, kernel="cluster", dtype=torch.bfloat16, hidden=35, backward=True)
+    check(case if cell == "lstm" else replace(case, bidirectional=False, reverse=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_cluster_hand_over(cell: str) -> None:
+    """Long enough for every buffer and every parity of its barrier, with blocks that run ahead of each other."""
+    check(Case(cell, kernel="cluster", dtype=torch.float16, batch=2, hidden=40, length=7, backward=True), schedule=2)
+
+
+def test_cluster_refuses_what_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("lstm", kernel="cluster", dtype=torch.bfloat16, hidden=130, length=1, batch=1)
+    with pytest.raises(KernelReportError, match="bfloat16 and float16 only"):
+        errors(replace(case, dtype=torch.float32))
+    with pytest.raises(KernelReportError, match="cluster kernels end at hidden size 512, got 513"):
+        errors(replace(case, hidden=513))
+    with pytest.raises(KernelReportError, match="clusters of 8 blocks: this GPU has no thread-block clusters"):
+        errors(case, arch=80)
+    monkeypatch.setenv("EMU_CLUSTER", "8")
+    check(case)
+    with pytest.raises(KernelReportError, match="clusters of 16 blocks: this GPU cannot hold one of them"):
+        errors(replace(case, hidden=385))
+
+
+@pytest.mark.parametrize(
+    "kernel, dtype", [("tensor", torch.float16), ("tensor", torch.float32), ("cluster", torch.float16)]
+)
+def test_products_are_exact(kernel: str, dtype: torch.dtype) -> None:
     """h W^T and dgates W of small integers have no rounding: a wrong fragment is off by far more than a tolerance."""
-    case = Case("rnn_relu", "tensor", dtype, length=1, batch=8, hidden=128, bias=False, backward=True)
+    case = Case("rnn_relu", kernel, dtype, length=1, batch=8, hidden=128, bias=False, backward=True)
     inputs = make_inputs(case)
     inputs.weight_hh[0] = (torch.arange(128 * 128).reshape(128, 128) * 7 % 5 - 1).double()
     inputs.h_0[0] = (torch.arange(8 * 128).reshape(8, 128) * 3 % 7 - 2).double()
@@ -189,18 +243,20 @@ def test_persistent_refuses_what_does_not_fit() -> None:
     check(Case("gru", kernel="persistent", hidden=112, length=1, batch=1), arch=80)
 
 
-@pytest.mark.parametrize("kernel", ["step", "persistent"])
+@pytest.mark.parametrize("kernel", ["step", "persistent", "cluster"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_inference_saves_nothing(cell: str, kernel: str) -> None:
-    check(Case(cell, kernel=kernel, training=False, bidirectional=True, resets=0.2))
+    dtype = torch.bfloat16 if kernel == "cluster" else torch.float32
+    check(Case(cell, kernel=kernel, dtype=dtype, training=False, bidirectional=True, resets=0.2))
 
 
 @pytest.mark.parametrize("schedule", [1, 2])
-@pytest.mark.parametrize("kernel", ["step", "persistent", "tensor"])
+@pytest.mark.parametrize("kernel", ["step", "persistent", "tensor", "cluster"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_schedules(cell: str, kernel: str, schedule: int) -> None:
-    dtype = torch.bfloat16 if kernel == "tensor" else torch.float32
-    case = Case(cell, kernel=kernel, dtype=dtype, batch=9, hidden=33, bidirectional=True, backward=True)
+    dtype = torch.bfloat16 if kernel in ("tensor", "cluster") else torch.float32
+    both = kernel != "cluster"  # many threads already
+    case = Case(cell, kernel=kernel, dtype=dtype, batch=9, hidden=33, bidirectional=both, backward=True)
     check(case, schedule=schedule)
 
 
@@ -214,6 +270,14 @@ def test_sanitizers(cell: str, kernel: str, flavour: str) -> None:
     dense = replace(packed, dtype=torch.bfloat16, packed=False, lengths=None, length=3, batch=9, hidden=17, resets=0)
     for case in (packed, dense):
         check(case, flavour, schedule=1)
+
+
+# Of the lstm the smallest clusters have a thousand threads, of the others two thousand: much for a sanitizer.
+@pytest.mark.parametrize("flavour", ["asan", "tsan"])
+@pytest.mark.parametrize("cell", ["lstm", *(pytest.param(cell, marks=pytest.mark.slow) for cell in CELLS[:3])])
+def test_cluster_sanitizers(cell: str, flavour: str) -> None:
+    packed = replace(LAYOUTS["packed_resets"], cell=cell, kernel="cluster", bidirectional=False, backward=True)
+    check(replace(packed, dtype=torch.float16, hidden=33), flavour, schedule=1)
 
 
 @pytest.mark.skipif("clang++" not in build.compilers(), reason="clang++ is not installed")
@@ -320,7 +384,13 @@ def test_seeded_mistake_is_caught(mistake: str) -> None:
 
 def test_deleted_synchronisations_are_seen() -> None:
     """`python -m tests.cuda_emulator.mutate` tries every mutant; these are the ones that matter most."""
-    assert mutate.run("synchronisation") == []
+    others = [name for name in mutate.SOURCES if name not in CLUSTER_HEADERS]
+    assert mutate.run("synchronisation", sources=others) == []
+
+
+@pytest.mark.slow  # many kernels to compile for each mutant
+def test_deleted_synchronisations_of_clusters_are_seen() -> None:
+    assert mutate.run("synchronisation", sources=CLUSTER_HEADERS) == []
 
 
 @pytest.mark.slow
@@ -336,6 +406,16 @@ DISPATCH = [
     ("lstm", torch.bfloat16, 1, 128, 1, False, False, A100, "tensor"),
     ("lstm", torch.bfloat16, 1, 129, 1, False, False, A100, "step"),
     ("lstm", torch.bfloat16, 1, 128, 1, False, True, H100, "tensor"),
+    ("lstm", torch.bfloat16, 256, 129, 2, False, False, H100, "cluster"),
+    ("lstm", torch.bfloat16, 257, 129, 2, False, False, H100, "step"),
+    ("lstm", torch.bfloat16, 1, 129, 1, False, True, H100, "cluster"),
+    ("rnn_tanh", torch.float16, 1024, 256, 1, False, False, H100, "cluster"),
+    ("rnn_tanh", torch.float16, 1025, 256, 1, False, False, H100, "pointwise"),
+    ("gru", torch.float16, 512, 384, 1, False, False, H100, "cluster"),
+    ("gru", torch.float16, 257, 385, 1, False, False, H100, "pointwise"),
+    ("lstm", torch.bfloat16, 128, 512, 2, False, False, H100, "cluster"),
+    ("lstm", torch.bfloat16, 1, 513, 1, False, False, H100, "step"),
+    ("lstm", torch.float32, 1, 256, 1, False, False, H100, "step"),
     ("gru", torch.float16, 4160, 128, 1, False, False, H100, "tensor"),
     ("gru", torch.float16, 2081, 128, 2, False, False, H100, "step"),
     ("gru", torch.float16, 4161, 64, 1, False, True, H100, "step"),
@@ -346,9 +426,9 @@ DISPATCH = [
     ("lstm", torch.float64, 1, 16, 1, False, False, H100, "step"),
     ("rnn_relu", torch.float32, 2080, 64, 1, False, True, H100, "persistent"),
     ("rnn_relu", torch.float32, 2080, 64, 2, False, True, H100, "step"),
-    ("gru", torch.float16, 32, 512, 1, False, False, H100, "step"),
-    ("gru", torch.float16, 33, 512, 1, False, False, H100, "pointwise"),
-    ("gru", torch.float16, 33, 255, 1, False, False, H100, "step"),
+    ("gru", torch.float16, 32, 512, 1, False, False, A100, "step"),
+    ("gru", torch.float16, 33, 512, 1, False, False, A100, "pointwise"),
+    ("gru", torch.float16, 33, 255, 1, False, False, A100, "step"),
     ("lstm", torch.float32, 1, 16, 1, True, False, H100, "pointwise"),
 ]
 DISPATCH_TF32 = [

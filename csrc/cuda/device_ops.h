@@ -113,6 +113,26 @@ RNN_EXT_DEVICE void copy_async_wait() {
 #endif
 }
 
+// Calls the memory around an address into the L2 cache. Nothing waits for it, and nothing else changes.
+RNN_EXT_DEVICE void prefetch_l2(const void* from) {
+#if defined(__CUDACC__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#else
+  static_cast<void>(from);
+#endif
+}
+
+// ---- a barrier of some warps of a block: `id` from 1 to 15 (0 is __syncthreads), `threads` a multiple of 32
+// -----------
+
+RNN_EXT_DEVICE void named_barrier(int id, int threads RNN_EXT_AND_CALLER) {
+#if defined(__CUDACC__)
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#else
+  emu::block_barrier(id, threads, EMU_SITE);
+#endif
+}
+
 // ---- tensor cores: mma.sync and the ldmatrix that feeds it. All 32 lanes take part.
 // ----------------------------------
 
@@ -298,6 +318,11 @@ RNN_EXT_DEVICE void mbarrier_wait(uint64_t* barrier, unsigned parity RNN_EXT_AND
 #endif
 }
 
+RNN_EXT_DEVICE uint4 bits_of(const float (&values)[4]) {
+  uint4 bits;
+  memcpy(&bits, values, sizeof bits);
+  return bits;
+}
 // Stores 16 bytes to the place of `to` in the block of that rank and counts them on its copy of `barrier`. No fence.
 RNN_EXT_DEVICE void store_async_16(void* to, uint4 value, uint64_t* barrier, unsigned rank RNN_EXT_AND_CALLER) {
 #if defined(__CUDACC__)

@@ -5,13 +5,16 @@
 // them.
 #pragma once
 
+#include "cuda/cluster_entries.h"
 #include "cuda/launch.h"
 #include "cuda/persistent_entries.h"
 #include "cuda/tensor_entries.h"
 
 namespace rnn_ext::cuda {
 
-using Question = RnnExtQuestion;  // shared_bytes stands for the architecture
+struct Question : RnnExtQuestion {  // shared_bytes stands for the architecture
+  bool this_device;                 // of which more can be asked
+};
 
 // A block of `persistent` serves 4 rows. Four rounds of blocks on about 130 multiprocessors take 4 s G H^2 / 128 clocks
 // of shared-memory reads a step, which for the largest weights is what two launches and a library GEMM take (5 to 8
@@ -19,6 +22,9 @@ using Question = RnnExtQuestion;  // shared_bytes stands for the architecture
 inline constexpr int64_t kMaxPersistentRows = 4 * 4 * 130;
 // A block of `tensor` serves twice as many rows.
 inline constexpr int64_t kMaxTensorRows = 2 * kMaxPersistentRows;
+// A cluster serves 8 rows. Four rounds of as many clusters as about 130 multiprocessors hold, half a microsecond a step
+// each, are what a launch and a library GEMM take.
+constexpr int64_t max_cluster_rows(int blocks) { return 4 * kClusterRows * (128 / blocks); }
 // Up to one row tile `step` reads the weight once, as a GEMM would, and saves a launch.
 inline constexpr int64_t kMaxStepRows = 32;
 // Below this the product is smaller than the launch that it would cost to have it from the library.
@@ -33,6 +39,13 @@ inline bool tensor_fits(const Question& q) {
   return q.variant == RNN_EXT_PLAIN && q.hidden <= max_tensor_hidden(q.cell, q.dtype) &&
          q.batch * q.directions <= kMaxTensorRows;
 }
+
+inline bool cluster_fits(const Question& q) {
+  return q.variant == RNN_EXT_PLAIN &&
+         q.hidden > max_tensor_hidden(q.cell, q.dtype) &&  // what fits one block stays there
+         rnn_ext_cuda_cluster_fits(q.cell, q.dtype, q.hidden, q.backward, q.this_device ? 0 : q.shared_bytes) != 0;
+}
+constexpr int gates_of(RnnExtCell cell) { return cell == RNN_EXT_LSTM ? 4 : cell == RNN_EXT_GRU ? 3 : 1; }
 
 struct DispatchRow {
   bool (*applies)(const Question&);
@@ -49,6 +62,11 @@ inline constexpr DispatchRow kDispatchTable[] = {
      "the recurrent weight fits one block's registers, as tensor cores take it: one launch"},
     {[](const Question& q) { return q.dtype == RNN_EXT_FLOAT32 && q.allow_tf32 && tensor_fits(q); },
      RNN_EXT_KERNEL_TENSOR, "torch allows TF32, and the recurrent weight fits one block's registers in it: one launch"},
+    {[](const Question& q) {
+       return q.batch * q.directions <= max_cluster_rows(cluster_blocks(gates_of(q.cell), q.hidden)) && cluster_fits(q);
+     },
+     RNN_EXT_KERNEL_CLUSTER,
+     "the recurrent weight fits the registers of a few blocks, which exchange the state as a cluster: one launch"},
     {[](const Question& q) { return persistent_fits(q) && q.batch * q.directions <= kMaxPersistentRows; },
      RNN_EXT_KERNEL_PERSISTENT, "the recurrent weight fits one block's shared memory: one launch for all timesteps"},
     {[](const Question& q) { return q.batch <= kMaxStepRows; }, RNN_EXT_KERNEL_STEP,

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <limits>
 
+#include "cuda/cluster_entries.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/persistent_entries.h"
@@ -113,15 +114,14 @@ int check_pointers(const RnnExtBackward& args, RnnExtError* error) {
 }
 
 template <class Args>
-int check_persistent(const Args& args, RnnExtError* error) {
+int check_persistent(const Args& args, RnnExtError* error, const char* name = "persistent",
+                     int64_t most = kMaxPersistentHidden) {
   if (check(args, 0, 0, 0, error) || check_pointers(args, error)) return 1;
   const RnnExtSequence& s = args.sequence;
-  if (args.variant != RNN_EXT_PLAIN) return refuse(error, "persistent kernels have no variants");
-  if (args.dtype == RNN_EXT_FLOAT64) return refuse(error, "persistent kernels do not take float64");
-  if (s.hidden > kMaxPersistentHidden) {
-    return refuse(error, "persistent kernels end at hidden size %lld, got %lld", number(kMaxPersistentHidden),
-                  number(s.hidden));
-  }
+  if (args.variant != RNN_EXT_PLAIN) return refuse(error, "%s kernels have no variants", name);
+  if (args.dtype == RNN_EXT_FLOAT64) return refuse(error, "%s kernels do not take float64", name);
+  if (s.hidden > most)
+    return refuse(error, "%s kernels end at hidden size %lld, got %lld", name, number(most), number(s.hidden));
   if (s.batch_sizes && (!s.row_offsets || !s.lengths))
     return refuse(error, "packed data needs row_offsets and lengths");
   for (int i = 0; i < args.directions; ++i) {
@@ -167,6 +167,17 @@ int check_tensor(const Args& args, RnnExtError* error) {
       return function<float16>(*args, queue, error);    \
     default:                                            \
       return 1;                                         \
+  }
+
+#define RNN_EXT_FOR_CLUSTER_DTYPE(function)                                   \
+  const auto queue = static_cast<cudaStream_t>(stream);                       \
+  switch (args->dtype) {                                                      \
+    case RNN_EXT_BFLOAT16:                                                    \
+      return function<bfloat16>(*args, queue, error);                         \
+    case RNN_EXT_FLOAT16:                                                     \
+      return function<float16>(*args, queue, error);                          \
+    default:                                                                  \
+      return refuse(error, "cluster kernels take bfloat16 and float16 only"); \
   }
 
 extern "C" int rnn_ext_cuda_set_device(int32_t device, RnnExtError* error) {
@@ -256,6 +267,16 @@ extern "C" int rnn_ext_cuda_tensor_backward(const RnnExtBackward* args, void* st
   RNN_EXT_FOR_PERSISTENT_DTYPE(tensor_backward)
 }
 
+extern "C" int rnn_ext_cuda_cluster_forward(const RnnExtForward* args, void* stream, RnnExtError* error) {
+  if (check_persistent(*args, error, "cluster", kMaxClusterHidden)) return 1;
+  RNN_EXT_FOR_CLUSTER_DTYPE(cluster_forward)
+}
+
+extern "C" int rnn_ext_cuda_cluster_backward(const RnnExtBackward* args, void* stream, RnnExtError* error) {
+  if (check_persistent(*args, error, "cluster", kMaxClusterHidden)) return 1;
+  RNN_EXT_FOR_CLUSTER_DTYPE(cluster_backward)
+}
+
 extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
                                             int64_t shared_bytes) {
   if (hidden < 1 || hidden > kMaxPersistentHidden || dtype == RNN_EXT_FLOAT64) return 0;
@@ -265,9 +286,19 @@ extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, 
   return needed <= shared_bytes;
 }
 
+extern "C" int rnn_ext_cuda_cluster_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
+                                         int64_t shared_bytes) {
+  if (hidden < 1 || hidden > kMaxClusterHidden) return 0;
+  if (dtype != RNN_EXT_BFLOAT16 && dtype != RNN_EXT_FLOAT16) return 0;
+  if (shared_bytes > 0) return shared_bytes >= kSharedBytesWithClusters;
+  const char* missing = dtype == RNN_EXT_BFLOAT16 ? cluster_missing<bfloat16>(cell, hidden, backward != 0)
+                                                  : cluster_missing<float16>(cell, hidden, backward != 0);
+  return missing == nullptr;
+}
+
 extern "C" RnnExtChoice rnn_ext_cuda_choose(const RnnExtQuestion* question) {
-  RnnExtQuestion complete = *question;
-  if (complete.shared_bytes <= 0) complete.shared_bytes = shared_bytes_per_block();
+  Question complete{*question, question->shared_bytes <= 0};
+  if (complete.this_device) complete.shared_bytes = shared_bytes_per_block();
   const DispatchRow& row = dispatch(complete);
   return {row.kernel, row.reason};
 }

@@ -164,9 +164,16 @@ int rnn_ext_cuda_persistent_backward(const RnnExtBackward* args, void* stream, R
 // asked whether it may be), and ends at 64 (lstm) or 96 (gru). Any kernel's backward can follow any kernel's forward.
 int rnn_ext_cuda_tensor_forward(const RnnExtForward* args, void* stream, RnnExtError* error);
 int rnn_ext_cuda_tensor_backward(const RnnExtBackward* args, void* stream, RnnExtError* error);
+// `cluster`: as `persistent`, on tensor cores, the weight in the registers of several blocks, which exchange the state;
+// bfloat16 and float16, hidden size up to 512, sm_90 and later, where the device can hold such a cluster (see `fits`).
+int rnn_ext_cuda_cluster_forward(const RnnExtForward* args, void* stream, RnnExtError* error);
+int rnn_ext_cuda_cluster_backward(const RnnExtBackward* args, void* stream, RnnExtError* error);
 // 1 if the kernel can run this on a device whose blocks have so much shared memory, else 0.
 int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
                                  int64_t shared_bytes);
+// The same; 0 bytes ask the current device, which alone knows how large its clusters can be.
+int rnn_ext_cuda_cluster_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
+                              int64_t shared_bytes);
 
 // Which of the kernels above is meant for a layer (csrc/cuda/dispatch.h), with a sentence that says why. POINTWISE:
 // `step` with hgates or dh_recurrent from a library GEMM. `shared_bytes` is what a block of the device can have; 0 asks
@@ -175,7 +182,8 @@ typedef enum RnnExtKernel {
   RNN_EXT_KERNEL_STEP,
   RNN_EXT_KERNEL_POINTWISE,
   RNN_EXT_KERNEL_PERSISTENT,
-  RNN_EXT_KERNEL_TENSOR
+  RNN_EXT_KERNEL_TENSOR,
+  RNN_EXT_KERNEL_CLUSTER
 } RnnExtKernel;
 typedef struct RnnExtChoice {
   RnnExtKernel kernel;

@@ -12,6 +12,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
 #else
 #include <tuple>
 
@@ -52,22 +55,19 @@ struct LaunchConfig {
   bool cooperative = false;  // all blocks resident at once
 };
 
-// Queues the kernel on the stream. Returns null, or what CUDA says is wrong.
-template <class... Params, class... Args>
-const char* launch(const char* name, void (*kernel)(Params...), const LaunchConfig& config, Args&&... args) {
 #if defined(__CUDACC__)
-  (void)name;
+// Tells CUDA what a kernel is to have beyond the ordinary, and fills in the launch. `attributes` stays with it.
+inline cudaError_t prepare(const void* kernel, const LaunchConfig& config, cudaLaunchAttribute (&attributes)[2],
+                           cudaLaunchConfig_t& queued) {
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
+  constexpr unsigned kPortableCluster = 8;
+  cudaError_t error = cudaSuccess;
   if (config.shared_bytes > kSharedWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(config.shared_bytes));
-    if (error != cudaSuccess) {
-      cudaGetLastError();
-      return describe(error);
-    }
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(config.shared_bytes));
   }
-  cudaLaunchAttribute attributes[2];
+  if (error == cudaSuccess && config.cluster > kPortableCluster)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   unsigned count = 0;
   if (config.cooperative) {
     attributes[count].id = cudaLaunchAttributeCooperative;
@@ -79,14 +79,25 @@ const char* launch(const char* name, void (*kernel)(Params...), const LaunchConf
     attributes[count].val.clusterDim.y = 1;
     attributes[count++].val.clusterDim.z = 1;
   }
-  cudaLaunchConfig_t queued{};
   queued.gridDim = config.grid;
   queued.blockDim = config.block;
   queued.dynamicSmemBytes = config.shared_bytes;
   queued.stream = config.stream;
   queued.attrs = attributes;
   queued.numAttrs = count;
-  const cudaError_t error = cudaLaunchKernelEx(&queued, kernel, static_cast<Params>(args)...);
+  return error;
+}
+#endif
+
+// Queues the kernel on the stream. Returns null, or what CUDA says is wrong.
+template <class... Params, class... Args>
+const char* launch(const char* name, void (*kernel)(Params...), const LaunchConfig& config, Args&&... args) {
+#if defined(__CUDACC__)
+  (void)name;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t queued{};
+  cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), config, attributes, queued);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&queued, kernel, static_cast<Params>(args)...);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // reported here: the caller's next check must not see it again
   return describe(error);
@@ -100,6 +111,57 @@ const char* launch(const char* name, void (*kernel)(Params...), const LaunchConf
   const std::tuple<Params...> params{static_cast<Params>(args)...};
   emu::run(emulated, [&] { std::apply(kernel, params); }, name);
   return nullptr;
+#endif
+}
+
+// Whether this compilation is for a device with thread-block clusters. Where not, the kernels that need them are empty
+// (clusters_missing says so before one is launched).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr bool kCompilesClusters = false;
+#else
+inline constexpr bool kCompilesClusters = true;
+#endif
+
+// Null, or why the current device cannot hold one cluster of this launch.
+inline const char* clusters_missing(const void* kernel, const LaunchConfig& config) {
+#if defined(__CUDACC__)
+  // CUDA is asked once for each kernel and device, unless it cannot say.
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, const char*> answers;
+  int device = 0, has_clusters = 0, clusters = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return describe(error);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [answer, is_new] = answers.try_emplace({kernel, device}, nullptr);
+  if (!is_new) return answer->second;
+
+  cudaFuncAttributes compiled;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t queued{};
+  cudaError_t error = cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, kernel);
+  if (error == cudaSuccess && has_clusters && compiled.ptxVersion >= 90) {
+    error = prepare(kernel, config, attributes, queued);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &queued);
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    answers.erase(answer);
+    return describe(error);
+  }
+  if (!has_clusters) {
+    answer->second = "this GPU has no thread-block clusters (compute capability 9.0 and later do)";
+  } else if (compiled.ptxVersion < 90) {
+    answer->second =
+        "the library has no code with clusters for this GPU: build it again with RNN_EXT_CUDA_ARCHS set to the GPU's "
+        "compute capability";
+  } else if (clusters < 1) {
+    answer->second = "this GPU cannot hold one of them";
+  }
+  return answer->second;
+#else
+  static_cast<void>(kernel);
+  if (emu::largest_cluster() == 1) return "this GPU has no thread-block clusters (compute capability 9.0 and later do)";
+  return config.cluster <= emu::largest_cluster() ? nullptr : "this GPU cannot hold one of them";
 #endif
 }
 

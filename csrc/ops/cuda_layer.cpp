@@ -7,6 +7,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <atomic>
+#include <iterator>
 
 #include "cells/cells.h"
 #include "ops/cuda_call.h"
@@ -14,7 +15,8 @@
 namespace rnn_ext::ops {
 namespace {
 
-constexpr const char* kKernelNames[] = {"step", "pointwise", "persistent", "tensor"};  // in the order of RnnExtKernel
+constexpr const char* kKernelNames[] = {"step", "pointwise", "persistent", "tensor",
+                                        "cluster"};  // in the order of RnnExtKernel
 constexpr int kByTable = -1;
 std::atomic<int> forced_kernel{kByTable};
 
@@ -137,7 +139,7 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
   const Kept kept(call, workspace);
   const bool keeps = workspace.numel() > 0;
   const RnnExtKernel kernel = call.choose(false);
-  if (kernel == RNN_EXT_KERNEL_PERSISTENT || kernel == RNN_EXT_KERNEL_TENSOR) call.prepare_persistent();
+  if (kernel != RNN_EXT_KERNEL_STEP && kernel != RNN_EXT_KERNEL_POINTWISE) call.prepare_persistent();
   auto args = call.arguments<RnnExtForward>();
   const at::Tensor x = input.reshape({R, call.shape.sizes.input}), output_rows = output.view({R, D * P});
   const at::Tensor raw_h_n = call.projected ? call.empty({D, N, H}) : h_n;
@@ -191,6 +193,9 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
       break;
     case RNN_EXT_KERNEL_TENSOR:
       check_launch(rnn_ext_cuda_tensor_forward(&args, call.stream, &error), error);
+      break;
+    case RNN_EXT_KERNEL_CLUSTER:
+      check_launch(rnn_ext_cuda_cluster_forward(&args, call.stream, &error), error);
       break;
   }
   for (int64_t d = 0; d < D && cell_states; ++d) cells.view({R, D * H}).narrow(1, d * H, H).copy_(cell_of_row[d]);
@@ -291,7 +296,7 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
 
   const Kept kept(call, saved.contiguous());
   const RnnExtKernel kernel = call.choose(true);
-  if (kernel == RNN_EXT_KERNEL_PERSISTENT || kernel == RNN_EXT_KERNEL_TENSOR) call.prepare_persistent();
+  if (kernel != RNN_EXT_KERNEL_STEP && kernel != RNN_EXT_KERNEL_POINTWISE) call.prepare_persistent();
   auto args = call.arguments<RnnExtBackward>();
   const at::Tensor y = output.contiguous().view({R, D * P});
   const at::Tensor dy = doutput.defined() ? doutput.view({R, D * P}) : doutput;
@@ -379,6 +384,9 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
     case RNN_EXT_KERNEL_TENSOR:
       check_launch(rnn_ext_cuda_tensor_backward(&args, call.stream, &error), error);
       break;
+    case RNN_EXT_KERNEL_CLUSTER:
+      check_launch(rnn_ext_cuda_cluster_backward(&args, call.stream, &error), error);
+      break;
   }
 
   at::Tensor dx = none, x;
@@ -453,7 +461,7 @@ bool force_cuda_kernel(const std::string& name) {
     forced_kernel = kByTable;
     return true;
   }
-  for (int kernel = 0; kernel < 4; ++kernel) {
+  for (int kernel = 0; kernel < static_cast<int>(std::size(kKernelNames)); ++kernel) {
     if (name == kKernelNames[kernel]) {
       forced_kernel = kernel;
       return true;

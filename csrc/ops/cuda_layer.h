@@ -18,8 +18,8 @@ void implement_cuda_layer(torch::Library& library);
 /// the stream that they are queued on. The device is current.
 void* kernel_stream(c10::Device device);
 
-/// "step", "pointwise", "persistent" or "tensor" instead of what the dispatch table says, for tests and comparisons; ""
-/// is the table. Projected layers and those with layer normalisation are always pointwise. False for another name.
+/// One of kernel_name()'s names instead of what the dispatch table says, for tests and comparisons; "" is the table.
+/// Projected layers and those with layer normalisation are always pointwise. False for another name.
 bool force_cuda_kernel(const std::string& name);
 
 const char* kernel_name(RnnExtKernel kernel);

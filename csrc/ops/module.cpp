@@ -120,9 +120,9 @@ PYBIND11_MODULE(_C, m) {
 #ifdef RNN_EXT_WITH_CUDA
   m.def("cuda_problem", &cuda_problem, "Why the CUDA kernels cannot run on this device, or None.");
   m.def("cuda_kernel", &cuda_kernel, "The kernel meant for a layer, and why; see csrc/cuda/dispatch.h.");
-  m.def(
-      "force_cuda_kernel", &rnn_ext::ops::force_cuda_kernel,
-      "Run step, pointwise, persistent or tensor whatever the table says; \"\" is the table. False for another name.");
+  m.def("force_cuda_kernel", &rnn_ext::ops::force_cuda_kernel,
+        "Run step, pointwise, persistent, tensor or cluster whatever the table says; \"\" is the table. False for "
+        "another name.");
 #endif
   m.def(
       "require_grad", [](at::Tensor tensor) { return tensor.set_requires_grad(true); },

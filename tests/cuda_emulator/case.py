@@ -20,7 +20,7 @@ SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 4}  # S and Q of launch
 SAVED_MASKED = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 5}
 NORM_SAVED, NORM_GRAD_GATES, NORM_GRAD_GATE, NORM_STATISTICS, NORM_SCRATCH = 8, 14, 8, 4, 7
 GRAD_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 4}
-KERNELS = ("step", "pointwise", "persistent", "tensor")
+KERNELS = ("step", "pointwise", "persistent", "tensor", "cluster")
 
 # Relative to the largest value of an array (at least 1). The kernels round h (and, backward, the saved gates and the
 # gate gradients) to the storage type at every timestep: some roundings of 2^-9 or 2^-12 add up over a sequence.

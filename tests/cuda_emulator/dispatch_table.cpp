@@ -13,7 +13,7 @@ bool read(T& to) {
 }
 
 int main() {
-  const char* names[] = {"step", "pointwise", "persistent", "tensor"};
+  const char* names[] = {"step", "pointwise", "persistent", "tensor", "cluster"};
   RnnExtQuestion q;
   while (read(q.cell) && read(q.dtype) && read(q.variant) && read(q.length) && read(q.batch) && read(q.hidden) &&
          read(q.directions) && read(q.projected) && read(q.backward) && read(q.allow_tf32) && read(q.shared_bytes)) {

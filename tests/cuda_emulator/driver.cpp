@@ -293,6 +293,10 @@ int run_request(const Request& request, RnnExtError* error) {
     if (rnn_ext_cuda_tensor_forward(&forward, nullptr, error)) return 1;
     return with_backward ? rnn_ext_cuda_tensor_backward(&backward, nullptr, error) : 0;
   }
+  if (request.is("kernel", "cluster")) {
+    if (rnn_ext_cuda_cluster_forward(&forward, nullptr, error)) return 1;
+    return with_backward ? rnn_ext_cuda_cluster_backward(&backward, nullptr, error) : 0;
+  }
   if (request.is("kernel", "pointwise")) {
     if (pointwise_forward<T>(forward, error)) return 1;
     return with_backward ? pointwise_backward<T>(backward, error) : 0;

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,10 +30,12 @@ SOURCES = {
     "variant_kernels.h": ("cuda/variant_float32.cu",),
     "persistent_kernels.h": ("cuda/persistent_float32.cu",),
     "tensor_kernels.h": ("cuda/tensor_bfloat16.cu",),
+    "cluster_kernels.h": ("cuda/cluster_bfloat16.cu",),
+    "cluster_backward.h": ("cuda/cluster_bfloat16.cu",),
 }
 
 SYNCHRONISATIONS = re.compile(
-    r"(__syncthreads|__syncwarp|copy_async_\w+(<\w+>)?|cluster_\w+|mbarrier_\w+|store_async_\w+)\([^;]*\);"
+    r"(__syncthreads|__syncwarp|named_barrier|copy_async_\w+(<\w+>)?|cluster_\w+|mbarrier_\w+|store_async_\w+)\([^;]*\);"
 )
 # A comparison that guards something: in an if, a conditional expression, or a conjunction.
 OPERAND = r"[\w.]+(?:\([\w.]*\))?(?:\[\w+\])?"
@@ -95,8 +97,8 @@ def mutants(file: Path) -> Iterator[Mutant]:
 
 def cases(mutant: Mutant) -> list[Case]:
     """Small shapes that between them go everywhere: partial tiles, several chunks, packed, padded, resets."""
-    kernel = next((name for name in ("persistent", "tensor") if mutant.file.startswith(name)), "step")
-    dtype = torch.bfloat16 if kernel == "tensor" else torch.float32
+    kernel = next((name for name in ("persistent", "tensor", "cluster") if mutant.file.startswith(name)), "step")
+    dtype = torch.bfloat16 if kernel in ("tensor", "cluster") else torch.float32
     base = Case("gru", kernel=kernel, dtype=dtype, batch=3, hidden=19, length=4, bidirectional=True, backward=True)
     ragged = replace(base, cell="lstm", lengths=(6, 0, 2), resets=0.3)
     packed = replace(
@@ -145,11 +147,11 @@ def verdict(mutant: Mutant, folder: Path) -> str | None:
     return None
 
 
-def run(kind: str | None = None, match: str = "") -> list[str]:
-    """Try mutants; returns what is wrong: unexplained survivors, and explanations of mutants that died."""
+def run(kind: str | None = None, match: str = "", sources: Iterable[str] = SOURCES) -> list[str]:
+    """Try mutants of these headers; returns what is wrong: unexplained survivors, explanations of mutants that died."""
     problems, tried, survived = [], 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        for source in SOURCES:
+        for source in sources:
             path = build.CUDA / source
             for mutant in mutants(path):
                 if (kind and mutant.kind != kind) or match not in mutant.name:

@@ -6,7 +6,7 @@
 // are for the sanitizers and for the comparison with the reference.
 //
 // Environment: EMU_SCHEDULE 0 (ascending), 1 (descending), 2 (random, EMU_SEED); EMU_RESIDENT_THREADS, EMU_STACK_KB;
-// EMU_ARCH 80 or 90 (shared memory per block, clusters).
+// EMU_ARCH 80 or 90 (shared memory per block, clusters); EMU_CLUSTER, the blocks of the largest cluster (from 90 on).
 #pragma once
 
 #include <cstddef>
@@ -40,6 +40,7 @@ extern ThreadContext* current;  // the running CUDA thread; null on the host
 
 void run(const LaunchConfig& config, const std::function<void()>& kernel, const char* name);
 int arch();  // 80 or 90
+unsigned largest_cluster();
 int64_t shared_bytes_per_block();
 [[noreturn]] void fail(const char* what, Site site);
 

@@ -86,9 +86,9 @@ void thread_exits() {
   active_run->idle_spins = 0;
   --block->live_threads;
   --block->cluster->live_threads;
-  for (const Barrier& barrier : block->barriers) {
-    if (barrier.arrived) fail("thread exits while others wait at a block barrier", barrier.site);
-  }
+  // Named barriers are of some warps: others may leave.
+  if (const Barrier& barrier = block->barriers[0]; barrier.arrived)
+    fail("thread exits while others wait at a block barrier", barrier.site);
 }
 
 void thread_main() {
@@ -128,7 +128,7 @@ void check_launch(const LaunchConfig& config, const char* name) {
     mistake = "more dynamic shared memory than a block can have";
   if (config.cluster < 1 || config.grid.x % config.cluster) mistake = "the cluster does not divide the grid";
   if (config.cluster > 1 && arch() < 90) mistake = "clusters need sm_90";
-  if (config.cluster > 16) mistake = "a cluster has at most 16 blocks";
+  if (config.cluster > largest_cluster()) mistake = "a cluster of more blocks than the device can hold";
   if (mistake) fail(mistake, {name, 0});
 }
 
@@ -194,6 +194,8 @@ void run_wave(const std::vector<unsigned>& order, size_t first, size_t last) {
 }  // namespace
 
 int arch() { return static_cast<int>(setting("EMU_ARCH", 90)); }
+
+unsigned largest_cluster() { return arch() >= 90 ? static_cast<unsigned>(setting("EMU_CLUSTER", 16)) : 1; }
 
 int64_t shared_bytes_per_block() { return (arch() >= 90 ? 227 : 163) * 1024; }
 

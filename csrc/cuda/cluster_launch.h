@@ -1,0 +1,114 @@
+// The host side of `cluster` for one storage type: one launch for all timesteps and directions.
+#pragma once
+
+#include <cstdio>
+#include <type_traits>
+
+#include "cuda/cluster_backward.h"
+#include "cuda/cluster_kernels.h"
+#include "cuda/persistent_launch.h"
+
+namespace rnn_ext::cuda {
+
+// A kernel, and the launch that it is compiled for.
+template <class Pointers>
+struct ClusterKernel {
+  void (*kernel)(PersistentLayer<Pointers>);
+  int blocks, threads;
+
+  LaunchConfig config(int64_t clusters, int directions) const {
+    LaunchConfig result;
+    result.grid = dim3(static_cast<unsigned>(clusters * blocks), static_cast<unsigned>(directions));
+    result.block = dim3(static_cast<unsigned>(threads));
+    result.cluster = static_cast<unsigned>(blocks);
+    return result;
+  }
+};
+
+template <class Pointers, class Cell, class T, int kDepth>
+ClusterKernel<Pointers> cluster_kernel_of_depth() {
+  constexpr int kBlocks = cluster_blocks(Cell::kGates, kDepth * kClusterDepth);
+  if constexpr (std::is_same_v<Pointers, ForwardPointers<T>>) {
+    return {&cluster_forward_kernel<Cell, T, kDepth, kBlocks>, kBlocks, ClusterShape<Cell, kDepth, kBlocks>::kThreads};
+  } else {
+    return {&cluster_backward_kernel<Cell, T, kDepth, kBlocks>, kBlocks,
+            ClusterBackwardShape<Cell, kDepth, kBlocks>::kThreads};
+  }
+}
+
+// Few sizes are compiled: a layer between two of them multiplies by zeros.
+template <class Pointers, class Cell, class T>
+ClusterKernel<Pointers> cluster_kernel_of_cell(int64_t hidden) {
+  if constexpr (Cell::kGates == 4) {
+    if (hidden <= 8 * kClusterDepth) return cluster_kernel_of_depth<Pointers, Cell, T, 8>();
+  }
+  if (hidden <= 16 * kClusterDepth) return cluster_kernel_of_depth<Pointers, Cell, T, 16>();
+  if constexpr (Cell::kGates > 1) {
+    if (hidden <= 24 * kClusterDepth) return cluster_kernel_of_depth<Pointers, Cell, T, 24>();
+  }
+  return cluster_kernel_of_depth<Pointers, Cell, T, 32>();
+}
+
+template <class Pointers, class T>
+ClusterKernel<Pointers> cluster_kernel_of(RnnExtCell cell, int64_t hidden) {
+  switch (cell) {
+    case RNN_EXT_RNN_TANH:
+      return cluster_kernel_of_cell<Pointers, cells::RnnTanh, T>(hidden);
+    case RNN_EXT_RNN_RELU:
+      return cluster_kernel_of_cell<Pointers, cells::RnnRelu, T>(hidden);
+    case RNN_EXT_GRU:
+      return cluster_kernel_of_cell<Pointers, cells::Gru, T>(hidden);
+    case RNN_EXT_LSTM:
+      return cluster_kernel_of_cell<Pointers, cells::Lstm, T>(hidden);
+  }
+  return {};
+}
+
+template <class T, class Pointers, class Args>
+int launch_cluster(const char* name, const Args& args, cudaStream_t stream, RnnExtError* error) {
+  auto layer = persistent_layer<Pointers>(args);
+  for (int i = 0; i < args.directions; ++i)
+    layer.direction[i] = {args.direction[i].reverse != 0, typed<T>(args.direction[i])};
+  const auto chosen = cluster_kernel_of<Pointers, T>(args.cell, layer.hidden);
+  const int64_t clusters = (layer.batch + kClusterRows - 1) / kClusterRows;
+  if (layer.length > INT32_MAX || clusters * chosen.blocks > INT32_MAX) {
+    std::snprintf(error->message, sizeof error->message, "%s: %lld timesteps of batch %lld are too many for one launch",
+                  name, static_cast<long long>(layer.length), static_cast<long long>(layer.batch));
+    return 1;
+  }
+  LaunchConfig config = chosen.config(clusters, args.directions);
+  config.stream = stream;
+  const char* problem = clusters_missing(reinterpret_cast<const void*>(chosen.kernel), config);
+  if (!problem) problem = launch(name, chosen.kernel, config, layer);
+  if (problem) {
+    std::snprintf(error->message, sizeof error->message, "%s with clusters of %d blocks: %s", name, chosen.blocks,
+                  problem);
+  }
+  return problem != nullptr;
+}
+
+template <class T>
+int cluster_forward(const RnnExtForward& args, cudaStream_t stream, RnnExtError* error) {
+  return launch_cluster<T, ForwardPointers<T>>("cluster_forward", args, stream, error);
+}
+
+template <class T>
+int cluster_backward(const RnnExtBackward& args, cudaStream_t stream, RnnExtError* error) {
+  return launch_cluster<T, BackwardPointers<T>>("cluster_backward", args, stream, error);
+}
+
+template <class T>
+const char* cluster_missing(RnnExtCell cell, int64_t hidden, bool backward) {
+  const auto missing = [](const auto& chosen) {
+    return clusters_missing(reinterpret_cast<const void*>(chosen.kernel), chosen.config(1, 1));
+  };
+  return backward ? missing(cluster_kernel_of<BackwardPointers<T>, T>(cell, hidden))
+                  : missing(cluster_kernel_of<ForwardPointers<T>, T>(cell, hidden));
+}
+
+#define RNN_EXT_INSTANTIATE_CLUSTER(T)                                                 \
+  template int cluster_forward<T>(const RnnExtForward&, cudaStream_t, RnnExtError*);   \
+  template int cluster_backward<T>(const RnnExtBackward&, cudaStream_t, RnnExtError*); \
+  template const char* cluster_missing<T>(RnnExtCell, int64_t, bool);
+
+}  // namespace rnn_ext::cuda
