@@ -110,15 +110,17 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: object = None
 def _cuda_kernel(module: nn.Module, cell: str, input: Tensor | PackedSequence) -> tuple[str, str]:
     data, options = input, {}
     if isinstance(module, nn.RNNCellBase):
-        batch = 1 if input.dim() == 1 else input.shape[0]
+        length, batch = 1, 1 if input.dim() == 1 else input.shape[0]
     else:
         options = {"bidirectional": module.bidirectional, "projected": module.proj_size > 0}
         if isinstance(input, PackedSequence):
-            data, batch = input.data, int(input.batch_sizes[0])
+            data, length, batch = input.data, input.batch_sizes.numel(), int(input.batch_sizes[0])
         else:
-            batch = 1 if input.dim() == 2 else input.shape[0 if module.batch_first else 1]
-    shared_bytes = torch.cuda.get_device_properties(data.device).shared_memory_per_block_optin
-    return ops.cuda_kernel(cell, data.dtype, batch, module.hidden_size, shared_bytes=shared_bytes, **options)
+            along = 1 if module.batch_first and input.dim() == 3 else 0
+            length, batch = input.shape[along], 1 if input.dim() == 2 else input.shape[1 - along]
+    device = torch.cuda.get_device_properties(data.device)
+    options |= {"shared_bytes": device.shared_memory_per_block_optin, "multiprocessors": device.multi_processor_count}
+    return ops.cuda_kernel(cell, data.dtype, length, batch, module.hidden_size, **options)
 
 
 def set_backend(model: ModuleT, backend: str) -> ModuleT:

@@ -96,6 +96,7 @@ def cuda_problem(device: int) -> str | None:
 def cuda_kernel(
     cell: str,
     dtype: torch.dtype,
+    length: int,
     batch: int,
     hidden: int,
     *,
@@ -103,13 +104,16 @@ def cuda_kernel(
     projected: bool = False,
     backward: bool = False,
     shared_bytes: int,
+    multiprocessors: int,
 ) -> tuple[str, str]:
     """The CUDA kernel that the dispatch table (csrc/cuda/dispatch.h) has for a layer, "step", "pointwise",
-    "persistent" or "tensor", and the reason. `shared_bytes`: the most shared memory a block of the device can have."""
+    "persistent", "tensor" or "grid", and the reason. `shared_bytes`: the most shared memory a block of the device can
+    have; `multiprocessors`: how many of them it has."""
     from rnn_ext import _C
 
     kind, number = _CELL_KINDS.index(cell), _CUDA_DTYPES.index(dtype)
-    return _C.cuda_kernel(kind, number, batch, hidden, 1 + bidirectional, projected, backward, shared_bytes)
+    what, device = (1 + bidirectional, projected, backward), (shared_bytes, multiprocessors)
+    return _C.cuda_kernel(kind, number, length, batch, hidden, *what, *device)
 
 
 def force_cuda_kernel(name: str | None) -> None:
@@ -124,7 +128,7 @@ def force_cuda_kernel(name: str | None) -> None:
     from rnn_ext import _C
 
     if not _C.force_cuda_kernel(name or ""):
-        raise ValueError(f"unknown CUDA kernel {name!r}: expected step, pointwise, persistent, tensor or None")
+        raise ValueError(f"unknown CUDA kernel {name!r}: expected step, pointwise, persistent, tensor, grid or None")
 
 
 def layer(

@@ -26,7 +26,8 @@ pytestmark = [
 ]
 with_cuda = pytest.mark.skipif(not ops.with_cuda(), reason="the library has been built without CUDA kernels")
 
-KERNELS = ("step", "pointwise", "persistent")
+KERNELS = ("step", "pointwise", "persistent", "grid")
+NO_FLOAT64 = ("persistent", "grid")
 LAYERS = {"rnn_tanh": rnn_ext.RNN, "gru": rnn_ext.GRU, "lstm": rnn_ext.LSTM}
 # A GEMM's result is rounded to the storage type before the cell takes it up: one rounding more than on the CPU.
 VALUES = {**util.VALUE_TOLERANCE, torch.bfloat16: 3e-2}
@@ -35,7 +36,7 @@ GRADIENTS = {**util.GRAD_TOLERANCE, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 def agree(case: Case, kernel: str | None, dtype: torch.dtype | None = None, **options) -> None:
     """Values and gradients are the reference's in float64 on the same numbers."""
-    dtype = dtype or (torch.float32 if kernel == "persistent" else torch.float64)  # persistent has no float64
+    dtype = dtype or (torch.float32 if kernel in NO_FLOAT64 else torch.float64)
     problem = util.build(case, dtype)
     expected, expected_grads = util.gradients(util.oracle, problem.to(torch.float64), **options)
     with emulated(kernel):
@@ -72,7 +73,7 @@ def test_matrix(cell, kernel):
 def test_packed_resets(cell, kernel):
     """Which modules do not offer, but the op does: one reset for each row of the packed input."""
     for proj in (0, 3) if cell == "lstm" and kernel == "pointwise" else (0,):
-        dtype = torch.float32 if kernel == "persistent" else torch.float64
+        dtype = torch.float32 if kernel in NO_FLOAT64 else torch.float64
         problem = util.build(Case(cell, "packed", True, proj=proj, size=(6, 5, 2, 5)), dtype)
         generator = torch.Generator().manual_seed(1)
         problem.resets = torch.rand(problem.input.shape[0], generator=generator) < 0.4
@@ -115,7 +116,7 @@ def test_each_cotangent_alone(cell, layout, kernel, proj):
     if proj and (cell != "lstm" or kernel != "pointwise"):
         return
     case = Case(cell, layout, True, proj=proj, lengths=layout == "dense", resets=layout == "dense", size=(4, 3, 2, 5))
-    dtype = torch.float32 if kernel == "persistent" else torch.float64
+    dtype = torch.float32 if kernel in NO_FLOAT64 else torch.float64
     results = util.oracle(util.build(case, dtype))
     for name, cotangent in util.cotangents(results).items():
         agree(
@@ -365,6 +366,8 @@ def test_a_kernel_that_cannot_run_says_why():
         util.run(double)
     with emulated("tensor"), pytest.raises(RuntimeError, match="bfloat16 and float16 only"):
         util.run(util.build(Case("gru", size=(2, 1, 2, 3)), torch.float32))
+    with emulated("grid"), pytest.raises(RuntimeError, match="grid kernels do not take float64"):
+        util.run(double)
     with emulated():  # nothing is left behind
         util.check_values(util.run(problem), util.oracle(problem.to(torch.float64)), torch.float32)
 
@@ -380,6 +383,24 @@ def test_small_shared_memory_goes_to_step(monkeypatch):
         util.run(problem)
     with emulated():
         util.check_values(util.run(problem), util.oracle(problem.to(torch.float64)), torch.float32)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_few_multiprocessors_go_to_step(monkeypatch, packed):
+    """Where the blocks of `grid` could not all be resident, the table has another kernel, and who insists is told."""
+    problem = util.build(Case("rnn_tanh", "packed" if packed else "dense", size=(4, 2, 2, 129)), torch.float32)
+    expected, grads = util.gradients(util.oracle, problem.to(torch.float64))
+    for multiprocessors, kernel in ((132, "grid"), (132, None), (1, None)):
+        monkeypatch.setenv("EMU_MULTIPROCESSORS", str(multiprocessors))
+        with emulated(kernel):
+            actual, actual_grads = util.gradients(util.run, problem)
+        util.check_values(actual, expected, torch.float32)
+        util.check_gradients(actual_grads, grads, torch.float32)
+    with (
+        emulated("grid"),
+        pytest.raises(RuntimeError, match=r"\d+ blocks of \d+ bytes .* holds \d at once \(1 multipr"),
+    ):
+        util.run(problem)
 
 
 @pytest.mark.parametrize(
@@ -481,13 +502,16 @@ def test_fake_kernel_keeps_as_much_as_the_real_one(cell, proj, dtype):
 
 @with_cuda
 def test_choices_are_those_of_the_table():
-    assert ops.cuda_kernel("lstm", torch.float32, 8, 64, shared_bytes=227 * 1024)[0] == "persistent"
-    assert ops.cuda_kernel("gru", torch.float32, 8, 300, shared_bytes=227 * 1024)[0] == "step"
-    kernel, reason = ops.cuda_kernel("gru", torch.float16, 64, 512, bidirectional=True, shared_bytes=227 * 1024)
+    h100 = {"shared_bytes": 227 * 1024, "multiprocessors": 132}
+    assert ops.cuda_kernel("lstm", torch.float32, 50, 8, 64, **h100)[0] == "persistent"
+    assert ops.cuda_kernel("gru", torch.float32, 1, 8, 300, **h100)[0] == "step"
+    kernel, reason = ops.cuda_kernel("gru", torch.float32, 50, 8, 300, **h100)
+    assert kernel == "grid" and "exchange" in reason
+    kernel, reason = ops.cuda_kernel("gru", torch.float16, 50, 400, 512, bidirectional=True, **h100)
     assert kernel == "pointwise" and "GEMM" in reason
-    assert ops.cuda_kernel("lstm", torch.float32, 8, 64, projected=True, shared_bytes=227 * 1024)[0] == "pointwise"
+    assert ops.cuda_kernel("lstm", torch.float32, 50, 8, 64, projected=True, **h100)[0] == "pointwise"
     with pytest.raises(
-        ValueError, match="unknown CUDA kernel 'fast': expected step, pointwise, persistent, tensor or None"
+        ValueError, match="unknown CUDA kernel 'fast': expected step, pointwise, persistent, tensor, grid or None"
     ):
         ops.force_cuda_kernel("fast")
 
@@ -498,16 +522,23 @@ def test_explain_on_a_gpu(monkeypatch):
 
     class Properties:
         shared_memory_per_block_optin = 227 * 1024
+        multi_processor_count = 132
 
     monkeypatch.setattr(ops, "cuda_problem", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     module = rnn_ext.GRU(4, 300, bidirectional=True, batch_first=True, backend="custom")
     with FakeTensorMode():
-        few, many = (torch.empty(n, 3, 4, device="cuda") for n in (8, 64))
+        few, many, long = (torch.empty(*size, 4, device="cuda") for size in ((8, 3), (64, 3), (8, 50)))
     explanation = rnn_ext.explain(module, few)
     assert (explanation.backend, explanation.kernel) == ("custom", "rnn_ext::layer gru, cuda step")
     assert "few rows" in explanation.reason
     assert rnn_ext.explain(module, many).kernel == "rnn_ext::layer gru, cuda pointwise"
+    explanation = rnn_ext.explain(module, long)
+    assert explanation.kernel == "rnn_ext::layer gru, cuda grid" and "one launch" in explanation.reason
+    packed = nn.utils.rnn.pack_padded_sequence(torch.empty(8, 50, 4), [50] * 8, batch_first=True)
+    with FakeTensorMode():
+        packed = packed._replace(data=torch.empty(400, 4, device="cuda"), batch_sizes=packed.batch_sizes)
+    assert rnn_ext.explain(module, packed).kernel == "rnn_ext::layer gru, cuda grid"
     module.backend = "auto"  # what nobody has timed is no default, but better than what torch cannot do
     explanation = rnn_ext.explain(module, few)
     assert (explanation.backend, explanation.reason) == ("native", backends.UNMEASURED)

@@ -5,6 +5,7 @@
 // them.
 #pragma once
 
+#include "cuda/grid_plan.h"
 #include "cuda/launch.h"
 #include "cuda/persistent_entries.h"
 #include "cuda/tensor_entries.h"
@@ -14,11 +15,12 @@ namespace rnn_ext::cuda {
 struct Question {
   RnnExtCell cell;
   RnnExtDtype dtype;
-  int64_t batch, hidden;
+  int64_t length, batch, hidden;
   int32_t directions;
   bool projected;
   bool backward;
   int64_t shared_bytes;  // of a block on this device; stands for the architecture
+  int64_t multiprocessors;
 };
 
 // A block of `persistent` serves 4 rows. Four rounds of blocks on about 130 multiprocessors take 4 s G H^2 / 128 clocks
@@ -27,6 +29,11 @@ struct Question {
 inline constexpr int64_t kMaxPersistentRows = 4 * 4 * 130;
 // A block of `tensor` serves twice as many rows.
 inline constexpr int64_t kMaxTensorRows = 2 * kMaxPersistentRows;
+// What two launches and a library GEMM take (5 to 8 us), in clocks that `grid` may take for a timestep.
+inline constexpr int64_t kMaxGridClocks = 10000;
+// Its workspace is set to zero first, one launch more, and its weight and first exchange come before the first
+// timestep.
+inline constexpr int64_t kMinGridLength = 4;
 // Up to one row tile `step` reads the weight once, as a GEMM would, and saves a launch.
 inline constexpr int64_t kMaxStepRows = 32;
 // Below this the product is smaller than the launch that it would cost to have it from the library.
@@ -39,6 +46,17 @@ inline bool persistent_fits(const Question& q) {
 inline bool tensor_fits(const Question& q) {
   return !q.backward && (q.dtype == RNN_EXT_BFLOAT16 || q.dtype == RNN_EXT_FLOAT16) &&
          q.hidden <= max_tensor_hidden(q.cell);
+}
+
+inline GridProblem grid_problem(const Question& q) {
+  const int64_t value_bytes = q.dtype == RNN_EXT_FLOAT64 ? 8 : q.dtype == RNN_EXT_FLOAT32 ? 4 : 2;
+  return {gates_of(q.cell), value_bytes, q.backward, q.batch, q.hidden, q.directions};
+}
+
+inline bool grid_fits(const Question& q) {
+  if (q.dtype == RNN_EXT_FLOAT64 || q.length < kMinGridLength) return false;
+  const GridPlan plan = grid_plan(grid_problem(q), {q.multiprocessors, q.shared_bytes});
+  return plan.units > 0 && plan.clocks <= kMaxGridClocks;
 }
 
 struct DispatchRow {
@@ -54,6 +72,8 @@ inline constexpr DispatchRow kDispatchTable[] = {
      RNN_EXT_KERNEL_TENSOR, "the recurrent weight fits one block's registers, as tensor cores take it: one launch"},
     {[](const Question& q) { return persistent_fits(q) && q.batch * q.directions <= kMaxPersistentRows; },
      RNN_EXT_KERNEL_PERSISTENT, "the recurrent weight fits one block's shared memory: one launch for all timesteps"},
+    {[](const Question& q) { return grid_fits(q); }, RNN_EXT_KERNEL_GRID,
+     "the recurrent weight fits the multiprocessors' shared memory together: one launch whose blocks exchange h"},
     {[](const Question& q) { return q.batch <= kMaxStepRows; }, RNN_EXT_KERNEL_STEP,
      "few rows: reading the weight bounds a timestep, and one fused launch reads it once"},
     {[](const Question& q) { return q.hidden < kMinLibraryHidden; }, RNN_EXT_KERNEL_STEP,

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cuda/dispatch.h"
+#include "cuda/grid_entries.h"
 #include "cuda/launch.h"
 #include "cuda/persistent_entries.h"
 #include "cuda/step_entries.h"
@@ -91,19 +92,32 @@ int check_pointers(const RnnExtBackward& args, RnnExtError* error) {
 }
 
 template <class Args>
-int check_persistent(const Args& args, RnnExtError* error) {
+int check_whole_sequence(const Args& args, const char* kernels, RnnExtError* error) {
   if (check(args, 0, 0, 0, error) || check_pointers(args, error)) return 1;
   const RnnExtSequence& s = args.sequence;
-  if (args.dtype == RNN_EXT_FLOAT64) return refuse(error, "persistent kernels do not take float64");
-  if (s.hidden > kMaxPersistentHidden) {
-    return refuse(error, "persistent kernels end at hidden size %lld, got %lld", number(kMaxPersistentHidden),
-                  number(s.hidden));
-  }
+  if (args.dtype == RNN_EXT_FLOAT64) return refuse(error, "%s kernels do not take float64", kernels);
   if (s.batch_sizes && (!s.row_offsets || !s.lengths))
     return refuse(error, "packed data needs row_offsets and lengths");
   for (int i = 0; i < args.directions; ++i) {
     if (!args.direction[i].weight_hh) return refuse(error, "weight_hh must be given");
   }
+  return 0;
+}
+
+template <class Args>
+int check_persistent(const Args& args, RnnExtError* error) {
+  if (check_whole_sequence(args, "persistent", error)) return 1;
+  if (args.sequence.hidden <= kMaxPersistentHidden) return 0;
+  return refuse(error, "persistent kernels end at hidden size %lld, got %lld", number(kMaxPersistentHidden),
+                number(args.sequence.hidden));
+}
+
+template <class Args>
+int check_grid(const Args& args, int64_t units, const void* workspace, RnnExtError* error) {
+  if (check_whole_sequence(args, "grid", error)) return 1;
+  if (units < 0) return refuse(error, "expected units of a block, or 0, got %lld", number(units));
+  if (!workspace || reinterpret_cast<uintptr_t>(workspace) % 16)
+    return refuse(error, "the workspace must be given, aligned to 16 bytes");
   return 0;
 }
 
@@ -123,15 +137,15 @@ int check_persistent(const Args& args, RnnExtError* error) {
   }                                                                          \
   return 1;
 
-#define RNN_EXT_FOR_PERSISTENT_DTYPE(function)          \
+#define RNN_EXT_FOR_PERSISTENT_DTYPE(function, ...)     \
   const auto queue = static_cast<cudaStream_t>(stream); \
   switch (args->dtype) {                                \
     case RNN_EXT_FLOAT32:                               \
-      return function<float>(*args, queue, error);      \
+      return function<float>(*args, __VA_ARGS__);       \
     case RNN_EXT_BFLOAT16:                              \
-      return function<bfloat16>(*args, queue, error);   \
+      return function<bfloat16>(*args, __VA_ARGS__);    \
     case RNN_EXT_FLOAT16:                               \
-      return function<float16>(*args, queue, error);    \
+      return function<float16>(*args, __VA_ARGS__);     \
     default:                                            \
       return 1;                                         \
   }
@@ -181,12 +195,12 @@ extern "C" int rnn_ext_cuda_step_backward(const RnnExtBackward* args, int64_t fi
 
 extern "C" int rnn_ext_cuda_persistent_forward(const RnnExtForward* args, void* stream, RnnExtError* error) {
   if (check_persistent(*args, error)) return 1;
-  RNN_EXT_FOR_PERSISTENT_DTYPE(persistent_forward)
+  RNN_EXT_FOR_PERSISTENT_DTYPE(persistent_forward, queue, error)
 }
 
 extern "C" int rnn_ext_cuda_persistent_backward(const RnnExtBackward* args, void* stream, RnnExtError* error) {
   if (check_persistent(*args, error)) return 1;
-  RNN_EXT_FOR_PERSISTENT_DTYPE(persistent_backward)
+  RNN_EXT_FOR_PERSISTENT_DTYPE(persistent_backward, queue, error)
 }
 
 extern "C" int rnn_ext_cuda_tensor_forward(const RnnExtForward* args, void* stream, RnnExtError* error) {
@@ -201,6 +215,23 @@ extern "C" int rnn_ext_cuda_tensor_forward(const RnnExtForward* args, void* stre
   return refuse(error, "tensor kernels take bfloat16 and float16 only");
 }
 
+extern "C" int64_t rnn_ext_cuda_grid_workspace(RnnExtCell cell, RnnExtDtype dtype, int64_t batch, int64_t hidden,
+                                               int32_t directions, int32_t backward) {
+  return grid_workspace_bytes(grid_problem({cell, dtype, 0, batch, hidden, directions, false, backward != 0, 0, 0}));
+}
+
+extern "C" int rnn_ext_cuda_grid_forward(const RnnExtForward* args, int64_t units, void* workspace, void* stream,
+                                         RnnExtError* error) {
+  if (check_grid(*args, units, workspace, error)) return 1;
+  RNN_EXT_FOR_PERSISTENT_DTYPE(grid_forward, units, workspace, queue, error)
+}
+
+extern "C" int rnn_ext_cuda_grid_backward(const RnnExtBackward* args, int64_t units, void* workspace, void* stream,
+                                          RnnExtError* error) {
+  if (check_grid(*args, units, workspace, error)) return 1;
+  RNN_EXT_FOR_PERSISTENT_DTYPE(grid_backward, units, workspace, queue, error)
+}
+
 extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
                                             int64_t shared_bytes) {
   if (hidden < 1 || hidden > kMaxPersistentHidden || dtype == RNN_EXT_FLOAT64) return 0;
@@ -210,10 +241,12 @@ extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, 
   return needed <= shared_bytes;
 }
 
-extern "C" RnnExtChoice rnn_ext_cuda_choose(RnnExtCell cell, RnnExtDtype dtype, int64_t batch, int64_t hidden,
-                                            int32_t directions, int32_t projected, int32_t backward,
-                                            int64_t shared_bytes) {
+extern "C" RnnExtChoice rnn_ext_cuda_choose(RnnExtCell cell, RnnExtDtype dtype, int64_t length, int64_t batch,
+                                            int64_t hidden, int32_t directions, int32_t projected, int32_t backward,
+                                            int64_t shared_bytes, int64_t multiprocessors) {
   const int64_t available = shared_bytes > 0 ? shared_bytes : shared_bytes_per_block();
-  const DispatchRow& row = dispatch({cell, dtype, batch, hidden, directions, projected != 0, backward != 0, available});
+  const int64_t count = multiprocessors > 0 ? multiprocessors : rnn_ext::cuda::multiprocessors();
+  const DispatchRow& row =
+      dispatch({cell, dtype, length, batch, hidden, directions, projected != 0, backward != 0, available, count});
   return {row.kernel, row.reason};
 }

@@ -52,20 +52,23 @@ struct LaunchConfig {
   bool cooperative = false;  // all blocks resident at once
 };
 
+#if defined(__CUDACC__)
+inline cudaError_t allow_shared_bytes(const void* kernel, size_t bytes) {
+  constexpr size_t kSharedWithoutAsking = 48 * 1024;
+  if (bytes <= kSharedWithoutAsking) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+#endif
+
 // Queues the kernel on the stream. Returns null, or what CUDA says is wrong.
 template <class... Params, class... Args>
 const char* launch(const char* name, void (*kernel)(Params...), const LaunchConfig& config, Args&&... args) {
 #if defined(__CUDACC__)
   (void)name;
-  constexpr size_t kSharedWithoutAsking = 48 * 1024;
-  if (config.shared_bytes > kSharedWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(config.shared_bytes));
-    if (error != cudaSuccess) {
-      cudaGetLastError();
-      return describe(error);
-    }
+  cudaError_t error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), config.shared_bytes);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return describe(error);
   }
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;
@@ -86,7 +89,7 @@ const char* launch(const char* name, void (*kernel)(Params...), const LaunchConf
   queued.stream = config.stream;
   queued.attrs = attributes;
   queued.numAttrs = count;
-  const cudaError_t error = cudaLaunchKernelEx(&queued, kernel, static_cast<Params>(args)...);
+  error = cudaLaunchKernelEx(&queued, kernel, static_cast<Params>(args)...);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // reported here: the caller's next check must not see it again
   return describe(error);
@@ -142,6 +145,36 @@ inline int64_t shared_bytes_per_block() {
   return bytes;
 #else
   return emu::shared_bytes_per_block();
+#endif
+}
+
+// Of the current device; 0 if there is none.
+inline int64_t multiprocessors() {
+#if defined(__CUDACC__)
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
+  return count;
+#else
+  return emu::multiprocessors();
+#endif
+}
+
+// How many blocks of a kernel the current device holds at once, that is how many a cooperative launch can have.
+template <class... Params>
+int64_t resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes) {
+#if defined(__CUDACC__)
+  int of_each = 0;
+  cudaError_t error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, threads, shared_bytes);
+  }
+  if (error == cudaSuccess) return of_each * multiprocessors();
+  cudaGetLastError();
+  return 0;
+#else
+  static_cast<void>(kernel);
+  return emu::resident_blocks(static_cast<size_t>(threads), shared_bytes);
 #endif
 }
 

@@ -20,7 +20,8 @@
 namespace rnn_ext::ops {
 namespace {
 
-constexpr const char* kKernelNames[] = {"step", "pointwise", "persistent", "tensor"};  // in the order of RnnExtKernel
+// In the order of RnnExtKernel.
+constexpr const char* kKernelNames[] = {"step", "pointwise", "persistent", "tensor", "grid"};
 constexpr int kByTable = -1;
 std::atomic<int> forced_kernel{kByTable};
 
@@ -171,8 +172,16 @@ class Call {
     const int forced = forced_kernel;
     const bool impossible = backward && forced == RNN_EXT_KERNEL_TENSOR;
     if (forced != kByTable && !impossible) return static_cast<RnnExtKernel>(forced);
-    return rnn_ext_cuda_choose(cell_number(), dtype, batch, hidden, static_cast<int32_t>(directions), 0, backward, 0)
+    return rnn_ext_cuda_choose(cell_number(), dtype, length, batch, hidden, static_cast<int32_t>(directions), 0,
+                               backward, 0, 0)
         .kernel;
+  }
+  /// What blocks of `grid` exchange, zero as they expect it. Lives until the launch is queued; the allocator knows the
+  /// stream.
+  at::Tensor grid_workspace(bool backward) const {
+    const int64_t bytes =
+        rnn_ext_cuda_grid_workspace(cell_number(), dtype, batch, hidden, static_cast<int32_t>(directions), backward);
+    return at::zeros({bytes}, options.dtype(at::kByte));
   }
   template <class Args>
   Args arguments() const {
@@ -184,9 +193,9 @@ class Call {
     return args;
   }
 
-  /// What persistent kernels want to know of packed rows.
-  void prepare_persistent() {
-    if (!shape.packed) return;
+  /// What kernels that run all timesteps want to know of packed rows.
+  void prepare_for(RnnExtKernel kernel) {
+    if (!shape.packed || kernel == RNN_EXT_KERNEL_STEP || kernel == RNN_EXT_KERNEL_POINTWISE) return;
     upload_packing();
     sequence.row_offsets = offsets_on_device_.const_data_ptr<int64_t>();
     sequence.lengths = lengths_on_device_.const_data_ptr<int64_t>();
@@ -455,7 +464,7 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
   const Kept kept(call, workspace);
   const bool keeps = workspace.numel() > 0;
   const RnnExtKernel kernel = call.choose(false);
-  if (kernel == RNN_EXT_KERNEL_PERSISTENT || kernel == RNN_EXT_KERNEL_TENSOR) call.prepare_persistent();
+  call.prepare_for(kernel);
   auto args = call.arguments<RnnExtForward>();
   const at::Tensor x = input.reshape({R, call.shape.sizes.input}), output_rows = output.view({R, D * P});
   const at::Tensor raw_h_n = call.projected ? call.empty({D, N, H}) : h_n;
@@ -505,6 +514,11 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
     case RNN_EXT_KERNEL_TENSOR:
       check_launch(rnn_ext_cuda_tensor_forward(&args, call.stream, &error), error);
       break;
+    case RNN_EXT_KERNEL_GRID: {
+      const at::Tensor workspace = call.grid_workspace(false);
+      check_launch(rnn_ext_cuda_grid_forward(&args, 0, workspace.data_ptr(), call.stream, &error), error);
+      break;
+    }
   }
   for (int64_t d = 0; d < D && cell_states; ++d) cells.view({R, D * H}).narrow(1, d * H, H).copy_(cell_of_row[d]);
   return {output, h_n, c_n, cells, saved};
@@ -575,7 +589,7 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
 
   const Kept kept(call, saved.contiguous());
   const RnnExtKernel kernel = call.choose(true);
-  if (kernel == RNN_EXT_KERNEL_PERSISTENT) call.prepare_persistent();
+  call.prepare_for(kernel);
   auto args = call.arguments<RnnExtBackward>();
   const at::Tensor y = output.contiguous().view({R, D * P});
   const at::Tensor dy = doutput.defined() ? doutput.view({R, D * P}) : doutput;
@@ -633,6 +647,11 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
       break;
     case RNN_EXT_KERNEL_TENSOR:
       TORCH_INTERNAL_ASSERT(false, "tensor kernels are forward only");
+    case RNN_EXT_KERNEL_GRID: {
+      const at::Tensor workspace = call.grid_workspace(true);
+      check_launch(rnn_ext_cuda_grid_backward(&args, 0, workspace.data_ptr(), call.stream, &error), error);
+      break;
+    }
   }
 
   at::Tensor dx = none, x;
@@ -689,7 +708,7 @@ bool force_cuda_kernel(const std::string& name) {
     forced_kernel = kByTable;
     return true;
   }
-  for (int kernel = 0; kernel < 4; ++kernel) {
+  for (int kernel = 0; kernel < static_cast<int>(std::size(kKernelNames)); ++kernel) {
     if (name == kKernelNames[kernel]) {
       forced_kernel = kernel;
       return true;

@@ -18,8 +18,9 @@ void implement_cuda_layer(torch::Library& library);
 /// the stream that they are queued on. The device is current.
 void* kernel_stream(c10::Device device);
 
-/// "step", "pointwise", "persistent" or "tensor" (whose backward is the table's) instead of what the dispatch table
-/// says, for tests and comparisons; "" is the table. Projected layers are always pointwise. False for another name.
+/// "step", "pointwise", "persistent", "tensor" (whose backward is the table's) or "grid" instead of what the dispatch
+/// table says, for tests and comparisons; "" is the table. Projected layers are always pointwise. False for another
+/// name.
 bool force_cuda_kernel(const std::string& name);
 
 const char* kernel_name(RnnExtKernel kernel);

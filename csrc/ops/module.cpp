@@ -58,10 +58,11 @@ std::optional<std::string> cuda_problem(int device) {
   return std::nullopt;
 }
 
-std::pair<std::string, std::string> cuda_kernel(int cell, int dtype, int64_t batch, int64_t hidden, int directions,
-                                                bool projected, bool backward, int64_t shared_bytes) {
-  const RnnExtChoice choice = rnn_ext_cuda_choose(RnnExtCell(cell), RnnExtDtype(dtype), batch, hidden, directions,
-                                                  projected, backward, shared_bytes);
+std::pair<std::string, std::string> cuda_kernel(int cell, int dtype, int64_t length, int64_t batch, int64_t hidden,
+                                                int directions, bool projected, bool backward, int64_t shared_bytes,
+                                                int64_t multiprocessors) {
+  const RnnExtChoice choice = rnn_ext_cuda_choose(RnnExtCell(cell), RnnExtDtype(dtype), length, batch, hidden,
+                                                  directions, projected, backward, shared_bytes, multiprocessors);
   return {rnn_ext::ops::kernel_name(choice.kernel), choice.reason};
 }
 #else
@@ -91,9 +92,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef RNN_EXT_WITH_CUDA
   m.def("cuda_problem", &cuda_problem, "Why the CUDA kernels cannot run on this device, or None.");
   m.def("cuda_kernel", &cuda_kernel, "The kernel meant for a layer, and why; see csrc/cuda/dispatch.h.");
-  m.def(
-      "force_cuda_kernel", &rnn_ext::ops::force_cuda_kernel,
-      "Run step, pointwise, persistent or tensor whatever the table says; \"\" is the table. False for another name.");
+  m.def("force_cuda_kernel", &rnn_ext::ops::force_cuda_kernel,
+        "Run this kernel whatever the table says (names: cuda_layer.cpp); \"\" is the table. False for another name.");
 #endif
   m.def(
       "require_grad", [](at::Tensor tensor) { return tensor.set_requires_grad(true); },

@@ -18,7 +18,7 @@ CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # the numbers of RnnExtCell
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the numbers of RnnExtDtype
 SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 4}  # S and Q of launch.h
 GRAD_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 4}
-KERNELS = ("step", "pointwise", "persistent", "tensor")
+KERNELS = ("step", "pointwise", "persistent", "tensor", "grid")
 
 # Relative to the largest value of an array (at least 1). The kernels round h (and, backward, the saved gates and the
 # gate gradients) to the storage type at every timestep: some roundings of 2^-9 or 2^-12 add up over a sequence.
@@ -49,6 +49,7 @@ class Case:
     initial: bool = True
     bias: bool = True
     training: bool = True  # keep what backward needs
+    units: int = 0  # of a block of `grid`; 0: as the launcher likes
     seed: int = 0
 
     @property
@@ -181,6 +182,7 @@ def request(case: Case, inputs: Inputs) -> bytes:
         "batch": batch,
         "hidden": hidden,
         "directions": count,
+        "units": case.units,
         "backward": int(case.backward),
         "time_stride": 1 if case.batch_first else batch,
         "batch_stride": case.length if case.batch_first else 1,

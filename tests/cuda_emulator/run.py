@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--inference", action="store_true", help="save nothing for backward")
     parser.add_argument("--no-initial", action="store_true", help="start from zeros, given as null")
     parser.add_argument("--no-bias", action="store_true")
+    parser.add_argument("--units", type=int, default=0, metavar="U", help="hidden units of a block of grid")
     parser.add_argument("--arch", type=int, choices=(80, 90), default=90)
     parser.add_argument("--schedule", type=int, choices=(0, 1, 2), default=0, help="ascending, descending, random")
     parser.add_argument("--seed", type=int, default=0)
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         initial=not args.no_initial,
         bias=not args.no_bias,
         training=not args.inference,
+        units=args.units,
         seed=args.seed,
     )
     try:

@@ -6,7 +6,7 @@
 // are for the sanitizers and for the comparison with the reference.
 //
 // Environment: EMU_SCHEDULE 0 (ascending), 1 (descending), 2 (random, EMU_SEED); EMU_RESIDENT_THREADS, EMU_STACK_KB;
-// EMU_ARCH 80 or 90 (shared memory per block, clusters).
+// EMU_ARCH 80 or 90 (shared memory per block, clusters); EMU_MULTIPROCESSORS (what a cooperative launch can hold).
 #pragma once
 
 #include <cstddef>
@@ -41,6 +41,8 @@ extern ThreadContext* current;  // the running CUDA thread; null on the host
 void run(const LaunchConfig& config, const std::function<void()>& kernel, const char* name);
 int arch();  // 80 or 90
 int64_t shared_bytes_per_block();
+int64_t multiprocessors();
+int64_t resident_blocks(size_t threads, size_t shared_bytes);  // at once, of so many threads and dynamic bytes
 [[noreturn]] void fail(const char* what, Site site);
 
 // Shared memory.
