@@ -388,7 +388,7 @@ def test_small_shared_memory_goes_to_step(monkeypatch):
 @pytest.mark.parametrize("packed", [False, True])
 def test_few_multiprocessors_go_to_step(monkeypatch, packed):
     """Where the blocks of `grid` could not all be resident, the table has another kernel, and who insists is told."""
-    problem = util.build(Case("rnn_tanh", "packed" if packed else "dense", size=(4, 2, 2, 129)), torch.float32)
+    problem = util.build(Case("rnn_tanh", "packed" if packed else "dense", True, size=(4, 2, 2, 129)), torch.float32)
     expected, grads = util.gradients(util.oracle, problem.to(torch.float64))
     for multiprocessors, kernel in ((132, "grid"), (132, None), (1, None)):
         monkeypatch.setenv("EMU_MULTIPROCESSORS", str(multiprocessors))

@@ -59,7 +59,7 @@ struct GridProduct {
   template <class Source>
   RNN_EXT_DEVICE void load(unsigned char* weight, const Source& source, int rows, int columns, bool along_rows) {
     auto* words = reinterpret_cast<uint32_t*>(weight);
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, threads = static_cast<int>(blockDim.x);
     const auto word = [&](int j, int k) { return pack2(source(j, k), source(j, k + 1)); };
     const int pairs = columns / kGridChunk, kept = held_grid_pairs(columns);
 #pragma unroll
@@ -72,7 +72,7 @@ struct GridProduct {
       }
     }
     const int all_rows = static_cast<int>(grid_weight_rows(sizeof(T), rows)), half = columns / 2;
-    for (int i = thread; i < all_rows * half; i += kGridThreads) {
+    for (int i = thread; i < all_rows * half; i += threads) {
       const int j = along_rows ? i % all_rows : i / half, k = 2 * (along_rows ? i / all_rows : i % half);
       const int fragment = j / kFragmentRows * pairs + k / kGridChunk - kept;
       if (fragment < 0) continue;
@@ -154,7 +154,8 @@ struct GridProduct<float> {
   template <class Source>
   RNN_EXT_DEVICE void load(unsigned char* weight, const Source& source, int rows, int columns, bool along_rows) {
     auto* values = reinterpret_cast<float*>(weight);
-    for (int i = static_cast<int>(threadIdx.x); i < rows * columns; i += kGridThreads) {
+    const int threads = static_cast<int>(blockDim.x);
+    for (int i = static_cast<int>(threadIdx.x); i < rows * columns; i += threads) {
       const int j = along_rows ? i % rows : i / columns, k = along_rows ? i / rows : i % columns;
       values[j * columns + k] = source(j, k);
     }
@@ -241,8 +242,9 @@ struct GridBlock {
   }
   // Waits until all blocks of the group have written what timestep `step` takes.
   RNN_EXT_DEVICE void wait(int group, int64_t step) const {
-    const int slice = static_cast<int>(threadIdx.x);
-    if (slice < slices) wait_until(flags + group * kMaxGridSlices + slice, static_cast<unsigned>(step + 1));
+    const int threads = static_cast<int>(blockDim.x);
+    for (int slice = static_cast<int>(threadIdx.x); slice < slices; slice += threads)
+      wait_until(flags + group * kMaxGridSlices + slice, static_cast<unsigned>(step + 1));
     __syncthreads();  // what one thread has seen is for all to read
   }
   // Says that this block has. All its threads have passed a barrier since they wrote.
@@ -260,7 +262,7 @@ struct GridBlock {
   }
 };
 
-// grid: (slices, blocks of groups, directions); block: kGridThreads; all of them resident
+// grid: (slices, blocks of groups, directions), all resident; block: grid_threads
 template <class Cell, class T>
 __global__ void __launch_bounds__(kGridThreads, 1)
     grid_forward_kernel(const __grid_constant__ GridLayer<ForwardPointers<T>> layer) {

@@ -27,7 +27,8 @@ int launch_grid(const char* name, void (*kernel)(Layer), const GridProblem& prob
   }
   const auto shared = static_cast<size_t>(plan.shared_bytes);
   const int64_t blocks = plan.blocks(problem.directions);
-  const int64_t resident = plan.shared_bytes > device.shared_bytes ? 0 : resident_blocks(kernel, kGridThreads, shared);
+  const int threads = grid_threads(problem.columns(), plan.units);
+  const int64_t resident = plan.shared_bytes > device.shared_bytes ? 0 : resident_blocks(kernel, threads, shared);
   if (blocks > resident) {  // they would wait for ever
     return refuse(
         "%s: hidden size %lld, batch %lld: %lld blocks of %lld bytes of shared memory would wait for each other; the "
@@ -44,7 +45,7 @@ int launch_grid(const char* name, void (*kernel)(Layer), const GridProblem& prob
   LaunchConfig config;
   config.grid = dim3(static_cast<unsigned>(plan.slices), static_cast<unsigned>(plan.group_blocks),
                      static_cast<unsigned>(problem.directions));
-  config.block = dim3(kGridThreads);
+  config.block = dim3(static_cast<unsigned>(threads));
   config.shared_bytes = shared;
   config.stream = stream;
   config.cooperative = true;

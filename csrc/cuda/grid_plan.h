@@ -49,6 +49,11 @@ RNN_EXT_HD constexpr int64_t grid_active_warps(int64_t columns) {
   return columns / kGridChunk < kGridWarps ? columns / kGridChunk : kGridWarps;
 }
 
+// Of a block: warps for all columns, threads for all of its units and rows.
+inline int grid_threads(int64_t columns, int64_t units) {
+  return static_cast<int>(32 * std::max(grid_active_warps(columns), rounded_up(units * kGridRows, 32) / 32));
+}
+
 inline int gates_of(RnnExtCell cell) {
   switch (cell) {
     case RNN_EXT_GRU:
@@ -85,8 +90,8 @@ struct GridPlan {
   int64_t blocks(int directions) const { return slices * group_blocks * directions; }
 };
 
-// Estimates: what a group costs besides its product (barriers, the cell, what of the exchange nothing hides), and what a
-// multiprocessor gets from L2 where all of them read.
+// Estimates: what a group costs besides its product (barriers, the cell, what of the exchange nothing hides), and what
+// a multiprocessor gets from L2 where all of them read.
 inline constexpr int64_t kGridTileClocks = 1000;
 inline constexpr int64_t kGridBytesPerClock = 32;
 
