@@ -158,10 +158,10 @@ def test_grid_products_are_exact() -> None:
 
 def test_grid_refuses_what_cannot_be_resident(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that wait for a block that cannot begin would hang: an error with the numbers instead."""
-    case = Case("lstm", "grid", hidden=24, units=3, length=1, batch=1, bidirectional=True, backward=True)
-    monkeypatch.setenv("EMU_MULTIPROCESSORS", "1")  # which holds 8 blocks of 256 threads
+    case = Case("lstm", "grid", hidden=16, units=1, length=1, batch=1, bidirectional=True, backward=True)
+    monkeypatch.setenv("EMU_MULTIPROCESSORS", "1")  # which holds 16 blocks of backward's 128 threads
     with pytest.raises(
-        KernelReportError, match=r": 16 blocks of \d+ bytes .* holds 8 at once \(1 multiprocessors, \d+"
+        KernelReportError, match=r"grid_backward: .* 32 blocks of \d+ bytes .* holds 16 at once \(1 mult"
     ):
         errors(case)
     check(replace(case, bidirectional=False))
