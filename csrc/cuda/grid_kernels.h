@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   const auto source = [&](int j, int64_t column) {
     const int64_t unit = static_cast<int64_t>(blockIdx.x) * block.units + j, gate = column / padded,
                   k = column % padded;
-    const bool inside = j < block.rows && unit < hidden && k < hidden;
+    const bool inside = unit < hidden && k < hidden;  // rows past the block's are summed up by nobody
     return inside ? d.weight_hh[(gate * hidden + k) * hidden + unit] : narrow<T>(A(0));
   };
   product.load(block.weight, source, block.rows, block.columns, true);

@@ -65,6 +65,7 @@ EXPLAINED = {
     "step_kernels.h: row0 >= d.now.rows": "saves work: every row is checked again",
     "step_kernels.h: row0 >= rows": "saves work: every row is checked again",
     "step_kernels.h: n >= backward_rows(d)": "saves work: backward_unit writes nothing for such a row",
+    "grid_kernels.h: tile + j < rows": "behind the weight lie the block's sums, and what is read there is dropped",
 }
 
 
