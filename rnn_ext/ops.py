@@ -44,7 +44,7 @@ from rnn_ext import _loader, reference
 
 _CELL_KINDS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # in the order of csrc/cpu/layer.h and csrc/cuda/launch.h
 _CUDA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/cuda/launch.h
-CUDA_KERNELS = ("step", "pointwise", "persistent", "tensor", "cluster")  # in the order of csrc/cuda/launch.h
+CUDA_KERNELS = ("step", "pointwise", "persistent", "tensor", "cluster", "grid")  # in the order of csrc/cuda/launch.h
 _load_error = _loader.load()
 
 
@@ -106,14 +106,16 @@ def cuda_kernel(
     variant: int = 0,
     backward: bool = False,
     shared_bytes: int,
+    multiprocessors: int,
 ) -> tuple[str, str]:
     """The CUDA kernel that the dispatch table (csrc/cuda/dispatch.h) has for a layer, one of :data:`CUDA_KERNELS`, and
     the reason, under torch's present settings for TF32. `variant` as of :func:`variant_of`; `shared_bytes`: the most
-    shared memory a block of the device can have, which stands for its architecture."""
+    shared memory a block of the device can have, which stands for its architecture; `multiprocessors`: how many of
+    them it has."""
     from rnn_ext import _C
 
-    which = _CELL_KINDS.index(cell), _CUDA_DTYPES.index(dtype), variant
-    return _C.cuda_kernel(*which, length, batch, hidden, 1 + bidirectional, projected, backward, shared_bytes)
+    which = _CELL_KINDS.index(cell), _CUDA_DTYPES.index(dtype), variant, length, batch, hidden, 1 + bidirectional
+    return _C.cuda_kernel(*which, projected, backward, shared_bytes, multiprocessors)
 
 
 def force_cuda_kernel(name: str | None) -> None:

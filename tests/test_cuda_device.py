@@ -28,7 +28,7 @@ from tests.util import CELLS, Case
 DEVICE = os.environ.get("RNN_EXT_TEST_DEVICE", "cuda")
 EMULATED = DEVICE == "cpu"
 CUDA = not EMULATED and torch.cuda.is_available()
-KERNELS = ("step", "pointwise", "persistent")
+KERNELS = ("step", "pointwise", "persistent", "grid")
 TENSOR = "tensor"  # float32 in TF32
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 VALUES = {**util.VALUE_TOLERANCE, torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 6e-3}
@@ -80,13 +80,16 @@ def fits(kernel: str | None, cell: str, dtype: torch.dtype, hidden: int) -> bool
         if dtype == torch.float32:
             return hidden <= 64
         return dtype.itemsize == 2 and hidden <= 128
-    if kernel != "persistent":
+    if kernel not in ("persistent", "grid"):
         return True
-    if dtype == torch.float64 or hidden > 128:
+    if dtype == torch.float64 or (kernel == "persistent" and hidden > 128):
         return False
-    gates, size = {"lstm": 4, "gru": 3}.get(cell, 1), 4 if dtype == torch.float32 else 2
-    # Far enough from the limit, which dispatch.h knows and tests/test_cuda_emulator.py tests.
-    return gates * hidden * hidden * size < 140 * 1024
+    weight = {"lstm": 4, "gru": 3}.get(cell, 1) * hidden * hidden * dtype.itemsize
+    # Far enough from the limits, which dispatch.h knows and tests/test_cuda_emulator.py tests.
+    if kernel == "persistent":
+        return weight < 140 * 1024
+    device = torch.cuda.get_device_properties(DEVICE) if CUDA else None
+    return device is None or 3 * weight < device.multi_processor_count * device.shared_memory_per_block_optin
 
 
 def to_device(problem: util.Problem) -> util.Problem:
@@ -132,6 +135,7 @@ def agree(case: Case, dtype: torch.dtype, kernel: str | None, options: str = "")
 SIZES = [(1, 1, 1, 1), (3, 2, 5, 7)]
 if not EMULATED:
     SIZES += [(4, 9, 3, 33), (2, 5, 8, 65), (33, 65, 40, 112), (17, 129, 64, 128), (9, 40, 100, 257), (7, 300, 33, 512)]
+    SIZES += [(6, 16, 64, 768), (6, 5, 9, 900)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -203,7 +207,7 @@ def test_same_bits_a_hundred_times(cell, kernel):
             util.same_bits(grads, first_grads)
 
 
-@pytest.mark.parametrize("kernel", ["step", "persistent"])
+@pytest.mark.parametrize("kernel", ["step", "persistent", "grid"])
 def test_more_than_65535_timesteps(kernel):
     length = 300 if EMULATED else 70_000
     module = rnn_ext.RNN(1, 4, backend="custom").to(DEVICE)
@@ -437,7 +441,7 @@ from tests.test_cuda_device import agree, to_device, kernels, fits
 
 for cell in util.CELLS:
     for layout in ("dense", "packed"):
-        for kernel in ("step", "pointwise", "persistent"):
+        for kernel in ("step", "pointwise", "persistent", "grid"):
             case = util.Case(cell, layout, True, lengths=layout == "dense", size=(3, 5, 4, 33))
             with kernels(kernel):
                 util.gradients(util.run, to_device(util.build(case, torch.float32)))

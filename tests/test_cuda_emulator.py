@@ -235,6 +235,68 @@ def test_tensor_refuses_what_it_cannot_take() -> None:
     check(Case("gru", kernel="tensor", dtype=torch.bfloat16, hidden=128, length=1, batch=1))
 
 
+@pytest.mark.parametrize("batch, hidden, units", [(1, 1, 0), (3, 7, 3), (9, 33, 7), (17, 65, 32), (2, 129, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_grid_sizes(cell: str, dtype: torch.dtype, batch: int, hidden: int, units: int) -> None:
+    check(Case(cell, "grid", dtype, batch=batch, hidden=hidden, units=units, length=3, backward=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_grid_layouts(cell: str, layout: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check(replace(LAYOUTS[layout], cell=cell, kernel="grid", dtype=dtype, units=3, backward=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_grid_many_columns(dtype: torch.dtype) -> None:
+    """More than a warp takes at once: 4 gates of 544 columns in backward."""
+    check(Case("lstm", "grid", dtype, batch=2, hidden=520, units=20, length=2, backward=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_grid_blocks_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither how units are shared out nor whether a block serves one group of rows or all of them in turn."""
+    case = Case("gru", "grid", dtype, batch=20, hidden=33, length=3, resets=0.2, backward=True)
+    results = []
+    for units, multiprocessors in ((0, 132), (5, 132), (5, 7), (17, 4), (32, 2)):
+        monkeypatch.setenv("EMU_MULTIPROCESSORS", str(multiprocessors))
+        data = request(replace(case, units=units), make_inputs(case))
+        results.append(run_program(build.driver(), "plain", data))
+    assert all(result == results[0] for result in results[1:])
+
+
+def test_grid_products_are_exact() -> None:
+    """As test_tensor_products_are_exact: fragments from registers and, of the other rows, from shared memory."""
+    case = Case("rnn_relu", "grid", torch.float16, length=1, batch=8, hidden=128, units=32, bias=False)
+    inputs = make_inputs(case)
+    inputs.weight_hh[0] = (torch.arange(128 * 128).reshape(128, 128) * 7 % 5 - 1).double()
+    inputs.h_0[0] = (torch.arange(8 * 128).reshape(8, 128) * 3 % 7 - 2).double()
+    inputs.igates.zero_()
+    raw = run_program(build.driver(), "plain", request(case, inputs))
+    got = torch.frombuffer(bytearray(raw["output"]), dtype=torch.float16).reshape(8, 128)
+    want = (inputs.h_0[0] @ inputs.weight_hh[0].t()).relu()
+    assert want.max() > 100 and torch.equal(got.double(), want)
+
+
+def test_grid_refuses_what_cannot_be_resident(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that wait for a block that cannot begin would hang: an error with the numbers instead."""
+    case = Case("lstm", "grid", hidden=16, units=1, length=1, batch=1, bidirectional=True, backward=True)
+    monkeypatch.setenv("EMU_MULTIPROCESSORS", "1")  # which holds 16 blocks of backward's 128 threads
+    with pytest.raises(
+        KernelReportError, match=r"grid_backward: .* 32 blocks of \d+ bytes .* holds 16 at once \(1 mult"
+    ):
+        errors(case)
+    check(replace(case, bidirectional=False))
+    with pytest.raises(KernelReportError, match=r"hidden size 2000, batch 1: 63 blocks of 10\d+ bytes .* holds 0 at"):
+        errors(Case("lstm", "grid", hidden=2000, length=1, batch=1))
+    with pytest.raises(KernelReportError, match="up to 32 units"):
+        errors(replace(case, units=33))
+    with pytest.raises(KernelReportError, match="grid kernels do not take float64"):
+        errors(replace(case, dtype=torch.float64))
+
+
 def test_persistent_refuses_what_does_not_fit() -> None:
     with pytest.raises(KernelReportError, match="hidden size 128, got 129"):
         errors(Case("gru", kernel="persistent", hidden=129, length=1, batch=1))
@@ -243,7 +305,7 @@ def test_persistent_refuses_what_does_not_fit() -> None:
     check(Case("gru", kernel="persistent", hidden=112, length=1, batch=1), arch=80)
 
 
-@pytest.mark.parametrize("kernel", ["step", "persistent", "cluster"])
+@pytest.mark.parametrize("kernel", ["step", "persistent", "cluster", "grid"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_inference_saves_nothing(cell: str, kernel: str) -> None:
     dtype = torch.bfloat16 if kernel == "cluster" else torch.float32
@@ -251,23 +313,27 @@ def test_inference_saves_nothing(cell: str, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", [1, 2])
-@pytest.mark.parametrize("kernel", ["step", "persistent", "tensor", "cluster"])
+@pytest.mark.parametrize("kernel", ["step", "persistent", "tensor", "cluster", "grid"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_schedules(cell: str, kernel: str, schedule: int) -> None:
     dtype = torch.bfloat16 if kernel in ("tensor", "cluster") else torch.float32
     both = kernel != "cluster"  # many threads already
     case = Case(cell, kernel=kernel, dtype=dtype, batch=9, hidden=33, bidirectional=both, backward=True)
-    check(case, schedule=schedule)
+    check(replace(case, units=7), schedule=schedule)
 
 
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
-@pytest.mark.parametrize("kernel", ["step", "persistent", "tensor"])
+@pytest.mark.parametrize("kernel", ["step", "persistent", "tensor", "grid"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_sanitizers(cell: str, kernel: str, flavour: str) -> None:
-    packed = replace(LAYOUTS["packed_resets"], cell=cell, kernel=kernel, hidden=33, backward=True)
+    packed = replace(LAYOUTS["packed_resets"], cell=cell, kernel=kernel, hidden=33, units=13, backward=True)
     if kernel == "tensor":
         packed = replace(packed, dtype=torch.float16 if cell == "lstm" else torch.float32)
+    if kernel == "grid" and flavour == "tsan":  # which remembers what some 250 threads did: two blocks of up to 128
+        packed = replace(packed, hidden=7, units=4, bidirectional=False)
     dense = replace(packed, dtype=torch.bfloat16, packed=False, lengths=None, length=3, batch=9, hidden=17, resets=0)
+    if kernel == "grid" and flavour == "tsan":
+        dense = replace(dense, batch=5, hidden=7)
     for case in (packed, dense):
         check(case, flavour, schedule=1)
 
@@ -281,7 +347,7 @@ def test_cluster_sanitizers(cell: str, flavour: str) -> None:
 
 
 @pytest.mark.skipif("clang++" not in build.compilers(), reason="clang++ is not installed")
-@pytest.mark.parametrize("kernel", ["step", "persistent", "tensor"])
+@pytest.mark.parametrize("kernel", ["step", "persistent", "tensor", "grid"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_clang(cell: str, kernel: str) -> None:
     dtype = torch.bfloat16 if kernel == "tensor" else torch.float32
@@ -338,6 +404,7 @@ MISTAKES = {
     "blocks_race": "data race",
     "relaxed_flag": "data race",
     "waits_for_ever": "livelock",
+    "more_than_can_wait": "more blocks than can be resident",
 }
 
 
@@ -398,59 +465,77 @@ def test_weakened_bounds_are_seen() -> None:
     assert mutate.run("bound") == []
 
 
-# (cell, dtype, batch, hidden, directions, projected, backward, shared bytes of a block) -> kernel, at every boundary.
-A100, H100 = 163 * 1024, 227 * 1024
+# (cell, dtype, length, batch, hidden, directions, projected, backward, device) -> kernel, at every boundary. A device:
+# shared bytes of a block, multiprocessors.
+A100, H100 = (163 * 1024, 108), (227 * 1024, 132)
 DISPATCH = [
-    ("lstm", torch.float32, 1, 112, 1, False, False, H100, "persistent"),
-    ("lstm", torch.float32, 1, 128, 1, False, False, H100, "step"),  # 4 H^2 float32 do not fit
-    ("lstm", torch.bfloat16, 1, 128, 1, False, False, A100, "tensor"),
-    ("lstm", torch.bfloat16, 1, 129, 1, False, False, A100, "step"),
-    ("lstm", torch.bfloat16, 1, 128, 1, False, True, H100, "tensor"),
-    ("lstm", torch.bfloat16, 256, 129, 2, False, False, H100, "cluster"),
-    ("lstm", torch.bfloat16, 257, 129, 2, False, False, H100, "step"),
-    ("lstm", torch.bfloat16, 1, 129, 1, False, True, H100, "cluster"),
-    ("rnn_tanh", torch.float16, 1024, 256, 1, False, False, H100, "cluster"),
-    ("rnn_tanh", torch.float16, 1025, 256, 1, False, False, H100, "pointwise"),
-    ("gru", torch.float16, 512, 384, 1, False, False, H100, "cluster"),
-    ("gru", torch.float16, 257, 385, 1, False, False, H100, "pointwise"),
-    ("lstm", torch.bfloat16, 128, 512, 2, False, False, H100, "cluster"),
-    ("lstm", torch.bfloat16, 1, 513, 1, False, False, H100, "step"),
-    ("lstm", torch.float32, 1, 256, 1, False, False, H100, "step"),
-    ("gru", torch.float16, 4160, 128, 1, False, False, H100, "tensor"),
-    ("gru", torch.float16, 2081, 128, 2, False, False, H100, "step"),
-    ("gru", torch.float16, 4161, 64, 1, False, True, H100, "step"),
-    ("gru", torch.float32, 1, 64, 1, False, False, H100, "persistent"),
-    ("lstm", torch.float32, 1, 112, 1, False, False, A100, "step"),
-    ("gru", torch.float32, 1, 112, 1, False, False, A100, "persistent"),
-    ("rnn_tanh", torch.float32, 1, 129, 1, False, False, H100, "step"),
-    ("lstm", torch.float64, 1, 16, 1, False, False, H100, "step"),
-    ("rnn_relu", torch.float32, 2080, 64, 1, False, True, H100, "persistent"),
-    ("rnn_relu", torch.float32, 2080, 64, 2, False, True, H100, "step"),
-    ("gru", torch.float16, 32, 512, 1, False, False, A100, "step"),
-    ("gru", torch.float16, 33, 512, 1, False, False, A100, "pointwise"),
-    ("gru", torch.float16, 33, 255, 1, False, False, A100, "step"),
-    ("lstm", torch.float32, 1, 16, 1, True, False, H100, "pointwise"),
+    ("lstm", torch.float32, 3, 1, 112, 1, False, False, H100, "persistent"),
+    ("lstm", torch.float32, 3, 1, 128, 1, False, False, H100, "step"),  # 4 H^2 float32 do not fit
+    ("lstm", torch.bfloat16, 3, 1, 128, 1, False, False, A100, "tensor"),
+    ("lstm", torch.bfloat16, 3, 1, 129, 1, False, False, A100, "step"),
+    ("lstm", torch.bfloat16, 3, 1, 128, 1, False, True, H100, "tensor"),
+    ("lstm", torch.bfloat16, 3, 256, 129, 2, False, False, H100, "cluster"),
+    ("lstm", torch.bfloat16, 3, 257, 129, 2, False, False, H100, "step"),
+    ("lstm", torch.bfloat16, 3, 1, 129, 1, False, True, H100, "cluster"),
+    ("rnn_tanh", torch.float16, 3, 1024, 256, 1, False, False, H100, "cluster"),
+    ("rnn_tanh", torch.float16, 3, 1025, 256, 1, False, False, H100, "pointwise"),
+    ("gru", torch.float16, 3, 512, 384, 1, False, False, H100, "cluster"),
+    ("gru", torch.float16, 3, 257, 385, 1, False, False, H100, "pointwise"),
+    ("lstm", torch.bfloat16, 3, 128, 512, 2, False, False, H100, "cluster"),
+    ("lstm", torch.bfloat16, 3, 1, 513, 1, False, False, H100, "step"),
+    ("lstm", torch.float32, 3, 1, 256, 1, False, False, H100, "step"),
+    ("gru", torch.float16, 3, 4160, 128, 1, False, False, H100, "tensor"),
+    ("gru", torch.float16, 3, 2081, 128, 2, False, False, H100, "step"),
+    ("gru", torch.float16, 3, 4161, 64, 1, False, True, H100, "step"),
+    ("gru", torch.float32, 3, 1, 64, 1, False, False, H100, "persistent"),
+    ("lstm", torch.float32, 3, 1, 112, 1, False, False, A100, "step"),
+    ("gru", torch.float32, 3, 1, 112, 1, False, False, A100, "persistent"),
+    ("rnn_tanh", torch.float32, 3, 1, 129, 1, False, False, H100, "step"),
+    ("lstm", torch.float64, 3, 1, 16, 1, False, False, H100, "step"),
+    ("rnn_relu", torch.float32, 3, 2080, 64, 1, False, True, H100, "persistent"),
+    ("rnn_relu", torch.float32, 3, 2080, 64, 2, False, True, H100, "step"),
+    ("gru", torch.float16, 3, 32, 512, 1, False, False, A100, "step"),
+    ("gru", torch.float16, 3, 33, 512, 1, False, False, A100, "pointwise"),
+    ("gru", torch.float16, 3, 33, 255, 1, False, False, A100, "step"),
+    ("lstm", torch.float32, 3, 1, 16, 1, True, False, H100, "pointwise"),
+    ("lstm", torch.float32, 4, 1, 128, 1, False, False, H100, "grid"),
+    ("lstm", torch.float32, 100, 8, 1320, 1, False, True, H100, "grid"),
+    ("lstm", torch.float32, 100, 8, 1321, 1, False, True, H100, "step"),  # fits no 132 blocks
+    ("lstm", torch.float32, 100, 8, 1280, 2, False, True, H100, "step"),
+    ("lstm", torch.float32, 100, 8, 972, 1, False, False, A100, "grid"),
+    ("lstm", torch.float32, 100, 8, 973, 1, False, False, A100, "step"),
+    ("lstm", torch.bfloat16, 100, 16, 2048, 1, False, False, H100, "grid"),
+    ("lstm", torch.float16, 100, 8, 2113, 1, False, False, H100, "step"),
+    ("lstm", torch.float16, 100, 72, 1024, 1, False, False, H100, "grid"),
+    ("lstm", torch.float16, 100, 73, 1024, 1, False, False, H100, "pointwise"),  # past 10,000 clocks a timestep
+    ("gru", torch.float32, 100, 16, 1024, 1, False, False, H100, "grid"),
+    ("gru", torch.float32, 100, 17, 1024, 1, False, False, H100, "step"),
+    ("rnn_tanh", torch.float32, 100, 32, 512, 1, False, False, (227 * 1024, 3), "step"),  # a slice of a GPU
+    ("gru", torch.float64, 100, 8, 512, 1, False, False, H100, "step"),
+    ("lstm", torch.float16, 100, 8, 512, 1, True, False, H100, "pointwise"),
 ]
 DISPATCH_TF32 = [
-    ("lstm", torch.float32, 4160, 64, 1, False, False, A100, "tensor"),
-    ("lstm", torch.float32, 1, 64, 1, False, True, A100, "tensor"),
-    ("lstm", torch.float32, 4161, 64, 1, False, False, A100, "step"),
-    ("lstm", torch.float32, 1, 65, 1, False, False, H100, "persistent"),
-    ("gru", torch.float32, 1, 96, 1, False, True, H100, "tensor"),
-    ("gru", torch.float32, 1, 97, 1, False, True, H100, "persistent"),
-    ("rnn_tanh", torch.float32, 1, 128, 2, False, False, H100, "tensor"),
-    ("lstm", torch.float64, 1, 16, 1, False, False, H100, "step"),
+    ("lstm", torch.float32, 3, 4160, 64, 1, False, False, A100, "tensor"),
+    ("lstm", torch.float32, 3, 1, 64, 1, False, True, A100, "tensor"),
+    ("lstm", torch.float32, 3, 4161, 64, 1, False, False, A100, "step"),
+    ("lstm", torch.float32, 3, 1, 65, 1, False, False, H100, "persistent"),
+    ("gru", torch.float32, 3, 1, 96, 1, False, True, H100, "tensor"),
+    ("gru", torch.float32, 3, 1, 97, 1, False, True, H100, "persistent"),
+    ("rnn_tanh", torch.float32, 3, 1, 128, 2, False, False, H100, "tensor"),
+    ("lstm", torch.float64, 3, 1, 16, 1, False, False, H100, "step"),
 ]
 
 
 # The same of masked cells, and of those with layer normalisation.
 DISPATCH_MASKED = [
-    ("lstm", torch.float32, 32, 64, 1, False, False, H100, "step"),
-    ("gru", torch.bfloat16, 33, 64, 1, False, False, H100, "step"),
-    ("gru", torch.bfloat16, 33, 256, 1, False, True, H100, "pointwise"),
-    ("lstm", torch.float32, 1, 64, 1, True, False, H100, "pointwise"),
+    ("lstm", torch.float32, 3, 32, 64, 1, False, False, H100, "step"),
+    ("gru", torch.bfloat16, 3, 33, 64, 1, False, False, H100, "step"),
+    ("gru", torch.bfloat16, 3, 33, 256, 1, False, True, H100, "pointwise"),
+    ("lstm", torch.float32, 3, 1, 64, 1, True, False, H100, "pointwise"),
 ]
-DISPATCH_NORMED = [("lstm", torch.float32, 1, 16, 1, False, backward, H100, "pointwise") for backward in (False, True)]
+DISPATCH_NORMED = [
+    ("lstm", torch.float32, 3, 1, 16, 1, False, backward, H100, "pointwise") for backward in (False, True)
+]
 
 
 @pytest.mark.parametrize(
@@ -460,10 +545,9 @@ DISPATCH_NORMED = [("lstm", torch.float32, 1, 16, 1, False, backward, H100, "poi
 def test_dispatch_boundaries(rows: list[tuple], variant: int, allow_tf32: bool) -> None:
     program = build.build([*build.kernel_sources(), build.HERE / "dispatch_table.cpp"])
     lines = []
-    for cell, dtype, batch, hidden, directions, projected, backward, shared_bytes, _ in rows:
-        length = 100
+    for cell, dtype, length, batch, hidden, directions, projected, backward, device, _ in rows:
         numbers = [CELLS.index(cell), DTYPES.index(dtype), variant, length, batch, hidden, directions]
-        numbers += [projected, backward, allow_tf32, shared_bytes]
+        numbers += [projected, backward, allow_tf32, *device]
         lines.append(" ".join(str(int(number)) for number in numbers))
     result = subprocess.run([str(program)], input="\n".join(lines), capture_output=True, text=True, check=True)
     answers = result.stdout.splitlines()

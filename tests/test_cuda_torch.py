@@ -28,9 +28,10 @@ pytestmark = [
 ]
 with_cuda = pytest.mark.skipif(not ops.with_cuda(), reason="the library has been built without CUDA kernels")
 
-KERNELS = ("step", "pointwise", "persistent")
+KERNELS = ("step", "pointwise", "persistent", "grid")
 ALL_KERNELS = (*KERNELS, "tensor")
-DTYPE = {"persistent": torch.float32, "tensor": torch.float16}  # of kernels that have no float64
+# Of kernels that have no float64.
+DTYPE = {"persistent": torch.float32, "grid": torch.float32, "tensor": torch.float16}
 LAYERS = {"rnn_tanh": rnn_ext.RNN, "gru": rnn_ext.GRU, "lstm": rnn_ext.LSTM}
 # A GEMM's result is rounded to the storage type before the cell takes it up: one rounding more than on the CPU.
 VALUES = {**util.VALUE_TOLERANCE, torch.bfloat16: 3e-2}
@@ -415,6 +416,8 @@ def test_a_kernel_that_cannot_run_says_why():
         util.run(util.build(Case("gru", size=(2, 1, 2, 97)), torch.float32))
     with emulated("cluster"), pytest.raises(RuntimeError, match="bfloat16 and float16 only"):
         util.run(util.build(Case("gru", size=(2, 1, 2, 3)), torch.float32))
+    with emulated("grid"), pytest.raises(RuntimeError, match="grid kernels do not take float64"):
+        util.run(double)
     with emulated():  # nothing is left behind
         util.check_values(util.run(problem), util.oracle(problem.to(torch.float64)), torch.float32)
 
@@ -470,6 +473,24 @@ def test_modules_over_clusters(cell):
     floor = max(grad.abs().max() for grad in expected_grads)
     for grad, wanted in zip(grads, expected_grads, strict=True):
         assert (grad.double() - wanted).abs().max() < 6e-2 * floor
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_few_multiprocessors_go_to_step(monkeypatch, packed):
+    """Where the blocks of `grid` could not all be resident, the table has another kernel, and who insists is told."""
+    problem = util.build(Case("rnn_tanh", "packed" if packed else "dense", True, size=(4, 2, 2, 129)), torch.float32)
+    expected, grads = util.gradients(util.oracle, problem.to(torch.float64))
+    for multiprocessors, kernel in ((132, "grid"), (132, None), (1, None)):
+        monkeypatch.setenv("EMU_MULTIPROCESSORS", str(multiprocessors))
+        with emulated(kernel):
+            actual, actual_grads = util.gradients(util.run, problem)
+        util.check_values(actual, expected, torch.float32)
+        util.check_gradients(actual_grads, grads, torch.float32)
+    with (
+        emulated("grid"),
+        pytest.raises(RuntimeError, match=r"\d+ blocks of \d+ bytes .* holds \d at once \(1 multipr"),
+    ):
+        util.run(problem)
 
 
 @pytest.mark.parametrize(
@@ -562,22 +583,23 @@ def test_fake_kernel_keeps_as_much_as_the_real_one(cell, proj, dtype):
 
 @with_cuda
 def test_choices_are_those_of_the_table():
-    assert ops.cuda_kernel("lstm", torch.float32, 100, 8, 64, shared_bytes=227 * 1024)[0] == "persistent"
-    assert ops.cuda_kernel("gru", torch.float32, 100, 8, 300, shared_bytes=227 * 1024)[0] == "step"
+    h100 = {"shared_bytes": 227 * 1024, "multiprocessors": 132}
+    assert ops.cuda_kernel("lstm", torch.float32, 50, 8, 64, **h100)[0] == "persistent"
+    assert ops.cuda_kernel("gru", torch.float32, 1, 8, 300, **h100)[0] == "step"
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        kernel, reason = ops.cuda_kernel("lstm", torch.float32, 100, 8, 64, shared_bytes=227 * 1024)
+        kernel, reason = ops.cuda_kernel("lstm", torch.float32, 50, 8, 64, **h100)
         assert kernel == "tensor" and "TF32" in reason
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
-    kernel, reason = ops.cuda_kernel("gru", torch.float32, 100, 64, 512, bidirectional=True, shared_bytes=227 * 1024)
+    kernel, reason = ops.cuda_kernel("gru", torch.float32, 50, 8, 300, **h100)
+    assert kernel == "grid" and "exchange" in reason
+    kernel, reason = ops.cuda_kernel("gru", torch.float16, 50, 400, 512, bidirectional=True, **h100)
     assert kernel == "pointwise" and "GEMM" in reason
-    half = ops.cuda_kernel("gru", torch.float16, 100, 64, 512, bidirectional=True, shared_bytes=227 * 1024)
-    assert half[0] == "cluster"
-    assert ops.cuda_kernel("lstm", torch.float32, 100, 8, 64, projected=True, shared_bytes=227 * 1024)[0] == "pointwise"
-    with pytest.raises(
-        ValueError, match="unknown CUDA kernel 'fast': expected step, pointwise, persistent, tensor, cluster or None"
-    ):
+    assert ops.cuda_kernel("gru", torch.float16, 50, 64, 512, bidirectional=True, **h100)[0] == "cluster"
+    assert ops.cuda_kernel("lstm", torch.float32, 50, 8, 64, projected=True, **h100)[0] == "pointwise"
+    names = "step, pointwise, persistent, tensor, cluster, grid or None"
+    with pytest.raises(ValueError, match=f"unknown CUDA kernel 'fast': expected {names}"):
         ops.force_cuda_kernel("fast")
 
 
@@ -587,16 +609,23 @@ def test_explain_on_a_gpu(monkeypatch):
 
     class Properties:
         shared_memory_per_block_optin = 227 * 1024
+        multi_processor_count = 132
 
     monkeypatch.setattr(ops, "cuda_problem", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     module = rnn_ext.GRU(4, 300, bidirectional=True, batch_first=True, backend="custom")
     with FakeTensorMode():
-        few, many = (torch.empty(n, 3, 4, device="cuda") for n in (8, 64))
+        few, many, long = (torch.empty(*size, 4, device="cuda") for size in ((8, 3), (64, 3), (8, 50)))
     explanation = rnn_ext.explain(module, few)
     assert (explanation.backend, explanation.kernel) == ("custom", "rnn_ext::layer gru, cuda step")
     assert "few rows" in explanation.reason
     assert rnn_ext.explain(module, many).kernel == "rnn_ext::layer gru, cuda pointwise"
+    explanation = rnn_ext.explain(module, long)
+    assert explanation.kernel == "rnn_ext::layer gru, cuda grid" and "one launch" in explanation.reason
+    packed = nn.utils.rnn.pack_padded_sequence(torch.empty(8, 50, 4), [50] * 8, batch_first=True)
+    with FakeTensorMode():
+        packed = packed._replace(data=torch.empty(400, 4, device="cuda"), batch_sizes=packed.batch_sizes)
+    assert rnn_ext.explain(module, packed).kernel == "rnn_ext::layer gru, cuda grid"
     module.backend = "auto"  # what nobody has timed is no default, but better than what torch cannot do
     explanation = rnn_ext.explain(module, few)
     assert (explanation.backend, explanation.reason) == ("native", backends.UNMEASURED)

@@ -81,6 +81,36 @@ struct ExactMath {
   RNN_EXT_HD static V relu_backward(V dh, V h) { return h > V(0) ? dh : V(0); }
 };
 
+// ---- flags between blocks, in global memory -------------------------------------------------------------------------
+
+// What the calling thread has written or, before a barrier of its block, others of the block have, is there for whoever
+// sees the value.
+RNN_EXT_DEVICE void store_release(unsigned* flag, unsigned value) {
+#if defined(__CUDACC__)
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+#else
+  __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+#endif
+}
+RNN_EXT_DEVICE unsigned load_acquire(const unsigned* flag) {
+#if defined(__CUDACC__)
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+#else
+  return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+#endif
+}
+// Waits until a flag that only grows has come to `value`; both may pass 2^32. The block that sets it has to be
+// resident.
+RNN_EXT_DEVICE void wait_until(const unsigned* flag, unsigned value RNN_EXT_AND_CALLER) {
+  while (static_cast<int>(load_acquire(flag) - value) < 0) {
+#if !defined(__CUDACC__)
+    emu::spin(EMU_SITE);
+#endif
+  }
+}
+
 // ---- cp.async: global to shared memory without registers, 16 bytes per thread ---------------------------------------
 
 // Bytes from `valid` on become zero; `from` is not read when valid = 0. Both addresses are 16-byte aligned.

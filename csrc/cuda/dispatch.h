@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/cluster_entries.h"
+#include "cuda/grid_plan.h"
 #include "cuda/launch.h"
 #include "cuda/persistent_entries.h"
 #include "cuda/tensor_entries.h"
@@ -25,6 +26,11 @@ inline constexpr int64_t kMaxTensorRows = 2 * kMaxPersistentRows;
 // A cluster serves 8 rows. Four rounds of as many clusters as about 130 multiprocessors hold, half a microsecond a step
 // each, are what a launch and a library GEMM take.
 constexpr int64_t max_cluster_rows(int blocks) { return 4 * kClusterRows * (128 / blocks); }
+// What two launches and a library GEMM take (5 to 8 us), in clocks that `grid` may take for a timestep.
+inline constexpr int64_t kMaxGridClocks = 10000;
+// Its workspace is set to zero first, one launch more, and its weight and first exchange come before the first
+// timestep.
+inline constexpr int64_t kMinGridLength = 4;
 // Up to one row tile `step` reads the weight once, as a GEMM would, and saves a launch.
 inline constexpr int64_t kMaxStepRows = 32;
 // Below this the product is smaller than the launch that it would cost to have it from the library.
@@ -45,7 +51,17 @@ inline bool cluster_fits(const Question& q) {
          q.hidden > max_tensor_hidden(q.cell, q.dtype) &&  // what fits one block stays there
          rnn_ext_cuda_cluster_fits(q.cell, q.dtype, q.hidden, q.backward, q.this_device ? 0 : q.shared_bytes) != 0;
 }
-constexpr int gates_of(RnnExtCell cell) { return cell == RNN_EXT_LSTM ? 4 : cell == RNN_EXT_GRU ? 3 : 1; }
+
+inline GridProblem grid_problem(const Question& q) {
+  const int64_t value_bytes = q.dtype == RNN_EXT_FLOAT64 ? 8 : q.dtype == RNN_EXT_FLOAT32 ? 4 : 2;
+  return {gates_of(q.cell), value_bytes, q.backward != 0, q.batch, q.hidden, q.directions};
+}
+
+inline bool grid_fits(const Question& q) {
+  if (q.variant != RNN_EXT_PLAIN || q.dtype == RNN_EXT_FLOAT64 || q.length < kMinGridLength) return false;
+  const GridPlan plan = grid_plan(grid_problem(q), {q.multiprocessors, q.shared_bytes});
+  return plan.units > 0 && plan.clocks <= kMaxGridClocks;
+}
 
 struct DispatchRow {
   bool (*applies)(const Question&);
@@ -69,6 +85,8 @@ inline constexpr DispatchRow kDispatchTable[] = {
      "the recurrent weight fits the registers of a few blocks, which exchange the state as a cluster: one launch"},
     {[](const Question& q) { return persistent_fits(q) && q.batch * q.directions <= kMaxPersistentRows; },
      RNN_EXT_KERNEL_PERSISTENT, "the recurrent weight fits one block's shared memory: one launch for all timesteps"},
+    {[](const Question& q) { return grid_fits(q); }, RNN_EXT_KERNEL_GRID,
+     "the recurrent weight fits the multiprocessors' shared memory together: one launch whose blocks exchange h"},
     {[](const Question& q) { return q.batch <= kMaxStepRows; }, RNN_EXT_KERNEL_STEP,
      "few rows: reading the weight bounds a timestep, and one fused launch reads it once"},
     {[](const Question& q) { return q.hidden < kMinLibraryHidden; }, RNN_EXT_KERNEL_STEP,

@@ -5,6 +5,7 @@
 
 #include "cuda/cluster_entries.h"
 #include "cuda/dispatch.h"
+#include "cuda/grid_entries.h"
 #include "cuda/launch.h"
 #include "cuda/persistent_entries.h"
 #include "cuda/step_entries.h"
@@ -114,14 +115,11 @@ int check_pointers(const RnnExtBackward& args, RnnExtError* error) {
 }
 
 template <class Args>
-int check_persistent(const Args& args, RnnExtError* error, const char* name = "persistent",
-                     int64_t most = kMaxPersistentHidden) {
+int check_whole_sequence(const Args& args, const char* kernels, RnnExtError* error) {
   if (check(args, 0, 0, 0, error) || check_pointers(args, error)) return 1;
   const RnnExtSequence& s = args.sequence;
-  if (args.variant != RNN_EXT_PLAIN) return refuse(error, "%s kernels have no variants", name);
-  if (args.dtype == RNN_EXT_FLOAT64) return refuse(error, "%s kernels do not take float64", name);
-  if (s.hidden > most)
-    return refuse(error, "%s kernels end at hidden size %lld, got %lld", name, number(most), number(s.hidden));
+  if (args.variant != RNN_EXT_PLAIN) return refuse(error, "%s kernels have no variants", kernels);
+  if (args.dtype == RNN_EXT_FLOAT64) return refuse(error, "%s kernels do not take float64", kernels);
   if (s.batch_sizes && (!s.row_offsets || !s.lengths))
     return refuse(error, "packed data needs row_offsets and lengths");
   for (int i = 0; i < args.directions; ++i) {
@@ -131,12 +129,30 @@ int check_persistent(const Args& args, RnnExtError* error, const char* name = "p
 }
 
 template <class Args>
+int check_persistent(const Args& args, RnnExtError* error, const char* kernels = "persistent",
+                     int64_t most = kMaxPersistentHidden) {
+  if (check_whole_sequence(args, kernels, error)) return 1;
+  if (args.sequence.hidden <= most) return 0;
+  return refuse(error, "%s kernels end at hidden size %lld, got %lld", kernels, number(most),
+                number(args.sequence.hidden));
+}
+
+template <class Args>
 int check_tensor(const Args& args, RnnExtError* error) {
   if (check_persistent(args, error)) return 1;
   if (const int64_t most = max_tensor_hidden(args.cell, args.dtype); args.sequence.hidden > most) {
     return refuse(error, "tensor kernels of this cell and dtype end at hidden size %lld, got %lld", number(most),
                   number(args.sequence.hidden));
   }
+  return 0;
+}
+
+template <class Args>
+int check_grid(const Args& args, int64_t units, const void* workspace, RnnExtError* error) {
+  if (check_whole_sequence(args, "grid", error)) return 1;
+  if (units < 0) return refuse(error, "expected units of a block, or 0, got %lld", number(units));
+  if (!workspace || reinterpret_cast<uintptr_t>(workspace) % 16)
+    return refuse(error, "the workspace must be given, aligned to 16 bytes");
   return 0;
 }
 
@@ -156,15 +172,15 @@ int check_tensor(const Args& args, RnnExtError* error) {
   }                                                                          \
   return 1;
 
-#define RNN_EXT_FOR_PERSISTENT_DTYPE(function)          \
+#define RNN_EXT_FOR_PERSISTENT_DTYPE(function, ...)     \
   const auto queue = static_cast<cudaStream_t>(stream); \
   switch (args->dtype) {                                \
     case RNN_EXT_FLOAT32:                               \
-      return function<float>(*args, queue, error);      \
+      return function<float>(*args, __VA_ARGS__);       \
     case RNN_EXT_BFLOAT16:                              \
-      return function<bfloat16>(*args, queue, error);   \
+      return function<bfloat16>(*args, __VA_ARGS__);    \
     case RNN_EXT_FLOAT16:                               \
-      return function<float16>(*args, queue, error);    \
+      return function<float16>(*args, __VA_ARGS__);     \
     default:                                            \
       return 1;                                         \
   }
@@ -249,22 +265,22 @@ extern "C" int rnn_ext_cuda_projected_backward(const RnnExtBackward* args, int64
 
 extern "C" int rnn_ext_cuda_persistent_forward(const RnnExtForward* args, void* stream, RnnExtError* error) {
   if (check_persistent(*args, error)) return 1;
-  RNN_EXT_FOR_PERSISTENT_DTYPE(persistent_forward)
+  RNN_EXT_FOR_PERSISTENT_DTYPE(persistent_forward, queue, error)
 }
 
 extern "C" int rnn_ext_cuda_persistent_backward(const RnnExtBackward* args, void* stream, RnnExtError* error) {
   if (check_persistent(*args, error)) return 1;
-  RNN_EXT_FOR_PERSISTENT_DTYPE(persistent_backward)
+  RNN_EXT_FOR_PERSISTENT_DTYPE(persistent_backward, queue, error)
 }
 
 extern "C" int rnn_ext_cuda_tensor_forward(const RnnExtForward* args, void* stream, RnnExtError* error) {
   if (check_tensor(*args, error)) return 1;
-  RNN_EXT_FOR_PERSISTENT_DTYPE(tensor_forward)
+  RNN_EXT_FOR_PERSISTENT_DTYPE(tensor_forward, queue, error)
 }
 
 extern "C" int rnn_ext_cuda_tensor_backward(const RnnExtBackward* args, void* stream, RnnExtError* error) {
   if (check_tensor(*args, error)) return 1;
-  RNN_EXT_FOR_PERSISTENT_DTYPE(tensor_backward)
+  RNN_EXT_FOR_PERSISTENT_DTYPE(tensor_backward, queue, error)
 }
 
 extern "C" int rnn_ext_cuda_cluster_forward(const RnnExtForward* args, void* stream, RnnExtError* error) {
@@ -275,6 +291,30 @@ extern "C" int rnn_ext_cuda_cluster_forward(const RnnExtForward* args, void* str
 extern "C" int rnn_ext_cuda_cluster_backward(const RnnExtBackward* args, void* stream, RnnExtError* error) {
   if (check_persistent(*args, error, "cluster", kMaxClusterHidden)) return 1;
   RNN_EXT_FOR_CLUSTER_DTYPE(cluster_backward)
+}
+
+extern "C" int64_t rnn_ext_cuda_grid_workspace(RnnExtCell cell, RnnExtDtype dtype, int64_t batch, int64_t hidden,
+                                               int32_t directions, int32_t backward) {
+  Question question{};
+  question.cell = cell;
+  question.dtype = dtype;
+  question.batch = batch;
+  question.hidden = hidden;
+  question.directions = directions;
+  question.backward = backward;
+  return grid_workspace_bytes(grid_problem(question));
+}
+
+extern "C" int rnn_ext_cuda_grid_forward(const RnnExtForward* args, int64_t units, void* workspace, void* stream,
+                                         RnnExtError* error) {
+  if (check_grid(*args, units, workspace, error)) return 1;
+  RNN_EXT_FOR_PERSISTENT_DTYPE(grid_forward, units, workspace, queue, error)
+}
+
+extern "C" int rnn_ext_cuda_grid_backward(const RnnExtBackward* args, int64_t units, void* workspace, void* stream,
+                                          RnnExtError* error) {
+  if (check_grid(*args, units, workspace, error)) return 1;
+  RNN_EXT_FOR_PERSISTENT_DTYPE(grid_backward, units, workspace, queue, error)
 }
 
 extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
@@ -299,6 +339,7 @@ extern "C" int rnn_ext_cuda_cluster_fits(RnnExtCell cell, RnnExtDtype dtype, int
 extern "C" RnnExtChoice rnn_ext_cuda_choose(const RnnExtQuestion* question) {
   Question complete{*question, question->shared_bytes <= 0};
   if (complete.this_device) complete.shared_bytes = shared_bytes_per_block();
+  if (complete.multiprocessors <= 0) complete.multiprocessors = multiprocessors();
   const DispatchRow& row = dispatch(complete);
   return {row.kernel, row.reason};
 }

@@ -175,29 +175,41 @@ int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hid
 int rnn_ext_cuda_cluster_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
                               int64_t shared_bytes);
 
+// `grid`: as `persistent`, the recurrent weight spread over blocks that wait for each other: float32, bfloat16 and
+// float16, hidden sizes whose weight fits the multiprocessors' shared memory together. An error where the blocks could
+// not all be resident. `units`: hidden units of a block; 0: what fills the device, as is meant. The workspace is the
+// caller's, device memory aligned to 16 bytes, of so many bytes as grid_workspace says, and all zero when the kernel
+// begins: flags and values that blocks exchange. It holds nothing afterwards.
+int64_t rnn_ext_cuda_grid_workspace(RnnExtCell cell, RnnExtDtype dtype, int64_t batch, int64_t hidden,
+                                    int32_t directions, int32_t backward);
+int rnn_ext_cuda_grid_forward(const RnnExtForward* args, int64_t units, void* workspace, void* stream,
+                              RnnExtError* error);
+int rnn_ext_cuda_grid_backward(const RnnExtBackward* args, int64_t units, void* workspace, void* stream,
+                               RnnExtError* error);
+
 // Which of the kernels above is meant for a layer (csrc/cuda/dispatch.h), with a sentence that says why. POINTWISE:
-// `step` with hgates or dh_recurrent from a library GEMM. `shared_bytes` is what a block of the device can have; 0 asks
-// the current one. `allow_tf32`: whether float32 may be rounded to TF32 in a product.
+// `step` with hgates or dh_recurrent from a library GEMM.
 typedef enum RnnExtKernel {
   RNN_EXT_KERNEL_STEP,
   RNN_EXT_KERNEL_POINTWISE,
   RNN_EXT_KERNEL_PERSISTENT,
   RNN_EXT_KERNEL_TENSOR,
-  RNN_EXT_KERNEL_CLUSTER
+  RNN_EXT_KERNEL_CLUSTER,
+  RNN_EXT_KERNEL_GRID
 } RnnExtKernel;
 typedef struct RnnExtChoice {
   RnnExtKernel kernel;
   const char* reason;
 } RnnExtChoice;
-// A layer on a device, of which `shared_bytes` is what a block can have; 0 asks the current device.
+// A layer on a device: `shared_bytes` is what a block can have, `multiprocessors` how many there are; 0 asks the
+// current device. `allow_tf32`: whether float32 may be rounded to TF32 in a product.
 typedef struct RnnExtQuestion {
   RnnExtCell cell;
   RnnExtDtype dtype;
   RnnExtVariant variant;
   int64_t length, batch, hidden;
-  int32_t directions, projected, backward;
-  int32_t allow_tf32;
-  int64_t shared_bytes;
+  int32_t directions, projected, backward, allow_tf32;
+  int64_t shared_bytes, multiprocessors;
 } RnnExtQuestion;
 RnnExtChoice rnn_ext_cuda_choose(const RnnExtQuestion* question);
 

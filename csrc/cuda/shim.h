@@ -56,16 +56,17 @@ struct LaunchConfig {
 };
 
 #if defined(__CUDACC__)
+inline cudaError_t allow_shared_bytes(const void* kernel, size_t bytes) {
+  constexpr size_t kSharedWithoutAsking = 48 * 1024;
+  if (bytes <= kSharedWithoutAsking) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
 // Tells CUDA what a kernel is to have beyond the ordinary, and fills in the launch. `attributes` stays with it.
 inline cudaError_t prepare(const void* kernel, const LaunchConfig& config, cudaLaunchAttribute (&attributes)[2],
                            cudaLaunchConfig_t& queued) {
-  constexpr size_t kSharedWithoutAsking = 48 * 1024;
   constexpr unsigned kPortableCluster = 8;
-  cudaError_t error = cudaSuccess;
-  if (config.shared_bytes > kSharedWithoutAsking) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(config.shared_bytes));
-  }
+  cudaError_t error = allow_shared_bytes(kernel, config.shared_bytes);
   if (error == cudaSuccess && config.cluster > kPortableCluster)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   unsigned count = 0;
@@ -204,6 +205,36 @@ inline int64_t shared_bytes_per_block() {
   return bytes;
 #else
   return emu::shared_bytes_per_block();
+#endif
+}
+
+// Of the current device; 0 if there is none.
+inline int64_t multiprocessors() {
+#if defined(__CUDACC__)
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
+  return count;
+#else
+  return emu::multiprocessors();
+#endif
+}
+
+// How many blocks of a kernel the current device holds at once, that is how many a cooperative launch can have.
+template <class... Params>
+int64_t resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes) {
+#if defined(__CUDACC__)
+  int of_each = 0;
+  cudaError_t error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, threads, shared_bytes);
+  }
+  if (error == cudaSuccess) return of_each * multiprocessors();
+  cudaGetLastError();
+  return 0;
+#else
+  static_cast<void>(kernel);
+  return emu::resident_blocks(static_cast<size_t>(threads), shared_bytes);
 #endif
 }
 

@@ -137,8 +137,14 @@ at::Tensor Call::masked(at::Tensor all, int64_t d) {
   return all;
 }
 
-void Call::prepare_persistent() {
-  if (!shape.packed) return;
+at::Tensor Call::grid_workspace(bool backward) const {
+  const int64_t bytes =
+      rnn_ext_cuda_grid_workspace(cell_number(), dtype, batch, hidden, static_cast<int32_t>(directions), backward);
+  return at::zeros({bytes}, options.dtype(at::kByte));
+}
+
+void Call::prepare_for(RnnExtKernel kernel) {
+  if (!shape.packed || kernel == RNN_EXT_KERNEL_STEP || kernel == RNN_EXT_KERNEL_POINTWISE) return;
   upload_packing();
   sequence.row_offsets = offsets_on_device_.const_data_ptr<int64_t>();
   sequence.lengths = lengths_on_device_.const_data_ptr<int64_t>();

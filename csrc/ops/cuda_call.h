@@ -86,8 +86,12 @@ class Call {
   RnnExtMasks state_masks(int64_t d) const;
   RnnExtMasks cell_masks(int64_t d) const;
 
-  /// What persistent kernels want to know of packed rows.
-  void prepare_persistent();
+  /// What blocks of `grid` exchange, zero as they expect it. Lives until the launch is queued; the allocator knows the
+  /// stream.
+  at::Tensor grid_workspace(bool backward) const;
+
+  /// What kernels that run all timesteps want to know of packed rows.
+  void prepare_for(RnnExtKernel kernel);
 
   // Timesteps in the order in which a direction computes them.
   int64_t time_of(int64_t step, int64_t d) const { return d == 1 ? length - 1 - step : step; }

@@ -15,8 +15,8 @@
 namespace rnn_ext::ops {
 namespace {
 
-constexpr const char* kKernelNames[] = {"step", "pointwise", "persistent", "tensor",
-                                        "cluster"};  // in the order of RnnExtKernel
+// In the order of RnnExtKernel.
+constexpr const char* kKernelNames[] = {"step", "pointwise", "persistent", "tensor", "cluster", "grid"};
 constexpr int kByTable = -1;
 std::atomic<int> forced_kernel{kByTable};
 
@@ -139,7 +139,7 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
   const Kept kept(call, workspace);
   const bool keeps = workspace.numel() > 0;
   const RnnExtKernel kernel = call.choose(false);
-  if (kernel != RNN_EXT_KERNEL_STEP && kernel != RNN_EXT_KERNEL_POINTWISE) call.prepare_persistent();
+  call.prepare_for(kernel);
   auto args = call.arguments<RnnExtForward>();
   const at::Tensor x = input.reshape({R, call.shape.sizes.input}), output_rows = output.view({R, D * P});
   const at::Tensor raw_h_n = call.projected ? call.empty({D, N, H}) : h_n;
@@ -197,6 +197,11 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
     case RNN_EXT_KERNEL_CLUSTER:
       check_launch(rnn_ext_cuda_cluster_forward(&args, call.stream, &error), error);
       break;
+    case RNN_EXT_KERNEL_GRID: {
+      const at::Tensor workspace = call.grid_workspace(false);
+      check_launch(rnn_ext_cuda_grid_forward(&args, 0, workspace.data_ptr(), call.stream, &error), error);
+      break;
+    }
   }
   for (int64_t d = 0; d < D && cell_states; ++d) cells.view({R, D * H}).narrow(1, d * H, H).copy_(cell_of_row[d]);
   return {output, h_n, c_n, cells, saved};
@@ -296,7 +301,7 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
 
   const Kept kept(call, saved.contiguous());
   const RnnExtKernel kernel = call.choose(true);
-  if (kernel != RNN_EXT_KERNEL_STEP && kernel != RNN_EXT_KERNEL_POINTWISE) call.prepare_persistent();
+  call.prepare_for(kernel);
   auto args = call.arguments<RnnExtBackward>();
   const at::Tensor y = output.contiguous().view({R, D * P});
   const at::Tensor dy = doutput.defined() ? doutput.view({R, D * P}) : doutput;
@@ -387,6 +392,11 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
     case RNN_EXT_KERNEL_CLUSTER:
       check_launch(rnn_ext_cuda_cluster_backward(&args, call.stream, &error), error);
       break;
+    case RNN_EXT_KERNEL_GRID: {
+      const at::Tensor workspace = call.grid_workspace(true);
+      check_launch(rnn_ext_cuda_grid_backward(&args, 0, workspace.data_ptr(), call.stream, &error), error);
+      break;
+    }
   }
 
   at::Tensor dx = none, x;

@@ -83,10 +83,19 @@ std::optional<std::string> cuda_problem(int device) {
 
 std::pair<std::string, std::string> cuda_kernel(int cell, int dtype, int variant, int64_t length, int64_t batch,
                                                 int64_t hidden, int directions, bool projected, bool backward,
-                                                int64_t shared_bytes) {
-  const RnnExtQuestion question{
-      RnnExtCell(cell), RnnExtDtype(dtype), RnnExtVariant(variant),      length,      batch, hidden, directions,
-      projected,        backward,           rnn_ext::ops::allows_tf32(), shared_bytes};
+                                                int64_t shared_bytes, int64_t multiprocessors) {
+  const RnnExtQuestion question{RnnExtCell(cell),
+                                RnnExtDtype(dtype),
+                                RnnExtVariant(variant),
+                                length,
+                                batch,
+                                hidden,
+                                directions,
+                                projected,
+                                backward,
+                                rnn_ext::ops::allows_tf32(),
+                                shared_bytes,
+                                multiprocessors};
   const RnnExtChoice choice = rnn_ext_cuda_choose(&question);
   return {rnn_ext::ops::kernel_name(choice.kernel), choice.reason};
 }
@@ -121,8 +130,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_problem", &cuda_problem, "Why the CUDA kernels cannot run on this device, or None.");
   m.def("cuda_kernel", &cuda_kernel, "The kernel meant for a layer, and why; see csrc/cuda/dispatch.h.");
   m.def("force_cuda_kernel", &rnn_ext::ops::force_cuda_kernel,
-        "Run step, pointwise, persistent, tensor or cluster whatever the table says; \"\" is the table. False for "
-        "another name.");
+        "Run this kernel whatever the table says (names: cuda_layer.cpp); \"\" is the table. False for another name.");
 #endif
   m.def(
       "require_grad", [](at::Tensor tensor) { return tensor.set_requires_grad(true); },

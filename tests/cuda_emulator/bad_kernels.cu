@@ -151,12 +151,20 @@ __global__ void waits_for_ever(float* out) {
   while (atomicAdd(flag, 0u) != 77) __nanosleep(20);
 }
 
+__global__ void more_than_can_wait(float* out) {  // no grid of so many blocks is all resident
+  auto* flags = reinterpret_cast<unsigned*>(out);
+  if (thread_index()) return;
+  store_release(flags + blockIdx.x, 1u);
+  wait_until(flags + (blockIdx.x + 1) % gridDim.x, 1u);
+}
+
 struct Mistake {
   const char* name;
   void (*kernel)(float*);
   size_t numbers;  // of the output
   unsigned blocks;
   size_t shared_bytes;
+  bool cooperative = false;
 };
 
 #define MISTAKE(name, numbers, blocks, shared) {#name, &name, numbers, blocks, shared}
@@ -181,6 +189,7 @@ const Mistake kMistakes[] = {
     MISTAKE(blocks_race, kThreads, 2, 0),
     MISTAKE(relaxed_flag, kThreads + 1, 2, 0),
     MISTAKE(waits_for_ever, kThreads + 1, 1, 0),
+    {"more_than_can_wait", &more_than_can_wait, 133, 133, 200 * 1024, true},  // one on each of 132 multiprocessors
 };
 
 }  // namespace
@@ -198,6 +207,7 @@ int main(int count, char** arguments) {
     config.grid = dim3(mistake.blocks);
     config.block = dim3(kThreads);
     config.shared_bytes = mistake.shared_bytes;
+    config.cooperative = mistake.cooperative;
     if (launch(mistake.name, mistake.kernel, config, out.data())) return 2;
     for (const float value : out) {
       if (std::isnan(value)) {

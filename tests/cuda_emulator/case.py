@@ -20,7 +20,7 @@ SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 4}  # S and Q of launch
 SAVED_MASKED = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 5}
 NORM_SAVED, NORM_GRAD_GATES, NORM_GRAD_GATE, NORM_STATISTICS, NORM_SCRATCH = 8, 14, 8, 4, 7
 GRAD_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 4}
-KERNELS = ("step", "pointwise", "persistent", "tensor", "cluster")
+KERNELS = ("step", "pointwise", "persistent", "tensor", "cluster", "grid")
 
 # Relative to the largest value of an array (at least 1). The kernels round h (and, backward, the saved gates and the
 # gate gradients) to the storage type at every timestep: some roundings of 2^-9 or 2^-12 add up over a sequence.
@@ -57,6 +57,7 @@ class Case:
     layer_norm: bool = False
     zoneout: float = 0.0
     recurrent_dropout: float = 0.0
+    units: int = 0  # of a block of `grid`; 0: as the launcher likes
     seed: int = 0
 
     @property
@@ -220,6 +221,7 @@ def request(case: Case, inputs: Inputs) -> bytes:
         "batch": batch,
         "hidden": hidden,
         "directions": count,
+        "units": case.units,
         "backward": int(case.backward),
         "time_stride": 1 if case.batch_first else batch,
         "batch_stride": case.length if case.batch_first else 1,

@@ -13,10 +13,11 @@ bool read(T& to) {
 }
 
 int main() {
-  const char* names[] = {"step", "pointwise", "persistent", "tensor", "cluster"};
+  const char* names[] = {"step", "pointwise", "persistent", "tensor", "cluster", "grid"};
   RnnExtQuestion q;
   while (read(q.cell) && read(q.dtype) && read(q.variant) && read(q.length) && read(q.batch) && read(q.hidden) &&
-         read(q.directions) && read(q.projected) && read(q.backward) && read(q.allow_tf32) && read(q.shared_bytes)) {
+         read(q.directions) && read(q.projected) && read(q.backward) && read(q.allow_tf32) && read(q.shared_bytes) &&
+         read(q.multiprocessors)) {
     const RnnExtChoice choice = rnn_ext_cuda_choose(&q);
     std::cout << names[choice.kernel] << ": " << choice.reason << '\n';
   }

@@ -275,6 +275,14 @@ int pointwise_backward(RnnExtBackward args, RnnExtError* error) {
   return 0;
 }
 
+// Allocated to the byte, as all arrays here, and zero, as it has to be.
+std::unique_ptr<char[]> grid_workspace(const RnnExtForward& args, bool backward) {
+  const RnnExtSequence& s = args.sequence;
+  const int64_t bytes =
+      rnn_ext_cuda_grid_workspace(args.cell, args.dtype, s.batch, s.hidden, args.directions, backward ? 1 : 0);
+  return std::make_unique<char[]>(static_cast<size_t>(bytes));
+}
+
 template <class T>
 int run_request(const Request& request, RnnExtError* error) {
   const RnnExtForward forward = forward_of<T>(request);
@@ -296,6 +304,12 @@ int run_request(const Request& request, RnnExtError* error) {
   if (request.is("kernel", "cluster")) {
     if (rnn_ext_cuda_cluster_forward(&forward, nullptr, error)) return 1;
     return with_backward ? rnn_ext_cuda_cluster_backward(&backward, nullptr, error) : 0;
+  }
+  if (request.is("kernel", "grid")) {
+    const int64_t units = request.number("units");
+    if (rnn_ext_cuda_grid_forward(&forward, units, grid_workspace(forward, false).get(), nullptr, error)) return 1;
+    if (!with_backward) return 0;
+    return rnn_ext_cuda_grid_backward(&backward, units, grid_workspace(forward, true).get(), nullptr, error);
   }
   if (request.is("kernel", "pointwise")) {
     if (pointwise_forward<T>(forward, error)) return 1;

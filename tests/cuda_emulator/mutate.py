@@ -32,11 +32,15 @@ SOURCES = {
     "tensor_kernels.h": ("cuda/tensor_bfloat16.cu",),
     "cluster_kernels.h": ("cuda/cluster_bfloat16.cu",),
     "cluster_backward.h": ("cuda/cluster_bfloat16.cu",),
+    "grid_kernels.h": ("cuda/grid_float32.cu", "cuda/grid_bfloat16.cu"),
+    "device_ops.h": ("cuda/grid_float32.cu",),  # the orders of its twins only
 }
 
 SYNCHRONISATIONS = re.compile(
-    r"(__syncthreads|__syncwarp|named_barrier|copy_async_\w+(<\w+>)?|cluster_\w+|mbarrier_\w+|store_async_\w+)\([^;]*\);"
+    r"(__syncthreads|__syncwarp|named_barrier|copy_async_\w+(<\w+>)?|cluster_\w+|mbarrier_\w+|store_async_\w+"
+    r"|block\.wait|block\.tell)\([^;]*\);"
 )
+ORDERS = re.compile(r"__ATOMIC_(ACQUIRE|RELEASE)")
 # A comparison that guards something: in an if, a conditional expression, or a conjunction.
 OPERAND = r"[\w.]+(?:\([\w.]*\))?(?:\[\w+\])?"
 COMPARISON = re.compile(rf"(?<![\w<.]){OPERAND}(?: \+ \w+)? (<|>=) {OPERAND}(?![\w(<])")
@@ -65,6 +69,7 @@ EXPLAINED = {
     "step_kernels.h: row0 >= rows": "saves work: every row is checked again",
     "variant_kernels.h: n >= backward_rows(d)": "saves work: gradients_arrive writes nothing for such a row",
     "tensor_kernels.h: __syncwarp(kWholeWarp);": "orders nothing: a thread reads what it wrote; spares registers",
+    "grid_kernels.h: tile + j < rows": "behind the weight lie the block's sums, and what is read there is dropped",
 }
 
 
@@ -75,8 +80,11 @@ def mutants(file: Path) -> Iterator[Mutant]:
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         code = line.split("//")[0]
         edits: list[tuple[str, int, int, str]] = []
+        wrappers = file.name == "device_ops.h"
+        for found in ORDERS.finditer(code):
+            edits.append(("synchronisation", *found.span(), "__ATOMIC_RELAXED"))
         for found in SYNCHRONISATIONS.finditer(code):
-            if "RNN_EXT_DEVICE" not in code:
+            if "RNN_EXT_DEVICE" not in code and not wrappers:
                 edits.append(("synchronisation", *found.span(), ";"))
         guards = "#" not in code and (
             " if (" in code or "?" in code or "&&" in code or "return " in code or "const bool" in code
@@ -85,7 +93,7 @@ def mutants(file: Path) -> Iterator[Mutant]:
             if LOOP.search(code):
                 if "hidden" in found[0] or "length" in found[0]:  # the others run over register arrays
                     edits.append(("bound", *found.span(), found[0].replace("<", "<=")))
-            elif guards and "constexpr" not in code and "static_assert" not in code:
+            elif guards and not wrappers and "constexpr" not in code and "static_assert" not in code:
                 never = found[1] == ">=" and "return;" in code
                 # What is compared stays in use, or the compiler's warning would end the mutant.
                 edits.append(("bound", *found.span(), f"({found[0]} {'&& false' if never else '|| true'})"))
@@ -97,9 +105,12 @@ def mutants(file: Path) -> Iterator[Mutant]:
 
 def cases(mutant: Mutant) -> list[Case]:
     """Small shapes that between them go everywhere: partial tiles, several chunks, packed, padded, resets."""
-    kernel = next((name for name in ("persistent", "tensor", "cluster") if mutant.file.startswith(name)), "step")
+    file = "grid_" if mutant.file == "device_ops.h" else mutant.file
+    kernel = next((name for name in ("persistent", "tensor", "cluster", "grid") if file.startswith(name)), "step")
     dtype = torch.bfloat16 if kernel in ("tensor", "cluster") else torch.float32
     base = Case("gru", kernel=kernel, dtype=dtype, batch=3, hidden=19, length=4, bidirectional=True, backward=True)
+    if kernel == "grid":
+        base = replace(base, units=8)
     ragged = replace(base, cell="lstm", lengths=(6, 0, 2), resets=0.3)
     packed = replace(
         base, cell="lstm", packed=True, length=5, batch=10, lengths=(5, 5, 4, 3, 2, 1, 1, 1, 1, 1), resets=0.3
@@ -108,6 +119,12 @@ def cases(mutant: Mutant) -> list[Case]:
         options = {"kernel": "pointwise", "layer_norm": True, "hidden": 40, "zoneout": 0.3, "recurrent_dropout": 0.4}
         return [replace(packed, **options), replace(ragged, **options)]
     fused = [packed, ragged, base, replace(base, hidden=32, batch=2)]
+    if kernel == "grid" and mutant.kind == "synchronisation":
+        # TSan remembers what some 250 threads did, no more: two blocks of up to 128.
+        few = replace(packed, batch=8, lengths=packed.lengths[:8], hidden=7, units=4, bidirectional=False)
+        return [few, replace(ragged, cell="gru", hidden=7, units=4, bidirectional=False)]
+    if kernel == "grid":
+        fused += [replace(packed, dtype=torch.bfloat16), replace(base, dtype=torch.bfloat16)]
     if kernel != "step":
         return fused
     return [*fused, replace(ragged, kernel="pointwise"), replace(packed, kernel="pointwise", cell="gru")]

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layer-norm", action="store_true", help="lstm with --kernel pointwise")
     parser.add_argument("--zoneout", type=float, default=0.0, metavar="P", help="of h and c alike")
     parser.add_argument("--recurrent-dropout", type=float, default=0.0, metavar="P")
+    parser.add_argument("--units", type=int, default=0, metavar="U", help="hidden units of a block of grid")
     parser.add_argument("--arch", type=int, choices=(80, 90), default=90)
     parser.add_argument("--schedule", type=int, choices=(0, 1, 2), default=0, help="ascending, descending, random")
     parser.add_argument("--seed", type=int, default=0)
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         layer_norm=args.layer_norm,
         zoneout=args.zoneout,
         recurrent_dropout=args.recurrent_dropout,
+        units=args.units,
         seed=args.seed,
     )
     try:

@@ -18,7 +18,7 @@ def library() -> ctypes.CDLL:
 @contextmanager
 def emulated(kernel: str | None = None) -> Iterator[None]:
     """Within, ``rnn_ext::layer`` of CPU tensors is what CUDA tensors would get: by `kernel` ("step", "pointwise",
-    "persistent" or "tensor"), or by the one that the dispatch table chooses."""
+    "persistent", "tensor", "cluster" or "grid"), or by the one that the dispatch table chooses."""
     assert library().rnn_ext_emulate_kernel((kernel or "").encode()), kernel
     library().rnn_ext_emulate(1)
     try:

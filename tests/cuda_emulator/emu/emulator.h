@@ -6,7 +6,8 @@
 // are for the sanitizers and for the comparison with the reference.
 //
 // Environment: EMU_SCHEDULE 0 (ascending), 1 (descending), 2 (random, EMU_SEED); EMU_RESIDENT_THREADS, EMU_STACK_KB;
-// EMU_ARCH 80 or 90 (shared memory per block, clusters); EMU_CLUSTER, the blocks of the largest cluster (from 90 on).
+// EMU_ARCH 80 or 90 (shared memory per block, clusters); EMU_CLUSTER, the blocks of the largest cluster (from 90 on);
+// EMU_MULTIPROCESSORS (what a cooperative launch can hold).
 #pragma once
 
 #include <cstddef>
@@ -42,6 +43,8 @@ void run(const LaunchConfig& config, const std::function<void()>& kernel, const 
 int arch();  // 80 or 90
 unsigned largest_cluster();
 int64_t shared_bytes_per_block();
+int64_t multiprocessors();
+int64_t resident_blocks(size_t threads, size_t shared_bytes);  // at once, of so many threads and dynamic bytes
 [[noreturn]] void fail(const char* what, Site site);
 
 // Shared memory.

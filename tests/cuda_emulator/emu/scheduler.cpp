@@ -129,6 +129,8 @@ void check_launch(const LaunchConfig& config, const char* name) {
   if (config.cluster < 1 || config.grid.x % config.cluster) mistake = "the cluster does not divide the grid";
   if (config.cluster > 1 && arch() < 90) mistake = "clusters need sm_90";
   if (config.cluster > largest_cluster()) mistake = "a cluster of more blocks than the device can hold";
+  if (config.cooperative && volume(config.grid) > static_cast<size_t>(resident_blocks(threads, config.shared_bytes)))
+    mistake = "a cooperative launch of more blocks than can be resident";
   if (mistake) fail(mistake, {name, 0});
 }
 
@@ -198,6 +200,17 @@ int arch() { return static_cast<int>(setting("EMU_ARCH", 90)); }
 unsigned largest_cluster() { return arch() >= 90 ? static_cast<unsigned>(setting("EMU_CLUSTER", 16)) : 1; }
 
 int64_t shared_bytes_per_block() { return (arch() >= 90 ? 227 : 163) * 1024; }
+
+int64_t multiprocessors() { return setting("EMU_MULTIPROCESSORS", arch() >= 90 ? 132 : 108); }
+
+// The limits of compute capabilities 8.0 and 9.0: 2048 threads and 32 blocks of a multiprocessor, and shared memory, of
+// which a block takes 1 KB besides its own. Registers are not modelled.
+int64_t resident_blocks(size_t threads, size_t shared_bytes) {
+  constexpr int64_t kThreads = 2048, kBlocks = 32, kReserved = 1024;
+  const auto own = static_cast<int64_t>(shared_bytes), warps = static_cast<int64_t>((threads + 31) / 32);
+  const int64_t by_shared = (shared_bytes_per_block() + kReserved) / (own + kReserved);
+  return multiprocessors() * std::min({kBlocks, kThreads / (32 * warps), by_shared});
+}
 
 void fail(const char* what, Site site) {
   const uint3 block = current ? current->block : uint3{0, 0, 0}, thread = current ? current->thread : uint3{0, 0, 0};
