@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,21 +74,31 @@ def compile_source(job: tuple[Path, str, Path]) -> subprocess.CompletedProcess[s
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], subprocess.CompletedProcess[str]]:
-    folder = tmp_path_factory.mktemp("cuda")
-    jobs = [(source, arch, folder) for source in kernel_sources() for arch in ARCHITECTURES]
-    with ThreadPoolExecutor(2) as pool:
-        results = pool.map(compile_source, jobs)
-    return {(job[0].name, job[1]): result for job, result in zip(jobs, results, strict=True)}
+def report_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[int, str]]:
+    """Compiles a source for an architecture, once for all test processes: return code and what was printed."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "cuda_compile"
+    folder.mkdir(exist_ok=True)
+
+    def report(source: str, arch: str) -> tuple[int, str]:
+        known = folder / f"{source}-{arch}.json"
+        if not known.exists():
+            result = compile_source((CUDA / source, arch, folder))
+            mine = known.with_suffix(f".{os.getpid()}")
+            mine.write_text(json.dumps([result.returncode, result.stdout + result.stderr]))
+            mine.replace(known)
+        return tuple(json.loads(known.read_text()))
+
+    return report
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("source", [path.name for path in kernel_sources()])
-def test_compiles_without_spills(
-    compiled: dict[tuple[str, str], subprocess.CompletedProcess[str]], source: str, arch: str
-) -> None:
-    result = compiled[source, arch]
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_compiles_without_spills(report_of: Callable[[str, str], tuple[int, str]], source: str, arch: str) -> None:
+    code, text = report_of(source, arch)
+    assert code == 0, text
 
 
 def test_ptx_of_features_no_kernel_uses_yet(tmp_path: Path) -> None:
@@ -95,10 +106,13 @@ def test_ptx_of_features_no_kernel_uses_yet(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_resources(compiled: dict[tuple[str, str], subprocess.CompletedProcess[str]]) -> None:
+def test_resources(report_of: Callable[[str, str], tuple[int, str]]) -> None:
     found: dict[str, dict[str, Resources]] = {}
-    for (source, arch), result in sorted(compiled.items()):
-        for kernel, numbers in read_report(result.stdout + result.stderr).items():
+    jobs = sorted((path.name, arch) for path in kernel_sources() for arch in ARCHITECTURES)
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(report_of, *zip(*jobs, strict=True)))
+    for (source, arch), (_, text) in zip(jobs, reports, strict=True):
+        for kernel, numbers in read_report(text).items():
             found.setdefault(source, {}).setdefault(kernel, {})[arch] = numbers  # type: ignore[index]
     version = nvcc_version()
     if os.environ.get(UPDATE):
