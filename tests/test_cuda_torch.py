@@ -637,7 +637,7 @@ def test_explain_on_a_gpu(monkeypatch):
         assert rnn_ext.explain(cell, input).kernel == f"rnn_ext::layer gru, cuda {kernel}"
     Properties.shared_memory_per_block_optin = 163 * 1024  # backward needs more than forward
     explanation = rnn_ext.explain(rnn_ext.GRU(4, 112, backend="custom"), few)
-    assert explanation.kernel == "rnn_ext::layer gru, cuda persistent" and "; backward by step: " in explanation.reason
+    assert explanation.kernel == "rnn_ext::layer gru, cuda persistent" and "; backward by grid: " in explanation.reason
 
 
 def test_without_cuda_kernels(monkeypatch):
