@@ -19,6 +19,7 @@ namespace {
 #include "cpu/product.inl"
 #include "cpu/forward.inl"
 #include "cpu/backward.inl"
+#include "cpu/backward_pass.inl"
 #include "cpu/variants.inl"
 #include "cpu/random.inl"
 
