@@ -449,6 +449,13 @@ def _custom(
         output, h_n, c_n, cells = ops.layer(input, h_0, c_0, weights, *call, cell_states, *more)
         return output, h_n, c_n if cell == "lstm" else None, cells if cell_states else None
 
+    if extras is NO_EXTRAS and not (training and dropout > 0):
+        results = ops.stack(
+            input, h_0, c_0, weights, cell, num_layers, batch_sizes, lengths, resets, *call[4:], cell_states
+        )
+        if results is not None:
+            output, h_n, c_n, cells = results
+            return output, h_n, c_n if cell == "lstm" else None, cells if cell_states else None
     directions = 2 if bidirectional else 1
     _check_states(input, h_0, c_0, weights, num_layers * directions, batch_first, batch_sizes)
     count = len(weights) // num_layers

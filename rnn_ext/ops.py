@@ -163,6 +163,35 @@ def layer(
     return _fast_layer(*tensors, *options)[:4]
 
 
+def stack(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    cell: str,
+    layers: int,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    cell_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Layers on top of each other, `weights` of one after the other, without dropout: output, h_n, c_n and cells of
+    :func:`layer`, states (layers * D, N, features).
+
+    On the CPU, with two threads or more, layers of one direction run at the same time where that is faster
+    (csrc/cpu/dispatch.cpp). None where Python looks at the call and should see its layers.
+
+    Raises:
+        RuntimeError: sizes of the states; else as :func:`layer`.
+    """
+    if type(input) is not Tensor or _is_traced(input, h_0, c_0, weights):
+        return None
+    options = (cell, layers, bidirectional, batch_first, cell_states)
+    return _fast_stack(input, h_0, c_0, weights, batch_sizes, lengths, resets, *options)
+
+
 def step(
     input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], cell: str, flat_states: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -455,6 +484,7 @@ def _random_mask_vmap(info, in_dims, *args):
 if is_available():
     from rnn_ext._C import extended_layer as _fast_extended_layer
     from rnn_ext._C import layer as _fast_layer
+    from rnn_ext._C import stack as _fast_stack
     from rnn_ext._C import step as _fast_step
 
     _layer = torch.ops.rnn_ext.layer.default
@@ -475,4 +505,4 @@ else:
     def _layer(*args: Any) -> Any:
         raise RuntimeError(_load_error)
 
-    _fast_layer = _fast_extended_layer = _fast_step = _layer
+    _fast_layer = _fast_extended_layer = _fast_stack = _fast_step = _layer

@@ -55,10 +55,9 @@ struct Slice {
   int64_t size() const { return last - first; }
 };
 
-/// How many pieces to cut the batch into: as many as there are threads to spare, but of no fewer than 4 rows, because a
-/// tile of fewer reads the weights more often than it can use them.
+/// How many pieces to cut the batch into: as many as there are threads to spare.
 inline int64_t count_slices(const Layout& layout, const Sizes& sizes, const Executor& executor) {
-  return larger(1, smaller(executor.threads / sizes.directions, layout.batch / 4));
+  return larger(1, smaller(executor.threads / sizes.directions, layout.batch / kSliceRows));
 }
 
 inline Slice slice_of(const Layout& layout, int64_t index, int64_t count) {
@@ -88,9 +87,24 @@ void write_states(To* states, int64_t width, const From* rows, int64_t stride, c
     copy_row(states + layout.entry(j) * width + begin, rows + (j - slice.first) * stride + begin, end - begin);
 }
 
+/// Returns once condition() holds, which another thread sees to. Spins, because a step is shorter than waking a thread,
+/// but not for long: there may be fewer processors than threads.
+template <class Condition>
+ALWAYS_INLINE void wait_until(const Condition& condition) {
+  constexpr int kSpins = 4000;
+  for (int spins = 0; !condition(); ++spins) {
+    if (spins < kSpins) {
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    } else {
+      sched_yield();
+    }
+  }
+}
+
 /// Threads that share the hidden units of a slice: each runs the whole scan for its own and meets the others after
-/// every step. They spin, because a step is shorter than waking a thread, but not for long: there may be fewer
-/// processors than threads.
+/// every step.
 class Team {
  public:
   void meet(int members) {
@@ -101,19 +115,10 @@ class Team {
       __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
       return;
     }
-    for (int spins = 0; __atomic_load_n(&round_, __ATOMIC_ACQUIRE) == round; ++spins) {
-      if (spins < kSpins) {
-#if defined(__x86_64__)
-        _mm_pause();
-#endif
-      } else {
-        sched_yield();
-      }
-    }
+    wait_until([&] { return __atomic_load_n(&round_, __ATOMIC_ACQUIRE) != round; });
   }
 
  private:
-  static constexpr int kSpins = 4000;
   alignas(64) int arrived_ = 0;
   alignas(64) int round_ = 0;
 };
@@ -313,6 +318,7 @@ class ForwardScan {
         write_h_n(next, stay, layout_.batch_sizes[t]);
         std::swap(now, next);
       }
+      if (args_.progress) __atomic_store_n(&args_.progress->steps, s, __ATOMIC_RELEASE);
     }
     if constexpr (Cell::kHasCell)
       write_states(args_.c_n + states * hidden_, hidden_, c_.get(), padded_, layout_, slice_, 0, layout_.batch,
@@ -321,6 +327,7 @@ class ForwardScan {
 
  private:
   static constexpr int64_t kChunkBytes = 256 * 1024;  // input gates that stay in the second-level cache until used
+  static constexpr int64_t kPipelineSteps = 12;       // of a chunk of a stack whose layers run at the same time
 
   static constexpr bool kReduced = ForwardStates<S>::kReduced;
 
@@ -355,8 +362,10 @@ class ForwardScan {
     const T* bias = cells::kIsNormed<Cell> ? nullptr : weights_.bias.get();
     const S** inputs = input_rows_.get();
     T** gates = gate_rows_.get();
-    int64_t count = 0;
-    for (; s < layout_.steps; ++s) {
+    int64_t count = 0, end = layout_.steps;
+    if (args_.progress) end = smaller(end, s + kPipelineSteps);
+    if (args_.below) wait_until([&] { return __atomic_load_n(&args_.below->steps, __ATOMIC_ACQUIRE) >= end; });
+    for (; s < end; ++s) {
       const int64_t t = time(s);
       const int64_t rows = slice_.active(layout_, t);
       if (count + rows > chunk_rows_) break;
@@ -563,4 +572,38 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
   for (int d = 0; d < directions; ++d) states.item[d] = new ForwardStates<S>(args, d, whole);
   run_teams(executor, directions, members,
             [&](int d, int member, int actual) { scan(d, whole, *states.item[d], teams[d], member, actual); });
+}
+
+/// One layer of a stack, ready to run.
+template <class Cell, class S>
+struct StackLayer {
+  using Packed = ForwardWeights<Cell, S>;
+  explicit StackLayer(const ForwardArgs<S>& args)
+      : own(args.packed[0] ? nullptr : new Packed(args.weights[0], args.sizes, uses_packed_weights(args.layout))),
+        states(args, 0, slice_of(args.layout, 0, 1)),
+        scan(args, args.packed[0] ? static_cast<const Packed&>(*args.packed[0]) : *own, 0, slice_of(args.layout, 0, 1),
+             states, alone, 0, 1) {}
+  const std::unique_ptr<Packed> own;
+  ForwardStates<S> states;
+  Team alone;
+  ForwardScan<Cell, S> scan;
+};
+
+template <class Cell, class S>
+void forward_stack(const ForwardArgs<S>* args, int count, const Executor& executor) {
+  struct Stack {
+    explicit Stack(int count) : count(count), layers(count, true) {}
+    ~Stack() {
+      for (int k = 0; k < count; ++k) delete layers.get()[k];
+    }
+    void run(int thread, int threads) const {
+      for (int k = thread; k < count; k += threads) layers.get()[k]->scan.run();
+    }
+    const int count;
+    Buffer<StackLayer<Cell, S>*> layers;
+  } stack(count);
+  for (int k = 0; k < count; ++k) stack.layers.get()[k] = new StackLayer<Cell, S>(args[k]);
+  executor.run_team(
+      int(smaller(executor.threads, count)),
+      [](void* context, int thread, int threads) { static_cast<const Stack*>(context)->run(thread, threads); }, &stack);
 }

@@ -22,11 +22,16 @@ namespace rnn_ext::cpu {
 /// Throws, with the number of bytes that could not be had.
 [[noreturn]] void out_of_memory(size_t bytes);
 
+/// A batch is cut into slices of at least so many rows, because a tile of fewer reads the weights more often than it
+/// can use them.
+constexpr int64_t kSliceRows = 4;
+
 /// The kernels for one storage type.
 template <class S>
 struct Kernels {
   std::unique_ptr<PackedWeights> (*pack)(CellKind, const Sizes&, const Weights<const S>&);
   void (*forward)(const ForwardArgs<S>&, const Executor&);
+  void (*forward_stack)(const ForwardArgs<S>*, int, const Executor&);
   void (*backward)(const BackwardArgs<S>&, const Executor&);
   void (*random_mask)(uint64_t, double, S, S*, int64_t) = nullptr;
 };

@@ -72,6 +72,20 @@ void forward_any(const ForwardArgs<S>& args, const Executor& executor) {
 }
 
 template <class S>
+void forward_stack_any(const ForwardArgs<S>* layers, int count, const Executor& executor) {
+  switch (layers[0].cell) {
+    case CellKind::kRnnTanh:
+      return forward_stack<cells::RnnTanh>(layers, count, executor);
+    case CellKind::kRnnRelu:
+      return forward_stack<cells::RnnRelu>(layers, count, executor);
+    case CellKind::kGru:
+      return forward_stack<cells::Gru>(layers, count, executor);
+    case CellKind::kLstm:
+      return forward_stack<cells::Lstm>(layers, count, executor);
+  }
+}
+
+template <class S>
 void backward_any(const BackwardArgs<S>& args, const Executor& executor) {
   switch (args.cell) {
     case CellKind::kRnnTanh:
@@ -88,7 +102,8 @@ void backward_any(const BackwardArgs<S>& args, const Executor& executor) {
 }  // namespace
 
 #if defined(RNN_EXT_BFLOAT16)
-const Kernels<BFloat16> kBFloat16 = {pack_any<BFloat16>, forward_any<BFloat16>, backward_any<BFloat16>};
+const Kernels<BFloat16> kBFloat16 = {pack_any<BFloat16>, forward_any<BFloat16>, forward_stack_any<BFloat16>,
+                                     backward_any<BFloat16>};
 #else
 void add_to_digest(Digest* digest, const void* data, size_t bytes) {
   // Two sums over 64-bit words: of the words themselves, which any single change changes, and of the products of their
@@ -116,8 +131,10 @@ void add_to_digest(Digest* digest, const void* data, size_t bytes) {
   }
 }
 
-const Kernels<float> kFloat = {pack_any<float>, forward_any<float>, backward_any<float>, random_mask<float>};
-const Kernels<double> kDouble = {pack_any<double>, forward_any<double>, backward_any<double>, random_mask<double>};
+const Kernels<float> kFloat = {pack_any<float>, forward_any<float>, forward_stack_any<float>, backward_any<float>,
+                               random_mask<float>};
+const Kernels<double> kDouble = {pack_any<double>, forward_any<double>, forward_stack_any<double>, backward_any<double>,
+                                 random_mask<double>};
 #endif
 
 }  // namespace rnn_ext::cpu::RNN_EXT_ISA

@@ -112,6 +112,11 @@ struct PackedWeights {
   virtual ~PackedWeights() = default;
 };
 
+/// How many timesteps of a layer's output are there, for the layer above it that runs at the same time.
+struct alignas(64) Progress {
+  int64_t steps = 0;
+};
+
 template <class S>
 struct ForwardArgs {
   CellKind cell;
@@ -130,6 +135,8 @@ struct ForwardArgs {
   Compute<S>* saved = nullptr;          // [D, T, saved_values, padded H], null: nothing is kept
   Variant variant = Variant::kPlain;
   Masks<S> masks;
+  const Progress* below = nullptr;  // of the layer whose output is the input; null: all of it is there
+  Progress* progress = nullptr;     // of this layer, null: nobody asks
 };
 
 template <class S>
@@ -184,6 +191,15 @@ void random_mask(uint64_t seed, double p, T value, T* out, int64_t size);
 
 template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor);
+
+/// Whether the layers of a stack, each like this one, should run at the same time, each some timesteps behind the one
+/// below it.
+bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, const Executor& executor);
+
+/// A stack of layers of one direction, the bits of layer_forward for one after the other: the input of each is the
+/// output of the one before it. Sets their `below` and `progress`.
+template <class S>
+void stack_forward(ForwardArgs<S>* layers, int count, const Executor& executor);
 template <class S>
 void layer_backward(const BackwardArgs<S>& args, const Executor& executor);
 

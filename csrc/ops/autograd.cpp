@@ -253,6 +253,41 @@ variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
   return result;
 }
 
+}  // namespace
+
+LayerResult record_layer(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                         at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                         const OptionalTensor& resets, const OptionalTensors& masks, const LayerOptions& options,
+                         bool save, bool recompute, c10::function_ref<LayerResult()> compute) {
+  auto node = make_node<LayerBackward>();
+  torch::autograd::edge_list edges;
+  edges.reserve(3 + weights.size());
+  const auto add_edge = [&](const at::Tensor& tensor) {
+    edges.push_back(tensor.defined() ? torch::autograd::impl::gradient_edge(tensor) : torch::autograd::Edge());
+  };
+  add_edge(input);
+  add_edge(h_0.value_or(at::Tensor()));
+  add_edge(c_0.value_or(at::Tensor()));
+  for (const at::Tensor& weight : weights) add_edge(weight);
+  node->set_next_edges(std::move(edges));
+  node->call.save(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options);
+  LayerResult result = compute();
+  auto& [output, h_n, c_n, cells, saved] = result;
+  torch::autograd::set_history(output, node);
+  torch::autograd::set_history(h_n, node);
+  torch::autograd::set_history(cell_info(options.cell).has_cell ? c_n : at::Tensor(), node);
+  torch::autograd::set_history(options.cell_states ? cells : at::Tensor(), node);
+  node->recompute = recompute;
+  if (!recompute) {
+    node->output = SavedVariable(output, true);
+    node->saved = SavedVariable(saved, false);
+  }
+  if (!save) saved = saved.new_empty({0});
+  return result;
+}
+
+namespace {
+
 LayerResult layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                            at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                            const OptionalTensor& resets, const OptionalTensors& masks, std::string_view cell,
@@ -267,35 +302,11 @@ LayerResult layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, c
     at::AutoDispatchBelowADInplaceOrView guard;
     return layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options, save, recompute);
   }
-  auto node = make_node<LayerBackward>();
-  torch::autograd::edge_list edges;
-  edges.reserve(3 + weights.size());
-  const auto add_edge = [&](const at::Tensor& tensor) {
-    edges.push_back(tensor.defined() ? torch::autograd::impl::gradient_edge(tensor) : torch::autograd::Edge());
-  };
-  add_edge(input);
-  add_edge(h_0.value_or(at::Tensor()));
-  add_edge(c_0.value_or(at::Tensor()));
-  for (const at::Tensor& weight : weights) add_edge(weight);
-  node->set_next_edges(std::move(edges));
-  node->call.save(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options);
-  LayerResult result = [&] {
+  return record_layer(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options, save, recompute, [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options, save || !recompute,
                       recompute);
-  }();
-  auto& [output, h_n, c_n, cells, saved] = result;
-  torch::autograd::set_history(output, node);
-  torch::autograd::set_history(h_n, node);
-  torch::autograd::set_history(cell_info(cell).has_cell ? c_n : at::Tensor(), node);
-  torch::autograd::set_history(cell_states ? cells : at::Tensor(), node);
-  node->recompute = recompute;
-  if (!recompute) {
-    node->output = SavedVariable(output, true);
-    node->saved = SavedVariable(saved, false);
-  }
-  if (!save) saved = saved.new_empty({0});
-  return result;
+  });
 }
 
 LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,

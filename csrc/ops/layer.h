@@ -4,6 +4,7 @@
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
+#include <c10/util/FunctionRef.h>
 
 #include <optional>
 #include <string_view>
@@ -40,6 +41,13 @@ LayerGrads layer_backward_call(const OptionalTensor& grad_output, const Optional
                                const OptionalTensor& resets, const OptionalTensors& masks, const at::Tensor& output,
                                const at::Tensor& saved, const LayerOptions& options,
                                const c10::List<bool>& output_mask);
+
+/// Autograd's record of a forward call whose results compute() gives, `saved` among them unless `recompute`. Tensors
+/// without a tangent, of which some require a gradient.
+LayerResult record_layer(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                         at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                         const OptionalTensor& resets, const OptionalTensors& masks, const LayerOptions& options,
+                         bool save, bool recompute, c10::function_ref<LayerResult()> compute);
 
 /// A cell's facts by its name in the schema; ValueError for any other name.
 struct CellInfo {

@@ -9,9 +9,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <deque>
 
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
+#include "ops/stack.h"
 #include "ops/workspace.h"
 
 namespace rnn_ext::ops {
@@ -174,65 +176,102 @@ int64_t saved_numel(const LayerShape& shape) {
          shape.sizes.padded();
 }
 
+/// A forward call: what it reads made ready for the kernels, and room for what they write.
+class ForwardCall {
+ public:
+  ForwardCall(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0, at::TensorList weights,
+              const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& resets,
+              const OptionalTensors& masks, const LayerOptions& options, bool save)
+      : shape(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options),
+        dtype(storage_type(input, shape.variant)),
+        input_(input),
+        resets_(resets),
+        given_weights_(weights.vec()),
+        x_(prepare_sequence(input, dtype)),
+        h_0_(prepare(h_0, dtype)),
+        c_0_(prepare(c_0, dtype)),
+        masks_(masks, dtype),
+        ends_(lengths.has_value()),
+        save_(save) {
+    const auto like = input.options().dtype(dtype);
+    const cpu::Sizes& sizes = shape.sizes;
+    weights_.reserve(weights.size());
+    for (const at::Tensor& weight : weights) weights_.push_back(prepare(weight, dtype));
+    const auto new_sequence = [&](int64_t features) { return empty(shape.sequence_sizes(features), like); };
+    const at::Tensor none = empty({0}, like);
+    output = new_sequence(sizes.directions * sizes.output());
+    cells_ = options.cell_states ? new_sequence(sizes.directions * sizes.hidden) : none;
+    h_n_ = empty({sizes.directions, shape.batch, sizes.output()}, like);
+    c_n_ = shape.cell.has_cell ? empty({sizes.directions, shape.batch, sizes.hidden}, like) : none;
+    saved_ = workspace({save ? saved_numel(shape) : 0}, like.dtype(compute_type(input)));
+  }
+  ForwardCall(const ForwardCall&) = delete;
+  ForwardCall& operator=(const ForwardCall&) = delete;
+
+  /// For the kernels, as long as this object lives.
+  template <class S>
+  cpu::ForwardArgs<S> args() {
+    cpu::ForwardArgs<S> args;
+    args.cell = shape.cell.kind;
+    args.sizes = shape.sizes;
+    args.layout = shape.layout();
+    args.variant = shape.variant;
+    args.masks = masks_.get<S>(shape);
+    args.input = sequence<const S>(x_, shape);
+    args.resets = sequence<const bool>(resets_, shape);
+    args.h_0 = pointer<S>(h_0_);
+    args.c_0 = pointer<S>(c_0_);
+    args.output = sequence<S>(output, shape);
+    if (ends_) zero_past_end(args.output, args.layout, output.size(-1));
+    if (cells_.dim() > 1) {
+      args.cells = sequence<S>(cells_, shape);
+      if (ends_) zero_past_end(args.cells, args.layout, cells_.size(-1));
+    }
+    args.h_n = data<S>(h_n_);
+    args.c_n = shape.cell.has_cell ? data<S>(c_n_) : nullptr;
+    args.saved = save_ ? data<cpu::Compute<S>>(saved_) : nullptr;
+    for (int d = 0; d < shape.sizes.directions; ++d) {
+      args.weights[d] = named_weights<const S>(weights_, shape, d);
+      if (save_ || !cpu::uses_packed_weights(args.layout)) continue;
+      const int hh = shape.index(d, LayerShape::kWeightHh), ih = shape.index(d, LayerShape::kWeightIh);
+      const auto as_given = [&](int i) { return weights_[i].is_same(given_weights_[i]); };
+      if (!as_given(hh) || !as_given(ih)) continue;  // converted for this call alone
+      packed_[d] = cached_weights(args.cell, shape.sizes, args.weights[d], weights_[hh]);
+      args.packed[d] = packed_[d].get();
+    }
+    return args;
+  }
+
+  LayerResult result() const {
+    const at::ScalarType type = input_.scalar_type();
+    return {cast(output, type), cast(h_n_, type), cast(c_n_, type), cast(cells_, type), saved_};
+  }
+
+  const LayerShape shape;
+  const at::ScalarType dtype;
+  at::Tensor output;
+
+ private:
+  const at::Tensor input_;
+  const OptionalTensor resets_;
+  const std::vector<at::Tensor> given_weights_;
+  const at::Tensor x_;
+  const OptionalTensor h_0_, c_0_;
+  const PreparedMasks masks_;
+  const bool ends_, save_;
+  std::vector<at::Tensor> weights_;
+  at::Tensor cells_, h_n_, c_n_, saved_;
+  std::shared_ptr<const cpu::PackedWeights> packed_[2];
+};
+
 LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                       at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                       const OptionalTensor& resets, const OptionalTensors& masks, std::string_view cell,
                       bool bidirectional, bool batch_first, bool cell_states, bool save, bool /*recompute*/) {
-  const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
-                         {cell, bidirectional, batch_first, cell_states});
-  const at::ScalarType dtype = storage_type(input, shape.variant);
-  const auto options = input.options().dtype(dtype);
-  const cpu::Sizes& sizes = shape.sizes;
-
-  const at::Tensor x = prepare_sequence(input, dtype);
-  const OptionalTensor h = prepare(h_0, dtype), c = prepare(c_0, dtype);
-  const PreparedMasks prepared_masks(masks, dtype);
-  std::vector<at::Tensor> w;
-  w.reserve(weights.size());
-  for (const at::Tensor& weight : weights) w.push_back(prepare(weight, dtype));
-
-  const auto new_sequence = [&](int64_t features) { return empty(shape.sequence_sizes(features), options); };
-  at::Tensor output = new_sequence(sizes.directions * sizes.output());
-  at::Tensor cells = cell_states ? new_sequence(sizes.directions * sizes.hidden) : empty({0}, options);
-  at::Tensor h_n = empty({sizes.directions, shape.batch, sizes.output()}, options);
-  at::Tensor c_n =
-      shape.cell.has_cell ? empty({sizes.directions, shape.batch, sizes.hidden}, options) : empty({0}, options);
-  at::Tensor saved = workspace({save ? saved_numel(shape) : 0}, options.dtype(compute_type(input)));
-
-  with_storage(dtype, [&](auto storage) {
-    using scalar_t = decltype(storage);
-    cpu::ForwardArgs<scalar_t> args;
-    args.cell = shape.cell.kind;
-    args.sizes = sizes;
-    args.layout = shape.layout();
-    args.variant = shape.variant;
-    args.masks = prepared_masks.get<scalar_t>(shape);
-    args.input = sequence<const scalar_t>(x, shape);
-    args.resets = sequence<const bool>(resets, shape);
-    args.h_0 = pointer<scalar_t>(h);
-    args.c_0 = pointer<scalar_t>(c);
-    args.output = sequence<scalar_t>(output, shape);
-    if (cell_states) args.cells = sequence<scalar_t>(cells, shape);
-    if (lengths.has_value()) {
-      zero_past_end(args.output, args.layout, output.size(-1));
-      if (cell_states) zero_past_end(args.cells, args.layout, cells.size(-1));
-    }
-    args.h_n = data<scalar_t>(h_n);
-    args.c_n = shape.cell.has_cell ? data<scalar_t>(c_n) : nullptr;
-    args.saved = save ? data<cpu::Compute<scalar_t>>(saved) : nullptr;
-    std::shared_ptr<const cpu::PackedWeights> packed[2];
-    for (int d = 0; d < sizes.directions; ++d) {
-      args.weights[d] = named_weights<const scalar_t>(w, shape, d);
-      if (save || !cpu::uses_packed_weights(args.layout)) continue;
-      const int hh = shape.index(d, LayerShape::kWeightHh), ih = shape.index(d, LayerShape::kWeightIh);
-      if (!w[hh].is_same(weights[hh]) || !w[ih].is_same(weights[ih])) continue;  // converted for this call alone
-      packed[d] = cached_weights(args.cell, sizes, args.weights[d], w[hh]);
-      args.packed[d] = packed[d].get();
-    }
-    cpu::layer_forward(args, executor());
-  });
-  const at::ScalarType result = input.scalar_type();
-  return {cast(output, result), cast(h_n, result), cast(c_n, result), cast(cells, result), saved};
+  ForwardCall call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
+                   {cell, bidirectional, batch_first, cell_states}, save);
+  with_storage(call.dtype, [&](auto storage) { cpu::layer_forward(call.args<decltype(storage)>(), executor()); });
+  return call.result();
 }
 
 LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -320,6 +359,50 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   for (at::Tensor& grad : dw) grad = finish(grad);
   return {finish(dx), finish(dh_0), finish(dc_0), std::move(dw)};
 }
+
+}  // namespace
+
+bool pipelines(const at::Tensor& input, int64_t batch, const StackWeights& weights, const LayerOptions& options) {
+  const cpu::Executor threads = executor();
+  if (threads.threads == 1 || options.bidirectional || batch == 0 || weights[0].size() > 5) return false;
+  const CellInfo cell = cell_info(options.cell);
+  const at::Tensor &weight_ih = weights[0][0], &weight_hh = weights[0][1];
+  if (weight_ih.dim() != 2 || weight_hh.dim() != 2 || weight_ih.size(1) == 0) return false;
+  // The next layer reads the output as the caller sees it, rounded: not what the kernels would hand on.
+  if (storage_type(input, cpu::Variant::kPlain) != input.scalar_type()) return false;
+  cpu::Sizes sizes;
+  sizes.input = weight_ih.size(1);
+  sizes.hidden = weight_ih.size(0) / cell.gates;
+  sizes.proj = weight_hh.size(1) == sizes.hidden ? 0 : weight_hh.size(1);
+  cpu::Layout layout;
+  layout.batch = batch;
+  layout.rows = input.numel() / sizes.input;
+  layout.steps = std::max<int64_t>(1, layout.rows / batch);
+  return cpu::pipelines(cell.kind, sizes, layout, int64_t(weights.size()), threads);
+}
+
+std::vector<LayerResult> pipelined_forward(const at::Tensor& input, const StackStates& h_0, const StackStates& c_0,
+                                           const StackWeights& weights, const OptionalTensor& batch_sizes,
+                                           const OptionalTensor& lengths, const OptionalTensor& resets,
+                                           const LayerOptions& options, bool save) {
+  std::deque<ForwardCall> calls;
+  for (size_t k = 0; k < weights.size(); ++k) {
+    LayerOptions own = options;
+    own.cell_states &= k + 1 == weights.size();
+    calls.emplace_back(k ? calls.back().output : input, h_0[k], c_0[k], weights[k], batch_sizes, lengths, resets,
+                       OptionalTensors(), own, save);
+  }
+  with_storage(calls[0].dtype, [&](auto storage) {
+    std::vector<cpu::ForwardArgs<decltype(storage)>> args;
+    for (ForwardCall& call : calls) args.push_back(call.args<decltype(storage)>());
+    cpu::stack_forward(args.data(), int(args.size()), executor());
+  });
+  std::vector<LayerResult> results;
+  for (const ForwardCall& call : calls) results.push_back(call.result());
+  return results;
+}
+
+namespace {
 
 TORCH_LIBRARY_IMPL(rnn_ext, CPU, m) {
   m.impl("layer", &layer_cpu);

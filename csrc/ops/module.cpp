@@ -7,6 +7,7 @@
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
 #include "ops/saved_bytes.h"
+#include "ops/stack.h"
 #include "ops/workspace.h"
 #ifdef RNN_EXT_WITH_CUDA
 #include "ops/cuda_layer.h"
@@ -114,6 +115,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer", torch::wrap_pybind_function_no_gil(&layer), "torch.ops.rnn_ext.layer.");
   m.def("extended_layer", torch::wrap_pybind_function_no_gil(&extended_layer), "The same with masks and recompute.");
   m.def("step", torch::wrap_pybind_function_no_gil(&step), "The same for one timestep; see rnn_ext.ops.step.");
+  m.def("stack", torch::wrap_pybind_function_no_gil(&rnn_ext::ops::stack), "Several layers; see rnn_ext.ops.stack.");
   m.def(
       "saved_values",
       [](int cell, bool projected, int variant) {

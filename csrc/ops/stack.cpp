@@ -1,0 +1,94 @@
+#include "ops/stack.h"
+
+#include <ATen/ops/cat.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/FunctionsManual.h>
+#include <torch/csrc/autograd/functions/utils.h>
+
+#include <algorithm>
+
+namespace rnn_ext::ops {
+namespace {
+
+/// The dispatch keys a call of the layer op would see.
+c10::DispatchKeySet keys_of(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                            at::TensorList weights) {
+  c10::DispatchKeySet keys = input.key_set();
+  for (const OptionalTensor* state : {&h_0, &c_0}) {
+    if (state->has_value()) keys = keys | (*state)->key_set();
+  }
+  for (const at::Tensor& weight : weights) keys = keys | weight.key_set();
+  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
+  return (keys | local.included_) - local.excluded_;
+}
+
+/// Whether nothing but autograd stands between the call and the CPU's kernels.
+bool is_plain(c10::DispatchKeySet keys, const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+              at::TensorList weights) {
+  constexpr c10::DispatchKeySet kPlain{c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                       c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect};
+  using torch::autograd::isFwGradDefined;
+  if (!kPlain.has_all(keys) || isFwGradDefined(input) || isFwGradDefined(h_0) || isFwGradDefined(c_0)) return false;
+  return std::none_of(weights.begin(), weights.end(), [](const at::Tensor& weight) { return isFwGradDefined(weight); });
+}
+
+StackStates split(const OptionalTensor& state, int64_t layers, int64_t directions) {
+  StackStates parts(layers);
+  for (int64_t k = 0; state.has_value() && k < layers; ++k) parts[k] = state->narrow(0, k * directions, directions);
+  return parts;
+}
+
+void check_state(const OptionalTensor& state, const char* name, at::IntArrayRef expected) {
+  TORCH_CHECK(!state.has_value() || state->sizes() == expected, "Expected ", name, " of size ", expected, ", got ",
+              state->sizes());
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stack(
+    const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+    const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+    const OptionalTensor& resets, std::string_view cell, int64_t layers, bool bidirectional, bool batch_first,
+    bool cell_states) {
+  RECORD_FUNCTION("rnn_ext::stack", c10::ArrayRef<const c10::IValue>());
+  const int64_t directions = bidirectional ? 2 : 1, count = int64_t(weights.size()) / layers;
+  StackWeights parts(layers);
+  for (int64_t k = 0; k < layers; ++k) parts[k].assign(weights.begin() + k * count, weights.begin() + (k + 1) * count);
+  const CellInfo info = cell_info(cell);
+  const int64_t batch =
+      batch_sizes.has_value() ? batch_sizes->const_data_ptr<int64_t>()[0] : input.size(batch_first ? 0 : 1);
+  check_state(h_0, "h_0", {layers * directions, batch, parts[0][1].size(1)});
+  check_state(c_0, "c_0", {layers * directions, batch, parts[0][0].size(0) / info.gates});
+  const StackStates h_0s = split(h_0, layers, directions), c_0s = split(c_0, layers, directions);
+  LayerOptions options{cell, bidirectional, batch_first, cell_states};
+
+  const c10::DispatchKeySet keys = keys_of(input, h_0, c_0, weights);
+  const bool graph =
+      keys.has(c10::DispatchKey::AutogradCPU) && torch::autograd::compute_requires_grad(input, h_0, c_0, weights);
+  std::optional<std::vector<LayerResult>> found;
+  if (pipelines(input, batch, parts, options) && is_plain(keys, input, h_0, c_0, weights)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    found = pipelined_forward(input, h_0s, c_0s, parts, batch_sizes, lengths, resets, options, graph);
+  }
+  at::Tensor output = input, cells;
+  std::vector<at::Tensor> h_ns, c_ns;
+  for (int64_t k = 0; k < layers; ++k) {
+    options.cell_states = cell_states && k == layers - 1;
+    const auto run = [&] {
+      return layer_call(output, h_0s[k], c_0s[k], parts[k], batch_sizes, lengths, resets, OptionalTensors(), options,
+                        false, false);
+    };
+    const auto take = [&] { return std::move((*found)[k]); };
+    LayerResult result = !found   ? run()
+                         : !graph ? take()
+                                  : record_layer(output, h_0s[k], c_0s[k], parts[k], batch_sizes, lengths, resets,
+                                                 OptionalTensors(), options, false, false, take);
+    output = std::get<0>(result);
+    h_ns.push_back(std::get<1>(result));
+    c_ns.push_back(std::get<2>(result));
+    cells = std::get<3>(result);
+  }
+  return {output, at::cat(h_ns), info.has_cell ? at::cat(c_ns) : c_ns[0], cells};
+}
+
+}  // namespace rnn_ext::ops
