@@ -41,17 +41,21 @@ const Level* best() {
 
 const Level* current = best();
 
-/// Threads beyond the first cost waking them (microseconds if they are awake, milliseconds if they sleep): below this
-/// many multiply-adds the job is over before they come.
-constexpr double kWorthwhile = 2e7;
+int gates_of(CellKind cell) { return cell == CellKind::kLstm ? 4 : cell == CellKind::kGru ? 3 : 1; }
 
-Executor worthwhile(const Executor& executor, const Sizes& sizes, const Layout& layout, int gates, int passes) {
-  const double work = double(layout.rows) * sizes.directions * gates * double(sizes.hidden) *
-                      double(sizes.input + sizes.output()) * passes;
-  return work < kWorthwhile ? Executor{} : executor;
+/// Threads beyond the first cost waking them, some 50 us if they sleep: below this many multiply-adds of the forward
+/// pass, 0.1 ms, one thread is as fast. (Measured with two threads, 8 ms between calls: about even at 4e6, 1.2 to 1.6
+/// times as fast at 8e6.)
+constexpr double kWorthwhile = 5e6;
+
+double multiply_adds(CellKind cell, const Sizes& sizes, const Layout& layout) {
+  return double(layout.rows) * sizes.directions * gates_of(cell) * double(sizes.hidden) *
+         double(sizes.input + sizes.output());
 }
 
-int gates_of(CellKind cell) { return cell == CellKind::kLstm ? 4 : cell == CellKind::kGru ? 3 : 1; }
+Executor worthwhile(const Executor& executor, CellKind cell, const Sizes& sizes, const Layout& layout) {
+  return multiply_adds(cell, sizes, layout) < kWorthwhile ? Executor{} : executor;
+}
 
 }  // namespace
 
@@ -135,19 +139,18 @@ bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t 
   if (layers < 2 || sizes.directions > 1 || executor.threads < 2 || !executor.run_team || !uses_packed_weights(layout))
     return false;
   if (layout.batch >= 2 * kSliceRows) return false;  // its slices need not wait for each other
+  const double work = multiply_adds(cell, sizes, layout) * double(layers);
+  if (work < kWorthwhile) return false;
   // Layers wait for each other every few steps, threads that share a layer's units in every step, but hold half of its
   // weights each. Measured with two threads: about even from here on, and twice as fast as one at half of it.
-  constexpr double kShared = 2e5;     // multiply-adds of a recurrent step
-  constexpr double kPipelined = 4e6;  // multiply-adds of all layers: 0.1 ms, waking a thread that sleeps takes half
-  const double hidden = double(sizes.hidden), rows = double(layout.rows), gates = gates_of(cell);
-  const double layer = rows * gates * hidden * double(sizes.input + sizes.output());
-  if (layer >= kWorthwhile && gates * hidden * hidden * rows >= kShared * double(layout.steps)) return false;
-  return layer * double(layers) >= kPipelined;
+  constexpr double kShared = 2e5;  // multiply-adds of a recurrent step
+  const double hidden = double(sizes.hidden);
+  return gates_of(cell) * hidden * hidden * double(layout.rows) < kShared * double(layout.steps);
 }
 
 template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor) {
-  kernels<S>().forward(args, worthwhile(executor, args.sizes, args.layout, gates_of(args.cell), 1));
+  kernels<S>().forward(args, worthwhile(executor, args.cell, args.sizes, args.layout));
 }
 template <class S>
 void stack_forward(ForwardArgs<S>* layers, int count, const Executor& executor) {
@@ -160,7 +163,7 @@ void stack_forward(ForwardArgs<S>* layers, int count, const Executor& executor) 
 }
 template <class S>
 void layer_backward(const BackwardArgs<S>& args, const Executor& executor) {
-  kernels<S>().backward(args, worthwhile(executor, args.sizes, args.layout, gates_of(args.cell), 2));
+  kernels<S>().backward(args, worthwhile(executor, args.cell, args.sizes, args.layout));
 }
 template void layer_forward(const ForwardArgs<float>&, const Executor&);
 template void layer_forward(const ForwardArgs<double>&, const Executor&);

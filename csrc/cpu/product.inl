@@ -5,8 +5,8 @@
 // elements, see Element.
 
 /// How a product walks its tiles. One row alone sums in another order than the same row in a tile, so the caller
-/// decides by a number that does not depend on threads. Walking every other step's blocks backwards finds the last ones
-/// of the step before still in the cache.
+/// decides by a number that does not depend on threads. Walking every other step's blocks and their k backwards finds
+/// what the step before read last still in the cache.
 enum class Order { kRows, kRow, kRowBackwards };
 
 inline Order step_order(int64_t rows, int64_t t) {
@@ -58,30 +58,31 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Elemen
 /// One row: too few accumulators to hide the latency of an addition, so k is dealt out over KU sets of them.
 template <int KU, int NB, int G, bool kStrided, class S>
 ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[1][NB * G], const Element<S>* a, const Element<S>* b,
-                                    int64_t block_stride, const Segments& segments) {
+                                    int64_t block_stride, const Segments& segments, bool backwards) {
   using Op = Operand<S>;
   constexpr int n = kLanes<Element<S>>;
   Vec<Compute<S>> part[KU][NB * G] = {};
-  for (int s = 0; s < segments.count; ++s) {
+  const int64_t length = segments.length, stride = kStrided ? segments.stride : 1, whole = length / KU * KU;
+  const int64_t first = backwards ? whole - KU : 0, step = backwards ? -KU : KU;
+  for (int i = 0; i < segments.count; ++i) {
+    const int s = backwards ? segments.count - 1 - i : i;
     const Element<S>* row = a + segments.offset[s];
-    const int64_t length = segments.length, stride = kStrided ? segments.stride : 1;
-    int64_t k = 0;
-    for (; k + KU <= length; k += KU) {
+    const Element<S>* w = b + s * length * G * n;
+    for (int64_t left = whole, k = first; left > 0; left -= KU, k += step) {
+      const Element<S>*x_k = row + k * stride, *w_k = w + k * G * n;
 #pragma GCC unroll 16
       for (int u = 0; u < KU; ++u) {
-        const auto x = Op::broadcast(row[(k + u) * stride]);
+        const auto x = Op::broadcast(x_k[u * stride]);
 #pragma GCC unroll 16
         for (int v = 0; v < NB * G; ++v)
-          part[u][v] = Op::multiply_add(x, Op::load(b + (v / G) * block_stride + (u * G + v % G) * n), part[u][v]);
+          part[u][v] = Op::multiply_add(x, Op::load(w_k + (v / G) * block_stride + (u * G + v % G) * n), part[u][v]);
       }
-      b += KU * G * n;
     }
-    for (; k < length; ++k) {
+    for (int64_t k = whole; k < length; ++k) {
       const auto x = Op::broadcast(row[k * stride]);
 #pragma GCC unroll 16
       for (int v = 0; v < NB * G; ++v)
-        part[0][v] = Op::multiply_add(x, Op::load(b + (v / G) * block_stride + (v % G) * n), part[0][v]);
-      b += G * n;
+        part[0][v] = Op::multiply_add(x, Op::load(w + (v / G) * block_stride + (k * G + v % G) * n), part[0][v]);
     }
   }
 #pragma GCC unroll 16
@@ -111,7 +112,8 @@ constexpr bool kIsLengthy<Lengthy<Fn>> = true;
 
 template <int MR, int NB, int G, bool kSingle, bool kStrided, class S, class Row, class Init, class Finish>
 NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
-                        int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish) {
+                        int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish,
+                        bool backwards = false) {
   Vec<Compute<S>> acc[MR][NB * G];
   const Element<S>* a[MR];
 #pragma GCC unroll 8
@@ -121,7 +123,8 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
     for (int n = 0; n < NB; ++n) init(first_row + m, first_block + n, &acc[m][n * G]);
   }
   if constexpr (kSingle) {
-    multiply_add_row<8 / (NB * G) < 2 ? 2 : 8 / (NB * G), NB, G, kStrided, S>(acc, a[0], b, block_stride, segments);
+    constexpr int kSets = 8 / (NB * G) < 2 ? 2 : 8 / (NB * G);
+    multiply_add_row<kSets, NB, G, kStrided, S>(acc, a[0], b, block_stride, segments, backwards);
   } else {
     multiply_add<MR, NB, G, kStrided, S>(acc, a, b, block_stride, segments);
   }
@@ -162,9 +165,13 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, Or
   const int64_t block_stride = segments.size() * G * kLanes<Element<S>>;
   if (order != Order::kRows) {
     const int64_t groups = (blocks - block) / NB;
+    const bool backwards = order == Order::kRowBackwards;
     for (int64_t i = 0; i < groups; ++i) {
-      const int64_t at = block + NB * (order == Order::kRowBackwards ? groups - 1 - i : i);
-      run_tile<1, NB, G, true, kStrided, S>(a_row, 0, at, b + at * block_stride, block_stride, segments, init, finish);
+      const int64_t at = block + NB * (backwards ? groups - 1 - i : i);
+      // Not the k of several gates: blocks of them are small, and against the prefetcher's direction they cost more
+      // than the cache gives back (measured).
+      run_tile<1, NB, G, true, kStrided, S>(a_row, 0, at, b + at * block_stride, block_stride, segments, init, finish,
+                                            backwards && G == 1);
     }
     return block + groups * NB;
   }

@@ -198,11 +198,10 @@ class ForwardCall {
     weights_.reserve(weights.size());
     for (const at::Tensor& weight : weights) weights_.push_back(prepare(weight, dtype));
     const auto new_sequence = [&](int64_t features) { return empty(shape.sequence_sizes(features), like); };
-    const at::Tensor none = empty({0}, like);
     output = new_sequence(sizes.directions * sizes.output());
-    cells_ = options.cell_states ? new_sequence(sizes.directions * sizes.hidden) : none;
+    cells_ = options.cell_states ? new_sequence(sizes.directions * sizes.hidden) : empty({0}, like);
     h_n_ = empty({sizes.directions, shape.batch, sizes.output()}, like);
-    c_n_ = shape.cell.has_cell ? empty({sizes.directions, shape.batch, sizes.hidden}, like) : none;
+    c_n_ = shape.cell.has_cell ? empty({sizes.directions, shape.batch, sizes.hidden}, like) : empty({0}, like);
     saved_ = workspace({save ? saved_numel(shape) : 0}, like.dtype(compute_type(input)));
   }
   ForwardCall(const ForwardCall&) = delete;
