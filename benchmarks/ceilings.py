@@ -6,6 +6,8 @@ Measured on one core, by ceilings.cpp where there is a C++ compiler and else, le
   in float32, where the processor has an instruction for them.
 - ``read``: bytes per second of reading an array over and over, by its size: the levels of the cache and memory. The
   better of two orders, round and round or back and forth.
+- ``call``: seconds that torch takes for a module that multiplies two numbers, in inference, and with the gradients of
+  both: what is left of a call when a layer costs nothing.
 
 The model of the floor. A timestep of one direction needs ``2 G H I`` flops for the input projection and ``2 G H H`` for
 the recurrent product per sequence, and has to read the recurrent weights, ``G H H`` values, once, from the level of
@@ -13,14 +15,14 @@ cache that they fit. The projections of all timesteps can be one product, which 
 has to wait for the one before, so that
 
     scan                = sum over t of max(recurrent flops at t / F, bytes of W_hh / B(bytes of W_hh))
-    forward             = projection flops / F + scan
-    forward + backward  = forward + 2 projection flops / F    gradients of the input and of W_ih
-                                  + scan                      gradients of the states
-                                  + recurrent flops / F       gradient of W_hh
+    forward             = call + projection flops / F + scan
+    forward + backward  = call + 3 projection flops / F    forward, gradients of the input and of W_ih
+                               + 2 scan                    forward, gradients of the states
+                               + recurrent flops / F       gradient of W_hh
 
 with F the ``flops`` and B the ``read`` above. Of T threads each is given a T-th of the flops and of W_hh. Activations,
-the traffic of inputs, outputs and saved values, and everything around the loop are free: at small H nobody can reach
-the floor. A layer whose weights partly stay in registers or in a faster cache than the model says can pass it.
+the traffic of inputs, outputs and saved values, and everything else around the loop are free: at small H nobody can
+reach the floor. A layer whose weights partly stay in registers or in a faster cache than the model says can pass it.
 """
 
 from __future__ import annotations
@@ -49,10 +51,13 @@ SIZES = sorted([PAGE << k for k in range(16)] + [3 * PAGE << k for k in range(14
 class Floor(NamedTuple):
     seconds: float
     bandwidth_share: float  # of these seconds, how much is waiting for weights to be read
+    call_share: float  # and how much the call itself
 
     @property
     def bound(self) -> str:
-        return "bandwidth" if self.bandwidth_share > 0.5 else "flops"
+        shares = {"flops": 1 - self.bandwidth_share - self.call_share}
+        shares |= {"bandwidth": self.bandwidth_share, "call": self.call_share}
+        return max(shares, key=shares.__getitem__)
 
 
 def compile_library(folder: str) -> ctypes.CDLL | None:
@@ -75,19 +80,47 @@ def compile_library(folder: str) -> ctypes.CDLL | None:
 def measure(seconds: float = 3.0, largest: int = SIZES[-1]) -> dict[str, Any]:
     """The ceilings of the core that this runs on, in about so many seconds, for arrays of up to `largest` bytes."""
     sizes = [size for size in SIZES if size <= largest]
-    each = seconds / (2 * len(sizes) + 4)
+    each = seconds / (2 * len(sizes) + 6)
+    call = {mode: call_seconds(mode == "training", each) for mode in ("forward", "training")}
     data = torch.ones(sizes[-1] // 4 + 16)  # written: untouched pages are all the same one
     with tempfile.TemporaryDirectory() as folder:
         library = compile_library(folder)
         if library is None:
-            return _measure_with_torch(sizes, each, data)
+            return {**_measure_with_torch(sizes, each, data), "call": call}
         start = -(-data.data_ptr() // 64) * 64
         return {
             "method": SOURCE.name,
             "flops": library.fma_rate(2 * each),
             "bfloat16_flops": library.bfloat16_rate(2 * each),
             "read": {size: max(library.read_rate(start, size, order, each) for order in (0, 1)) for size in sizes},
+            "call": call,
         }
+
+
+class OneOp(torch.nn.Module):
+    """A module with a parameter and next to nothing to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input * self.weight
+
+
+def call_seconds(training: bool, seconds: float) -> float:
+    """The shortest call of :class:`OneOp`, with its backward pass where `training`."""
+    module = OneOp()
+    input, grad = torch.ones(1, requires_grad=training), torch.ones(1)
+    times: list[float] = []
+    with torch.inference_mode(not training):
+        while len(times) < 100 or sum(times[1:]) < seconds:  # the first starts autograd's threads
+            start = time.perf_counter()
+            output = module(input)
+            if training:
+                torch.autograd.grad(output, (input, module.weight), grad)
+            times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _measure_with_torch(sizes: list[int], each: float, data: torch.Tensor) -> dict[str, Any]:
@@ -112,12 +145,13 @@ def _measure_with_torch(sizes: list[int], each: float, data: torch.Tensor) -> di
 
 
 def better(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """Of two measurements by the same method, the higher of each ceiling."""
+    """Of two measurements by the same method, the better of each."""
     return {
         "method": a["method"],
         "flops": max(a["flops"], b["flops"]),
         "bfloat16_flops": max(a["bfloat16_flops"], b["bfloat16_flops"]),
         "read": {size: max(a["read"][size], b["read"][size]) for size in a["read"]},
+        "call": {mode: min(a["call"][mode], b["call"][mode]) for mode in a["call"]},
     }
 
 
@@ -166,4 +200,6 @@ def floor(case: Case, training: bool, ceilings: dict[str, Any], threads: int = 1
         seconds += case.directions * (projection * (3 if training else 1) + scan * passes)
         seconds += case.directions * sum(products) * (1 if training else 0)
         waiting += case.directions * waits * passes
-    return Floor(seconds, waiting / seconds)
+    call = ceilings["call"]["training" if training else "forward"]
+    seconds += call
+    return Floor(seconds, waiting / seconds, call / seconds)

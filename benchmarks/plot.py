@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import table
+import readings
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -80,7 +80,7 @@ def speed_up(result: dict[str, Any], threads: int) -> Figure | None:
     panels = {}
     for mode in TITLES:
         panels[mode] = [*select(result, "grid", mode, threads), *select(result, "ragged", mode, threads)]
-        panels[mode] = [row for row in panels[mode] if table.speed_up(row, table.torch_name(row))]
+        panels[mode] = [row for row in panels[mode] if readings.speed_up(row, readings.torch_name(row))]
     if not any(panels.values()):
         return None
     height = max(len(rows) for rows in panels.values())
@@ -88,9 +88,9 @@ def speed_up(result: dict[str, Any], threads: int) -> Figure | None:
     axes = figure.subplots(1, 2)
     for axis, (mode, rows) in zip(axes, panels.items(), strict=True):
         for place, row in enumerate(rows):
-            over, best = table.torch_name(row), table.best_peer(row)
-            ratio = table.speed_up(row, over)
-            lost, beaten = ratio < NOISE, table.speed_up(row, best) < NOISE
+            over, best = readings.torch_name(row), readings.best_peer(row)
+            ratio = readings.speed_up(row, over)
+            lost, beaten = ratio < NOISE, readings.speed_up(row, best) < NOISE
             colour = COLOURS["native"] if lost else PEER_WINS if beaten else COLOURS["custom"]
             hatch = "////" if lost else None
             axis.barh(place, ratio - 1, left=1, height=0.72, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
@@ -129,13 +129,13 @@ def floor(result: dict[str, Any], threads: int) -> Figure | None:
     height = max(len(rows) for rows in panels.values())
     figure = Figure(figsize=(8.4, 1.5 + 0.21 * height))
     axes = figure.subplots(1, 2)
-    hatches = {"flops": "", "bandwidth": "...."}
+    hatches = {"flops": "", "bandwidth": "....", "call": "xxxx"}
     for axis, (mode, rows) in zip(axes, panels.items(), strict=True):
         for place, row in enumerate(rows):
-            share = 100 * (table.floor_share(row) or 0)
+            share = 100 * (readings.floor_share(row) or 0)
             bar = {"color": COLOURS["custom"], "hatch": hatches[row["floor"]["bound"]], "edgecolor": "white"}
             axis.barh(place, share, height=0.72, linewidth=0, **bar)
-            best = table.best_peer(row)
+            best = readings.best_peer(row)
             peer = 100 * row["floor"]["seconds"] / row["times"][best]["median"] if best else 0
             if best:
                 _peer_mark(axis, peer, place)
@@ -149,9 +149,10 @@ def floor(result: dict[str, Any], threads: int) -> Figure | None:
     handles = [
         Patch(color=COLOURS["custom"], label="rnn_ext; bound by flops"),
         Patch(facecolor=COLOURS["custom"], hatch="....", edgecolor="white", label="bound by reading the weights"),
+        Patch(facecolor=COLOURS["custom"], hatch="xxxx", edgecolor="white", label="by a call"),
         PEER_HANDLE,
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9)
     return figure
 
 

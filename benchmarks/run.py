@@ -33,6 +33,7 @@ from typing import Any
 
 import ceilings as ceiling
 import peers
+import readings
 import table
 import torch
 from peers import Contestant, Unsupported
@@ -196,6 +197,7 @@ def all_rows() -> list[Row]:
     steps = ["regressor (seed)", "regressor (demo)", "classifier (seed)", "classifier (demo)"]
     return [
         *rows("grid", [Case(cell, n, t, h, h) for cell in CELLS for n, t, h in shapes], all_threads=True),
+        *rows("stack", [Case(c, 1, 128, h, h, num_layers=2) for c in CELLS for h in (64, 128, 256)], all_threads=True),
         *rows("ragged", [classifier, dataclasses.replace(classifier, cell="gru")], all_threads=True),
         *[Row("model", None, "step", name, models, True) for name in steps],
         *rows("call", [Case(cell, 1, 1, 64, 64) for cell in CELLS], calls),
@@ -272,7 +274,7 @@ def measure_row(row: Row, threads: int, seconds: float, ceilings: dict[str, Any]
 
 def floor_of(case: Case, mode: str, ceilings: dict[str, Any], threads: int) -> dict[str, Any]:
     floor = ceiling.floor(case, mode == "training", ceilings, threads)
-    return {"seconds": floor.seconds, "bandwidth_share": floor.bandwidth_share, "bound": floor.bound}
+    return {**floor._asdict(), "bound": floor.bound}
 
 
 def auto_backend(case: Case, training: bool) -> str:
@@ -289,13 +291,13 @@ def describe(row: dict[str, Any]) -> str:
     head = f"{row['section']} {row['name']} {row['mode']} x{row['threads']}"
     times = {name: timing["median"] for name, timing in row["times"].items()}
     parts = [f"{name} {duration(seconds)}" for name, seconds in times.items()]
-    ours, peer = times.get("rnn_ext"), table.best_peer(row)
+    ours, peer = times.get("rnn_ext"), readings.best_peer(row)
     if ours and peer:
         ratio = times[peer] / ours
         parts.append(f"{ratio:.2f}x {peer}" + (" LOSS" if ratio < bench.NOISE else ""))
     if ours and row["floor"]:
         parts.append(f"{100 * row['floor']['seconds'] / ours:.0f} % of the floor ({row['floor']['bound']})")
-    if table.is_disturbed(row):
+    if readings.is_disturbed(row):
         parts.append(f"had the core for {100 * row['cpu_share']:.0f} % of the time only")
     parts += [f"{name} left out ({why})" for name, why in row["left_out"].items() if why != "inference only"]
     return f"{head}: {', '.join(parts)}"

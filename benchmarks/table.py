@@ -6,11 +6,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import ceilings as ceiling
+import targets
+from readings import (
+    MODES,
+    best_peer,
+    floor_share,
+    is_disturbed,
+    is_peer,
+    losses,
+    median,
+    speed_up,
+    torch_name,
+)
 
 from rnn_ext.bench import NOISE, duration, size
 
 SECTIONS = {
     "grid": "One layer, input size = H",
+    "stack": "Two layers, one sequence",
     "ragged": "Packed, lengths differ",
     "model": "Whole training steps of two models",
     "call": "One timestep of one sequence: what a call costs",
@@ -19,51 +32,6 @@ SECTIONS = {
     "batch": "Cost against N",
     "hidden": "Cost against H",
 }
-MODES = {"forward": "forward", "training": "forward + backward", "step": "training step"}
-
-
-def median(row: dict[str, Any], name: str) -> float | None:
-    return row["times"][name]["median"] if name in row["times"] else None
-
-
-def is_peer(name: str) -> bool:
-    """A padded pass over ragged input gives other numbers: shown, but not one to be compared with."""
-    return not name.startswith("rnn_ext") and name != "torch.nn padded"
-
-
-def best_peer(row: dict[str, Any]) -> str | None:
-    return min((name for name in row["times"] if is_peer(name)), key=lambda name: median(row, name) or 0, default=None)
-
-
-def torch_name(row: dict[str, Any]) -> str | None:
-    """torch.nn's contestant: of ragged input the one that takes it packed."""
-    return next((name for name in ("torch.nn", "torch.nn packed") if name in row["times"]), None)
-
-
-def speed_up(row: dict[str, Any], over: str | None) -> float | None:
-    ours, theirs = median(row, "rnn_ext"), median(row, over) if over else None
-    return theirs / ours if ours and theirs else None
-
-
-def floor_share(row: dict[str, Any]) -> float | None:
-    ours = median(row, "rnn_ext")
-    return row["floor"]["seconds"] / ours if ours and row["floor"] else None
-
-
-def is_disturbed(row: dict[str, Any]) -> bool:
-    """Whether other processes had the core for a part of the time. With more threads one cannot tell."""
-    return row["threads"] == 1 and row["cpu_share"] is not None and row["cpu_share"] < 0.97
-
-
-def losses(result: dict[str, Any]) -> list[tuple[dict[str, Any], str, float]]:
-    """(row, peer, ratio of the times) of every contestant that is faster than ours beyond noise, worst first."""
-    found = []
-    for row in result["rows"]:
-        for name in filter(is_peer, row["times"]):
-            ratio = speed_up(row, name)
-            if ratio is not None and ratio < NOISE:
-                found.append((row, name, ratio))
-    return sorted(found, key=lambda loss: loss[2])
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -81,16 +49,17 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     for threads, ceilings in result["ceilings"].items():
         levels = ceiling.levels(ceilings, about["caches"])
         reads = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in levels.items())
+        call = " and ".join(duration(ceilings["call"][mode]) for mode in ("forward", "training"))
         half = f" ({ceilings['bfloat16_flops'] / 1e9:.0f} in bfloat16)" if ceilings["bfloat16_flops"] else ""
         yield f"- Ceilings of a core, measured beside the rows with {threads} thread(s): {ceilings['flops'] / 1e9:.0f}"
-        yield f"  GFLOP/s{half}; reading {reads} GB/s."
+        yield f"  GFLOP/s{half}; reading {reads} GB/s; a call that does nothing {call} (inference, with backward)."
     if about["load"] and about["load"][0] > 0.5:
         yield f"- Other work was running, load {about['load'][0]:.1f}: rows with several threads are not to be trusted."
     yield ""
     yield "Medians ± half of the middle 50 %. Speed-ups are the time of the other / the time of rnn_ext: below 1 is a"
-    yield "loss. The floor is what flops and reading the weights allow at best (benchmarks/ceilings.py). A * marks rows"
-    yield "during which other processes had the core for more than 3 % of the time, which is not counted but leaves its"
-    yield "traces in the caches."
+    yield "loss. The floor is what flops, reading the weights and a call allow at best (benchmarks/ceilings.py). A *"
+    yield "marks rows during which other processes had the core for more than 3 % of the time, which is not counted but"
+    yield "leaves its traces in the caches."
     yield ""
     found = losses(result)
     compared = sum(len(list(filter(is_peer, row["times"]))) for row in result["rows"])
@@ -102,6 +71,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     for row, name, ratio in found:
         ours, theirs = (duration(median(row, contestant) or 0) for contestant in ("rnn_ext", name))
         yield f"| {_name(row)} | {row['threads']} | {name} | {ours} | {theirs} | **{ratio:.2f}** |"
+    yield from targets.lines(result)
     for section, title in SECTIONS.items():
         for threads in result["ceilings"]:
             rows = [row for row in result["rows"] if row["section"] == section and str(row["threads"]) == threads]

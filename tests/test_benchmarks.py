@@ -17,7 +17,13 @@ from rnn_ext.bench import Case, Timing, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Case("gru", 3, 5, 4, 6, bidirectional=True, lengths=(5, 4, 2))
-CEILINGS = {"method": "made up", "flops": 1e11, "bfloat16_flops": 2e11, "read": {4096: 2e11, 2**20: 1e11, 2**27: 1e10}}
+CEILINGS = {
+    "method": "made up",
+    "flops": 1e11,
+    "bfloat16_flops": 2e11,
+    "read": {4096: 2e11, 2**20: 1e11, 2**27: 1e10},
+    "call": {"forward": 0.0, "training": 0.0},
+}
 
 pytestmark = pytest.mark.skipif(not ops.is_available(), reason="the C++ library cannot be loaded")
 
@@ -166,7 +172,8 @@ def test_ceilings():
     found = ceilings.measure(0.02, largest=2**16)
     assert found["flops"] > 0
     assert all(rate > 0 for rate in found["read"].values())
-    assert set(ceilings.better(found, found)) == set(found)
+    assert ceilings.better(found, found) == found
+    assert 0 < found["call"]["forward"] < found["call"]["training"]
 
 
 def test_ceilings_without_a_compiler(monkeypatch):
@@ -200,6 +207,12 @@ def test_floor():
     one = Case("rnn", 1, 10, 1, 512)  # 1 MiB of recurrent weights
     assert ceilings.floor(one, False, CEILINGS).bound == "bandwidth"
     assert ceilings.floor(one, False, CEILINGS).seconds == pytest.approx(10 * 2**20 / 1e11 + 2 * 10 * 512 / 1e11)
+
+    called = {**CEILINGS, "call": {"forward": 1.0, "training": 2.0}}
+    for training in (False, True):
+        bare, whole = (ceilings.floor(one, training, c) for c in (CEILINGS, called))
+        assert whole.seconds == pytest.approx(bare.seconds + 1 + training)
+        assert whole.bound == "call"
 
 
 def test_every_row_has_its_own_name_and_finds_its_contestants():
@@ -278,11 +291,11 @@ def test_run_end_to_end(monkeypatch, tmp_path, capsys):
     for row in result["rows"]:
         assert set(row["times"]) == {"rnn_ext", "torch.nn"}
         assert set(row["times"]["rnn_ext"]) == {"median", "low", "high", "least", "samples"}
-        assert row["floor"]["bound"] in ("flops", "bandwidth")
+        assert row["floor"]["bound"] in ("flops", "bandwidth", "call")
         assert row["auto"] in ("custom", "native")
     text = file.with_suffix(".md").read_text()
     assert text in capsys.readouterr().out
-    assert text.count("| GRU N=1 L=3 H=4") == 2
+    assert text.count("\n| GRU N=1 L=3 H=4") == 2
     assert plot.main([str(file), str(tmp_path / "plots")]) == 0
     assert (tmp_path / "plots" / "speed_up.png").stat().st_size > 1000
 
@@ -353,10 +366,11 @@ def made_up():
 
 
 def test_table_shows_losses():
+    import readings
     import table
 
     result = made_up()
-    found = table.losses(result)
+    found = readings.losses(result)
     assert sorted((name, ratio) for _, name, ratio in found) == [("JAX", 0.5)] * 4 + [("torch.nn", 0.5)] * 4
     text = table.markdown(result)
     assert "Losses: 8 of" in text
@@ -366,6 +380,23 @@ def test_table_shows_losses():
     assert "JAX: it crashed" in text
     assert "GRU N=1 L=8 I=4 H=2 *" in text  # disturbed
     assert "| GRU | 2 KiB | 2 KiB | - | - |" in text
+
+
+def test_targets():
+    """Of each target the worst row, and of one that is not met what the floor would allow."""
+    import targets
+
+    text = list(targets.lines(made_up()))
+    assert sum(line.startswith("## Targets") for line in text) == 2
+    # 1 ms with a floor of 0.5 ms, JAX 0.5 ms
+    what = "| LSTM, N = 1, H <= 128 | forward | the best other | 1.5"
+    assert f"{what} | 0 of 1 | LSTM N=1 L=8 H=4 | 0.50 | 1.00, out of reach |" in text
+    # 2 ms and torch.nn 1 ms, the worst of two rows; the other is twice as fast as torch.nn
+    assert "| any row | forward | torch.nn | 1 | 1 of 2 | RNN N=1 L=8 H=4 | 0.50 | 2.00 |" in text
+    # 1 ms, packed 30 ms, padded 2 ms
+    ragged = "| packed, both directions | forward + backward"
+    assert f"{ragged} | torch.nn | 20 | 1 of 1 | {SMALL} | 30.00 | met |" in text
+    assert f"{ragged} | torch.nn padded | 3 | 0 of 1 | {SMALL} | 2.00 |  |" in text
 
 
 def test_plots(tmp_path):
