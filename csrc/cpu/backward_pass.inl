@@ -246,7 +246,7 @@ class BackwardPass {
 template <class Cell, class S>
 void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int last, Compute<S>* apart,
           bool accumulate) {
-  const int64_t slices = count_slices(args.layout, args.sizes, executor);
+  const int64_t slices = count_slices(args.layout, args.sizes, Cell::kGates, sizeof(S), executor);
   const int members = cells::kIsVariant<Cell> ? 1 : team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
   Both<BackwardPass<Cell, S>> passes;
   parallel(executor, last - first,

@@ -1,4 +1,5 @@
 // Chooses the instruction set at run time.
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -135,17 +136,26 @@ void random_mask(uint64_t seed, double p, T value, T* out, int64_t size) {
 template void random_mask(uint64_t, double, float, float*, int64_t);
 template void random_mask(uint64_t, double, double, double*, int64_t);
 
+int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor) {
+  // A tile of few rows reads the weights more often than it can use them: two rows are enough where these come from the
+  // second-level cache, else threads had better share the units (measured: even at 1 MiB).
+  constexpr int64_t kCached = 512 * 1024;
+  const int64_t least = gates * sizes.hidden * sizes.output() * itemsize <= kCached ? 2 : 4;
+  return std::max<int64_t>(1, std::min<int64_t>(executor.threads / sizes.directions, layout.batch / least));
+}
+
 bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, const Executor& executor) {
   if (layers < 2 || sizes.directions > 1 || executor.threads < 2 || !executor.run_team || !uses_packed_weights(layout))
     return false;
-  if (layout.batch >= 2 * kSliceRows) return false;  // its slices need not wait for each other
+  const int gates = gates_of(cell);
+  if (count_slices(layout, sizes, gates, sizeof(float), executor) > 1) return false;  // these need not wait
   const double work = multiply_adds(cell, sizes, layout) * double(layers);
   if (work < kWorthwhile) return false;
   // Layers wait for each other every few steps, threads that share a layer's units in every step, but hold half of its
   // weights each. Measured with two threads: about even from here on, and twice as fast as one at half of it.
   constexpr double kShared = 2e5;  // multiply-adds of a recurrent step
   const double hidden = double(sizes.hidden);
-  return gates_of(cell) * hidden * hidden * double(layout.rows) < kShared * double(layout.steps);
+  return gates * hidden * hidden * double(layout.rows) < kShared * double(layout.steps);
 }
 
 template <class S>

@@ -55,11 +55,6 @@ struct Slice {
   int64_t size() const { return last - first; }
 };
 
-/// How many pieces to cut the batch into: as many as there are threads to spare.
-inline int64_t count_slices(const Layout& layout, const Sizes& sizes, const Executor& executor) {
-  return larger(1, smaller(executor.threads / sizes.directions, layout.batch / kSliceRows));
-}
-
 inline Slice slice_of(const Layout& layout, int64_t index, int64_t count) {
   return {layout.batch * index / count, layout.batch * (index + 1) / count};
 }
@@ -552,7 +547,7 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
     if (!given) own.item[d] = new Packed(args.weights[d], args.sizes, pack);
     weights[d] = given ? static_cast<const Packed*>(args.packed[d]) : own.item[d];
   });
-  const int64_t slices = count_slices(args.layout, args.sizes, executor);
+  const int64_t slices = count_slices(args.layout, args.sizes, Cell::kGates, sizeof(S), executor);
   const auto scan = [&](int d, Slice slice, ForwardStates<S>& states, Team& team, int member, int members) {
     ForwardScan<Cell, S>(args, *weights[d], d, slice, states, team, member, members).run();
   };

@@ -22,9 +22,8 @@ namespace rnn_ext::cpu {
 /// Throws, with the number of bytes that could not be had.
 [[noreturn]] void out_of_memory(size_t bytes);
 
-/// A batch is cut into slices of at least so many rows, because a tile of fewer reads the weights more often than it
-/// can use them.
-constexpr int64_t kSliceRows = 4;
+/// How many pieces to cut the batch into: as many as there are threads to spare. `itemsize`: bytes of a weight.
+int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor);
 
 /// The kernels for one storage type.
 template <class S>
