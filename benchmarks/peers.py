@@ -91,25 +91,28 @@ def _torch_like(name: str, work: Workload, module: Any, training: bool, padded: 
     return Contestant(name, run, results)
 
 
-def _one_layer(case: Case) -> None:
-    if case.num_layers > 1:
-        raise Unsupported("only single layers are built")
+def _check_dtype(case: Case) -> None:
     if case.dtype != "float32":
         raise Unsupported("only built for float32")
 
 
-def _weights(work: Workload) -> list[dict[str, np.ndarray]]:
-    """weight_ih, weight_hh, bias_ih and bias_hh of each direction."""
+def _weights(work: Workload) -> list[list[dict[str, np.ndarray]]]:
+    """weight_ih, weight_hh, bias_ih and bias_hh of each direction of each layer."""
     state = {name: value.detach().numpy() for name, value in work.torch.state_dict().items()}
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    return [{name: state[name + suffix] for name in names} for suffix in ("_l0", "_l0_reverse")[: work.case.directions]]
+    return [[{name: state[name + suffix] for name in names} for suffix in layer] for layer in _suffixes(work.case)]
+
+
+def _suffixes(case: Case) -> list[list[str]]:
+    return [[f"_l{k}{end}" for end in ("", "_reverse")[: case.directions]] for k in range(case.num_layers)]
 
 
 ONNX_GATES = {"rnn": [0], "gru": [1, 0, 2], "lstm": [0, 3, 1, 2]}  # ours: r z n, i f g o; ONNX: z r n, i o f c
 
 
 def onnx_model(work: Workload) -> bytes:
-    """The case as a graph of one RNN, GRU or LSTM operator: X (L, N, I), lengths if they differ -> Y (L, D, N, H)."""
+    """The case as a graph of an RNN, GRU or LSTM operator for each layer: X (L, N, I), lengths if they differ ->
+    Y (L, D, N, H)."""
     from onnx import TensorProto, helper, numpy_helper
 
     case = work.case
@@ -118,32 +121,41 @@ def onnx_model(work: Workload) -> bytes:
         gates = weight.reshape(case.gates, case.hidden_size, *weight.shape[1:])
         return gates[ONNX_GATES[case.cell]].reshape(weight.shape)
 
-    weights = _weights(work)
-    constants = {
-        "W": np.stack([reordered(w["weight_ih"]) for w in weights]),
-        "R": np.stack([reordered(w["weight_hh"]) for w in weights]),
-        "B": np.stack([np.concatenate([reordered(w["bias_ih"]), reordered(w["bias_hh"])]) for w in weights]),
-    }
     inputs = [helper.make_tensor_value_info("X", TensorProto.FLOAT, [case.length, case.batch, case.input_size])]
+    constants = {"merged": np.array([case.length, case.batch, case.directions * case.hidden_size], np.int64)}
     lengths = []
     if case.lengths is not None:
         lengths = ["lengths"]
         constants["lengths"] = np.array(case.lengths, np.int32)
     options: dict[str, Any] = {"linear_before_reset": 1} if case.cell == "gru" else {}
-    node = helper.make_node(
-        case.cell.upper(),
-        ["X", "W", "R", "B", *lengths],
-        ["Y"],
-        hidden_size=case.hidden_size,
-        direction="bidirectional" if case.bidirectional else "forward",
-        **options,
-    )
-    output = [case.length, case.directions, case.batch, case.hidden_size]
+    nodes, input = [], "X"
+    for k, weights in enumerate(_weights(work)):
+        constants |= {
+            f"W{k}": np.stack([reordered(w["weight_ih"]) for w in weights]),
+            f"R{k}": np.stack([reordered(w["weight_hh"]) for w in weights]),
+            f"B{k}": np.stack([np.concatenate([reordered(w["bias_ih"]), reordered(w["bias_hh"])]) for w in weights]),
+        }
+        output = "Y" if k == case.num_layers - 1 else f"Y{k}"
+        nodes.append(
+            helper.make_node(
+                case.cell.upper(),
+                [input, f"W{k}", f"R{k}", f"B{k}", *lengths],
+                [output],
+                hidden_size=case.hidden_size,
+                direction="bidirectional" if case.bidirectional else "forward",
+                **options,
+            )
+        )
+        if output != "Y":  # (L, D, N, H) -> (L, N, D * H)
+            nodes.append(helper.make_node("Transpose", [output], [f"T{k}"], perm=[0, 2, 1, 3]))
+            nodes.append(helper.make_node("Reshape", [f"T{k}", "merged"], [f"X{k + 1}"]))
+            input = f"X{k + 1}"
+    shape = [case.length, case.directions, case.batch, case.hidden_size]
     graph = helper.make_graph(
-        [node],
-        "layer",
+        nodes,
+        "layers",
         inputs,
-        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, output)],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, shape)],
         [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -161,7 +173,7 @@ def onnx_runtime(work: Workload, training: bool, threads: int) -> list[Contestan
 
     if training:
         raise Unsupported("inference only")
-    _one_layer(work.case)
+    _check_dtype(work.case)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
@@ -186,7 +198,7 @@ def openvino(work: Workload, training: bool, threads: int) -> list[Contestant]:
 
     if training:
         raise Unsupported("inference only")
-    _one_layer(work.case)
+    _check_dtype(work.case)
     core = ov.Core()
     compiled = core.compile_model(
         core.read_model(model=onnx_model(work), weights=b""),
@@ -224,7 +236,7 @@ def jax(work: Workload, training: bool, threads: int) -> list[Contestant]:
     import jax.numpy as jnp
 
     case = work.case
-    _one_layer(case)
+    _check_dtype(case)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
     def step(state: Any, igates: Any, weights: Any) -> Any:
@@ -260,12 +272,14 @@ def jax(work: Workload, training: bool, threads: int) -> list[Contestant]:
         states = (zeros, zeros) if case.cell == "lstm" else (zeros,)
         return jax.lax.scan(body, states, igates if mask is None else (igates, mask), reverse=reverse)[1]
 
-    def layer(x: Any, weights: Any) -> Any:
-        outputs = [direction(x, w, reverse) for w, reverse in zip(weights, (False, True), strict=False)]
-        return jnp.concatenate(outputs, -1)
+    def layers(x: Any, weights: Any) -> Any:
+        for layer in weights:
+            outputs = [direction(x, w, reverse) for w, reverse in zip(layer, (False, True), strict=False)]
+            x = jnp.concatenate(outputs, -1)
+        return x
 
     def forward_and_backward(x: Any, weights: Any, grad_output: Any) -> Any:
-        output, vjp = jax.vjp(layer, x, weights)
+        output, vjp = jax.vjp(layers, x, weights)
         return output, vjp(grad_output)
 
     def prepared(w: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -277,8 +291,8 @@ def jax(work: Workload, training: bool, threads: int) -> list[Contestant]:
         return {name: jnp.asarray(np.ascontiguousarray(value)) for name, value in values.items()}
 
     x, grad_output = jnp.asarray(work.input.numpy()), jnp.asarray(work.grad_output.numpy())
-    weights = [prepared(w) for w in _weights(work)]
-    compiled = jax.jit(forward_and_backward if training else layer)
+    weights = [[prepared(w) for w in layer] for layer in _weights(work)]
+    compiled = jax.jit(forward_and_backward if training else layers)
     arguments = (x, weights, grad_output) if training else (x, weights)
 
     def results(returned: Any) -> dict[str, Tensor]:
@@ -286,9 +300,10 @@ def jax(work: Workload, training: bool, threads: int) -> list[Contestant]:
         if training:
             grad_input, grad_weights = returned[1]
             found["input.grad"] = _from_jax(grad_input)
-            for grads, suffix in zip(grad_weights, ("_l0", "_l0_reverse"), strict=False):
-                for name in ("ih", "hh"):
-                    found[f"weight_{name}{suffix}.grad"] = _from_jax(grads[name]).T
+            for layer, suffixes in zip(grad_weights, _suffixes(case), strict=True):
+                for grads, suffix in zip(layer, suffixes, strict=True):
+                    for name in ("ih", "hh"):
+                        found[f"weight_{name}{suffix}.grad"] = _from_jax(grads[name]).T
         return found
 
     return [Contestant("JAX", lambda: jax.block_until_ready(compiled(*arguments)), results)]

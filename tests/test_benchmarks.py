@@ -225,7 +225,7 @@ def test_every_row_has_its_own_name_and_finds_its_contestants():
     assert sum(run.CLASSIFIER_LENGTHS) == 9284
 
 
-@pytest.mark.parametrize("section", ["grid", "call", "dtype", "model", "ragged"])
+@pytest.mark.parametrize("section", ["grid", "call", "dtype", "model", "ragged", "stack"])
 def test_contestants_agree(section, monkeypatch):
     """The smallest row of each kind, with what is installed."""
     import run
@@ -234,7 +234,7 @@ def test_contestants_agree(section, monkeypatch):
     row = min(rows, key=lambda row: row.case.rows * row.case.hidden_size if row.case else "demo" in row.name)
     if section == "ragged":
         row = dataclasses.replace(row, case=SMALL)
-    if row.case is None or section in ("grid", "dtype"):
+    if row.case is None or section in ("grid", "dtype", "stack"):
         monkeypatch.setattr(run, "CLASSIFIER_LENGTHS", (6, 3))
         case = row.case and dataclasses.replace(row.case, length=4, input_size=8, hidden_size=8)
         row = dataclasses.replace(row, case=case)
