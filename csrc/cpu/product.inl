@@ -40,15 +40,29 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Elemen
     for (int m = 0; m < MR; ++m) row[m] = a[m] + offset;
 #pragma GCC unroll 2
     for (int64_t k = 0; k < length; ++k) {
-      typename Op::Lanes w[NB * G];
-#pragma GCC unroll 8
-      for (int v = 0; v < NB * G; ++v) w[v] = Op::load(b + (v / G) * block_stride + (v % G) * kLanes<Element<S>>);
+      const auto weight = [&](int v) { return Op::load(b + (v / G) * block_stride + (v % G) * kLanes<Element<S>>); };
       if constexpr (kStrided) __builtin_prefetch(row[MR - 1] + (k + kAhead) * stride);
+      // The fewer of the two stay in registers, the others come one at a time.
+      if constexpr (MR < NB * G) {
+        decltype(Op::broadcast(*row[0])) x[MR];
 #pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) {
-        const auto x = Op::broadcast(row[m][k * stride]);
+        for (int m = 0; m < MR; ++m) x[m] = Op::broadcast(row[m][k * stride]);
 #pragma GCC unroll 8
-        for (int v = 0; v < NB * G; ++v) acc[m][v] = Op::multiply_add(x, w[v], acc[m][v]);
+        for (int v = 0; v < NB * G; ++v) {
+          const auto w = weight(v);
+#pragma GCC unroll 8
+          for (int m = 0; m < MR; ++m) acc[m][v] = Op::multiply_add(x[m], w, acc[m][v]);
+        }
+      } else {
+        typename Op::Lanes w[NB * G];
+#pragma GCC unroll 8
+        for (int v = 0; v < NB * G; ++v) w[v] = weight(v);
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; ++m) {
+          const auto x = Op::broadcast(row[m][k * stride]);
+#pragma GCC unroll 8
+          for (int v = 0; v < NB * G; ++v) acc[m][v] = Op::multiply_add(x, w[v], acc[m][v]);
+        }
       }
       b += G * kLanes<Element<S>>;
     }
@@ -92,11 +106,14 @@ ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[1][NB * G], const Ele
   }
 }
 
-/// Rows of a tile whose accumulators (rows x vectors) stay in the registers beside one row of weights.
+/// Rows of a tile whose accumulators (rows x vectors) stay in the registers beside the fewer of a column of inputs and
+/// a row of weights, and one of the others; of a tile that is taller than wide two, lest the compiler spill (measured).
 constexpr int tile_rows(int vectors) {
-  const int rows = (RNN_EXT_VECTOR_REGISTERS - vectors) / vectors;
   if (vectors == 1) return 4;  // a column too narrow for a full tile is rare: not worth the code
-  return rows > 8 ? 8 : RNN_EXT_VECTOR_REGISTERS == 32 && vectors == 4 ? 6 : rows;
+  const auto registers = [=](int rows) { return rows * vectors + (rows > vectors ? vectors + 2 : rows + 1); };
+  int rows = 1;
+  while (rows < 8 && registers(rows + 1) <= RNN_EXT_VECTOR_REGISTERS) ++rows;
+  return rows;
 }
 
 /// Marks a function for finished tiles of so many instructions (a cell) that one copy for each block of a tile would

@@ -90,9 +90,10 @@ ALWAYS_INLINE V fma(V a, V b, V c) {
 }
 #endif
 
+/// x in every lane. Not 0 + x, which the compiler may not leave out: it would turn -0 into 0.
 template <class T>
 ALWAYS_INLINE Vec<T> broadcast(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};
 }
 
 #if defined(RNN_EXT_BFLOAT16)
@@ -144,7 +145,7 @@ template <class S>
 struct Operand {
   using Lanes = Vec<S>;
   ALWAYS_INLINE static Lanes load(const S* p) { return RNN_EXT_ISA::load(p); }
-  ALWAYS_INLINE static Lanes broadcast(const S& x) { return Lanes{} + x; }
+  ALWAYS_INLINE static Lanes broadcast(const S& x) { return RNN_EXT_ISA::broadcast(x); }
   ALWAYS_INLINE static Lanes multiply_add(Lanes x, Lanes w, Lanes acc) { return fma(x, w, acc); }
   /// `count` numbers from p on, as elements in the lanes of an accumulator's type.
   ALWAYS_INLINE static Lanes gather(const S* p, int64_t count) { return load_part(p, count); }
