@@ -35,6 +35,19 @@ class Contestant:
     results: Callable[[Any], Mapping[str, Tensor]]
 
 
+# By our name for them, what holds torch to the same instructions.
+INSTRUCTIONS = {
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "baseline": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+}
+
+
+def held() -> str | None:
+    """The instruction set that RNN_EXT_CPU_CAPABILITY holds us to, if it is less than there may be."""
+    name = os.environ.get("RNN_EXT_CPU_CAPABILITY")
+    return name if name in INSTRUCTIONS else None
+
+
 @dataclass(frozen=True)
 class Peer:
     """`build` raises Unsupported or returns the contestants for a case (torch.nn has two where lengths differ)."""
@@ -44,7 +57,9 @@ class Peer:
     packages: tuple[str, ...] = ()
 
     def missing(self) -> str | None:
-        """One sentence if it is not installed or cannot be imported."""
+        """One sentence if it is not installed, cannot be imported or would run on other instructions."""
+        if self.packages and held():
+            return f"{self.name} is left out: it cannot be held to {held()}"
         for package in self.packages:
             try:
                 importlib.import_module(package)

@@ -3,6 +3,7 @@
     python benchmarks/run.py                       everything: results/<machine>.json and .md, plots/
     python benchmarks/run.py --quick               a few small rows, two minutes: does it run?
     python benchmarks/run.py --rows 'grid LSTM N=1 .*forward$' --threads 1 --output mine.json
+    RNN_EXT_CPU_CAPABILITY=avx2 python benchmarks/run.py       torch.nn and us on AVX2: results/<machine>-avx2.json
 
 In each row all contestants compute the same thing, which is checked before the clock starts, and then take turns, on as
 many pinned cores as there are threads. With one thread the clock is the time that the process has had the core, so that
@@ -22,6 +23,7 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+import os
 import re
 import sys
 import time
@@ -381,7 +383,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def slug(about: Mapping[str, Any]) -> str:
     """A file name for a machine."""
-    text = f"{about['processor']} {about['cores']} cores".lower()
+    text = f"{about['processor']} {about['cores']} cores {peers.held() or ''}".lower()
     return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
 
 
@@ -431,7 +433,8 @@ def main(argv: list[str] | None = None) -> int:
     if not ops.is_available():
         print(f"error: {ops.load_error()}", file=sys.stderr)
         return 1
-    about = bench.machine()
+    os.environ.update(peers.INSTRUCTIONS.get(peers.held() or "", {}))  # what measures is a process of its own
+    about = in_fresh_process(bench.machine)
     if about["load"] and about["load"][0] > 0.5:
         console.print(f"Other work is running here (load {about['load'][0]:.1f}): the numbers will suffer.")
     result: dict[str, Any] = {"format": 1, "machine": about, "seconds_per_row": options.seconds}
@@ -459,7 +462,7 @@ def main(argv: list[str] | None = None) -> int:
     save(result, output)
     if output:
         console.print(f"written: {output} and {output.with_suffix('.md').name}")
-    if whole and not options.output:
+    if whole and not options.output and not peers.held():
         import plot
 
         for path in plot.draw(result, FOLDER / "plots"):

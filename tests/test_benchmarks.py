@@ -246,6 +246,20 @@ def test_contestants_agree(section, monkeypatch):
     assert run.describe(result)
 
 
+def test_held_to_other_instructions(monkeypatch):
+    """Only torch can be held to what we are held to."""
+    import peers
+    import run
+
+    monkeypatch.setenv("RNN_EXT_CPU_CAPABILITY", "avx2")
+    missing = {peer.name: peer.missing() for peer in peers.PEERS}
+    assert missing.pop("rnn_ext") is None and missing.pop("torch.nn") is None
+    assert missing and all("cannot be held to avx2" in why for why in missing.values())
+    assert run.slug({"processor": "A", "cores": 2}) == "a-2-cores-avx2"
+    monkeypatch.setenv("RNN_EXT_CPU_CAPABILITY", "avx512")
+    assert run.slug({"processor": "A", "cores": 2}) == "a-2-cores"
+
+
 def test_a_row_says_why_it_was_left_out(monkeypatch):
     import run
 
