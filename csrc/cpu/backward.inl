@@ -312,10 +312,10 @@ class BackwardScan {
     const auto a_row = [=](int64_t r) { return reinterpret_cast<const Element<S>*>(a_first + r * a_stride); };
     // What forward left for the cell, where it is too much to be in the cache still, comes while the product is
     // computed.
-    const bool far = Cell::kSaved > 0 && layout_.rows * saved_stride_ * int64_t(sizeof(T)) > kFarBytes;
+    const bool far = layout_.rows * larger(saved_stride_, out_padded_) * int64_t(sizeof(T)) > kFarBytes;
     const auto init = [&, far](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
       *acc = V{};
-      if (Cell::kSaved > 0 && far) prefetch_cell(t, first + r, block * kLanes<T>);
+      if (far) prefetch_cell(t, first + r, block * kLanes<T>);
     };
     Segments segments = hidden_segments_;
     if (!chained) segments.count = 0;
@@ -385,6 +385,7 @@ class BackwardScan {
   ALWAYS_INLINE void prefetch_cell(int64_t t, int64_t r, int64_t unit) const {
     const T* from = saved(t, r) + unit;
     for (int i = 0; i < Cell::kSaved; ++i) __builtin_prefetch(from + i * padded_);
+    if (Cell::kSaved == 0) __builtin_prefetch(args_.output.at(layout_, t, slice_.first + r) + direction_ * out_ + unit);
     if constexpr (Cell::kDirectCarry) __builtin_prefetch(h_before_.get()[r] + unit);
     if constexpr (Cell::kHasCell) __builtin_prefetch(c_before_.get()[r] + unit);
     if (args_.grad_output.data)
