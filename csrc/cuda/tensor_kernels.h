@@ -102,6 +102,14 @@ RNN_EXT_DEVICE T factor(AccumulatorOf<T> value) {
     return round_to_tf32(value);
   }
 }
+template <class T>
+RNN_EXT_DEVICE T stored_factor(T value) {
+  if constexpr (sizeof(T) == 2) {
+    return value;
+  } else {
+    return round_to_tf32(value);
+  }
+}
 // The factors k, k + 1, .. of 32 bits, from[0], from[stride], ..; zero from k = count on.
 template <class T>
 RNN_EXT_DEVICE uint32_t factors(const T* from, int stride, int k, int count) {
@@ -109,7 +117,7 @@ RNN_EXT_DEVICE uint32_t factors(const T* from, int stride, int k, int count) {
   if constexpr (sizeof(T) == 2) {
     return pack2(first, k + 1 < count ? from[stride] : narrow<T>(0));
   } else {
-    return bits_of(round_to_tf32(first));
+    return bits_of(stored_factor(first));
   }
 }
 

@@ -23,7 +23,7 @@ constexpr auto depths() {
   }
 }
 template <int kDepth, int... kMore, class Run>
-int for_depth(std::integer_sequence<int, kDepth, kMore...>, int64_t hidden, const Run& run) {
+auto for_depth(std::integer_sequence<int, kDepth, kMore...>, int64_t hidden, const Run& run) {
   if constexpr (sizeof...(kMore) > 0) {
     if (hidden > kDepth * kTensorUnits) return for_depth(std::integer_sequence<int, kMore...>{}, hidden, run);
   }
