@@ -153,7 +153,7 @@ RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointer
     A dgates[kGradGates] = {};
     if (active) {
       dh += widen(doutput);
-      A saved[Cell::kSaved > 0 ? Cell::kSaved : 1], before = 0;
+      A saved[kSavedSlots<Cell>], before = 0;
 #pragma unroll
       for (int s = 0; s < kPlanes; ++s) saved[s] = widen(planes[s]);
       if constexpr (Cell::kDirectCarry) before = widen(h_prev);
@@ -196,11 +196,7 @@ RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointer
     }
 
     // While dh travels: what was computed, and what the next step needs.
-    if (active || (mine && !layer.row_offsets)) {
-      T* target = d.dgates + at * d.dgates_stride + unit;
-#pragma unroll
-      for (int q = 0; q < kGradGates; ++q) target[q * hidden] = narrow<T>(dgates[q]);
-    }
+    if (active || (mine && !layer.row_offsets)) store_dgates<Cell>(d, at, hidden, unit, dgates);
     fetch(step + 1);
   }
   if (!mine) return;

@@ -58,7 +58,7 @@ template <class Cell, class T, int kDepth, int kBlocks>
 RNN_EXT_DEVICE void cluster_forward_block(const PersistentLayer<ForwardPointers<T>>& layer) {
   using A = AccumulatorOf<T>;
   using Shape = ClusterShape<Cell, T, kDepth, kBlocks>;
-  constexpr int kGates = Cell::kGates, kSplit = Cell::kSplit, kUnits = Shape::kLaneUnits, kTile = Shape::kTile;
+  constexpr int kGates = Cell::kGates, kUnits = Shape::kLaneUnits, kTile = Shape::kTile;
   constexpr int kMmas = Shape::kMmas, kProducts = Shape::kProducts;
   constexpr int kColumns = Shape::kColumns, kPitch = Shape::kPitch, kThreads = Shape::kThreads;
   constexpr int kRows = static_cast<int>(kClusterRows), kWarpRows = kRows / kHalves;
@@ -204,20 +204,17 @@ RNN_EXT_DEVICE void cluster_forward_block(const PersistentLayer<ForwardPointers<
     }
 
     const bool active = row.exists(time);
-    A saved[kUnits][Cell::kSaved > 0 ? Cell::kSaved : 1];
+    A saved[kUnits][kSavedSlots<Cell>];
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
       if (active) {
-        if (cut) h[j] = c[j] = A(0);
-        A gates[kGates], split[kSplit > 0 ? kSplit : 1];
+        A gates[kGates], own_bias[kGates];
 #pragma unroll
-        for (int g = 0; g < kGates; ++g)
-          gates[g] = (cut ? A(0) : sums[j * kGates + g]) + bias[g * Shape::kUnits + unit_of(j) - block_unit];
-#pragma unroll
-        for (int g = 0; g < kGates - kSplit; ++g) gates[g] += widen(igates[j][g]);
-#pragma unroll
-        for (int s = 0; s < kSplit; ++s) split[s] = widen(igates[j][kGates - kSplit + s]);
-        h[j] = Cell::template forward<ExactMath<A>>(gates, split, h[j], c[j], saved[j]);
+        for (int g = 0; g < kGates; ++g) {
+          gates[g] = sums[j * kGates + g];
+          own_bias[g] = bias[g * Shape::kUnits + unit_of(j) - block_unit];
+        }
+        run_cell<Cell>(gates, own_bias, igates[j], cut, h[j], c[j], saved[j]);
       }
       outgoing[(warp * kWarpRows + member) * kTile + group + j * kMmaHalf] = factor<T>(h[j]);
     }
@@ -237,19 +234,10 @@ RNN_EXT_DEVICE void cluster_forward_block(const PersistentLayer<ForwardPointers<
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
       if (!mine(j)) continue;
-      const int unit = unit_of(j);
       if (active) {
-        d.output[at * d.output_stride + unit] = narrow<T>(h[j]);
-        if constexpr (Cell::kHasCell) {
-          if (d.cells) d.cells[at * hidden + unit] = c[j];
-        }
-        if (d.saved) {
-#pragma unroll
-          for (int s = 0; s < kSavedPlanes<Cell>; ++s)
-            d.saved[(at * kSavedPlanes<Cell> + s) * hidden + unit] = narrow<T>(saved[j][s]);
-        }
+        store_forward<Cell>(d, at, hidden, unit_of(j), h[j], c[j], saved[j]);
       } else if (!layer.row_offsets) {
-        d.output[at * d.output_stride + unit] = narrow<T>(A(0));
+        d.output[at * d.output_stride + unit_of(j)] = narrow<T>(A(0));
       }
     }
     fetch(step + 1);
