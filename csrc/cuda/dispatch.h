@@ -24,8 +24,7 @@ inline constexpr int64_t kMaxPersistentRows = 4 * 4 * 130;
 // A block of `tensor` serves twice as many rows.
 inline constexpr int64_t kMaxTensorRows = 2 * kMaxPersistentRows;
 // A cluster serves 8 rows. Four rounds of as many clusters as about 130 multiprocessors hold, half a microsecond a step
-// each, are what a launch and a library GEMM take. (In TF32 a step has twice as many
-// products.)
+// each (in TF32, with twice as many products, somewhat more), are what a launch and a library GEMM take.
 constexpr int64_t max_cluster_rows(int blocks) { return 4 * kClusterRows * (128 / blocks); }
 // What two launches and a library GEMM take (5 to 8 us), in clocks that `grid` may take for a timestep.
 inline constexpr int64_t kMaxGridClocks = 10000;
