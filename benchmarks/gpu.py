@@ -8,7 +8,7 @@
 In each row both compute the same thing, which is checked first, and then take turns; the clock is CUDA events around
 each call, the figure the median in microseconds for each timestep. "forward" is inference, "training" a forward and a
 backward pass with the gradients of the input and of all parameters. tf32 is float32 with torch's permission to round
-the factors of products, which torch's kernels use; ours do in library GEMMs and in `tensor`.
+the factors of products, which torch's kernels use; ours do in library GEMMs, `tensor` and `cluster`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from tests.cuda_emulator import build, mutate
 from tests.cuda_emulator.case import (
     CELLS,
     DTYPES,
+    TF32_KERNELS,
     Case,
     KernelReportError,
     errors,
@@ -131,21 +132,27 @@ def test_tensor_layouts(cell: str, dtype: torch.dtype, layout: str) -> None:
 
 
 # One size for every number of blocks and of steps of the product, most of them not full; no unit at all in some block.
-CLUSTER_SIZES = [(1, 1), (9, 64), (3, 129), (2, 257), (1, 385)]
+CLUSTER_SIZES = [
+    *((torch.bfloat16, batch, hidden) for batch, hidden in ((1, 1), (3, 129), (2, 257), (1, 385))),
+    (torch.float16, 9, 64),
+    *((torch.float32, batch, hidden) for batch, hidden in ((9, 7), (3, 129), (1, 257))),
+]
 
 
-@pytest.mark.parametrize("batch, hidden", CLUSTER_SIZES)
+@pytest.mark.parametrize("dtype, batch, hidden", CLUSTER_SIZES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_cluster_sizes(cell: str, batch: int, hidden: int) -> None:
-    dtype = torch.bfloat16 if hidden % 64 else torch.float16
+def test_cluster_sizes(cell: str, dtype: torch.dtype, batch: int, hidden: int) -> None:
     check(Case(cell, kernel="cluster", dtype=dtype, batch=batch, hidden=hidden, length=2, backward=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hidden", [255, 384, 512])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_cluster_large_sizes(cell: str, hidden: int) -> None:
-    check(Case(cell, kernel="cluster", dtype=torch.float16, length=2, batch=2, hidden=hidden, backward=True))
+def test_cluster_large_sizes(cell: str, dtype: torch.dtype, hidden: int) -> None:
+    if dtype == torch.float32 and cell in ("gru", "lstm"):
+        hidden = {255: 127, 384: 256, 512: 384}[hidden]
+    check(Case(cell, kernel="cluster", dtype=dtype, length=2, batch=2, hidden=hidden, backward=True))
 
 
 CLUSTER_HEADERS = ("cluster_kernels.h", "cluster_backward.h")  # of kernels
@@ -162,29 +169,40 @@ def test_cluster_layouts(cell: str, layout: str) -> None:
     check(case if cell == "lstm" else replace(case, bidirectional=False, reverse=True))
 
 
+def test_cluster_layouts_in_tf32() -> None:
+    check(replace(LAYOUTS["packed_resets"], kernel="cluster", hidden=35, backward=True))
+    check(replace(LAYOUTS["lengths_resets"], cell="gru", kernel="cluster", hidden=35, backward=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_cluster_hand_over(cell: str) -> None:
+def test_cluster_hand_over(cell: str, dtype: torch.dtype) -> None:
     """Long enough for every buffer and every parity of its barrier, with blocks that run ahead of each other."""
-    check(Case(cell, kernel="cluster", dtype=torch.float16, batch=2, hidden=40, length=7, backward=True), schedule=2)
+    check(Case(cell, kernel="cluster", dtype=dtype, batch=2, hidden=40, length=7, backward=True), schedule=2)
 
 
 def test_cluster_refuses_what_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("lstm", kernel="cluster", dtype=torch.bfloat16, hidden=130, length=1, batch=1)
-    with pytest.raises(KernelReportError, match="bfloat16 and float16 only"):
-        errors(replace(case, dtype=torch.float32))
-    with pytest.raises(KernelReportError, match="cluster kernels end at hidden size 512, got 513"):
+    with pytest.raises(KernelReportError, match="cluster kernels do not take float64"):
+        errors(replace(case, dtype=torch.float64))
+    with pytest.raises(KernelReportError, match=r"cluster kernels .* end at hidden size 512, got 513"):
         errors(replace(case, hidden=513))
+    with pytest.raises(KernelReportError, match=r"cluster kernels .* end at hidden size 384, got 385"):
+        errors(replace(case, dtype=torch.float32, hidden=385))
+    with pytest.raises(KernelReportError, match=r"cluster kernels .* end at hidden size 512, got 513"):
+        errors(replace(case, cell="rnn_tanh", dtype=torch.float32, hidden=513))
     with pytest.raises(KernelReportError, match="clusters of 8 blocks: this GPU has no thread-block clusters"):
         errors(case, arch=80)
     monkeypatch.setenv("EMU_CLUSTER", "8")
     check(case)
     with pytest.raises(KernelReportError, match="clusters of 16 blocks: this GPU cannot hold one of them"):
         errors(replace(case, hidden=385))
+    with pytest.raises(KernelReportError, match="clusters of 16 blocks: this GPU cannot hold one of them"):
+        errors(replace(case, dtype=torch.float32, hidden=257))
 
 
-@pytest.mark.parametrize(
-    "kernel, dtype", [("tensor", torch.float16), ("tensor", torch.float32), ("cluster", torch.float16)]
-)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kernel", ["tensor", "cluster"])
 def test_products_are_exact(kernel: str, dtype: torch.dtype) -> None:
     """h W^T and dgates W of small integers have no rounding: a wrong fragment is off by far more than a tolerance."""
     case = Case("rnn_relu", kernel, dtype, length=1, batch=8, hidden=128, bias=False, backward=True)
@@ -202,13 +220,18 @@ def test_products_are_exact(kernel: str, dtype: torch.dtype) -> None:
     assert want_grad.abs().max() > 100 and torch.equal(dh_0.reshape(8, 128), want_grad)
 
 
-def test_tensor_rounds_float32_to_tf32() -> None:
+@pytest.mark.parametrize("kernel", TF32_KERNELS)
+def test_float32_is_rounded_to_tf32(kernel: str) -> None:
     """Factors, the weight and the other, to nearest with ties away from zero; what is stored is not rounded."""
-    case = Case("rnn_relu", "tensor", length=2, batch=1, hidden=17, bias=False, backward=True)
+
+    def tf32(values: torch.Tensor) -> torch.Tensor:
+        return ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
+
+    case = Case("rnn_relu", kernel, length=2, batch=1, hidden=17, bias=False, backward=True)
     inputs = make_inputs(case)
     values = (torch.arange(17) - 8) * 0.2
     values[:3] = torch.tensor([1 + 2**-11, 1 - 2**-12, -1 - 2**-11])  # ties
-    rounded = ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
+    rounded = tf32(values)
     assert rounded[:3].tolist() == [1 + 2**-10, 1, -1 - 2**-10] and (rounded != values)[3:].any()
     inputs.weight_hh[0] = torch.diag(values).double()
     inputs.h_0[0] = values.reshape(1, 17).double()
@@ -221,6 +244,7 @@ def test_tensor_rounds_float32_to_tf32() -> None:
         for name in ("output", "dgates0", "h_n0")
     )
     assert torch.equal(output[0], (rounded * rounded + 2).float())
+    assert torch.equal(output[1], (tf32(output[0]) * rounded + 100).float())
     assert torch.equal(dgates[1], values) and torch.equal(h_n, output[1:])
     assert torch.equal(dgates[0], (rounded * rounded).float())
 
@@ -343,7 +367,8 @@ def test_sanitizers(cell: str, kernel: str, flavour: str) -> None:
 @pytest.mark.parametrize("cell", ["lstm", *(pytest.param(cell, marks=pytest.mark.slow) for cell in CELLS[:3])])
 def test_cluster_sanitizers(cell: str, flavour: str) -> None:
     packed = replace(LAYOUTS["packed_resets"], cell=cell, kernel="cluster", bidirectional=False, backward=True)
-    check(replace(packed, dtype=torch.float16, hidden=33), flavour, schedule=1)
+    dtype = torch.float32 if flavour == "asan" else torch.float16
+    check(replace(packed, dtype=dtype, hidden=33), flavour, schedule=1)
 
 
 @pytest.mark.skipif("clang++" not in build.compilers(), reason="clang++ is not installed")
@@ -516,10 +541,26 @@ DISPATCH_TF32 = [
     ("lstm", torch.float32, 3, 4160, 64, 1, False, False, A100, "tensor"),
     ("lstm", torch.float32, 3, 1, 64, 1, False, True, A100, "tensor"),
     ("lstm", torch.float32, 3, 4161, 64, 1, False, False, A100, "step"),
-    ("lstm", torch.float32, 3, 1, 65, 1, False, False, H100, "persistent"),
+    ("lstm", torch.float32, 3, 1, 65, 1, False, False, A100, "persistent"),
+    ("lstm", torch.float32, 3, 1, 65, 1, False, False, H100, "cluster"),
+    ("lstm", torch.float32, 3, 1024, 128, 1, False, True, H100, "cluster"),
+    ("lstm", torch.float32, 3, 1025, 112, 1, False, False, H100, "persistent"),
+    ("lstm", torch.float32, 3, 256, 129, 2, False, False, H100, "cluster"),
+    ("lstm", torch.float32, 3, 257, 129, 2, False, False, H100, "step"),
+    ("lstm", torch.float32, 3, 512, 256, 1, False, True, H100, "cluster"),
+    ("lstm", torch.float32, 3, 256, 384, 1, False, True, H100, "cluster"),
+    ("lstm", torch.float32, 3, 257, 384, 1, False, True, H100, "pointwise"),
+    ("lstm", torch.float32, 3, 1, 385, 1, False, False, H100, "step"),
+    ("lstm", torch.float32, 100, 8, 385, 1, False, False, H100, "grid"),
+    ("lstm", torch.float32, 3, 1, 256, 1, True, False, H100, "pointwise"),
     ("gru", torch.float32, 3, 1, 96, 1, False, True, H100, "tensor"),
-    ("gru", torch.float32, 3, 1, 97, 1, False, True, H100, "persistent"),
+    ("gru", torch.float32, 3, 1, 97, 1, False, True, H100, "cluster"),
+    ("gru", torch.float32, 3, 1, 384, 1, False, True, H100, "cluster"),
+    ("gru", torch.float32, 3, 1, 385, 1, False, True, H100, "step"),
     ("rnn_tanh", torch.float32, 3, 1, 128, 2, False, False, H100, "tensor"),
+    ("rnn_tanh", torch.float32, 3, 512, 256, 2, False, False, H100, "cluster"),
+    ("rnn_tanh", torch.float32, 3, 512, 512, 1, False, True, H100, "cluster"),
+    ("rnn_tanh", torch.float32, 3, 1, 513, 1, False, True, H100, "step"),
     ("lstm", torch.float64, 3, 1, 16, 1, False, False, H100, "step"),
 ]
 

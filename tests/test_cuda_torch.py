@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pack_sequence
 import rnn_ext
 from rnn_ext import backends, ops
 from tests import util
-from tests.cuda_emulator.case import TF32_TOLERANCE
+from tests.cuda_emulator.case import TF32_KERNELS, TF32_TOLERANCE
 from tests.cuda_emulator.torch_layer import emulated
 from tests.util import CELLS, Case
 
@@ -46,7 +46,7 @@ def agree(case: Case, kernel: str | None, dtype: torch.dtype | None = None, **op
     with emulated(kernel):
         actual, grads = util.gradients(util.run, problem, **options)
     assert all(t.dtype == dtype for t in (*actual.values(), *grads.values()))
-    tf32 = kernel == "tensor" and dtype == torch.float32
+    tf32 = kernel in TF32_KERNELS and dtype == torch.float32
     util.check(actual, expected, TF32_TOLERANCE if tf32 else VALUES[dtype], 1.0, "value of")
     if case.cell == "rnn_relu" and dtype.itemsize == 2:
         return  # a rounding takes some unit across the kink, and its gradient with it
@@ -94,23 +94,25 @@ def test_packed_resets(cell, kernel):
 @pytest.mark.parametrize("kernel", [*ALL_KERNELS, "cluster"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_dtypes(cell, kernel, dtype):
-    if kernel == "cluster" and dtype == torch.float32:
-        return
     length = 2 if kernel == "cluster" else 5  # thousands of emulated threads
     agree(Case(cell, bidirectional=True, lengths=True, resets=True, size=(length, 4, 7, 33)), kernel, dtype)
     agree(Case(cell, "packed", bidirectional=True, size=(length, 9, 3, 7)), kernel, dtype)
 
 
+@pytest.mark.parametrize(
+    ("size", "strict_kernel", "tf32_kernel"),
+    [((5, 3, 7, 33), "persistent", "tensor"), ((2, 3, 7, 129), "step", "cluster")],
+)
 @pytest.mark.parametrize("cell", CELLS)
-def test_tf32_where_torch_allows_it(cell):
+def test_tf32_where_torch_allows_it(cell, size, strict_kernel, tf32_kernel):
     """Strict float32 otherwise, by the same call; either of torch's two ways to allow it counts."""
-    problem = util.build(Case(cell, size=(5, 3, 7, 33)), torch.float32)
+    problem = util.build(Case(cell, size=size), torch.float32)
 
     def run(kernel=None):
         with emulated(kernel):
             return torch.cat([t.flatten() for results in util.gradients(util.run, problem) for t in results.values()])
 
-    strict, rounded = run("persistent"), run("tensor")
+    strict, rounded = run(strict_kernel), run(tf32_kernel)
     assert torch.equal(run(), strict) and not torch.equal(strict, rounded)
     matmul = torch.backends.cuda.matmul
     for name, allowed in (("allow_tf32", True), ("fp32_precision", "tf32")):
@@ -406,7 +408,7 @@ def test_a_kernel_that_cannot_run_says_why():
     problem = util.build(Case("gru", size=(2, 1, 2, 129)), torch.float32)
     with (
         emulated("persistent"),
-        pytest.raises(RuntimeError, match="persistent kernels end at hidden size 128, got 129"),
+        pytest.raises(RuntimeError, match=r"persistent kernels .* end at hidden size 128, got 129"),
     ):
         util.run(problem)
     double = util.build(Case("gru", size=(2, 1, 2, 3)))
@@ -414,8 +416,8 @@ def test_a_kernel_that_cannot_run_says_why():
         util.run(double)
     with emulated("tensor"), pytest.raises(RuntimeError, match="end at hidden size 96, got 97"):
         util.run(util.build(Case("gru", size=(2, 1, 2, 97)), torch.float32))
-    with emulated("cluster"), pytest.raises(RuntimeError, match="bfloat16 and float16 only"):
-        util.run(util.build(Case("gru", size=(2, 1, 2, 3)), torch.float32))
+    with emulated("cluster"), pytest.raises(RuntimeError, match=r"cluster .* end at hidden size 384, got 385"):
+        util.run(util.build(Case("gru", size=(2, 1, 2, 385)), torch.float32))
     with emulated("grid"), pytest.raises(RuntimeError, match="grid kernels do not take float64"):
         util.run(double)
     with emulated():  # nothing is left behind
@@ -590,6 +592,8 @@ def test_choices_are_those_of_the_table():
     try:
         kernel, reason = ops.cuda_kernel("lstm", torch.float32, 50, 8, 64, **h100)
         assert kernel == "tensor" and "TF32" in reason
+        kernel, reason = ops.cuda_kernel("lstm", torch.float32, 50, 8, 256, **h100)
+        assert kernel == "cluster" and "TF32" in reason
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
     kernel, reason = ops.cuda_kernel("gru", torch.float32, 50, 8, 300, **h100)

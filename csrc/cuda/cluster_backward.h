@@ -13,11 +13,12 @@
 // s + 1 is sent over that of s - 1 when all parts of s have come, of every block, and each was sent after that barrier:
 // all threads had read s - 1 before it.
 //
-// Cost of one timestep and cluster (G gates, Q gate gradients, S saved values, H hidden, K as in forward):
-//   16 G K^2 operations in G K^2 / 256 products of 4096, those of a block G K^2 / (256 kBlocks)
-//   block: shared memory: 16 G kUnits bytes of gate gradients read for every warp; 32 K bytes of dh received and read,
+// Cost of one timestep and cluster (s bytes of T, G gates, Q gate gradients, S saved values, H hidden, K as in
+// forward):
+//   16 G K^2 operations in s G K^2 / 512 products of 8192 / s, those of a block s G K^2 / (512 kBlocks)
+//   block: shared memory: 8 s G kUnits bytes of gate gradients read for every warp; 32 K bytes of dh received and read,
 //          32 K sent
-//   global: 8 H (2 (Q + S + 3) + 8), in segments of 32 bytes
+//   global: 8 H (s (Q + S + 3) + 8), in segments of 16 s bytes
 // Nothing of this has a measured time.
 #pragma once
 
@@ -25,30 +26,30 @@
 
 namespace rnn_ext::cuda {
 
-template <class Cell, int kDepth, int kBlocks>
+template <class Cell, class T, int kDepth, int kBlocks>
 struct ClusterBackwardShape {
-  static constexpr int kColumns = kDepth * kClusterDepth;
+  static constexpr int kColumns = kDepth * kTensorUnits;
   static constexpr int kUnits = kColumns / kBlocks;
   static constexpr int kThreads = kUnits * static_cast<int>(kClusterRows);
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kTile = 2 * kMmaHalf;                                 // units of a product
-  static constexpr int kBlockTiles = kUnits / kTile;                         // a block's units
-  static constexpr int kWarpTiles = kColumns / kTile / kWarps;               // of all K, those that a warp multiplies
-  static constexpr int kOwnGates = Cell::kGates * kUnits;                    // [gate][unit], the depth of the product
-  static constexpr int kOwnDepth = (kOwnGates / kClusterDepth + 1) / 2 * 2;  // in steps of 16, two at a time
-  static constexpr int kPitch = kOwnDepth * kClusterDepth + kMmaHalf;
-  static_assert(kBlockTiles * kTile * kBlocks == kColumns && kWarpTiles * kWarps * kTile == kColumns);
+  static constexpr int kTile = 2 * kMmaHalf;                                // units of a product
+  static constexpr int kWarpTiles = kColumns / kTile / kWarps;              // of all K, those that a warp multiplies
+  static constexpr int kOwnGates = Cell::kGates * kUnits;                   // [gate][unit], the depth of the product
+  static constexpr int kProducts = (kOwnGates / kMmaDepth<T> + 1) / 2 * 2;  // along it, two at a time
+  static constexpr int kPitch = kProducts * kMmaDepth<T> + kSegment<T>;
+  static_assert(kUnits * kBlocks == kColumns && kUnits % 2 == 0 && kWarpTiles * kWarps * kTile == kColumns);
 };
 
 template <class Cell, class T, int kDepth, int kBlocks>
 RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointers<T>>& layer) {
   using A = AccumulatorOf<T>;
-  using Shape = ClusterBackwardShape<Cell, kDepth, kBlocks>;
+  using Shape = ClusterBackwardShape<Cell, T, kDepth, kBlocks>;
   constexpr int kGates = Cell::kGates, kGradGates = Cell::kGradGates, kPlanes = kSavedPlanes<Cell>;
   constexpr int kRows = static_cast<int>(kClusterRows), kUnits = Shape::kUnits, kTile = Shape::kTile;
   constexpr int kPitch = Shape::kPitch, kThreads = Shape::kThreads, kWarpTiles = Shape::kWarpTiles;
-  // A product waits for the one before it: two chains of them, where so many threads leave the registers for it.
-  constexpr int kChains = kThreads > 256 && kWarpTiles > 1 ? 1 : 2;
+  constexpr int kProducts = Shape::kProducts;
+  // A product waits for the one before it: two chains of them, where threads and weight leave the registers for it.
+  constexpr int kChains = (kThreads > 256 && kWarpTiles > 1) || kWarpTiles * kProducts > 40 ? 1 : 2;
   constexpr unsigned kBytes = kBlocks * kThreads * sizeof(A);
   RNN_EXT_SHARED(A, received, 2 * kBlocks * kThreads);  // [buffer][from block][thread]
   RNN_EXT_SHARED(T, dgates_buffers, 2 * kRows * kPitch);
@@ -60,25 +61,27 @@ RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointer
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int rank = static_cast<int>(cluster_rank()), block_unit = rank * kUnits;
 
-  // An operand of a product at a time, as in forward. Neighbours in memory are neighbours in M.
-  uint32_t weight[kWarpTiles][Shape::kOwnDepth][4];
-  static_assert(Shape::kWarps * kTile * kClusterDepth * sizeof(T) <= sizeof(A) * 2 * kBlocks * kThreads);
-  T* operand = reinterpret_cast<T*>(received) + warp * kTile * kClusterDepth;
+  // An operand of a product at a time, as in forward. Neighbours in memory lie 8 rows of M apart: so a lane has both in
+  // its result.
+  uint32_t weight[kWarpTiles][kProducts][4];
+  static_assert(Shape::kWarps * kTile * kMmaDepth<T> * sizeof(T) <= sizeof(A) * 2 * kBlocks * kThreads);
+  T* operand = reinterpret_cast<T*>(received) + warp * kTile * kMmaDepth<T>;
+  constexpr int kSegments = kTile / kSegment<T>;
 #pragma unroll
   for (int m = 0; m < kWarpTiles; ++m) {
-    const int column = (warp * kWarpTiles + m) * kTile + lane % 2 * kMmaHalf;
+    const int first = lane % kSegments * kSegment<T>, column = (warp * kWarpTiles + m) * kTile + first;
 #pragma unroll
-    for (int k = 0; k < Shape::kOwnDepth; ++k) {
-      const int own = k * kClusterDepth + lane / 2, unit = block_unit + own % kUnits;
+    for (int k = 0; k < kProducts; ++k) {
+      const int own = k * kMmaDepth<T> + lane / kSegments, unit = block_unit + own % kUnits;
       const bool used = own < Shape::kOwnGates && unit < hidden;
       const T* row = d.weight_hh + static_cast<int64_t>(own / kUnits * hidden + unit) * hidden;
 #pragma unroll
-      for (int i = 0; i < kMmaHalf; ++i) {
-        operand[(lane % 2 * kMmaHalf + i) * kClusterDepth + lane / 2] =
-            used && column + i < hidden ? row[column + i] : narrow<T>(A(0));
+      for (int i = 0; i < kSegment<T>; ++i) {
+        operand[(i % 2 * kMmaHalf + (first + i) / 2) * kMmaDepth<T> + lane / kSegments] =
+            used && column + i < hidden ? stored_factor(row[column + i]) : narrow<T>(A(0));
       }
       __syncwarp(kWholeWarp);
-      load_matrices(weight[m][k], operand + lane % 16 * kClusterDepth + lane / 16 * kMmaHalf);
+      load_matrices(weight[m][k], operand + lane % 16 * kMmaDepth<T> + lane / 16 * kSegment<T>);
       __syncwarp(kWholeWarp);
     }
   }
@@ -90,9 +93,8 @@ RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointer
     }
   }
 
-  // This thread's unit and row are those of its place in `received`: value lane % 4 of the product that lane (lane / 4,
-  // warp % 4) had.
-  const int own_unit = warp / 4 * kTile + lane / 4 + lane % 4 / 2 * kMmaHalf, own_row = warp % 4 * 2 + lane % 2;
+  // This thread's unit and row are those of its place in `received`, [row / 2][unit][row % 2].
+  const int own_unit = thread / 2 % kUnits, own_row = thread / (2 * kUnits) * 2 + thread % 2;
   const int unit = block_unit + own_unit;
   const BatchRow row(layer, static_cast<int64_t>(blockIdx.x / kBlocks) * kRows + own_row);
   const bool mine = unit < hidden && row.n < layer.batch;
@@ -151,7 +153,7 @@ RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointer
     A dgates[kGradGates] = {};
     if (active) {
       dh += widen(doutput);
-      A saved[Cell::kSaved > 0 ? Cell::kSaved : 1], before = 0;
+      A saved[kSavedSlots<Cell>], before = 0;
 #pragma unroll
       for (int s = 0; s < kPlanes; ++s) saved[s] = widen(planes[s]);
       if constexpr (Cell::kDirectCarry) before = widen(h_prev);
@@ -168,14 +170,14 @@ RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointer
     T* own = dgates_buffers + now * kRows * kPitch;
 #pragma unroll
     for (int g = 0; g < kGates; ++g)
-      own[own_row * kPitch + g * kUnits + own_unit] = narrow<T>(dgates[Cell::hh_slot(g)]);
+      own[own_row * kPitch + g * kUnits + own_unit] = factor<T>(dgates[Cell::hh_slot(g)]);
     __syncthreads();  // the block's gate gradients are whole; the other buffer has been read
 
     A part[kChains][kWarpTiles][4] = {};
 #pragma unroll
-    for (int k = 0; k < Shape::kOwnDepth; k += 2) {
-      uint32_t fragments[4];  // two steps of 16 gates
-      load_matrices(fragments, own + lane % 8 * kPitch + k * kClusterDepth + lane / 8 * kMmaHalf);
+    for (int k = 0; k < kProducts; k += 2) {
+      uint32_t fragments[4];  // of two products
+      load_matrices(fragments, own + lane % 8 * kPitch + k * kMmaDepth<T> + lane / 8 * kSegment<T>);
 #pragma unroll
       for (int m = 0; m < kWarpTiles; ++m) {
         multiply_16x8<T>(part[0][m], weight[m][k], fragments[0], fragments[1]);
@@ -184,10 +186,9 @@ RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointer
     }
 #pragma unroll
     for (int m = 0; m < kWarpTiles; ++m) {
-      const int tile = warp * kWarpTiles + m, owner = tile / Shape::kBlockTiles;
-      // In the order of its owner's threads: those of a warp have the rows of one lane % 4.
-      const int place = tile % Shape::kBlockTiles * 4 * 32 + (lane % 4 * 8 + lane / 4) * 4;
-      A values[4];
+      const int first = (warp * kWarpTiles + m) * kTile + lane / 4 * 2, owner = first / kUnits;
+      const int place = (lane % 4 * kUnits + first % kUnits) * 2;
+      A values[4];  // of two units of two rows, as its owner's threads lie
 #pragma unroll
       for (int i = 0; i < 4; ++i) values[i] = kChains == 1 ? part[0][m][i] : part[0][m][i] + part[kChains - 1][m][i];
       A* to = received + (next * kBlocks + rank) * kThreads + place;
@@ -195,11 +196,7 @@ RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointer
     }
 
     // While dh travels: what was computed, and what the next step needs.
-    if (active || (mine && !layer.row_offsets)) {
-      T* target = d.dgates + at * d.dgates_stride + unit;
-#pragma unroll
-      for (int q = 0; q < kGradGates; ++q) target[q * hidden] = narrow<T>(dgates[q]);
-    }
+    if (active || (mine && !layer.row_offsets)) store_dgates<Cell>(d, at, hidden, unit, dgates);
     fetch(step + 1);
   }
   if (!mine) return;
@@ -209,7 +206,7 @@ RNN_EXT_DEVICE void cluster_backward_block(const PersistentLayer<BackwardPointer
 
 // grid: (ceil(N / 8) clusters of kBlocks, directions); block: ClusterBackwardShape::kThreads
 template <class Cell, class T, int kDepth, int kBlocks>
-__global__ void __launch_bounds__(ClusterBackwardShape<Cell, kDepth, kBlocks>::kThreads, 1)
+__global__ void __launch_bounds__(ClusterBackwardShape<Cell, T, kDepth, kBlocks>::kThreads, 1)
     cluster_backward_kernel(const __grid_constant__ PersistentLayer<BackwardPointers<T>> layer) {
   if constexpr (kCompilesClusters) cluster_backward_block<Cell, T, kDepth, kBlocks>(layer);
 }

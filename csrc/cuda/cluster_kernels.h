@@ -1,27 +1,31 @@
 // `cluster`: forward over all timesteps in one launch for hidden sizes whose recurrent weight fits the registers of a
-// few blocks, not of one: bfloat16 and float16, sm_90 and later.
+// few blocks, not of one: sm_90 and later. bfloat16 and float16 as they are stored; float32 is rounded to TF32 in the
+// product alone.
 //
 // A cluster of kBlocks blocks owns kClusterRows = 8 batch rows of one direction (blockIdx.y). Each block owns kUnits =
 // K / kBlocks hidden units (K = H up to a multiple of 16 that is compiled): it computes their gates and cell, and sends
 // their h to all blocks. As in `tensor`, gates are the M of the product and the batch its N, the weight is read once
-// and stays in registers as fragments of mma.m16n8k16, and a lane holds all gates of its units (see tensor_kernels.h).
+// and stays in registers as fragments of mma.sync, and a lane holds all gates of its units (see tensor_kernels.h).
 //
 // Two warps share a tile of units. Each multiplies half of the K columns for all 8 rows; then they swap partial sums,
 // so that a lane with the products of rows 2 t and 2 t + 1 runs the cell for one of them: 2 t + half. Nobody waits for
 // the whole block: a pair of warps meets at a barrier of its own.
 //
-// h travels by st.async, 16 bytes a lane, and counts itself on an mbarrier of the block that it arrives at; a warp
-// waits until all 8 rows of K units are there. Two buffers are enough: a warp sends the h after this step's only when
-// this step's is whole in its block. Every warp of the cluster has then sent its part of it, and so has read the h
-// before, which is written over. There is no barrier of a block or of the cluster in the loop, and no fence.
+// h travels by st.async, 16 bytes a lane, as the next product takes it (whole it stays with its lane), and counts
+// itself on an mbarrier of the block that it arrives at; a warp waits until all 8 rows of K units are there. Two
+// buffers are enough: a warp sends the h after this step's only when this step's is whole in its block. Every warp of
+// the cluster has then sent its part of it, and so has read the h before, which is written over. There is no barrier of
+// a block or of the cluster in the loop, and no fence.
 //
-// Cost of one timestep and cluster (G gates, H hidden, S saved values):
-//   16 G K^2 operations in G K^2 / 256 products of 4096, those of a block G K^2 / (256 kBlocks); gru as if G were 4
-//     (LSTM, H = 256, 8 blocks: 128 a block, 16 a warp)
-//   block: shared memory: 8 K bytes of h read for every warp, 16 K received; sent 16 kUnits to each block; partial sums
-//          32 G kUnits, written and read
-//   global: 8 H (2 (1 + G) + (2 S + 4) when saving), in segments of 16 bytes
-// The chain of a step: K / 64 dependent products, one hand-over between two warps, the cell, one hand-over between
+// Cost of one timestep and cluster (s bytes of T, G gates, H hidden, S saved values):
+//   16 G K^2 operations in s G K^2 / 512 products of 8192 / s, those of a block s G K^2 / (512 kBlocks); gru as if G
+//     were 4 (LSTM, H = 256, 8 blocks: 128 a block, 16 a warp, in TF32 twice as many)
+//   registers: s G K^2 / kBlocks bytes of weight in a block, 144 KB of 256 at most (LSTM, K = 384: 8 blocks in 16 bits,
+//          16 in TF32)
+//   block: shared memory: 4 s K bytes of h read for every warp, 8 s K received; sent 8 s kUnits to each block; partial
+//          sums 32 G kUnits, written and read
+//   global: 8 H (s (1 + G) + (s S + 4) when saving), in segments of 8 s bytes
+// The chain of a step: s K / 128 dependent products, one hand-over between two warps, the cell, one hand-over between
 // blocks. Nothing of this has a measured time.
 #pragma once
 
@@ -30,14 +34,13 @@
 
 namespace rnn_ext::cuda {
 
-inline constexpr int kHalves = 2;                          // warps that share a tile, each with half of the columns
-inline constexpr int kClusterDepth = kMmaDepth<bfloat16>;  // K of a product, the same for float16
-inline constexpr int kPrefetchSteps = 4;                   // how far ahead input gates are called from memory into L2
+inline constexpr int kHalves = 2;         // warps that share a tile, each with half of the columns
+inline constexpr int kPrefetchSteps = 4;  // how far ahead input gates are called from memory into L2
 
-// kDepth: K in units of 16
-template <class Cell, int kDepth, int kBlocks>
+// kDepth: K in units of kTensorUnits
+template <class Cell, class T, int kDepth, int kBlocks>
 struct ClusterShape {
-  static constexpr int kColumns = kDepth * kClusterDepth;
+  static constexpr int kColumns = kDepth * kTensorUnits;
   static constexpr int kUnits = kColumns / kBlocks;
   // Slots of a lane in its products (see tensor_kernels.h): a lone gate leaves room for a second unit, three for none.
   static constexpr int kLaneUnits = Cell::kGates == 1 ? 2 : 1;
@@ -46,17 +49,17 @@ struct ClusterShape {
   static constexpr int kPairs = kUnits / kTile;
   static constexpr int kWarps = kPairs * kHalves;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kPitch = kColumns + kMmaHalf;  // of h; the 8 rows that ldmatrix takes at once: different banks
-  static constexpr int kLaneDepth = kDepth / kHalves;
-  static_assert(kPairs * kTile * kBlocks == kColumns && kLaneDepth % 2 == 0);
+  static constexpr int kPitch = kColumns + kSegment<T>;  // of h; the 8 rows that ldmatrix takes at once: other banks
+  static constexpr int kProducts = kColumns / kMmaDepth<T> / kHalves;  // of a warp, along K
+  static_assert(kPairs * kTile * kBlocks == kColumns && kProducts % 2 == 0);
 };
 
 template <class Cell, class T, int kDepth, int kBlocks>
 RNN_EXT_DEVICE void cluster_forward_block(const PersistentLayer<ForwardPointers<T>>& layer) {
   using A = AccumulatorOf<T>;
-  using Shape = ClusterShape<Cell, kDepth, kBlocks>;
-  constexpr int kGates = Cell::kGates, kSplit = Cell::kSplit, kUnits = Shape::kLaneUnits, kTile = Shape::kTile;
-  constexpr int kMmas = Shape::kMmas;
+  using Shape = ClusterShape<Cell, T, kDepth, kBlocks>;
+  constexpr int kGates = Cell::kGates, kUnits = Shape::kLaneUnits, kTile = Shape::kTile;
+  constexpr int kMmas = Shape::kMmas, kProducts = Shape::kProducts;
   constexpr int kColumns = Shape::kColumns, kPitch = Shape::kPitch, kThreads = Shape::kThreads;
   constexpr int kRows = static_cast<int>(kClusterRows), kWarpRows = kRows / kHalves;
   constexpr unsigned kBytes = kRows * kColumns * sizeof(T);
@@ -77,8 +80,8 @@ RNN_EXT_DEVICE void cluster_forward_block(const PersistentLayer<ForwardPointers<
 
   // Through shared memory, a product's operand at a time: loads straight to the registers would all be issued at once,
   // and spill.
-  uint32_t weight[kMmas][Shape::kLaneDepth][4];
-  constexpr int kOperand = 2 * kMmaHalf * kClusterDepth;
+  uint32_t weight[kMmas][kProducts][4];
+  constexpr int kOperand = 2 * kMmaHalf * kMmaDepth<T>;
   static_assert(Shape::kWarps * kOperand <= 2 * kRows * kPitch);
   T* operand = h_buffers + warp * kOperand;
 #pragma unroll
@@ -87,13 +90,15 @@ RNN_EXT_DEVICE void cluster_forward_block(const PersistentLayer<ForwardPointers<
     const bool used = slot < kGates * kUnits && unit < hidden;
     const T* row = d.weight_hh + static_cast<int64_t>(slot % kGates * hidden + unit) * hidden;
 #pragma unroll
-    for (int k = 0; k < Shape::kLaneDepth; ++k) {
-      const int column = (half * Shape::kLaneDepth + k) * kClusterDepth + lane % 2 * kMmaHalf;
+    for (int k = 0; k < kProducts; ++k) {
+      const int column = (half * kProducts + k) * kMmaDepth<T> + lane % 2 * kSegment<T>;
 #pragma unroll
-      for (int i = 0; i < kMmaHalf; ++i)
-        operand[lane * kMmaHalf + i] = used && column + i < hidden ? row[column + i] : narrow<T>(A(0));
+      for (int i = 0; i < kSegment<T>; ++i) {
+        operand[lane * kSegment<T> + i] =
+            used && column + i < hidden ? stored_factor(row[column + i]) : narrow<T>(A(0));
+      }
       __syncwarp(kWholeWarp);
-      load_matrices(weight[m][k], operand + lane % 16 * kClusterDepth + lane / 16 * kMmaHalf);
+      load_matrices(weight[m][k], operand + lane % 16 * kMmaDepth<T> + lane / 16 * kSegment<T>);
       __syncwarp(kWholeWarp);
     }
   }
@@ -106,7 +111,7 @@ RNN_EXT_DEVICE void cluster_forward_block(const PersistentLayer<ForwardPointers<
   for (int i = thread; i < kRows * kColumns; i += kThreads) {
     const int r = i / kColumns, unit = i % kColumns;
     const bool inside = unit < hidden && first_row + r < layer.batch;
-    h_buffers[r * kPitch + unit] = narrow<T>(inside ? value_or_zero(d.h_0, (first_row + r) * hidden + unit) : A(0));
+    h_buffers[r * kPitch + unit] = factor<T>(inside ? value_or_zero(d.h_0, (first_row + r) * hidden + unit) : A(0));
   }
   if (thread == 0) {
     for (int buffer = 0; buffer < 2; ++buffer) {
@@ -169,11 +174,11 @@ RNN_EXT_DEVICE void cluster_forward_block(const PersistentLayer<ForwardPointers<
     }
 
     A product[2][kMmas][4] = {};  // two chains: a product waits for the one before it
-    const T* h_now = h_buffers + now * kRows * kPitch + half * Shape::kLaneDepth * kClusterDepth;
+    const T* h_now = h_buffers + now * kRows * kPitch + half * kProducts * kMmaDepth<T>;
 #pragma unroll
-    for (int k = 0; k < Shape::kLaneDepth; k += 2) {
-      uint32_t fragments[4];  // two steps of 16 units
-      load_matrices(fragments, h_now + lane % 8 * kPitch + k * kClusterDepth + lane / 8 * kMmaHalf);
+    for (int k = 0; k < kProducts; k += 2) {
+      uint32_t fragments[4];  // of two products
+      load_matrices(fragments, h_now + lane % 8 * kPitch + k * kMmaDepth<T> + lane / 8 * kSegment<T>);
 #pragma unroll
       for (int m = 0; m < kMmas; ++m) {
         multiply_16x8<T>(product[0][m], weight[m][k], fragments[0], fragments[1]);
@@ -199,31 +204,28 @@ RNN_EXT_DEVICE void cluster_forward_block(const PersistentLayer<ForwardPointers<
     }
 
     const bool active = row.exists(time);
-    A saved[kUnits][Cell::kSaved > 0 ? Cell::kSaved : 1];
+    A saved[kUnits][kSavedSlots<Cell>];
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
       if (active) {
-        if (cut) h[j] = c[j] = A(0);
-        A gates[kGates], split[kSplit > 0 ? kSplit : 1];
+        A gates[kGates], own_bias[kGates];
 #pragma unroll
-        for (int g = 0; g < kGates; ++g)
-          gates[g] = (cut ? A(0) : sums[j * kGates + g]) + bias[g * Shape::kUnits + unit_of(j) - block_unit];
-#pragma unroll
-        for (int g = 0; g < kGates - kSplit; ++g) gates[g] += widen(igates[j][g]);
-#pragma unroll
-        for (int s = 0; s < kSplit; ++s) split[s] = widen(igates[j][kGates - kSplit + s]);
-        h[j] = Cell::template forward<ExactMath<A>>(gates, split, h[j], c[j], saved[j]);
+        for (int g = 0; g < kGates; ++g) {
+          gates[g] = sums[j * kGates + g];
+          own_bias[g] = bias[g * Shape::kUnits + unit_of(j) - block_unit];
+        }
+        run_cell<Cell>(gates, own_bias, igates[j], cut, h[j], c[j], saved[j]);
       }
-      outgoing[(warp * kWarpRows + member) * kTile + group + j * kMmaHalf] = narrow<T>(h[j]);
+      outgoing[(warp * kWarpRows + member) * kTile + group + j * kMmaHalf] = factor<T>(h[j]);
     }
     __syncwarp(kWholeWarp);
     if (step + 1 < steps) {
-      constexpr int kSends = kWarpRows * kUnits * kBlocks;
-#pragma unroll
+      constexpr int kSegments = kTile / kSegment<T>, kSends = kWarpRows * kSegments * kBlocks;
+#pragma unroll 2  // more addresses at once do not fit beside the largest weight
       for (int i = lane; i < kSends; i += 32) {
-        const int r = i % kWarpRows, j = i / kWarpRows % kUnits, rank = i / kWarpRows / kUnits;
-        const T* from = outgoing + (warp * kWarpRows + r) * kTile + j * kMmaHalf;
-        T* to = h_buffers + (next * kRows + 2 * r + half) * kPitch + tile_unit + j * kMmaHalf;
+        const int r = i % kWarpRows, segment = i / kWarpRows % kSegments, rank = i / kWarpRows / kSegments;
+        const T* from = outgoing + (warp * kWarpRows + r) * kTile + segment * kSegment<T>;
+        T* to = h_buffers + (next * kRows + 2 * r + half) * kPitch + tile_unit + segment * kSegment<T>;
         store_async_16(to, *reinterpret_cast<const uint4*>(from), &full[next], static_cast<unsigned>(rank));
       }
     }
@@ -232,19 +234,10 @@ RNN_EXT_DEVICE void cluster_forward_block(const PersistentLayer<ForwardPointers<
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
       if (!mine(j)) continue;
-      const int unit = unit_of(j);
       if (active) {
-        d.output[at * d.output_stride + unit] = narrow<T>(h[j]);
-        if constexpr (Cell::kHasCell) {
-          if (d.cells) d.cells[at * hidden + unit] = c[j];
-        }
-        if (d.saved) {
-#pragma unroll
-          for (int s = 0; s < kSavedPlanes<Cell>; ++s)
-            d.saved[(at * kSavedPlanes<Cell> + s) * hidden + unit] = narrow<T>(saved[j][s]);
-        }
+        store_forward<Cell>(d, at, hidden, unit_of(j), h[j], c[j], saved[j]);
       } else if (!layer.row_offsets) {
-        d.output[at * d.output_stride + unit] = narrow<T>(A(0));
+        d.output[at * d.output_stride + unit_of(j)] = narrow<T>(A(0));
       }
     }
     fetch(step + 1);
@@ -260,7 +253,7 @@ RNN_EXT_DEVICE void cluster_forward_block(const PersistentLayer<ForwardPointers<
 
 // grid: (ceil(N / 8) clusters of kBlocks, directions); block: ClusterShape::kThreads
 template <class Cell, class T, int kDepth, int kBlocks>
-__global__ void __launch_bounds__(ClusterShape<Cell, kDepth, kBlocks>::kThreads, 1)
+__global__ void __launch_bounds__(ClusterShape<Cell, T, kDepth, kBlocks>::kThreads, 1)
     cluster_forward_kernel(const __grid_constant__ PersistentLayer<ForwardPointers<T>> layer) {
   if constexpr (kCompilesClusters) cluster_forward_block<Cell, T, kDepth, kBlocks>(layer);
 }

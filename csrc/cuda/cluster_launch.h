@@ -6,7 +6,7 @@
 
 #include "cuda/cluster_backward.h"
 #include "cuda/cluster_kernels.h"
-#include "cuda/persistent_launch.h"
+#include "cuda/tensor_launch.h"
 
 namespace rnn_ext::cuda {
 
@@ -25,50 +25,41 @@ struct ClusterKernel {
   }
 };
 
-template <class Pointers, class Cell, class T, int kDepth>
-ClusterKernel<Pointers> cluster_kernel_of_depth() {
-  constexpr int kBlocks = cluster_blocks(Cell::kGates, kDepth * kClusterDepth);
-  if constexpr (std::is_same_v<Pointers, ForwardPointers<T>>) {
-    return {&cluster_forward_kernel<Cell, T, kDepth, kBlocks>, kBlocks, ClusterShape<Cell, kDepth, kBlocks>::kThreads};
+// Few sizes are compiled, up to max_cluster_hidden: a layer between two of them multiplies by zeros.
+template <class Cell, class T>
+constexpr auto cluster_depths() {
+  if constexpr (Cell::kGates == 1) {
+    return std::integer_sequence<int, 16, 32>{};
+  } else if constexpr (sizeof(T) == 4) {
+    return std::integer_sequence<int, 8, 16, 24>{};
+  } else if constexpr (Cell::kGates == 4) {
+    return std::integer_sequence<int, 8, 16, 24, 32>{};
   } else {
-    return {&cluster_backward_kernel<Cell, T, kDepth, kBlocks>, kBlocks,
-            ClusterBackwardShape<Cell, kDepth, kBlocks>::kThreads};
+    return std::integer_sequence<int, 16, 24, 32>{};
   }
-}
-
-// Few sizes are compiled: a layer between two of them multiplies by zeros.
-template <class Pointers, class Cell, class T>
-ClusterKernel<Pointers> cluster_kernel_of_cell(int64_t hidden) {
-  if constexpr (Cell::kGates == 4) {
-    if (hidden <= 8 * kClusterDepth) return cluster_kernel_of_depth<Pointers, Cell, T, 8>();
-  }
-  if (hidden <= 16 * kClusterDepth) return cluster_kernel_of_depth<Pointers, Cell, T, 16>();
-  if constexpr (Cell::kGates > 1) {
-    if (hidden <= 24 * kClusterDepth) return cluster_kernel_of_depth<Pointers, Cell, T, 24>();
-  }
-  return cluster_kernel_of_depth<Pointers, Cell, T, 32>();
 }
 
 template <class Pointers, class T>
 ClusterKernel<Pointers> cluster_kernel_of(RnnExtCell cell, int64_t hidden) {
-  switch (cell) {
-    case RNN_EXT_RNN_TANH:
-      return cluster_kernel_of_cell<Pointers, cells::RnnTanh, T>(hidden);
-    case RNN_EXT_RNN_RELU:
-      return cluster_kernel_of_cell<Pointers, cells::RnnRelu, T>(hidden);
-    case RNN_EXT_GRU:
-      return cluster_kernel_of_cell<Pointers, cells::Gru, T>(hidden);
-    case RNN_EXT_LSTM:
-      return cluster_kernel_of_cell<Pointers, cells::Lstm, T>(hidden);
-  }
-  return {};
+  return for_cell(cell, [&](auto of) {
+    using Cell = decltype(of);
+    return for_depth(cluster_depths<Cell, T>(), hidden, [](auto depth) -> ClusterKernel<Pointers> {
+      constexpr int kDepth = decltype(depth)::value;
+      constexpr int kBlocks = cluster_blocks(Cell::kGates, sizeof(T), kDepth * kTensorUnits);
+      if constexpr (std::is_same_v<Pointers, ForwardPointers<T>>) {
+        return {&cluster_forward_kernel<Cell, T, kDepth, kBlocks>, kBlocks,
+                ClusterShape<Cell, T, kDepth, kBlocks>::kThreads};
+      } else {
+        return {&cluster_backward_kernel<Cell, T, kDepth, kBlocks>, kBlocks,
+                ClusterBackwardShape<Cell, T, kDepth, kBlocks>::kThreads};
+      }
+    });
+  });
 }
 
 template <class T, class Pointers, class Args>
 int launch_cluster(const char* name, const Args& args, cudaStream_t stream, RnnExtError* error) {
-  auto layer = persistent_layer<Pointers>(args);
-  for (int i = 0; i < args.directions; ++i)
-    layer.direction[i] = {args.direction[i].reverse != 0, typed<T>(args.direction[i])};
+  const auto layer = persistent_layer<T>(args);
   const auto chosen = cluster_kernel_of<Pointers, T>(args.cell, layer.hidden);
   const int64_t clusters = (layer.batch + kClusterRows - 1) / kClusterRows;
   if (layer.length > INT32_MAX || clusters * chosen.blocks > INT32_MAX) {

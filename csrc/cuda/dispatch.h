@@ -24,7 +24,7 @@ inline constexpr int64_t kMaxPersistentRows = 4 * 4 * 130;
 // A block of `tensor` serves twice as many rows.
 inline constexpr int64_t kMaxTensorRows = 2 * kMaxPersistentRows;
 // A cluster serves 8 rows. Four rounds of as many clusters as about 130 multiprocessors hold, half a microsecond a step
-// each, are what a launch and a library GEMM take.
+// each (in TF32, with twice as many products, somewhat more), are what a launch and a library GEMM take.
 constexpr int64_t max_cluster_rows(int blocks) { return 4 * kClusterRows * (128 / blocks); }
 // What two launches and a library GEMM take (5 to 8 us), in clocks that `grid` may take for a timestep.
 inline constexpr int64_t kMaxGridClocks = 10000;
@@ -46,15 +46,20 @@ inline bool tensor_fits(const Question& q) {
          q.batch * q.directions <= kMaxTensorRows;
 }
 
+inline int64_t value_bytes_of(RnnExtDtype dtype) {
+  return dtype == RNN_EXT_FLOAT64 ? 8 : dtype == RNN_EXT_FLOAT32 ? 4 : 2;
+}
+
 inline bool cluster_fits(const Question& q) {
+  const int blocks = cluster_blocks(gates_of(q.cell), value_bytes_of(q.dtype), q.hidden);
   return q.variant == RNN_EXT_PLAIN &&
          q.hidden > max_tensor_hidden(q.cell, q.dtype) &&  // what fits one block stays there
+         q.batch * q.directions <= max_cluster_rows(blocks) &&
          rnn_ext_cuda_cluster_fits(q.cell, q.dtype, q.hidden, q.backward, q.this_device ? 0 : q.shared_bytes) != 0;
 }
 
 inline GridProblem grid_problem(const Question& q) {
-  const int64_t value_bytes = q.dtype == RNN_EXT_FLOAT64 ? 8 : q.dtype == RNN_EXT_FLOAT32 ? 4 : 2;
-  return {gates_of(q.cell), value_bytes, q.backward != 0, q.batch, q.hidden, q.directions};
+  return {gates_of(q.cell), value_bytes_of(q.dtype), q.backward != 0, q.batch, q.hidden, q.directions};
 }
 
 inline bool grid_fits(const Question& q) {
@@ -78,11 +83,11 @@ inline constexpr DispatchRow kDispatchTable[] = {
      "the recurrent weight fits one block's registers, as tensor cores take it: one launch"},
     {[](const Question& q) { return q.dtype == RNN_EXT_FLOAT32 && q.allow_tf32 && tensor_fits(q); },
      RNN_EXT_KERNEL_TENSOR, "torch allows TF32, and the recurrent weight fits one block's registers in it: one launch"},
-    {[](const Question& q) {
-       return q.batch * q.directions <= max_cluster_rows(cluster_blocks(gates_of(q.cell), q.hidden)) && cluster_fits(q);
-     },
-     RNN_EXT_KERNEL_CLUSTER,
+    {[](const Question& q) { return q.dtype != RNN_EXT_FLOAT32 && cluster_fits(q); }, RNN_EXT_KERNEL_CLUSTER,
      "the recurrent weight fits the registers of a few blocks, which exchange the state as a cluster: one launch"},
+    {[](const Question& q) { return q.dtype == RNN_EXT_FLOAT32 && q.allow_tf32 && cluster_fits(q); },
+     RNN_EXT_KERNEL_CLUSTER,
+     "torch allows TF32, and the recurrent weight fits the registers of a cluster of blocks in it: one launch"},
     {[](const Question& q) { return persistent_fits(q) && q.batch * q.directions <= kMaxPersistentRows; },
      RNN_EXT_KERNEL_PERSISTENT, "the recurrent weight fits one block's shared memory: one launch for all timesteps"},
     {[](const Question& q) { return grid_fits(q); }, RNN_EXT_KERNEL_GRID,

@@ -267,7 +267,7 @@ template <class Cell, class T>
 __global__ void __launch_bounds__(kGridThreads, 1)
     grid_forward_kernel(const __grid_constant__ GridLayer<ForwardPointers<T>> layer) {
   using A = AccumulatorOf<T>;
-  constexpr int kGates = Cell::kGates, kSplit = Cell::kSplit;
+  constexpr int kGates = Cell::kGates;
   RNN_EXT_DYNAMIC_SHARED(memory);
 
   const ForwardPointers<T>& d = layer.direction[blockIdx.z].pointers;
@@ -319,27 +319,11 @@ __global__ void __launch_bounds__(kGridThreads, 1)
         A h = block.state_of(tile, 0), c = 0;
         if constexpr (Cell::kHasCell) c = block.state_of(tile, 1);
         if (active) {
-          const bool cut = row.begins(layer, reverse ? time + 1 : time);
-          if (cut) h = c = A(0);
-          A gates[kGates], split[kSplit > 0 ? kSplit : 1];
+          A gates[kGates], saved[kSavedSlots<Cell>];
 #pragma unroll
-          for (int g = 0; g < kGates; ++g) gates[g] = (cut ? A(0) : block.sum(g * block.units + block.local)) + bias[g];
-#pragma unroll
-          for (int g = 0; g < kGates - kSplit; ++g) gates[g] += igates[g];
-#pragma unroll
-          for (int j = 0; j < kSplit; ++j) split[j] = igates[kGates - kSplit + j];
-          A saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
-          h = Cell::template forward<ExactMath<A>>(gates, split, h, c, saved);
-
-          d.output[at * d.output_stride + block.unit] = narrow<T>(h);
-          if constexpr (Cell::kHasCell) {
-            if (d.cells) d.cells[at * hidden + block.unit] = c;
-          }
-          if (d.saved) {
-#pragma unroll
-            for (int s = 0; s < kSavedPlanes<Cell>; ++s)
-              d.saved[(at * kSavedPlanes<Cell> + s) * hidden + block.unit] = narrow<T>(saved[s]);
-          }
+          for (int g = 0; g < kGates; ++g) gates[g] = block.sum(g * block.units + block.local);
+          run_cell<Cell>(gates, bias, igates, row.begins(layer, reverse ? time + 1 : time), h, c, saved);
+          store_forward<Cell>(d, at, hidden, block.unit, h, c, saved);
           block.state_of(tile, 0) = h;
           if constexpr (Cell::kHasCell) block.state_of(tile, 1) = c;
         } else if (mine && !layer.row_offsets) {
@@ -394,38 +378,15 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   // The first round multiplies nothing; its barrier makes the weight whole.
   for (int64_t step = 0; step <= layer.length; ++step) {
     const int64_t time = reverse ? step : layer.length - 1 - step;  // -1 or L in the last round
-    const int64_t after = reverse ? time - 1 : time + 1, before = reverse ? time + 1 : time - 1;
+    const int64_t after = reverse ? time - 1 : time + 1;
     const bool inside = time >= 0 && time < layer.length;
     for (int tile = 0, group = first_group; group < layer.groups; ++tile, group += group_step) {
       const BatchRow row(layer, static_cast<int64_t>(group) * kGridRows + block.row);
       const bool mine = block.held && row.n < layer.batch, active = mine && row.exists(time);
-      const int64_t state = row.n * hidden + block.unit;
       const int64_t at = mine && inside && (active || !layer.row_offsets) ? row.row(layer, time) : 0;
 
-      // What forward left behind travels while this block waits for the others.
-      A saved[Cell::kSaved > 0 ? Cell::kSaved : 1] = {}, output = 0, h_prev = 0, c_prev = 0, doutput = 0, dcell = 0;
-      if (active) {
-        const bool cut = row.begins(layer, reverse ? time + 1 : time);
-        output = widen(d.output[at * d.output_stride + block.unit]);
-        if (d.doutput) doutput = widen(d.doutput[at * d.doutput_stride + block.unit]);
-#pragma unroll
-        for (int s = 0; s < kSavedPlanes<Cell>; ++s)
-          saved[s] = widen(d.saved[(at * kSavedPlanes<Cell> + s) * hidden + block.unit]);
-        if constexpr (Cell::kDirectCarry) {
-          if (!cut) {
-            h_prev = row.exists(before) ? widen(d.output[row.row(layer, before) * d.output_stride + block.unit])
-                                        : value_or_zero(d.h_0, state);
-          }
-        }
-        if constexpr (Cell::kHasCell) {
-          if (d.dcells) dcell = widen(d.dcells[at * d.dcells_stride + block.unit]);
-          saved[Cell::kSavedCell] = d.cells[at * hidden + block.unit];
-          if (!cut) {
-            c_prev = row.exists(before) ? d.cells[row.row(layer, before) * hidden + block.unit]
-                                        : value_or_zero(d.c_0, state);
-          }
-        }
-      }
+      BackwardUnit<Cell, T> own;
+      if (active) own.load(d, layer, reverse, row, time, at, block.unit);  // travels while this block waits for others
       if (step > 0) {  // before the first there are no gate gradients
         block.wait(group, step - 1);
         product.run(block.weight, block.buffer(group, step), block.own_sums(), block.rows, block.columns);
@@ -438,18 +399,10 @@ __global__ void __launch_bounds__(kGridThreads, 1)
         A dh = cut ? A(0) : (step > 0 ? block.sum(block.local) : A(0)) + block.state_of(tile, 0), dc = 0;
         if constexpr (Cell::kHasCell) dc = cut ? A(0) : block.state_of(tile, 1);
         A dgates[kGradGates] = {};
-        if (active) {
-          dh += doutput;
-          dc += dcell;
-          dh = Cell::template backward<ExactMath<A>>(saved, output, h_prev, c_prev, dh, dc, dgates);
-        }
+        if (active) dh = own.run(dh, dc, dgates);
         block.state_of(tile, 0) = dh;  // where the row has no timestep its state stood still
         if constexpr (Cell::kHasCell) block.state_of(tile, 1) = dc;
-        if (mine && inside && (active || !layer.row_offsets)) {
-          T* to = d.dgates + at * d.dgates_stride + block.unit;
-#pragma unroll
-          for (int q = 0; q < kGradGates; ++q) to[q * hidden] = narrow<T>(dgates[q]);
-        }
+        if (mine && inside && (active || !layer.row_offsets)) store_dgates<Cell>(d, at, hidden, block.unit, dgates);
         T* to = block.buffer(group, step + 1);
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {

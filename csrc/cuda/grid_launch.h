@@ -9,9 +9,10 @@
 
 namespace rnn_ext::cuda {
 
-template <class Layer>
-int launch_grid(const char* name, void (*kernel)(Layer), const GridProblem& problem, int64_t units, Layer& layer,
+template <class T, class Layer, class Args>
+int launch_grid(const char* name, void (*kernel)(Layer), int gates, bool backward, const Args& args, int64_t units,
                 void* workspace, cudaStream_t stream, RnnExtError* error) {
+  const GridProblem problem{gates, sizeof(T), backward, args.sequence.batch, args.sequence.hidden, args.directions};
   const auto refuse = [&](const char* format, auto... values) {
     std::snprintf(error->message, sizeof error->message, format, name, values...);
     return 1;
@@ -37,11 +38,9 @@ int launch_grid(const char* name, void (*kernel)(Layer), const GridProblem& prob
         static_cast<long long>(plan.shared_bytes), static_cast<long long>(resident),
         static_cast<long long>(device.multiprocessors), static_cast<long long>(device.shared_bytes));
   }
-  layer.units = static_cast<int>(plan.units);
-  layer.slices = static_cast<int>(plan.slices);
-  layer.groups = static_cast<int>(problem.groups());
-  layer.flags = static_cast<unsigned*>(workspace);
-  layer.exchange = static_cast<char*>(workspace) + grid_flag_bytes(problem);
+  const Layer layer{persistent_layer<T>(args),         static_cast<int>(plan.units),
+                    static_cast<int>(plan.slices),     static_cast<int>(problem.groups()),
+                    static_cast<unsigned*>(workspace), static_cast<char*>(workspace) + grid_flag_bytes(problem)};
   LaunchConfig config;
   config.grid = dim3(static_cast<unsigned>(plan.slices), static_cast<unsigned>(plan.group_blocks),
                      static_cast<unsigned>(problem.directions));
@@ -53,59 +52,22 @@ int launch_grid(const char* name, void (*kernel)(Layer), const GridProblem& prob
   return failed ? refuse("%s: %s", failed) : 0;
 }
 
-template <class Pointers, class Args>
-GridLayer<Pointers> grid_layer(const Args& args) {
-  return {persistent_layer<Pointers>(args), 0, 0, 0, nullptr, nullptr};
-}
-
-template <class Cell, class T>
-int grid_forward_cell(const RnnExtForward& args, int64_t units, void* workspace, cudaStream_t stream,
-                      RnnExtError* error) {
-  auto layer = grid_layer<ForwardPointers<T>>(args);
-  for (int i = 0; i < args.directions; ++i)
-    layer.direction[i] = {args.direction[i].reverse != 0, typed<T>(args.direction[i])};
-  const GridProblem problem{Cell::kGates, sizeof(T), false, layer.batch, layer.hidden, args.directions};
-  return launch_grid("grid_forward", &grid_forward_kernel<Cell, T>, problem, units, layer, workspace, stream, error);
-}
-
-template <class Cell, class T>
-int grid_backward_cell(const RnnExtBackward& args, int64_t units, void* workspace, cudaStream_t stream,
-                       RnnExtError* error) {
-  auto layer = grid_layer<BackwardPointers<T>>(args);
-  for (int i = 0; i < args.directions; ++i)
-    layer.direction[i] = {args.direction[i].reverse != 0, typed<T>(args.direction[i])};
-  const GridProblem problem{Cell::kGates, sizeof(T), true, layer.batch, layer.hidden, args.directions};
-  return launch_grid("grid_backward", &grid_backward_kernel<Cell, T>, problem, units, layer, workspace, stream, error);
-}
-
 template <class T>
 int grid_forward(const RnnExtForward& args, int64_t units, void* workspace, cudaStream_t stream, RnnExtError* error) {
-  switch (args.cell) {
-    case RNN_EXT_RNN_TANH:
-      return grid_forward_cell<cells::RnnTanh, T>(args, units, workspace, stream, error);
-    case RNN_EXT_RNN_RELU:
-      return grid_forward_cell<cells::RnnRelu, T>(args, units, workspace, stream, error);
-    case RNN_EXT_GRU:
-      return grid_forward_cell<cells::Gru, T>(args, units, workspace, stream, error);
-    case RNN_EXT_LSTM:
-      return grid_forward_cell<cells::Lstm, T>(args, units, workspace, stream, error);
-  }
-  return 1;
+  return for_cell(args.cell, [&](auto cell) {
+    using Cell = decltype(cell);
+    return launch_grid<T>("grid_forward", &grid_forward_kernel<Cell, T>, Cell::kGates, false, args, units, workspace,
+                          stream, error);
+  });
 }
 
 template <class T>
 int grid_backward(const RnnExtBackward& args, int64_t units, void* workspace, cudaStream_t stream, RnnExtError* error) {
-  switch (args.cell) {
-    case RNN_EXT_RNN_TANH:
-      return grid_backward_cell<cells::RnnTanh, T>(args, units, workspace, stream, error);
-    case RNN_EXT_RNN_RELU:
-      return grid_backward_cell<cells::RnnRelu, T>(args, units, workspace, stream, error);
-    case RNN_EXT_GRU:
-      return grid_backward_cell<cells::Gru, T>(args, units, workspace, stream, error);
-    case RNN_EXT_LSTM:
-      return grid_backward_cell<cells::Lstm, T>(args, units, workspace, stream, error);
-  }
-  return 1;
+  return for_cell(args.cell, [&](auto cell) {
+    using Cell = decltype(cell);
+    return launch_grid<T>("grid_backward", &grid_backward_kernel<Cell, T>, Cell::kGates, true, args, units, workspace,
+                          stream, error);
+  });
 }
 
 #define RNN_EXT_INSTANTIATE_GRID(T)                                                               \

@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cells/cells.h"
-#include "cuda/launch.h"
+#include "cuda/for_cell.h"
 
 namespace rnn_ext::cuda {
 
@@ -55,14 +54,7 @@ inline int grid_threads(int64_t columns, int64_t units) {
 }
 
 inline int gates_of(RnnExtCell cell) {
-  switch (cell) {
-    case RNN_EXT_GRU:
-      return cells::Gru::kGates;
-    case RNN_EXT_LSTM:
-      return cells::Lstm::kGates;
-    default:
-      return cells::RnnBase::kGates;
-  }
+  return for_cell(cell, [](auto of) { return decltype(of)::kGates; });
 }
 
 struct GridProblem {

@@ -133,18 +133,18 @@ int check_persistent(const Args& args, RnnExtError* error, const char* kernels =
                      int64_t most = kMaxPersistentHidden) {
   if (check_whole_sequence(args, kernels, error)) return 1;
   if (args.sequence.hidden <= most) return 0;
-  return refuse(error, "%s kernels end at hidden size %lld, got %lld", kernels, number(most),
+  return refuse(error, "%s kernels of this cell and dtype end at hidden size %lld, got %lld", kernels, number(most),
                 number(args.sequence.hidden));
 }
 
 template <class Args>
 int check_tensor(const Args& args, RnnExtError* error) {
-  if (check_persistent(args, error)) return 1;
-  if (const int64_t most = max_tensor_hidden(args.cell, args.dtype); args.sequence.hidden > most) {
-    return refuse(error, "tensor kernels of this cell and dtype end at hidden size %lld, got %lld", number(most),
-                  number(args.sequence.hidden));
-  }
-  return 0;
+  return check_persistent(args, error, "tensor", max_tensor_hidden(args.cell, args.dtype));
+}
+
+template <class Args>
+int check_cluster(const Args& args, RnnExtError* error) {
+  return check_persistent(args, error, "cluster", max_cluster_hidden(args.cell, args.dtype));
 }
 
 template <class Args>
@@ -183,17 +183,6 @@ int check_grid(const Args& args, int64_t units, const void* workspace, RnnExtErr
       return function<float16>(*args, __VA_ARGS__);     \
     default:                                            \
       return 1;                                         \
-  }
-
-#define RNN_EXT_FOR_CLUSTER_DTYPE(function)                                   \
-  const auto queue = static_cast<cudaStream_t>(stream);                       \
-  switch (args->dtype) {                                                      \
-    case RNN_EXT_BFLOAT16:                                                    \
-      return function<bfloat16>(*args, queue, error);                         \
-    case RNN_EXT_FLOAT16:                                                     \
-      return function<float16>(*args, queue, error);                          \
-    default:                                                                  \
-      return refuse(error, "cluster kernels take bfloat16 and float16 only"); \
   }
 
 extern "C" int rnn_ext_cuda_set_device(int32_t device, RnnExtError* error) {
@@ -284,13 +273,13 @@ extern "C" int rnn_ext_cuda_tensor_backward(const RnnExtBackward* args, void* st
 }
 
 extern "C" int rnn_ext_cuda_cluster_forward(const RnnExtForward* args, void* stream, RnnExtError* error) {
-  if (check_persistent(*args, error, "cluster", kMaxClusterHidden)) return 1;
-  RNN_EXT_FOR_CLUSTER_DTYPE(cluster_forward)
+  if (check_cluster(*args, error)) return 1;
+  RNN_EXT_FOR_PERSISTENT_DTYPE(cluster_forward, queue, error)
 }
 
 extern "C" int rnn_ext_cuda_cluster_backward(const RnnExtBackward* args, void* stream, RnnExtError* error) {
-  if (check_persistent(*args, error, "cluster", kMaxClusterHidden)) return 1;
-  RNN_EXT_FOR_CLUSTER_DTYPE(cluster_backward)
+  if (check_cluster(*args, error)) return 1;
+  RNN_EXT_FOR_PERSISTENT_DTYPE(cluster_backward, queue, error)
 }
 
 extern "C" int64_t rnn_ext_cuda_grid_workspace(RnnExtCell cell, RnnExtDtype dtype, int64_t batch, int64_t hidden,
@@ -328,12 +317,12 @@ extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, 
 
 extern "C" int rnn_ext_cuda_cluster_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
                                          int64_t shared_bytes) {
-  if (hidden < 1 || hidden > kMaxClusterHidden) return 0;
-  if (dtype != RNN_EXT_BFLOAT16 && dtype != RNN_EXT_FLOAT16) return 0;
+  if (hidden < 1 || hidden > max_cluster_hidden(cell, dtype)) return 0;
   if (shared_bytes > 0) return shared_bytes >= kSharedBytesWithClusters;
-  const char* missing = dtype == RNN_EXT_BFLOAT16 ? cluster_missing<bfloat16>(cell, hidden, backward != 0)
-                                                  : cluster_missing<float16>(cell, hidden, backward != 0);
-  return missing == nullptr;
+  const auto missing = dtype == RNN_EXT_FLOAT32    ? cluster_missing<float>
+                       : dtype == RNN_EXT_BFLOAT16 ? cluster_missing<bfloat16>
+                                                   : cluster_missing<float16>;
+  return missing(cell, hidden, backward != 0) == nullptr;
 }
 
 extern "C" RnnExtChoice rnn_ext_cuda_choose(const RnnExtQuestion* question) {

@@ -165,7 +165,8 @@ int rnn_ext_cuda_persistent_backward(const RnnExtBackward* args, void* stream, R
 int rnn_ext_cuda_tensor_forward(const RnnExtForward* args, void* stream, RnnExtError* error);
 int rnn_ext_cuda_tensor_backward(const RnnExtBackward* args, void* stream, RnnExtError* error);
 // `cluster`: as `persistent`, on tensor cores, the weight in the registers of several blocks, which exchange the state;
-// bfloat16 and float16, hidden size up to 512, sm_90 and later, where the device can hold such a cluster (see `fits`).
+// hidden sizes up to 512, sm_90 and later, where the device can hold such a cluster (see `fits`). float32 in TF32, as
+// in `tensor`, and up to 384 (gru, lstm).
 int rnn_ext_cuda_cluster_forward(const RnnExtForward* args, void* stream, RnnExtError* error);
 int rnn_ext_cuda_cluster_backward(const RnnExtBackward* args, void* stream, RnnExtError* error);
 // 1 if the kernel can run this on a device whose blocks have so much shared memory, else 0.

@@ -1,5 +1,5 @@
-// What `step` and `persistent` share: a direction's pointers in their storage type (shapes: launch.h), and small
-// helpers.
+// What the kernels share: a direction's pointers in their storage type (shapes: launch.h), and what those that run
+// whole sequences do with a unit of a batch row at a timestep.
 #pragma once
 
 #include "cells/cells.h"
@@ -101,10 +101,54 @@ BackwardPointers<T> typed(const RnnExtBackwardDirection& from) {
 // Saved values that have the storage type: those before the cell state.
 template <class Cell>
 inline constexpr int kSavedPlanes = cells::saved_planes<Cell>();
+// Of an array of all saved values.
+template <class Cell>
+inline constexpr int kSavedSlots = Cell::kSaved > 0 ? Cell::kSaved : 1;
 
 template <class T>
 RNN_EXT_DEVICE AccumulatorOf<T> value_or_zero(const T* array, int64_t index) {
   return array ? widen(array[index]) : AccumulatorOf<T>(0);
+}
+
+// gates: the recurrent product, which counts for nothing where a sequence begins (`cut`). h and c become the
+// timestep's.
+template <class Cell, class Value, class A>
+RNN_EXT_DEVICE void run_cell(A (&gates)[Cell::kGates], const A (&bias)[Cell::kGates],
+                             const Value (&igates)[Cell::kGates], bool cut, A& h, A& c, A (&saved)[kSavedSlots<Cell>]) {
+  constexpr int kGates = Cell::kGates, kSplit = Cell::kSplit;
+  if (cut) h = c = A(0);
+  A split[kSplit > 0 ? kSplit : 1];
+#pragma unroll
+  for (int g = 0; g < kGates; ++g) gates[g] = (cut ? A(0) : gates[g]) + bias[g];
+#pragma unroll
+  for (int g = 0; g < kGates - kSplit; ++g) gates[g] += widen(igates[g]);
+#pragma unroll
+  for (int j = 0; j < kSplit; ++j) split[j] = widen(igates[kGates - kSplit + j]);
+  h = Cell::template forward<ExactMath<A>>(gates, split, h, c, saved);
+}
+
+// at: the row of the timestep, here and below.
+template <class Cell, class Size, class T>
+RNN_EXT_DEVICE void store_forward(const ForwardPointers<T>& d, int64_t at, Size hidden, int64_t unit,
+                                  AccumulatorOf<T> h, AccumulatorOf<T> c,
+                                  const AccumulatorOf<T> (&saved)[kSavedSlots<Cell>]) {
+  d.output[at * d.output_stride + unit] = narrow<T>(h);
+  if constexpr (Cell::kHasCell) {
+    if (d.cells) d.cells[at * hidden + unit] = c;
+  }
+  if (d.saved) {
+#pragma unroll
+    for (int s = 0; s < kSavedPlanes<Cell>; ++s)
+      d.saved[(at * kSavedPlanes<Cell> + s) * hidden + unit] = narrow<T>(saved[s]);
+  }
+}
+
+template <class Cell, class Size, class T>
+RNN_EXT_DEVICE void store_dgates(const BackwardPointers<T>& d, int64_t at, Size hidden, int64_t unit,
+                                 const AccumulatorOf<T> (&dgates)[Cell::kGradGates]) {
+  T* target = d.dgates + at * d.dgates_stride + unit;
+#pragma unroll
+  for (int q = 0; q < Cell::kGradGates; ++q) target[q * hidden] = narrow<T>(dgates[q]);
 }
 
 }  // namespace rnn_ext::cuda

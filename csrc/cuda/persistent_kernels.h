@@ -95,6 +95,45 @@ struct BatchRow {
   }
 };
 
+// What backward needs at a timestep of one unit: what forward left behind, and the gradients that flow in. Loaded
+// before the product is there.
+template <class Cell, class T>
+struct BackwardUnit {
+  using A = AccumulatorOf<T>;
+  A saved[kSavedSlots<Cell>] = {}, output = 0, h_prev = 0, c_prev = 0, doutput = 0, dcell = 0;
+
+  // Of a timestep that the row has.
+  template <class Layer>
+  RNN_EXT_DEVICE void load(const BackwardPointers<T>& d, const Layer& layer, bool reverse, const BatchRow& row,
+                           int64_t time, int64_t at, int64_t unit) {
+    const int64_t hidden = layer.hidden, before = reverse ? time + 1 : time - 1, state = row.n * hidden + unit;
+    const bool cut = row.begins(layer, reverse ? time + 1 : time);
+    output = widen(d.output[at * d.output_stride + unit]);
+    if (d.doutput) doutput = widen(d.doutput[at * d.doutput_stride + unit]);
+#pragma unroll
+    for (int s = 0; s < kSavedPlanes<Cell>; ++s)
+      saved[s] = widen(d.saved[(at * kSavedPlanes<Cell> + s) * hidden + unit]);
+    if constexpr (Cell::kDirectCarry) {
+      if (!cut) {
+        h_prev = row.exists(before) ? widen(d.output[row.row(layer, before) * d.output_stride + unit])
+                                    : value_or_zero(d.h_0, state);
+      }
+    }
+    if constexpr (Cell::kHasCell) {
+      if (d.dcells) dcell = widen(d.dcells[at * d.dcells_stride + unit]);
+      saved[Cell::kSavedCell] = d.cells[at * hidden + unit];
+      if (!cut)
+        c_prev = row.exists(before) ? d.cells[row.row(layer, before) * hidden + unit] : value_or_zero(d.c_0, state);
+    }
+  }
+  // dh, dc: what comes from the timesteps after. Returns the part of dh that does not pass the weight.
+  RNN_EXT_DEVICE A run(A dh, A& dc, A (&dgates)[Cell::kGradGates]) const {
+    dh += doutput;
+    dc += dcell;
+    return Cell::template backward<ExactMath<A>>(saved, output, h_prev, c_prev, dh, dc, dgates);
+  }
+};
+
 // Every lane has a part of the sums of all 4 rows; afterwards the lane of slice r has the whole sums of row r.
 template <int kColumns, class A>
 RNN_EXT_DEVICE void reduce_to_own_row(const A (&part)[kRows][kColumns], int slice, A (&own)[kColumns]) {
@@ -116,7 +155,7 @@ template <class Cell, class T>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     persistent_forward_kernel(const __grid_constant__ PersistentLayer<ForwardPointers<T>> layer) {
   using A = AccumulatorOf<T>;
-  constexpr int kGates = Cell::kGates, kSplit = Cell::kSplit;
+  constexpr int kGates = Cell::kGates;
   RNN_EXT_DYNAMIC_SHARED(memory);
 
   const ForwardPointers<T>& d = layer.direction[blockIdx.y].pointers;
@@ -175,31 +214,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         for (int r = 0; r < kRows; ++r) part[r][g] += h_of_row[r] * w;
       }
     }
-    A gates[kGates], split[kSplit > 0 ? kSplit : 1];
+    A gates[kGates];
     reduce_to_own_row(part, slice, gates);
 
     if (mine && row.exists(time)) {
-      const bool cut = row.begins(layer, reverse ? time + 1 : time);
-      if (cut) h = c = A(0);
-#pragma unroll
-      for (int g = 0; g < kGates; ++g) gates[g] = (cut ? A(0) : gates[g]) + bias[g];
-#pragma unroll
-      for (int g = 0; g < kGates - kSplit; ++g) gates[g] += igates[g];
-#pragma unroll
-      for (int j = 0; j < kSplit; ++j) split[j] = igates[kGates - kSplit + j];
-      A saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
-      h = Cell::template forward<ExactMath<A>>(gates, split, h, c, saved);
-
-      const int64_t at = row.row(layer, time);
-      d.output[at * d.output_stride + unit] = narrow<T>(h);
-      if constexpr (Cell::kHasCell) {
-        if (d.cells) d.cells[at * hidden + unit] = c;
-      }
-      if (d.saved) {
-#pragma unroll
-        for (int s = 0; s < kSavedPlanes<Cell>; ++s)
-          d.saved[(at * kSavedPlanes<Cell> + s) * hidden + unit] = narrow<T>(saved[s]);
-      }
+      A saved[kSavedSlots<Cell>];
+      run_cell<Cell>(gates, bias, igates, row.begins(layer, reverse ? time + 1 : time), h, c, saved);
+      store_forward<Cell>(d, row.row(layer, time), hidden, unit, h, c, saved);
     } else if (mine && !layer.row_offsets) {
       d.output[row.row(layer, time) * d.output_stride + unit] = narrow<T>(A(0));
     }
@@ -243,34 +264,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
   for (int64_t step = 0; step <= layer.length; ++step) {
     const int64_t time = reverse ? step : layer.length - 1 - step;  // -1 or L in the last round
-    const int64_t after = reverse ? time - 1 : time + 1, before = reverse ? time + 1 : time - 1;
+    const int64_t after = reverse ? time - 1 : time + 1;
     const A* dgates_now = dgates_buffers + (step & 1) * kGates * units * kRows;
     A* dgates_new = dgates_buffers + ((step + 1) & 1) * kGates * units * kRows;
     const bool active = mine && row.exists(time);
     const int64_t at = active ? row.row(layer, time) : 0;
 
-    // What forward left behind travels while the product is computed.
-    A saved[Cell::kSaved > 0 ? Cell::kSaved : 1] = {}, output = 0, h_prev = 0, c_prev = 0, doutput = 0, dcell = 0;
-    if (active) {
-      const bool cut = row.begins(layer, reverse ? time + 1 : time);
-      output = widen(d.output[at * d.output_stride + unit]);
-      if (d.doutput) doutput = widen(d.doutput[at * d.doutput_stride + unit]);
-#pragma unroll
-      for (int s = 0; s < kSavedPlanes<Cell>; ++s)
-        saved[s] = widen(d.saved[(at * kSavedPlanes<Cell> + s) * hidden + unit]);
-      if constexpr (Cell::kDirectCarry) {
-        if (!cut) {
-          h_prev = row.exists(before) ? widen(d.output[row.row(layer, before) * d.output_stride + unit])
-                                      : value_or_zero(d.h_0, state);
-        }
-      }
-      if constexpr (Cell::kHasCell) {
-        if (d.dcells) dcell = widen(d.dcells[at * d.dcells_stride + unit]);
-        saved[Cell::kSavedCell] = d.cells[at * hidden + unit];
-        if (!cut)
-          c_prev = row.exists(before) ? d.cells[row.row(layer, before) * hidden + unit] : value_or_zero(d.c_0, state);
-      }
-    }
+    BackwardUnit<Cell, T> own;
+    if (active) own.load(d, layer, reverse, row, time, at, unit);  // travels while the product is computed
     __syncthreads();  // gate gradients of the round before are whole (and the weight, at first); the other buffer has
                       // been read
 
@@ -289,19 +290,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     A dh = cut ? A(0) : product[0] + direct;
     if (cut) dc = A(0);
     A dgates[kGradGates] = {};
-    if (active) {
-      dh += doutput;
-      dc += dcell;
-      direct = Cell::template backward<ExactMath<A>>(saved, output, h_prev, c_prev, dh, dc, dgates);
-    } else {
-      direct = dh;  // the state stood still
-    }
+    direct = active ? own.run(dh, dc, dgates) : dh;  // where the row has no timestep its state stood still
     const bool inside = time >= 0 && time < layer.length;
-    if (active || (mine && inside && !layer.row_offsets)) {
-      T* target = d.dgates + row.row(layer, time) * d.dgates_stride + unit;
-#pragma unroll
-      for (int q = 0; q < kGradGates; ++q) target[q * hidden] = narrow<T>(dgates[q]);
-    }
+    if (active || (mine && inside && !layer.row_offsets))
+      store_dgates<Cell>(d, row.row(layer, time), hidden, unit, dgates);
 #pragma unroll
     for (int g = 0; g < kGates; ++g) dgates_new[(g * units + unit) * kRows + slice] = dgates[Cell::hh_slot(g)];
   }

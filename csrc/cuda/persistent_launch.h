@@ -4,15 +4,16 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "cuda/for_cell.h"
 #include "cuda/persistent_entries.h"
 #include "cuda/persistent_kernels.h"
 
 namespace rnn_ext::cuda {
 
-template <class Pointers, class Args>
-PersistentLayer<Pointers> persistent_layer(const Args& args) {
+template <class T, class Args>
+auto persistent_layer(const Args& args) {
   const RnnExtSequence& sequence = args.sequence;
-  PersistentLayer<Pointers> layer{};
+  PersistentLayer<decltype(typed<T>(args.direction[0]))> layer{};
   layer.length = sequence.length;
   layer.batch = sequence.batch;
   layer.hidden = sequence.hidden;
@@ -23,6 +24,8 @@ PersistentLayer<Pointers> persistent_layer(const Args& args) {
   layer.resets = sequence.resets;
   layer.resets_time_stride = sequence.resets_time_stride;
   layer.resets_batch_stride = sequence.resets_batch_stride;
+  for (int i = 0; i < args.directions; ++i)
+    layer.direction[i] = {args.direction[i].reverse != 0, typed<T>(args.direction[i])};
   return layer;
 }
 
@@ -47,69 +50,30 @@ int launch_persistent(const char* name, void (*kernel)(Layer), const Layer& laye
   return problem != nullptr;
 }
 
-template <class Cell, class T>
-int persistent_forward_cell(const RnnExtForward& args, cudaStream_t stream, RnnExtError* error) {
-  auto layer = persistent_layer<ForwardPointers<T>>(args);
-  for (int i = 0; i < args.directions; ++i)
-    layer.direction[i] = {args.direction[i].reverse != 0, typed<T>(args.direction[i])};
-  const int64_t shared = forward_shared_bytes<Cell, T>(layer.hidden);
-  return launch_persistent("persistent_forward", &persistent_forward_kernel<Cell, T>, layer, args.directions, shared,
-                           stream, error);
-}
-
-template <class Cell, class T>
-int persistent_backward_cell(const RnnExtBackward& args, cudaStream_t stream, RnnExtError* error) {
-  auto layer = persistent_layer<BackwardPointers<T>>(args);
-  for (int i = 0; i < args.directions; ++i)
-    layer.direction[i] = {args.direction[i].reverse != 0, typed<T>(args.direction[i])};
-  const int64_t shared = backward_shared_bytes<Cell, T>(layer.hidden);
-  return launch_persistent("persistent_backward", &persistent_backward_kernel<Cell, T>, layer, args.directions, shared,
-                           stream, error);
-}
-
 template <class T>
 int persistent_forward(const RnnExtForward& args, cudaStream_t stream, RnnExtError* error) {
-  switch (args.cell) {
-    case RNN_EXT_RNN_TANH:
-      return persistent_forward_cell<cells::RnnTanh, T>(args, stream, error);
-    case RNN_EXT_RNN_RELU:
-      return persistent_forward_cell<cells::RnnRelu, T>(args, stream, error);
-    case RNN_EXT_GRU:
-      return persistent_forward_cell<cells::Gru, T>(args, stream, error);
-    case RNN_EXT_LSTM:
-      return persistent_forward_cell<cells::Lstm, T>(args, stream, error);
-  }
-  return 1;
+  return for_cell(args.cell, [&](auto cell) {
+    using Cell = decltype(cell);
+    return launch_persistent("persistent_forward", &persistent_forward_kernel<Cell, T>, persistent_layer<T>(args),
+                             args.directions, forward_shared_bytes<Cell, T>(args.sequence.hidden), stream, error);
+  });
 }
 
 template <class T>
 int persistent_backward(const RnnExtBackward& args, cudaStream_t stream, RnnExtError* error) {
-  switch (args.cell) {
-    case RNN_EXT_RNN_TANH:
-      return persistent_backward_cell<cells::RnnTanh, T>(args, stream, error);
-    case RNN_EXT_RNN_RELU:
-      return persistent_backward_cell<cells::RnnRelu, T>(args, stream, error);
-    case RNN_EXT_GRU:
-      return persistent_backward_cell<cells::Gru, T>(args, stream, error);
-    case RNN_EXT_LSTM:
-      return persistent_backward_cell<cells::Lstm, T>(args, stream, error);
-  }
-  return 1;
+  return for_cell(args.cell, [&](auto cell) {
+    using Cell = decltype(cell);
+    return launch_persistent("persistent_backward", &persistent_backward_kernel<Cell, T>, persistent_layer<T>(args),
+                             args.directions, backward_shared_bytes<Cell, T>(args.sequence.hidden), stream, error);
+  });
 }
 
 template <class T>
 int64_t persistent_shared_bytes(RnnExtCell cell, int64_t hidden, bool backward) {
-  switch (cell) {
-    case RNN_EXT_RNN_TANH:
-    case RNN_EXT_RNN_RELU:
-      return backward ? backward_shared_bytes<cells::RnnTanh, T>(hidden)
-                      : forward_shared_bytes<cells::RnnTanh, T>(hidden);
-    case RNN_EXT_GRU:
-      return backward ? backward_shared_bytes<cells::Gru, T>(hidden) : forward_shared_bytes<cells::Gru, T>(hidden);
-    case RNN_EXT_LSTM:
-      return backward ? backward_shared_bytes<cells::Lstm, T>(hidden) : forward_shared_bytes<cells::Lstm, T>(hidden);
-  }
-  return INT64_MAX;
+  return for_cell(cell, [&](auto of) {
+    using Cell = decltype(of);
+    return backward ? backward_shared_bytes<Cell, T>(hidden) : forward_shared_bytes<Cell, T>(hidden);
+  });
 }
 
 #define RNN_EXT_INSTANTIATE_PERSISTENT(T)                                                 \

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "cuda/for_cell.h"
 #include "cuda/step_entries.h"
 #include "cuda/step_kernels.h"
 
@@ -174,37 +175,23 @@ int step_backward_cell(const RnnExtBackward& args, int64_t first_step, int64_t l
   });
 }
 
-#define RNN_EXT_STEP_CASE(cell_enum, Cell, function) \
-  case cell_enum:                                    \
-    return function<cells::Cell, T>(args, first_step, last_step, stream, error);
-
 template <class T>
 int step_forward(const RnnExtForward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
                  RnnExtError* error) {
   if (args.variant != RNN_EXT_PLAIN) return variant_forward<T>(args, first_step, last_step, stream, error);
-  switch (args.cell) {
-    RNN_EXT_STEP_CASE(RNN_EXT_RNN_TANH, RnnTanh, step_forward_cell)
-    RNN_EXT_STEP_CASE(RNN_EXT_RNN_RELU, RnnRelu, step_forward_cell)
-    RNN_EXT_STEP_CASE(RNN_EXT_GRU, Gru, step_forward_cell)
-    RNN_EXT_STEP_CASE(RNN_EXT_LSTM, Lstm, step_forward_cell)
-  }
-  return 1;
+  return for_cell(args.cell, [&](auto cell) {
+    return step_forward_cell<decltype(cell), T>(args, first_step, last_step, stream, error);
+  });
 }
 
 template <class T>
 int step_backward(const RnnExtBackward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
                   RnnExtError* error) {
   if (args.variant != RNN_EXT_PLAIN) return variant_backward<T>(args, first_step, last_step, stream, error);
-  switch (args.cell) {
-    RNN_EXT_STEP_CASE(RNN_EXT_RNN_TANH, RnnTanh, step_backward_cell)
-    RNN_EXT_STEP_CASE(RNN_EXT_RNN_RELU, RnnRelu, step_backward_cell)
-    RNN_EXT_STEP_CASE(RNN_EXT_GRU, Gru, step_backward_cell)
-    RNN_EXT_STEP_CASE(RNN_EXT_LSTM, Lstm, step_backward_cell)
-  }
-  return 1;
+  return for_cell(args.cell, [&](auto cell) {
+    return step_backward_cell<decltype(cell), T>(args, first_step, last_step, stream, error);
+  });
 }
-
-#undef RNN_EXT_STEP_CASE
 
 #define RNN_EXT_INSTANTIATE_STEP(T)                                                                 \
   template int step_forward<T>(const RnnExtForward&, int64_t, int64_t, cudaStream_t, RnnExtError*); \

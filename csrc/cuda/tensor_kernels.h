@@ -102,6 +102,14 @@ RNN_EXT_DEVICE T factor(AccumulatorOf<T> value) {
     return round_to_tf32(value);
   }
 }
+template <class T>
+RNN_EXT_DEVICE T stored_factor(T value) {
+  if constexpr (sizeof(T) == 2) {
+    return value;
+  } else {
+    return round_to_tf32(value);
+  }
+}
 // The factors k, k + 1, .. of 32 bits, from[0], from[stride], ..; zero from k = count on.
 template <class T>
 RNN_EXT_DEVICE uint32_t factors(const T* from, int stride, int k, int count) {
@@ -109,7 +117,7 @@ RNN_EXT_DEVICE uint32_t factors(const T* from, int stride, int k, int count) {
   if constexpr (sizeof(T) == 2) {
     return pack2(first, k + 1 < count ? from[stride] : narrow<T>(0));
   } else {
-    return bits_of(round_to_tf32(first));
+    return bits_of(stored_factor(first));
   }
 }
 
@@ -138,7 +146,7 @@ template <class Cell, class T, int kDepth>
 __global__ void __launch_bounds__(kForwardThreads<Cell, kDepth>, 1)
     tensor_forward_kernel(const __grid_constant__ PersistentLayer<ForwardPointers<T>> layer) {
   using A = AccumulatorOf<T>;
-  constexpr int kGates = Cell::kGates, kSplit = Cell::kSplit, kUnits = kLaneUnits<Cell, kDepth>;
+  constexpr int kGates = Cell::kGates, kUnits = kLaneUnits<Cell, kDepth>;
   constexpr int kColumns = kDepth * kTensorUnits, kProducts = kColumns / kMmaDepth<T>;
   constexpr int kPitch = kColumns + kSegment<T>;  // the 8 rows that ldmatrix takes at once are then in different banks
   RNN_EXT_SHARED(T, h_buffers, 2 * kTensorRows * kPitch);
@@ -226,31 +234,16 @@ __global__ void __launch_bounds__(kForwardThreads<Cell, kDepth>, 1)
         const int unit = at.unit(j), place = (at.column + e) * kPitch + unit;
         T h_factor = h_now[place];
         if (at.mine(j, e) && at.exists(e, time)) {
-          const int64_t row = at.row(layer, e, time);
-          if (cut) h[j][e] = c[j][e] = A(0);
-          A gates[kGates], split[kSplit > 0 ? kSplit : 1];
+          A gates[kGates], own_bias[kGates], saved[kSavedSlots<Cell>];
 #pragma unroll
           for (int g = 0; g < kGates; ++g) {
             const int slot = j * kGates + g;
-            gates[g] = (cut ? A(0) : product[slot / 2][slot % 2 * 2 + e]) + bias[g * kColumns + unit];
+            gates[g] = product[slot / 2][slot % 2 * 2 + e];
+            own_bias[g] = bias[g * kColumns + unit];
           }
-#pragma unroll
-          for (int g = 0; g < kGates - kSplit; ++g) gates[g] += widen(igates[j][e][g]);
-#pragma unroll
-          for (int s = 0; s < kSplit; ++s) split[s] = widen(igates[j][e][kGates - kSplit + s]);
-          A saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
-          h[j][e] = Cell::template forward<ExactMath<A>>(gates, split, h[j][e], c[j][e], saved);
-
+          run_cell<Cell>(gates, own_bias, igates[j][e], cut, h[j][e], c[j][e], saved);
           h_factor = factor<T>(h[j][e]);
-          d.output[row * d.output_stride + unit] = narrow<T>(h[j][e]);
-          if constexpr (Cell::kHasCell) {
-            if (d.cells) d.cells[row * hidden + unit] = c[j][e];
-          }
-          if (d.saved) {
-#pragma unroll
-            for (int s = 0; s < kSavedPlanes<Cell>; ++s)
-              d.saved[(row * kSavedPlanes<Cell> + s) * hidden + unit] = narrow<T>(saved[s]);
-          }
+          store_forward<Cell>(d, at.row(layer, e, time), hidden, unit, h[j][e], c[j][e], saved);
         } else if (at.mine(j, e) && !layer.row_offsets) {
           d.output[at.row(layer, e, time) * d.output_stride + unit] = narrow<T>(A(0));
         }
@@ -389,7 +382,7 @@ __global__ void __launch_bounds__(kBackwardThreads<kDepth>, 1)
         if (cut[e]) dc[j][e] = A(0);
         A dgates[kGradGates] = {};
         if (active) {
-          A values[Cell::kSaved > 0 ? Cell::kSaved : 1], h_before = 0, c_before = 0;
+          A values[kSavedSlots<Cell>], h_before = 0, c_before = 0;
 #pragma unroll
           for (int s = 0; s < kPlanes; ++s) values[s] = widen(saved[j][e][s]);
           if constexpr (Cell::kDirectCarry) h_before = begins[e] ? A(0) : widen(h_prev[j][e]);
@@ -405,11 +398,8 @@ __global__ void __launch_bounds__(kBackwardThreads<kDepth>, 1)
           direct[j][e] = dh;  // the state stood still
         }
         const bool inside = time >= 0 && time < steps;
-        if (active || (at.mine(j, e) && inside && !layer.row_offsets)) {
-          T* target = d.dgates + at.row(layer, e, time) * d.dgates_stride + unit;
-#pragma unroll
-          for (int q = 0; q < kGradGates; ++q) target[q * hidden] = narrow<T>(dgates[q]);
-        }
+        if (active || (at.mine(j, e) && inside && !layer.row_offsets))
+          store_dgates<Cell>(d, at.row(layer, e, time), hidden, unit, dgates);
 #pragma unroll
         for (int g = 0; g < kGates; ++g)
           dgates_new[(at.column + e) * kPitch + g * kColumns + unit] = factor<T>(dgates[Cell::hh_slot(g)]);

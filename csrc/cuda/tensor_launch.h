@@ -23,27 +23,24 @@ constexpr auto depths() {
   }
 }
 template <int kDepth, int... kMore, class Run>
-int for_depth(std::integer_sequence<int, kDepth, kMore...>, int64_t hidden, const Run& run) {
+auto for_depth(std::integer_sequence<int, kDepth, kMore...>, int64_t hidden, const Run& run) {
   if constexpr (sizeof...(kMore) > 0) {
     if (hidden > kDepth * kTensorUnits) return for_depth(std::integer_sequence<int, kMore...>{}, hidden, run);
   }
   return run(std::integral_constant<int, kDepth>{});
 }
 
-template <class T, class Pointers, class Args>
-int launch_tensor(const char* name, void (*kernel)(PersistentLayer<Pointers>), int threads, const Args& args,
+template <class Layer>
+int launch_tensor(const char* name, void (*kernel)(Layer), int threads, const Layer& layer, int directions,
                   cudaStream_t stream, RnnExtError* error) {
-  if (args.sequence.length >= INT32_MAX) {
+  if (layer.length >= INT32_MAX) {
     std::snprintf(error->message, sizeof error->message, "%s: %lld timesteps are too many for one launch", name,
-                  static_cast<long long>(args.sequence.length));
+                  static_cast<long long>(layer.length));
     return 1;
   }
-  auto layer = persistent_layer<Pointers>(args);
-  for (int i = 0; i < args.directions; ++i)
-    layer.direction[i] = {args.direction[i].reverse != 0, typed<T>(args.direction[i])};
   LaunchConfig config;
-  config.grid = dim3(static_cast<unsigned>((layer.batch + kTensorRows - 1) / kTensorRows),
-                     static_cast<unsigned>(args.directions));
+  config.grid =
+      dim3(static_cast<unsigned>((layer.batch + kTensorRows - 1) / kTensorRows), static_cast<unsigned>(directions));
   config.block = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
   const char* problem = launch(name, kernel, config, layer);
@@ -51,52 +48,28 @@ int launch_tensor(const char* name, void (*kernel)(PersistentLayer<Pointers>), i
   return problem != nullptr;
 }
 
-template <class Cell, class T>
-int tensor_forward_cell(const RnnExtForward& args, cudaStream_t stream, RnnExtError* error) {
-  return for_depth(depths<Cell, T>(), args.sequence.hidden, [&](auto depth) {
-    constexpr int kDepth = decltype(depth)::value;
-    return launch_tensor<T>("tensor_forward", &tensor_forward_kernel<Cell, T, kDepth>, kForwardThreads<Cell, kDepth>,
-                            args, stream, error);
-  });
-}
-
-template <class Cell, class T>
-int tensor_backward_cell(const RnnExtBackward& args, cudaStream_t stream, RnnExtError* error) {
-  return for_depth(depths<Cell, T>(), args.sequence.hidden, [&](auto depth) {
-    constexpr int kDepth = decltype(depth)::value;
-    return launch_tensor<T>("tensor_backward", &tensor_backward_kernel<Cell, T, kDepth>, kBackwardThreads<kDepth>, args,
-                            stream, error);
-  });
-}
-
 template <class T>
 int tensor_forward(const RnnExtForward& args, cudaStream_t stream, RnnExtError* error) {
-  switch (args.cell) {
-    case RNN_EXT_RNN_TANH:
-      return tensor_forward_cell<cells::RnnTanh, T>(args, stream, error);
-    case RNN_EXT_RNN_RELU:
-      return tensor_forward_cell<cells::RnnRelu, T>(args, stream, error);
-    case RNN_EXT_GRU:
-      return tensor_forward_cell<cells::Gru, T>(args, stream, error);
-    case RNN_EXT_LSTM:
-      return tensor_forward_cell<cells::Lstm, T>(args, stream, error);
-  }
-  return 1;
+  return for_cell(args.cell, [&](auto cell) {
+    using Cell = decltype(cell);
+    return for_depth(depths<Cell, T>(), args.sequence.hidden, [&](auto depth) {
+      constexpr int kDepth = decltype(depth)::value;
+      return launch_tensor("tensor_forward", &tensor_forward_kernel<Cell, T, kDepth>, kForwardThreads<Cell, kDepth>,
+                           persistent_layer<T>(args), args.directions, stream, error);
+    });
+  });
 }
 
 template <class T>
 int tensor_backward(const RnnExtBackward& args, cudaStream_t stream, RnnExtError* error) {
-  switch (args.cell) {
-    case RNN_EXT_RNN_TANH:
-      return tensor_backward_cell<cells::RnnTanh, T>(args, stream, error);
-    case RNN_EXT_RNN_RELU:
-      return tensor_backward_cell<cells::RnnRelu, T>(args, stream, error);
-    case RNN_EXT_GRU:
-      return tensor_backward_cell<cells::Gru, T>(args, stream, error);
-    case RNN_EXT_LSTM:
-      return tensor_backward_cell<cells::Lstm, T>(args, stream, error);
-  }
-  return 1;
+  return for_cell(args.cell, [&](auto cell) {
+    using Cell = decltype(cell);
+    return for_depth(depths<Cell, T>(), args.sequence.hidden, [&](auto depth) {
+      constexpr int kDepth = decltype(depth)::value;
+      return launch_tensor("tensor_backward", &tensor_backward_kernel<Cell, T, kDepth>, kBackwardThreads<kDepth>,
+                           persistent_layer<T>(args), args.directions, stream, error);
+    });
+  });
 }
 
 #define RNN_EXT_INSTANTIATE_TENSOR(T)                                               \

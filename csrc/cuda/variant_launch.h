@@ -42,37 +42,23 @@ int norm_backward(const RnnExtBackward& args, int64_t first_step, int64_t last_s
   });
 }
 
-#define RNN_EXT_MASKED_CASE(cell_enum, Cell, function) \
-  case cell_enum:                                      \
-    return function<cells::Masked<cells::Cell>, T>(args, first_step, last_step, stream, error);
-
 template <class T>
 int variant_forward(const RnnExtForward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
                     RnnExtError* error) {
   if (args.variant == RNN_EXT_LAYER_NORM) return norm_forward<T>(args, first_step, last_step, stream, error);
-  switch (args.cell) {
-    RNN_EXT_MASKED_CASE(RNN_EXT_RNN_TANH, RnnTanh, step_forward_cell)
-    RNN_EXT_MASKED_CASE(RNN_EXT_RNN_RELU, RnnRelu, step_forward_cell)
-    RNN_EXT_MASKED_CASE(RNN_EXT_GRU, Gru, step_forward_cell)
-    RNN_EXT_MASKED_CASE(RNN_EXT_LSTM, Lstm, step_forward_cell)
-  }
-  return 1;
+  return for_cell(args.cell, [&](auto cell) {
+    return step_forward_cell<cells::Masked<decltype(cell)>, T>(args, first_step, last_step, stream, error);
+  });
 }
 
 template <class T>
 int variant_backward(const RnnExtBackward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,
                      RnnExtError* error) {
   if (args.variant == RNN_EXT_LAYER_NORM) return norm_backward<T>(args, first_step, last_step, stream, error);
-  switch (args.cell) {
-    RNN_EXT_MASKED_CASE(RNN_EXT_RNN_TANH, RnnTanh, step_backward_cell)
-    RNN_EXT_MASKED_CASE(RNN_EXT_RNN_RELU, RnnRelu, step_backward_cell)
-    RNN_EXT_MASKED_CASE(RNN_EXT_GRU, Gru, step_backward_cell)
-    RNN_EXT_MASKED_CASE(RNN_EXT_LSTM, Lstm, step_backward_cell)
-  }
-  return 1;
+  return for_cell(args.cell, [&](auto cell) {
+    return step_backward_cell<cells::Masked<decltype(cell)>, T>(args, first_step, last_step, stream, error);
+  });
 }
-
-#undef RNN_EXT_MASKED_CASE
 
 template <class T>
 int projected_forward(const RnnExtForward& args, int64_t first_step, int64_t last_step, cudaStream_t stream,

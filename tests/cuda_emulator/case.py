@@ -25,8 +25,9 @@ KERNELS = ("step", "pointwise", "persistent", "tensor", "cluster", "grid")
 # Relative to the largest value of an array (at least 1). The kernels round h (and, backward, the saved gates and the
 # gate gradients) to the storage type at every timestep: some roundings of 2^-9 or 2^-12 add up over a sequence.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-# float32 in `tensor`: the two factors of each product are rounded to TF32, by 2^-11 each, and nothing else is. A sum of
-# such products with random signs is off by far less, and a cell damps what it gets from the timestep before.
+# float32 in these kernels: the two factors of each product are rounded to TF32, by 2^-11 each, and nothing else is. A
+# sum of such products with random signs is off by far less, and a cell damps what it gets from the timestep before.
+TF32_KERNELS = ("tensor", "cluster")
 TF32_TOLERANCE = 2 * 2**-11
 
 
@@ -386,7 +387,7 @@ def errors(
 def tolerance(case: Case, name: str) -> float:
     """What an array may differ by. A sum over rows adds their errors up."""
     scale = (case.length * case.batch) ** 0.5 if name.startswith("dbias_hh") else 1.0
-    tf32 = case.kernel == "tensor" and case.dtype == torch.float32
+    tf32 = case.kernel in TF32_KERNELS and case.dtype == torch.float32
     return (TF32_TOLERANCE if tf32 else TOLERANCE[case.dtype]) * max(1.0, scale)
 
 
