@@ -269,8 +269,8 @@ def test_never_built(package):
 
 def test_built_for_another_torch(package):
     info = package / "_build_info.py"
-    info.write_text(re.sub(r"(?m)^TORCH_VERSION = .*$", "TORCH_VERSION = '2.11.0+cu999'", info.read_text()))
-    assert f"was built for torch 2.11.0+cu999, not for {torch.__version__};" in load_error(package)
+    info.write_text(re.sub(r"(?m)^TORCH_VERSION = .*$", "TORCH_VERSION = '2.5.0+cu999'", info.read_text()))
+    assert f"was built for torch 2.5.0+cu999, not for {torch.__version__};" in load_error(package)
 
 
 def test_library_that_is_no_library(package):
