@@ -148,9 +148,6 @@ def test_cluster_large_sizes(cell: str, hidden: int) -> None:
     check(Case(cell, kernel="cluster", dtype=torch.float16, length=2, batch=2, hidden=hidden, backward=True))
 
 
-CLUSTER_HEADERS = ("cluster_kernels.h", "cluster_backward.h")  # of kernels
-
-
 # The emulated exchange takes its time: all layouts for one cell, for the others those that hold the most.
 @pytest.mark.parametrize(
     "cell, layout",
@@ -449,18 +446,21 @@ def test_seeded_mistake_is_caught(mistake: str) -> None:
     pytest.fail(f"nothing of the kind was reported; the last words: {said[:500]}")
 
 
-# A mutant of the cluster kernels takes one to five minutes to compile: `python -m tests.cuda_emulator.mutate --match
-# cluster` tries those, by hand.
-MUTATED = [name for name in mutate.SOURCES if name not in CLUSTER_HEADERS]
+def mutated(kind: str) -> list[str]:
+    """The headers of which there are such mutants."""
+    every = {source: mutate.mutants(build.CUDA / source) for source in mutate.SOURCES}
+    return [source for source, found in every.items() if any(mutant.kind == kind for mutant in found)]
 
 
-def test_deleted_synchronisations_are_seen() -> None:
-    assert mutate.run("synchronisation", sources=MUTATED) == []
+@pytest.mark.parametrize("source", mutated("synchronisation"))
+def test_deleted_synchronisations_are_seen(source: str) -> None:
+    assert mutate.run("synchronisation", sources=[source]) == []
 
 
 @pytest.mark.slow
-def test_weakened_bounds_are_seen() -> None:
-    assert mutate.run("bound", sources=MUTATED) == []
+@pytest.mark.parametrize("source", mutated("bound"))
+def test_weakened_bounds_are_seen(source: str) -> None:
+    assert mutate.run("bound", sources=[source]) == []
 
 
 # (cell, dtype, length, batch, hidden, directions, projected, backward, device) -> kernel, at every boundary. A device:
