@@ -50,8 +50,6 @@ Executor worthwhile(const Executor& executor, const Sizes& sizes, const Layout& 
   return work < kWorthwhile ? Executor{} : executor;
 }
 
-int gates_of(CellKind cell) { return cell == CellKind::kLstm ? 4 : cell == CellKind::kGru ? 3 : 1; }
-
 }  // namespace
 
 void out_of_memory(size_t bytes) {
@@ -132,11 +130,11 @@ template void random_mask(uint64_t, double, double, double*, int64_t);
 
 template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor) {
-  kernels<S>().forward(args, worthwhile(executor, args.sizes, args.layout, gates_of(args.cell), 1));
+  kernels<S>().forward(args, worthwhile(executor, args.sizes, args.layout, cells::kGatesOf[int(args.cell)], 1));
 }
 template <class S>
 void layer_backward(const BackwardArgs<S>& args, const Executor& executor) {
-  kernels<S>().backward(args, worthwhile(executor, args.sizes, args.layout, gates_of(args.cell), 2));
+  kernels<S>().backward(args, worthwhile(executor, args.sizes, args.layout, cells::kGatesOf[int(args.cell)], 2));
 }
 template void layer_forward(const ForwardArgs<float>&, const Executor&);
 template void layer_forward(const ForwardArgs<double>&, const Executor&);
