@@ -34,10 +34,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 VALUES = {**util.VALUE_TOLERANCE, torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 GRADIENTS = {**util.GRAD_TOLERANCE, torch.float32: 3e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not (CUDA or EMULATED), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.cuda
+if not (CUDA or EMULATED):  # one line of the report, not one for each of more than a thousand tests
+    pytest.skip("every test of this file needs a CUDA device", allow_module_level=True)
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 
 
