@@ -331,6 +331,25 @@ def test_cuda_graph(kernel, options):
 
 
 @needs_gpu
+@pytest.mark.parametrize("hidden, blocks", [(256, 8), (512, 16)])
+def test_explain_asks_this_device_for_clusters(hidden, blocks):
+    """As the launch does: what is said to run does, and what is said to be missing is refused."""
+    module = rnn_ext.LSTM(8, hidden, dtype=torch.bfloat16, device=DEVICE, backend="custom")
+    input = torch.zeros(50, 8, 8, dtype=torch.bfloat16, device=DEVICE)
+    kernel, reason = ops.cuda_kernel("lstm", input.dtype, 50, 8, hidden, device=torch.cuda.current_device())
+    explanation = rnn_ext.explain(module, input)
+    assert explanation.kernel.endswith(kernel) and reason in explanation.reason and "assumed" not in reason
+    missing = f"not by clusters of {blocks} blocks: " in reason
+    assert missing != (kernel == "cluster")
+    with kernels("cluster"), torch.no_grad():
+        if missing:
+            with pytest.raises(RuntimeError, match=f"clusters of {blocks} blocks: "):
+                module(input)
+        else:
+            assert module(input)[0].isfinite().all()
+
+
+@needs_gpu
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_side_stream(kernel):
     """Kernels follow the current stream: here it starts long after the default one."""
