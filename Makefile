@@ -14,15 +14,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+EXTRA = $$(awk '/^$(1) = \[/, /\]$$/' pyproject.toml | sed 's/^$(1) = //' | tr -d '[]",')
 BUILD_FILES := pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
 CXX_FILES = $$(find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench gpu lint format clean
+.PHONY: help demo test bench gpu nvcc lint format clean
 help:
 	@echo "make demo    train both models with torch's kernels and with ours, print the table, write the plots"
 	@echo "make test    run the tests"
 	@echo "make bench   measure against torch.nn and the peers"
 	@echo "make gpu     test and measure the CUDA kernels on this machine's GPU"
+	@echo "make nvcc    install nvcc from Python packages (300 MB), where there is none to compile the CUDA kernels with"
 	@echo "make lint    ruff, clang-format"
 	@echo "make format  mend what the linters can mend"
 	@echo "make clean   remove what was built"
@@ -72,8 +74,12 @@ $(VENV)/.torch:
 
 # The linters alone: nothing needs to be compiled for them. Their versions stand in pyproject.toml.
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
-	$(PIP) $$(sed -n 's/^dev = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+	$(PIP) $(call EXTRA,dev)
 	@touch $@
+
+# Where the system has no nvcc; before anything is built, or the library would be without the CUDA kernels.
+nvcc: $(VENV)/.torch
+	$(BIN)/python rnn_ext/_nvcc.py || $(PIP) $(call EXTRA,nvcc)
 
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.torch $(BUILD_FILES)
 	@echo "Installing rnn_ext[$(patsubst .%,%,$(@F))]"

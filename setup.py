@@ -1,7 +1,7 @@
 """Builds rnn_ext._C: csrc/ops and csrc/cpu with the C++ compiler, csrc/cuda (torch-free) with nvcc alone.
 
 Environment variables:
-    RNN_EXT_BUILD        auto (default: CUDA too where nvcc is found), cpu, or cuda
+    RNN_EXT_BUILD        auto (default: CUDA too where rnn_ext/_nvcc.py finds nvcc), cpu, or cuda
     RNN_EXT_CUDA_ARCHS   compute capabilities for nvcc, "80;90" for instance
     CXX                  C++ compiler
     MAX_JOBS             compilers run at a time (default: one per core)
@@ -10,6 +10,7 @@ Environment variables:
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -22,7 +23,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+NVCC = runpy.run_path(str(ROOT / "rnn_ext" / "_nvcc.py"))
+CXX_FLAGS = ["-O3", "-std=c++20", "-g0", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 CUDA_ARCHS = "80;90"  # 8.6 and 8.9 run the code of 8.0; what comes after 9.0 compiles its PTX when it is loaded
 
@@ -30,13 +32,6 @@ CUDA_ARCHS = "80;90"  # 8.6 and 8.9 run the code of 8.0; what comes after 9.0 co
 def sources(folder: str, pattern: str) -> list[str]:
     """Source files relative to the project, as setuptools wants them, in an order that does not depend on the disk."""
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / folder).glob(pattern))
-
-
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:
-        return shutil.which(str(Path(home, "bin", "nvcc")))
-    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def find_cxx() -> str:
@@ -57,7 +52,7 @@ def choose_cuda(mode: str, cuda_ops: list[str], nvcc: str | None) -> tuple[bool,
     if not cuda_ops:
         missing = "this version of rnn_ext has no CUDA ops"
     elif nvcc is None:
-        missing = "nvcc was not found on the PATH or under CUDA_HOME"
+        missing = f"nvcc was not found under CUDA_HOME or, without that, {NVCC['LOOKED_FOR']}"
     if mode == "cuda" and missing:
         raise SystemExit(f"RNN_EXT_BUILD=cuda cannot be met: {missing}. RNN_EXT_BUILD=cpu builds without.")
     if mode == "cpu":
@@ -87,14 +82,9 @@ def compile_cuda(nvcc: str, files: list[str], folder: Path) -> list[str]:
     return objects
 
 
-def cuda_link_args(nvcc: str, file: str) -> list[str]:
-    # nvcc may be a wrapper anywhere, so it is asked for its library folders. The runtime is linked statically: the
-    # library loads beside a torch of any CUDA version, or none.
-    dry_run = subprocess.run(
-        [nvcc, "--dryrun", "-c", file], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stderr
-    libraries = next((line for line in dry_run.splitlines() if "LIBRARIES=" in line), "")
-    return [*shlex.split(libraries.partition("=")[2]), "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+def cuda_link_args(nvcc: str) -> list[str]:
+    # The runtime is linked statically: the library loads beside a torch of any CUDA version, or none.
+    return [*NVCC["library_folders"](nvcc), "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 
 
 def openmp_link_args(torch_lib: Path) -> list[str]:
@@ -115,7 +105,7 @@ class BuildPy(build_py):
 def main() -> None:
     # csrc/ops/cuda*.cpp binds the CUDA kernels to torch; without it there is nothing that could call them.
     cuda_ops = sources("ops", "cuda*.cpp")
-    with_cuda, cuda_reason = choose_cuda(os.environ.get("RNN_EXT_BUILD") or "auto", cuda_ops, find_nvcc())
+    with_cuda, cuda_reason = choose_cuda(os.environ.get("RNN_EXT_BUILD") or "auto", cuda_ops, NVCC["find_nvcc"]())
     try:
         import ninja  # its program is not on the PATH where the environment is not activated
 
@@ -152,7 +142,7 @@ def main() -> None:
             if with_cuda:
                 files = sources("cuda", "*.cu")
                 self.extensions[0].extra_objects += compile_cuda(cuda_reason, files, Path(self.build_temp, "cuda"))
-                self.extensions[0].extra_link_args += cuda_link_args(cuda_reason, files[0])
+                self.extensions[0].extra_link_args += cuda_link_args(cuda_reason)
             super().build_extensions()
 
         def run(self):

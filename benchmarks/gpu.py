@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnn_ext
 from rnn_ext import ops
+from rnn_ext._nvcc import find_nvcc, library_folders
 
 FOLDER = Path(__file__).parent
 CELLS = ("rnn_tanh", "gru", "lstm")
@@ -185,7 +185,7 @@ def measure(row: Row, clock: Callable[[Callable[[], object]], float], device: st
 
 def micro(console: Console) -> dict[str, float] | None:
     """gpu_micro.cu on this GPU; None, with a line that says why, where it cannot be compiled."""
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    nvcc = find_nvcc()
     if nvcc is None:
         console.print("micro-measurements are left out: nvcc was not found")
         return None
@@ -205,7 +205,8 @@ def compile_micro(nvcc: str, arch: str, program: str) -> list[str]:
     """The command that compiles gpu_micro.cu for a compute capability ("90")."""
     arch += "a" if int(arch) >= 90 else ""
     sources = FOLDER.parent / "csrc"
-    return [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", f"-I{sources}", str(FOLDER / "gpu_micro.cu"), "-o", program]
+    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", f"-I{sources}", *library_folders(nvcc)]
+    return [*command, str(FOLDER / "gpu_micro.cu"), "-o", program]
 
 
 def card() -> dict[str, Any]:

@@ -133,8 +133,7 @@ def _cuda_kernel(module: nn.Module, cell: str, input: Tensor | PackedSequence) -
         else:
             along = 1 if module.batch_first and input.dim() == 3 else 0
             length, batch = input.shape[along], 1 if input.dim() == 2 else input.shape[1 - along]
-    device = torch.cuda.get_device_properties(data.device)
-    options |= {"shared_bytes": device.shared_memory_per_block_optin, "multiprocessors": device.multi_processor_count}
+    options["device"] = data.device.index or 0
     question = (cell, data.dtype, length, batch, module.hidden_size)
     kernel, why = ops.cuda_kernel(*question, **options)
     after, why_after = ops.cuda_kernel(*question, backward=True, **options)

@@ -22,6 +22,7 @@ import torch
 
 import rnn_ext
 from rnn_ext import _loader, backends, ops
+from rnn_ext._nvcc import find_nvcc
 
 CPU_FEATURES = ("sse4_2", "avx", "fma", "f16c", "avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 FEATURES_OF = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f"}}
@@ -76,8 +77,7 @@ def check_compiler() -> Check:
 
 
 def check_nvcc() -> Check:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    nvcc = shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    nvcc = find_nvcc()
     if nvcc is None:
         return Check("nvcc", "none (only building the CUDA kernels needs it)")
     release = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)

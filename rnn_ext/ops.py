@@ -105,17 +105,24 @@ def cuda_kernel(
     projected: bool = False,
     variant: int = 0,
     backward: bool = False,
-    shared_bytes: int,
-    multiprocessors: int,
+    device: int = 0,
+    shared_bytes: int = 0,
+    multiprocessors: int = 0,
 ) -> tuple[str, str]:
     """The CUDA kernel that the dispatch table (csrc/cuda/dispatch.h) has for a layer, one of :data:`CUDA_KERNELS`, and
-    the reason, under torch's present settings for TF32. `variant` as of :func:`variant_of`; `shared_bytes`: the most
-    shared memory a block of the device can have, which stands for its architecture; `multiprocessors`: how many of
-    them it has."""
+    the reason, under torch's present settings for TF32. `variant` as of :func:`variant_of`.
+
+    `device` is asked what a launch on it asks, co-resident clusters included. For one that need not be here tell
+    instead what it has: `shared_bytes`, the most shared memory of a block, which stands for the architecture, and
+    `multiprocessors`; the reason then says what is assumed.
+
+    Raises:
+        RuntimeError: there is no such device to ask.
+    """
     from rnn_ext import _C
 
     which = _CELL_KINDS.index(cell), _CUDA_DTYPES.index(dtype), variant, length, batch, hidden, 1 + bidirectional
-    return _C.cuda_kernel(*which, projected, backward, shared_bytes, multiprocessors)
+    return _C.cuda_kernel(*which, projected, backward, device, shared_bytes, multiprocessors)
 
 
 def force_cuda_kernel(name: str | None) -> None:

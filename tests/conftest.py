@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rnn_ext import ops
+from rnn_ext._nvcc import LOOKED_FOR, find_nvcc
 
 # Derandomized: the same cases each run, so that a red build can be repeated. HYPOTHESIS_PROFILE=explore looks further.
 hypothesis.settings.register_profile(
@@ -30,3 +31,13 @@ def _same_start():
         ops.set_cpu_capability(capability)
     torch.set_grad_enabled(grad_mode)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    """The path of nvcc. A machine may be without one, but CI, which installs what it needs, may not."""
+    found = find_nvcc()
+    if found is None:
+        missing = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        missing(f"nvcc was not found {LOOKED_FOR}")
+    return found

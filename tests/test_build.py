@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rnn_ext
-from rnn_ext import _loader
+from rnn_ext import _loader, _nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(rnn_ext.__file__).parent
@@ -95,15 +95,54 @@ def test_cuda_archs(setup_py, monkeypatch):
     assert f"-gencode=arch=compute_{setup_py.CUDA_ARCHS.split(';')[0]}" in setup_py.cuda_arch_flags()[0]
 
 
+def program(path: Path) -> Path:
+    path.parent.mkdir(parents=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return path
+
+
 def test_find_nvcc_looks_under_cuda_home_first(setup_py, monkeypatch, tmp_path):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\n")
-    nvcc.chmod(0o755)
+    assert setup_py.NVCC["find_nvcc"].__doc__ == _nvcc.find_nvcc.__doc__  # one place for all who look
+    nvcc = program(tmp_path / "bin" / "nvcc")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert setup_py.find_nvcc() == str(nvcc)
+    assert _nvcc.find_nvcc() == str(nvcc)
     nvcc.unlink()
-    assert setup_py.find_nvcc() is None
+    assert _nvcc.find_nvcc() is None
+
+
+def test_find_nvcc_among_the_packages_where_the_system_has_none(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    which = shutil.which
+    monkeypatch.setattr(_nvcc.shutil, "which", lambda name: which(name) if str(tmp_path) in name else None)
+    assert _nvcc.find_nvcc() is None
+    hidden = program(tmp_path / "hidden" / "nvidia" / "cu13" / "bin" / "nvcc")  # from an isolated build
+    monkeypatch.setattr(_nvcc.sysconfig, "get_path", lambda _: str(tmp_path / "hidden"))
+    assert _nvcc.find_nvcc() == str(hidden)
+    importable = program(tmp_path / "importable" / "nvidia" / "cu13" / "bin" / "nvcc")
+    monkeypatch.syspath_prepend(tmp_path / "importable")
+    assert _nvcc.find_nvcc() == str(importable)
+    monkeypatch.setattr(_nvcc.shutil, "which", lambda name: f"/system/{name}")
+    assert _nvcc.find_nvcc() == "/system/nvcc"
+
+
+@pytest.mark.parametrize(("ci", "said"), [("true", "1 error"), ("", "1 skipped")])
+def test_a_missing_nvcc_fails_in_ci_alone(ci, said, tmp_path):
+    environ = {**os.environ, "CUDA_HOME": str(tmp_path), "CI": ci}
+    test = "tests/test_cuda_compile.py::test_ptx_of_features_no_kernel_uses_yet"
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", test]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert said in done.stdout and "nvcc was not found" in done.stdout, done.stdout
+
+
+def test_link_folders_are_nvccs_own(monkeypatch):
+    """A toolkit has its libraries in lib64, Python packages have them in lib; nvcc names the former in both."""
+    words = '#$ LIBRARIES=  "-L/a b/lib64/stubs" "-L/a b/lib64"\n'
+    monkeypatch.setattr(
+        _nvcc.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout="", stderr=words)
+    )
+    assert _nvcc.library_folders("nvcc") == ["-L/a b/lib64/stubs", "-L/a b/lib64", "-L/a b/lib"]
 
 
 def test_find_cxx(setup_py, monkeypatch, tmp_path):
@@ -230,8 +269,8 @@ def test_never_built(package):
 
 def test_built_for_another_torch(package):
     info = package / "_build_info.py"
-    info.write_text(re.sub(r"(?m)^TORCH_VERSION = .*$", "TORCH_VERSION = '2.11.0+cu999'", info.read_text()))
-    assert f"was built for torch 2.11.0+cu999, not for {torch.__version__};" in load_error(package)
+    info.write_text(re.sub(r"(?m)^TORCH_VERSION = .*$", "TORCH_VERSION = '2.5.0+cu999'", info.read_text()))
+    assert f"was built for torch 2.5.0+cu999, not for {torch.__version__};" in load_error(package)
 
 
 def test_library_that_is_no_library(package):

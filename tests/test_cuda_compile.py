@@ -25,15 +25,12 @@ from tests.cuda_emulator.build import CUDA, HERE, ROOT, kernel_sources
 TABLE = ROOT / "benchmarks" / "results" / "cuda_resources.json"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 UPDATE = "RNN_EXT_UPDATE_RESOURCES"
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 Resources = dict[str, dict[str, int]]  # kernel -> {"registers": .., "shared_bytes": ..}
 
 
-def nvcc_version() -> str:
-    text = subprocess.run([str(NVCC), "--version"], capture_output=True, text=True, check=True).stdout
+def nvcc_version(nvcc: str) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"V(\d+\.\d+\.\d+)", text)
     assert found, text
     return found[1]
@@ -64,9 +61,8 @@ def read_report(report: str) -> Resources:
     return kernels
 
 
-def compile_source(job: tuple[Path, str, Path]) -> subprocess.CompletedProcess[str]:
-    source, arch, folder = job
-    command = [str(NVCC), "-std=c++17", f"-arch={arch}", "-I", str(CUDA.parent), "-c", str(source)]
+def compile_source(nvcc: str, source: Path, arch: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [nvcc, "-std=c++17", f"-arch={arch}", "-I", str(CUDA.parent), "-c", str(source)]
     gates = ["-Werror", "all-warnings", "-Xptxas", "-v,--warn-on-spills,--warning-as-error"]
     return subprocess.run(
         [*command, *gates, "-o", str(folder / f"{source.stem}-{arch}.o")], capture_output=True, text=True
@@ -74,7 +70,7 @@ def compile_source(job: tuple[Path, str, Path]) -> subprocess.CompletedProcess[s
 
 
 @pytest.fixture(scope="module")
-def report_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[int, str]]:
+def report_of(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[int, str]]:
     """Compiles a source for an architecture, once for all test processes: return code and what was printed."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -85,7 +81,7 @@ def report_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
     def report(source: str, arch: str) -> tuple[int, str]:
         known = folder / f"{source}-{arch}.json"
         if not known.exists():
-            result = compile_source((CUDA / source, arch, folder))
+            result = compile_source(nvcc, CUDA / source, arch, folder)
             mine = known.with_suffix(f".{os.getpid()}")
             mine.write_text(json.dumps([result.returncode, result.stdout + result.stderr]))
             mine.replace(known)
@@ -101,12 +97,12 @@ def test_compiles_without_spills(report_of: Callable[[str, str], tuple[int, str]
     assert code == 0, text
 
 
-def test_ptx_of_features_no_kernel_uses_yet(tmp_path: Path) -> None:
-    result = compile_source((HERE / "good_kernels.cu", "sm_90a", tmp_path))
+def test_ptx_of_features_no_kernel_uses_yet(nvcc: str, tmp_path: Path) -> None:
+    result = compile_source(nvcc, HERE / "good_kernels.cu", "sm_90a", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_resources(report_of: Callable[[str, str], tuple[int, str]]) -> None:
+def test_resources(nvcc: str, report_of: Callable[[str, str], tuple[int, str]]) -> None:
     found: dict[str, dict[str, Resources]] = {}
     jobs = sorted((path.name, arch) for path in kernel_sources() for arch in ARCHITECTURES)
     with ThreadPoolExecutor(2) as pool:
@@ -114,7 +110,7 @@ def test_resources(report_of: Callable[[str, str], tuple[int, str]]) -> None:
     for (source, arch), (_, text) in zip(jobs, reports, strict=True):
         for kernel, numbers in read_report(text).items():
             found.setdefault(source, {}).setdefault(kernel, {})[arch] = numbers  # type: ignore[index]
-    version = nvcc_version()
+    version = nvcc_version(nvcc)
     if os.environ.get(UPDATE):
         TABLE.parent.mkdir(parents=True, exist_ok=True)
         TABLE.write_text(json.dumps({"nvcc": version, "kernels": found}, indent=1, sort_keys=True) + "\n")

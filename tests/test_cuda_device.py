@@ -34,10 +34,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 VALUES = {**util.VALUE_TOLERANCE, torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 GRADIENTS = {**util.GRAD_TOLERANCE, torch.float32: 3e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not (CUDA or EMULATED), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.cuda
+if not (CUDA or EMULATED):  # one line of the report, not one for each of more than a thousand tests
+    pytest.skip("every test of this file needs a CUDA device", allow_module_level=True)
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 
 
@@ -330,6 +329,25 @@ def test_cuda_graph(kernel, options):
         expected = step()
     for actual, want in zip(captured, expected, strict=True):
         torch.testing.assert_close(actual, want, rtol=1e-5, atol=1e-6)
+
+
+@needs_gpu
+@pytest.mark.parametrize("hidden, blocks", [(256, 8), (512, 16)])
+def test_explain_asks_this_device_for_clusters(hidden, blocks):
+    """As the launch does: what is said to run does, and what is said to be missing is refused."""
+    module = rnn_ext.LSTM(8, hidden, dtype=torch.bfloat16, device=DEVICE, backend="custom")
+    input = torch.zeros(50, 8, 8, dtype=torch.bfloat16, device=DEVICE)
+    kernel, reason = ops.cuda_kernel("lstm", input.dtype, 50, 8, hidden, device=torch.cuda.current_device())
+    explanation = rnn_ext.explain(module, input)
+    assert explanation.kernel.endswith(kernel) and reason in explanation.reason and "assumed" not in reason
+    missing = f"not by clusters of {blocks} blocks: " in reason
+    assert missing != (kernel == "cluster")
+    with kernels("cluster"), torch.no_grad():
+        if missing:
+            with pytest.raises(RuntimeError, match=f"clusters of {blocks} blocks: "):
+                module(input)
+        else:
+            assert module(input)[0].isfinite().all()
 
 
 @needs_gpu

@@ -155,9 +155,6 @@ def test_cluster_large_sizes(cell: str, dtype: torch.dtype, hidden: int) -> None
     check(Case(cell, kernel="cluster", dtype=dtype, length=2, batch=2, hidden=hidden, backward=True))
 
 
-CLUSTER_HEADERS = ("cluster_kernels.h", "cluster_backward.h")  # of kernels
-
-
 # The emulated exchange takes its time: all layouts for one cell, for the others those that hold the most.
 @pytest.mark.parametrize(
     "cell, layout",
@@ -474,18 +471,21 @@ def test_seeded_mistake_is_caught(mistake: str) -> None:
     pytest.fail(f"nothing of the kind was reported; the last words: {said[:500]}")
 
 
-# A mutant of the cluster kernels takes one to five minutes to compile: `python -m tests.cuda_emulator.mutate --match
-# cluster` tries those, by hand.
-MUTATED = [name for name in mutate.SOURCES if name not in CLUSTER_HEADERS]
+def mutated(kind: str) -> list[str]:
+    """The headers of which there are such mutants."""
+    every = {source: mutate.mutants(build.CUDA / source) for source in mutate.SOURCES}
+    return [source for source, found in every.items() if any(mutant.kind == kind for mutant in found)]
 
 
-def test_deleted_synchronisations_are_seen() -> None:
-    assert mutate.run("synchronisation", sources=MUTATED) == []
+@pytest.mark.parametrize("source", mutated("synchronisation"))
+def test_deleted_synchronisations_are_seen(source: str) -> None:
+    assert mutate.run("synchronisation", sources=[source]) == []
 
 
 @pytest.mark.slow
-def test_weakened_bounds_are_seen() -> None:
-    assert mutate.run("bound", sources=MUTATED) == []
+@pytest.mark.parametrize("source", mutated("bound"))
+def test_weakened_bounds_are_seen(source: str) -> None:
+    assert mutate.run("bound", sources=[source]) == []
 
 
 # (cell, dtype, length, batch, hidden, directions, projected, backward, device) -> kernel, at every boundary. A device:
@@ -577,18 +577,53 @@ DISPATCH_NORMED = [
 ]
 
 
+def choices(rows: list[tuple], variant: int = 0, allow_tf32: bool = False) -> list[str]:
+    """What the table has for each row, "kernel: reason"."""
+    program = build.build([*build.kernel_sources(), build.HERE / "dispatch_table.cpp"])
+    lines = []
+    for cell, dtype, length, batch, hidden, directions, projected, backward, device, *_ in rows:
+        numbers = [CELLS.index(cell), DTYPES.index(dtype), variant, length, batch, hidden, directions]
+        numbers += [projected, backward, allow_tf32, *device]
+        lines.append(" ".join(str(int(number)) for number in numbers))
+    result = subprocess.run([str(program)], input="\n".join(lines), capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()
+
+
 @pytest.mark.parametrize(
     "rows, variant, allow_tf32",
     [(DISPATCH, 0, False), (DISPATCH_TF32, 0, True), (DISPATCH_MASKED, 1, True), (DISPATCH_NORMED, 2, True)],
 )
 def test_dispatch_boundaries(rows: list[tuple], variant: int, allow_tf32: bool) -> None:
-    program = build.build([*build.kernel_sources(), build.HERE / "dispatch_table.cpp"])
-    lines = []
-    for cell, dtype, length, batch, hidden, directions, projected, backward, device, _ in rows:
-        numbers = [CELLS.index(cell), DTYPES.index(dtype), variant, length, batch, hidden, directions]
-        numbers += [projected, backward, allow_tf32, *device]
-        lines.append(" ".join(str(int(number)) for number in numbers))
-    result = subprocess.run([str(program)], input="\n".join(lines), capture_output=True, text=True, check=True)
-    answers = result.stdout.splitlines()
+    answers = choices(rows, variant, allow_tf32)
     assert [answer.split(":")[0] for answer in answers] == [row[-1] for row in rows]
     assert all(len(answer.split(": ", 1)[1]) > 20 for answer in answers), "every choice says why"
+
+
+def test_dispatch_asks_the_device_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device may have clusters of 8 blocks and none of 16, or none at all: another kernel, and it is said why."""
+    here = (0, 0)
+    rows = [
+        ("lstm", torch.bfloat16, 100, 8, hidden, 1, False, backward, here)
+        for hidden, backward in ((384, False), (512, False), (512, True))
+    ]
+    rows += [("lstm", torch.bfloat16, 2, 8, 512, 1, False, False, here)]  # too short for `grid`
+    rows += [("lstm", torch.float32, 100, 8, 512, 1, False, False, here)]  # no clusters anywhere
+    monkeypatch.setenv("EMU_MULTIPROCESSORS", "132")
+    asked = choices(rows)
+    assert [answer.split(":")[0] for answer in asked] == ["cluster", "cluster", "cluster", "cluster", "grid"]
+    assert not any("clusters of" in answer or "assumed" in answer for answer in asked)
+    assert choices([(*rows[1][:-1], H100)])[0].endswith("assumed, since none is here to be asked")
+    assert "cluster" not in choices([(*rows[1][:-1], A100)])[0]
+
+    monkeypatch.setenv("EMU_CLUSTER", "8")
+    answers = choices(rows)
+    assert [answer.split(":")[0] for answer in answers] == ["cluster", "grid", "grid", "step", "grid"]
+    assert all(
+        answer.endswith("; not by clusters of 16 blocks: this GPU cannot hold one of them") for answer in answers[1:4]
+    )
+    assert answers[0] == asked[0] and answers[4] == asked[4]
+
+    monkeypatch.setenv("EMU_ARCH", "80")
+    answers = choices(rows)
+    assert [answer.split(":")[0] for answer in answers][3] == "step"
+    assert "not by clusters of 8 blocks: this GPU has no thread-block clusters" in answers[0]

@@ -585,7 +585,7 @@ def test_fake_kernel_keeps_as_much_as_the_real_one(cell, proj, dtype):
 
 @with_cuda
 def test_choices_are_those_of_the_table():
-    h100 = {"shared_bytes": 227 * 1024, "multiprocessors": 132}
+    h100 = util.H100
     assert ops.cuda_kernel("lstm", torch.float32, 50, 8, 64, **h100)[0] == "persistent"
     assert ops.cuda_kernel("gru", torch.float32, 1, 8, 300, **h100)[0] == "step"
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -600,8 +600,12 @@ def test_choices_are_those_of_the_table():
     assert kernel == "grid" and "exchange" in reason
     kernel, reason = ops.cuda_kernel("gru", torch.float16, 50, 400, 512, bidirectional=True, **h100)
     assert kernel == "pointwise" and "GEMM" in reason
-    assert ops.cuda_kernel("gru", torch.float16, 50, 64, 512, bidirectional=True, **h100)[0] == "cluster"
+    kernel, reason = ops.cuda_kernel("gru", torch.float16, 50, 64, 512, bidirectional=True, **h100)
+    assert kernel == "cluster" and "is assumed, since none is here to be asked" in reason
     assert ops.cuda_kernel("lstm", torch.float32, 50, 8, 64, projected=True, **h100)[0] == "pointwise"
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError):  # nothing to ask, and nothing is assumed unasked
+            ops.cuda_kernel("lstm", torch.float32, 50, 8, 64)
     names = "step, pointwise, persistent, tensor, cluster, grid or None"
     with pytest.raises(ValueError, match=f"unknown CUDA kernel 'fast': expected {names}"):
         ops.force_cuda_kernel("fast")
@@ -610,13 +614,8 @@ def test_choices_are_those_of_the_table():
 @with_cuda
 def test_explain_on_a_gpu(monkeypatch):
     """With a GPU that is only said to be there."""
-
-    class Properties:
-        shared_memory_per_block_optin = 227 * 1024
-        multi_processor_count = 132
-
-    monkeypatch.setattr(ops, "cuda_problem", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    gpu = dict(util.H100)
+    util.pretend_gpu(monkeypatch, gpu)
     module = rnn_ext.GRU(4, 300, bidirectional=True, batch_first=True, backend="custom")
     with FakeTensorMode():
         few, many, long = (torch.empty(*size, 4, device="cuda") for size in ((8, 3), (64, 3), (8, 50)))
@@ -639,7 +638,7 @@ def test_explain_on_a_gpu(monkeypatch):
         with FakeTensorMode():
             input = torch.empty(size, device="cuda")
         assert rnn_ext.explain(cell, input).kernel == f"rnn_ext::layer gru, cuda {kernel}"
-    Properties.shared_memory_per_block_optin = 163 * 1024  # backward needs more than forward
+    gpu["shared_bytes"] = 163 * 1024  # backward needs more than forward
     explanation = rnn_ext.explain(rnn_ext.GRU(4, 112, backend="custom"), few)
     assert explanation.kernel == "rnn_ext::layer gru, cuda persistent" and "; backward by grid: " in explanation.reason
 

@@ -255,7 +255,7 @@ def test_fake_kernel_keeps_as_much_as_the_real_one(cell, name, proj):
 
 @with_cuda
 def test_choices_are_those_of_the_table():
-    few = {"shared_bytes": 227 * 1024, "multiprocessors": 132, "variant": 1}
+    few = util.H100 | {"variant": 1}
     assert ops.cuda_kernel("lstm", torch.bfloat16, 100, 8, 64, **few)[0] == "step"
     assert ops.cuda_kernel("lstm", torch.float32, 100, 64, 512, **few)[0] == "pointwise"
     kernel, reason = ops.cuda_kernel("lstm", torch.float32, 100, 8, 64, **few | {"variant": 2})
@@ -265,13 +265,7 @@ def test_choices_are_those_of_the_table():
 @with_cuda
 def test_explain_on_a_gpu(monkeypatch):
     """auto runs on ours what torch lacks, on a GPU too. With a GPU that is only said to be there."""
-
-    class Properties:
-        shared_memory_per_block_optin = 227 * 1024
-        multi_processor_count = 132
-
-    monkeypatch.setattr(ops, "cuda_problem", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    util.pretend_gpu(monkeypatch, util.H100)
     with FakeTensorMode():
         input = torch.empty(3, 8, 4, device="cuda")
     module = rnn_ext.LSTM(4, 64, recurrent_dropout=0.1)

@@ -21,7 +21,6 @@ from rnn_ext import ops
 from tests.cuda_emulator.torch_layer import emulated
 
 ROOT = Path(__file__).resolve().parent.parent
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 needs_emulator = pytest.mark.skipif(
     not (shutil.which("g++") and ops.is_available()), reason="needs g++ and the library"
 )
@@ -184,11 +183,10 @@ def test_bad_arguments(gpu, arguments, capsys):
     assert "usage: benchmarks/gpu.py" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("arch", ["80", "90"])
-def test_micro_measurements_compile(gpu, arch, tmp_path):
+def test_micro_measurements_compile(gpu, nvcc, arch, tmp_path):
     program = tmp_path / "gpu_micro"
-    command = gpu.compile_micro(NVCC, arch, str(program))
+    command = gpu.compile_micro(nvcc, arch, str(program))
     done = subprocess.run([*command, "-Werror", "all-warnings"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     if not torch.cuda.is_available():

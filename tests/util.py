@@ -12,6 +12,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ SIZES = (1, 7, 33, 65, 129)
 PRIMES = (2, 3, 5, 11, 13)
 NORMS = ("weight_norm_ih", "weight_norm_hh", "weight_norm_c", "bias_norm_c")
 Masks = list[Tensor | None]  # as the op has them
+H100 = {"shared_bytes": 227 * 1024, "multiprocessors": 132}  # for ops.cuda_kernel, of a GPU that need not be here
 
 # Largest |actual - expected|, relative to the larger of 1 and the largest expected value.
 #   float64   rounding of sums of some hundred products, carried over some ten timesteps: about 1e-14
@@ -32,6 +34,13 @@ Masks = list[Tensor | None]  # as the op has them
 VALUE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 # The same for gradients, relative to the largest entry of that gradient: sums over N * L products.
 GRAD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, gpu: dict[str, int]) -> None:
+    """For `explain`: there is such a GPU, and the dispatch table is asked about one like it."""
+    choose = ops.cuda_kernel
+    monkeypatch.setattr(ops, "cuda_problem", lambda device: None)
+    monkeypatch.setattr(ops, "cuda_kernel", lambda *args, device, **options: choose(*args, **options, **gpu))
 
 
 @dataclasses.dataclass(frozen=True)

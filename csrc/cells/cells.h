@@ -22,3 +22,12 @@ constexpr int saved_planes() {
   X(RnnRelu)                     \
   X(Gru)                         \
   X(Lstm)
+
+namespace rnn_ext::cells {
+
+/// G of each cell of the list, whose order is that of every enumeration of cells.
+#define RNN_EXT_GATES(Cell) Cell::kGates,
+inline constexpr int kGatesOf[] = {RNN_EXT_FOR_EACH_CELL(RNN_EXT_GATES)};
+#undef RNN_EXT_GATES
+
+}  // namespace rnn_ext::cells

@@ -42,15 +42,13 @@ const Level* best() {
 
 const Level* current = best();
 
-int gates_of(CellKind cell) { return cell == CellKind::kLstm ? 4 : cell == CellKind::kGru ? 3 : 1; }
-
 /// Threads beyond the first cost waking them, some 50 us if they sleep: below this many multiply-adds of the forward
 /// pass, 0.1 ms, one thread is as fast. (Measured with two threads, 8 ms between calls: about even at 4e6, 1.2 to 1.6
 /// times as fast at 8e6.)
 constexpr double kWorthwhile = 5e6;
 
 double multiply_adds(CellKind cell, const Sizes& sizes, const Layout& layout) {
-  return double(layout.rows) * sizes.directions * gates_of(cell) * double(sizes.hidden) *
+  return double(layout.rows) * sizes.directions * cells::kGatesOf[int(cell)] * double(sizes.hidden) *
          double(sizes.input + sizes.output());
 }
 
@@ -147,7 +145,7 @@ int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_
 bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, const Executor& executor) {
   if (layers < 2 || sizes.directions > 1 || executor.threads < 2 || !executor.run_team || !uses_packed_weights(layout))
     return false;
-  const int gates = gates_of(cell);
+  const int gates = cells::kGatesOf[int(cell)];
   if (count_slices(layout, sizes, gates, sizeof(float), executor) > 1) return false;  // these need not wait
   const double work = multiply_adds(cell, sizes, layout) * double(layers);
   if (work < kWorthwhile) return false;

@@ -195,8 +195,7 @@ struct GridProduct<float> {
           }
         }
         reduce_to_own_sum<16>(part, lane);
-        const int j = tile + lane / kGridRows;
-        if (j >= rows) continue;
+        const int j = tile + lane / kGridRows;  // past the rows lies the padding of grid_pitch
         float& sum = sums[lane % kGridRows * static_cast<int>(grid_pitch(rows)) + j];
         sum = (begins ? 0.f : sum) + part[0];
       }

@@ -1,4 +1,5 @@
 // The C entries of launch.h: check what a kernel relies on, then go to the storage type's launcher.
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <limits>
@@ -315,20 +316,48 @@ extern "C" int rnn_ext_cuda_persistent_fits(RnnExtCell cell, RnnExtDtype dtype, 
   return needed <= shared_bytes;
 }
 
+namespace {
+
+// Null, or why the current device cannot run this cell's clusters.
+const char* missing_on_this_device(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, bool backward) {
+  const auto missing = dtype == RNN_EXT_FLOAT32    ? cluster_missing<float>
+                       : dtype == RNN_EXT_BFLOAT16 ? cluster_missing<bfloat16>
+                                                   : cluster_missing<float16>;
+  return missing(cell, hidden, backward);
+}
+
+Question completed(const RnnExtQuestion& question) {
+  Question complete{question, question.shared_bytes <= 0};
+  if (complete.this_device) complete.shared_bytes = shared_bytes_per_block();
+  if (complete.multiprocessors <= 0) complete.multiprocessors = multiprocessors();
+  return complete;
+}
+
+}  // namespace
+
 extern "C" int rnn_ext_cuda_cluster_fits(RnnExtCell cell, RnnExtDtype dtype, int64_t hidden, int32_t backward,
                                          int64_t shared_bytes) {
   if (hidden < 1 || hidden > max_cluster_hidden(cell, dtype)) return 0;
   if (shared_bytes > 0) return shared_bytes >= kSharedBytesWithClusters;
-  const auto missing = dtype == RNN_EXT_FLOAT32    ? cluster_missing<float>
-                       : dtype == RNN_EXT_BFLOAT16 ? cluster_missing<bfloat16>
-                                                   : cluster_missing<float16>;
-  return missing(cell, hidden, backward != 0) == nullptr;
+  return missing_on_this_device(cell, dtype, hidden, backward != 0) == nullptr;
 }
 
 extern "C" RnnExtChoice rnn_ext_cuda_choose(const RnnExtQuestion* question) {
-  Question complete{*question, question->shared_bytes <= 0};
-  if (complete.this_device) complete.shared_bytes = shared_bytes_per_block();
-  if (complete.multiprocessors <= 0) complete.multiprocessors = multiprocessors();
-  const DispatchRow& row = dispatch(complete);
+  const DispatchRow& row = dispatch(completed(*question));
   return {row.kernel, row.reason};
+}
+
+extern "C" int rnn_ext_cuda_cluster_remark(const RnnExtQuestion* question, RnnExtError* remark) {
+  const Question asked = completed(*question);
+  Question elsewhere = asked;  // the same GPU, with clusters of any size
+  elsewhere.this_device = false;
+  elsewhere.shared_bytes = std::max(asked.shared_bytes, kSharedBytesWithClusters);
+  const bool taken = dispatch(asked).kernel == RNN_EXT_KERNEL_CLUSTER;
+  if (asked.this_device == taken || dispatch(elsewhere).kernel != RNN_EXT_KERNEL_CLUSTER) return 0;
+  if (taken) {
+    return refuse(remark, "that the device can hold such clusters is assumed, since none is here to be asked");
+  }
+  const char* missing = missing_on_this_device(asked.cell, asked.dtype, asked.hidden, asked.backward != 0);
+  return refuse(remark, "not by clusters of %d blocks: %s",
+                cluster_blocks(gates_of(asked.cell), value_bytes_of(asked.dtype), asked.hidden), missing);
 }

@@ -213,6 +213,9 @@ typedef struct RnnExtQuestion {
   int64_t shared_bytes, multiprocessors;
 } RnnExtQuestion;
 RnnExtChoice rnn_ext_cuda_choose(const RnnExtQuestion* question);
+// 1 if more is to be said of clusters, which is then in `remark`, else 0: the current device, which was asked, cannot
+// hold those that the table would have taken; or one that was not asked is assumed to hold those that it takes.
+int rnn_ext_cuda_cluster_remark(const RnnExtQuestion* question, RnnExtError* remark);
 
 #ifdef __cplusplus
 }

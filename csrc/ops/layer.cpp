@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "cells/cells.h"
+
 namespace rnn_ext::ops {
 
 #ifndef RNN_EXT_EMULATED  // tests/cuda_emulator wants the checks only: the library it is loaded beside has the schemas
@@ -41,11 +43,16 @@ TORCH_LIBRARY(rnn_ext, m) {
 }
 #endif
 
+template <class Cell>
+static CellInfo info_of(cpu::CellKind kind) {
+  return {kind, Cell::kGates, Cell::kHasCell};
+}
+
 CellInfo cell_info(std::string_view name) {
-  if (name == "lstm") return {cpu::CellKind::kLstm, 4, true};
-  if (name == "gru") return {cpu::CellKind::kGru, 3, false};
-  if (name == "rnn_tanh") return {cpu::CellKind::kRnnTanh, 1, false};
-  if (name == "rnn_relu") return {cpu::CellKind::kRnnRelu, 1, false};
+  if (name == "lstm") return info_of<cells::Lstm>(cpu::CellKind::kLstm);
+  if (name == "gru") return info_of<cells::Gru>(cpu::CellKind::kGru);
+  if (name == "rnn_tanh") return info_of<cells::RnnTanh>(cpu::CellKind::kRnnTanh);
+  if (name == "rnn_relu") return info_of<cells::RnnRelu>(cpu::CellKind::kRnnRelu);
   TORCH_CHECK_VALUE(false, "unknown cell '", std::string(name), "': expected rnn_tanh, rnn_relu, gru or lstm");
 }
 

@@ -1,4 +1,5 @@
 // The Python module rnn_ext._C: importing it registers the ops.
+#include <c10/core/DeviceGuard.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -84,7 +85,7 @@ std::optional<std::string> cuda_problem(int device) {
 
 std::pair<std::string, std::string> cuda_kernel(int cell, int dtype, int variant, int64_t length, int64_t batch,
                                                 int64_t hidden, int directions, bool projected, bool backward,
-                                                int64_t shared_bytes, int64_t multiprocessors) {
+                                                int device, int64_t shared_bytes, int64_t multiprocessors) {
   const RnnExtQuestion question{RnnExtCell(cell),
                                 RnnExtDtype(dtype),
                                 RnnExtVariant(variant),
@@ -97,8 +98,17 @@ std::pair<std::string, std::string> cuda_kernel(int cell, int dtype, int variant
                                 rnn_ext::ops::allows_tf32(),
                                 shared_bytes,
                                 multiprocessors};
+  std::optional<c10::DeviceGuard> guard;
+  RnnExtError error{};
+  if (shared_bytes <= 0) {
+    guard.emplace(c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(device)));
+    // The kernels' CUDA runtime is linked statically and has an idea of its own of the current device.
+    rnn_ext::ops::check_launch(rnn_ext_cuda_set_device(device, &error), error);
+  }
   const RnnExtChoice choice = rnn_ext_cuda_choose(&question);
-  return {rnn_ext::ops::kernel_name(choice.kernel), choice.reason};
+  std::string reason = choice.reason;
+  if (rnn_ext_cuda_cluster_remark(&question, &error)) reason.append("; ").append(error.message);
+  return {rnn_ext::ops::kernel_name(choice.kernel), reason};
 }
 #else
 constexpr bool kWithCuda = false;
@@ -130,7 +140,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_saved_bytes", &cuda_saved_bytes, "saved_values on CUDA, in bytes, and those of a row besides.");
 #ifdef RNN_EXT_WITH_CUDA
   m.def("cuda_problem", &cuda_problem, "Why the CUDA kernels cannot run on this device, or None.");
-  m.def("cuda_kernel", &cuda_kernel, "The kernel meant for a layer, and why; see csrc/cuda/dispatch.h.");
+  m.def("cuda_kernel", torch::wrap_pybind_function(&cuda_kernel),
+        "The kernel meant for a layer, and why; see csrc/cuda/dispatch.h.");
   m.def("force_cuda_kernel", &rnn_ext::ops::force_cuda_kernel,
         "Run this kernel whatever the table says (names: cuda_layer.cpp); \"\" is the table. False for another name.");
 #endif

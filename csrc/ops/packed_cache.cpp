@@ -4,6 +4,8 @@
 #include <mutex>
 #include <vector>
 
+#include "cells/cells.h"
+
 namespace rnn_ext::ops {
 namespace {
 
@@ -38,7 +40,7 @@ Entry* find(const Key& key) {
 
 template <class S>
 cpu::Digest digest_of(cpu::CellKind cell, const cpu::Sizes& sizes, const cpu::Weights<const S>& w) {
-  const int64_t rows = (cell == cpu::CellKind::kLstm ? 4 : cell == cpu::CellKind::kGru ? 3 : 1) * sizes.hidden;
+  const int64_t rows = cells::kGatesOf[int(cell)] * sizes.hidden;
   cpu::Digest digest;
   const auto add = [&](const S* data, int64_t size) {
     if (data) cpu::add_to_digest(&digest, data, size_t(size) * sizeof(S));

@@ -1,5 +1,5 @@
-// Prints what csrc/cuda/dispatch.h chooses: a line "kernel: reason" for every line of numbers on standard input, the
-// members of RnnExtQuestion in their order.
+// Prints what csrc/cuda/dispatch.h chooses: a line "kernel: reason", and what there is to remark, for every line of
+// numbers on standard input, the members of RnnExtQuestion in their order.
 #include <iostream>
 
 #include "cuda/launch.h"
@@ -19,6 +19,9 @@ int main() {
          read(q.directions) && read(q.projected) && read(q.backward) && read(q.allow_tf32) && read(q.shared_bytes) &&
          read(q.multiprocessors)) {
     const RnnExtChoice choice = rnn_ext_cuda_choose(&q);
-    std::cout << names[choice.kernel] << ": " << choice.reason << '\n';
+    RnnExtError remark{};
+    std::cout << names[choice.kernel] << ": " << choice.reason;
+    if (rnn_ext_cuda_cluster_remark(&q, &remark)) std::cout << "; " << remark.message;
+    std::cout << '\n';
   }
 }
