@@ -10,12 +10,12 @@ inline constexpr int kFewColumns = 4, kFewBlocks = 4;  // K = 64 units, 16 of ea
 template <class Cell>
 ClusterKernel<ForwardPointers<bfloat16>> few_forward() {
   return {&cluster_forward_kernel<Cell, bfloat16, kFewColumns, kFewBlocks>, kFewBlocks,
-          ClusterShape<Cell, kFewColumns, kFewBlocks>::kThreads};
+          ClusterShape<Cell, bfloat16, kFewColumns, kFewBlocks>::kThreads};
 }
 template <class Cell>
 ClusterKernel<BackwardPointers<bfloat16>> few_backward() {
   return {&cluster_backward_kernel<Cell, bfloat16, kFewColumns, kFewBlocks>, kFewBlocks,
-          ClusterBackwardShape<Cell, kFewColumns, kFewBlocks>::kThreads};
+          ClusterBackwardShape<Cell, bfloat16, kFewColumns, kFewBlocks>::kThreads};
 }
 
 template <>
