@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import itertools
 import math
 import os
 import shlex
@@ -112,15 +113,20 @@ def call_seconds(training: bool, seconds: float) -> float:
     """The shortest call of :class:`OneOp`, with its backward pass where `training`."""
     module = OneOp()
     input, grad = torch.ones(1, requires_grad=training), torch.ones(1)
-    times: list[float] = []
+    best, end = float("inf"), 0.0
     with torch.inference_mode(not training):
-        while len(times) < 100 or sum(times[1:]) < seconds:  # the first starts autograd's threads
+        for count in itertools.count():
             start = time.perf_counter()
             output = module(input)
             if training:
                 torch.autograd.grad(output, (input, module.weight), grad)
-            times.append(time.perf_counter() - start)
-    return min(times)
+            now = time.perf_counter()
+            best = min(best, now - start)
+            if count == 0:  # which starts autograd's threads
+                end = now + seconds
+            elif count >= 100 and now > end:
+                return best
+    raise AssertionError
 
 
 def _measure_with_torch(sizes: list[int], each: float, data: torch.Tensor) -> dict[str, Any]:

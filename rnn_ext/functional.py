@@ -437,7 +437,10 @@ def _custom(
     cell_states: bool,
     extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One op for each layer. States are in torch's order: layer 0 forward, layer 0 reverse, layer 1 forward, ..."""
+    """One op for each layer, or one call for a stack without dropout and extras.
+
+    States are in torch's order: layer 0 forward, layer 0 reverse, layer 1 forward, ...
+    """
     call = (cell, batch_sizes, lengths, resets, bidirectional, batch_first)
 
     def extra(input: Tensor, h_0: Tensor | None, weights: Sequence[Tensor]) -> tuple[Sequence[Tensor | None], bool]:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from util import CELLS, check, largest, same_bits
@@ -144,6 +144,50 @@ def test_graph_is_that_of_layers():
         torch.autograd.grad(output.sum(), input)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_requires_no_gradient_is_not_recorded(threads):
+    """A frozen first layer keeps nothing, and its weights may change before backward."""
+    torch.set_num_threads(threads)
+    layer = module("lstm", 2)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name.endswith("_l1"))
+    input = torch.randn(LENGTH, 1, HIDDEN + 5)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        output, _ = layer(input)
+    assert not any(t is w for t in kept for w in (layer.weight_ih_l0, layer.weight_hh_l0))
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(2)
+    output.sum().backward()
+    assert layer.weight_hh_l0.grad is None and layer.weight_hh_l1.grad.abs().sum() > 0
+
+
+def test_resets_of_a_subclass():
+    """Tensors that only the dispatcher can read."""
+
+    class Wrapped(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        __torch_function__ = torch._C._disabled_torch_function_impl
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            inner = torch.utils._pytree.tree_map_only(Wrapped, lambda t: t.inner, (args, kwargs or {}))
+            return func(*inner[0], **inner[1])
+
+    layer = module("lstm", 2)
+    input, resets = torch.randn(LENGTH, 1, HIDDEN + 5), torch.rand(LENGTH, 1) < 0.3
+    expected, _ = layer(input, resets=resets)
+    torch.set_num_threads(2)
+    found, _ = layer(input, resets=Wrapped(resets))
+    assert torch.equal(found, expected)
+
+
 def test_what_looks_at_ops_sees_layers():
     """Autocast, vmap, forward mode, dispatch modes and tracing get what they get from one layer after the other."""
     torch.set_num_threads(2)
@@ -201,5 +245,10 @@ def test_mistakes(threads):
             layer(input, hx)
     with pytest.raises(RuntimeError, match=f"Expected {HIDDEN + 5}, got {HIDDEN}"):
         layer(input[..., :HIDDEN])
+    with pytest.raises(RuntimeError, match="batch_sizes of at least one timestep, got none"):
+        layer(PackedSequence(input[:0, 0], torch.zeros(0, dtype=torch.int64)))
+    for layers, weights in ((0, layer._flat_weights), (3, layer._flat_weights), (2, layer._flat_weights[:2])):
+        with pytest.raises(ValueError, match=f"{layers} layers, got {len(weights)} in all"):
+            ops.stack(input, None, None, weights, "lstm", layers)
     with pytest.raises(RuntimeError, match="same dtype"):
         layer(input, (good.double(), good.double()))

@@ -142,11 +142,12 @@ int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_
   return std::max<int64_t>(1, std::min<int64_t>(executor.threads / sizes.directions, layout.batch / least));
 }
 
-bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, const Executor& executor) {
+bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, int64_t itemsize,
+               const Executor& executor) {
   if (layers < 2 || sizes.directions > 1 || executor.threads < 2 || !executor.run_team || !uses_packed_weights(layout))
     return false;
   const int gates = cells::kGatesOf[int(cell)];
-  if (count_slices(layout, sizes, gates, sizeof(float), executor) > 1) return false;  // these need not wait
+  if (count_slices(layout, sizes, gates, itemsize, executor) > 1) return false;  // these need not wait
   const double work = multiply_adds(cell, sizes, layout) * double(layers);
   if (work < kWorthwhile) return false;
   // Layers wait for each other every few steps, threads that share a layer's units in every step, but hold half of its

@@ -193,8 +193,9 @@ template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor);
 
 /// Whether the layers of a stack, each like this one, should run at the same time, each some timesteps behind the one
-/// below it.
-bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, const Executor& executor);
+/// below it. `itemsize`: bytes of a weight.
+bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, int64_t itemsize,
+               const Executor& executor);
 
 /// A stack of layers of one direction, the bits of layer_forward for one after the other: the input of each is the
 /// output of the one before it. Sets their `below` and `progress`.

@@ -4,9 +4,9 @@
 // B is packed in blocks of G vectors: [block][k][G][lanes]. A is read element by element and broadcast; k counts
 // elements, see Element.
 
-/// How a product walks its tiles. One row alone sums in another order than the same row in a tile, so the caller
-/// decides by a number that does not depend on threads. Walking every other step's blocks and their k backwards finds
-/// what the step before read last still in the cache.
+/// How a product walks its tiles. One row alone sums in another order than the same row in a tile, and backwards in yet
+/// another, so the caller decides by numbers that do not depend on threads. Walking every other step's blocks and their
+/// k backwards finds what the step before read last still in the cache.
 enum class Order { kRows, kRow, kRowBackwards };
 
 inline Order step_order(int64_t rows, int64_t t) {

@@ -377,19 +377,19 @@ bool pipelines(const at::Tensor& input, int64_t batch, const StackWeights& weigh
   layout.batch = batch;
   layout.rows = input.numel() / sizes.input;
   layout.steps = std::max<int64_t>(1, layout.rows / batch);
-  return cpu::pipelines(cell.kind, sizes, layout, int64_t(weights.size()), threads);
+  return cpu::pipelines(cell.kind, sizes, layout, int64_t(weights.size()), input.element_size(), threads);
 }
 
 std::vector<LayerResult> pipelined_forward(const at::Tensor& input, const StackStates& h_0, const StackStates& c_0,
                                            const StackWeights& weights, const OptionalTensor& batch_sizes,
                                            const OptionalTensor& lengths, const OptionalTensor& resets,
-                                           const LayerOptions& options, bool save) {
+                                           const LayerOptions& options, const std::vector<bool>& save) {
   std::deque<ForwardCall> calls;
   for (size_t k = 0; k < weights.size(); ++k) {
     LayerOptions own = options;
     own.cell_states &= k + 1 == weights.size();
     calls.emplace_back(k ? calls.back().output : input, h_0[k], c_0[k], weights[k], batch_sizes, lengths, resets,
-                       OptionalTensors(), own, save);
+                       OptionalTensors(), own, save[k]);
   }
   with_storage(calls[0].dtype, [&](auto storage) {
     std::vector<cpu::ForwardArgs<decltype(storage)>> args;

@@ -11,11 +11,11 @@ namespace rnn_ext::ops {
 namespace {
 
 /// The dispatch keys a call of the layer op would see.
-c10::DispatchKeySet keys_of(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+c10::DispatchKeySet keys_of(const at::Tensor& input, std::initializer_list<const OptionalTensor*> others,
                             at::TensorList weights) {
   c10::DispatchKeySet keys = input.key_set();
-  for (const OptionalTensor* state : {&h_0, &c_0}) {
-    if (state->has_value()) keys = keys | (*state)->key_set();
+  for (const OptionalTensor* tensor : others) {
+    if (tensor->has_value()) keys = keys | (*tensor)->key_set();
   }
   for (const at::Tensor& weight : weights) keys = keys | weight.key_set();
   const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
@@ -51,24 +51,38 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stack(
     const OptionalTensor& resets, std::string_view cell, int64_t layers, bool bidirectional, bool batch_first,
     bool cell_states) {
   RECORD_FUNCTION("rnn_ext::stack", c10::ArrayRef<const c10::IValue>());
-  const int64_t directions = bidirectional ? 2 : 1, count = int64_t(weights.size()) / layers;
+  const int64_t directions = bidirectional ? 2 : 1, given = int64_t(weights.size());
+  TORCH_CHECK_VALUE(layers > 0 && given % layers == 0 && given >= 2 * layers * directions,
+                    "expected 2 to 9 weights for each direction of ", layers, " layers, got ", given, " in all");
+  const int64_t count = given / layers;
   StackWeights parts(layers);
   for (int64_t k = 0; k < layers; ++k) parts[k].assign(weights.begin() + k * count, weights.begin() + (k + 1) * count);
   const CellInfo info = cell_info(cell);
+  LayerOptions options{cell, bidirectional, batch_first, cell_states};
+  if (batch_sizes.has_value() &&
+      (batch_sizes->numel() == 0 || batch_sizes->scalar_type() != at::kLong || !batch_sizes->device().is_cpu())) {
+    // Says what is wrong, as it would for the first layer.
+    LayerShape(input, std::nullopt, std::nullopt, parts[0], batch_sizes, lengths, resets, OptionalTensors(), options);
+  }
   const int64_t batch =
       batch_sizes.has_value() ? batch_sizes->const_data_ptr<int64_t>()[0] : input.size(batch_first ? 0 : 1);
   check_state(h_0, "h_0", {layers * directions, batch, parts[0][1].size(1)});
   check_state(c_0, "c_0", {layers * directions, batch, parts[0][0].size(0) / info.gates});
   const StackStates h_0s = split(h_0, layers, directions), c_0s = split(c_0, layers, directions);
-  LayerOptions options{cell, bidirectional, batch_first, cell_states};
 
-  const c10::DispatchKeySet keys = keys_of(input, h_0, c_0, weights);
-  const bool graph =
-      keys.has(c10::DispatchKey::AutogradCPU) && torch::autograd::compute_requires_grad(input, h_0, c_0, weights);
+  const c10::DispatchKeySet keys = keys_of(input, {&h_0, &c_0, &batch_sizes, &lengths, &resets}, weights);
+  std::vector<bool> recorded(layers);
   std::optional<std::vector<LayerResult>> found;
   if (pipelines(input, batch, parts, options) && is_plain(keys, input, h_0, c_0, weights)) {
+    // As autograd would decide of one layer after the other: where nothing in it or below requires it, there is no
+    // node.
+    for (int64_t k = 0; keys.has(c10::DispatchKey::AutogradCPU) && k < layers; ++k) {
+      using torch::autograd::compute_requires_grad;
+      recorded[k] = (k == 0 ? compute_requires_grad(input) : recorded[k - 1]) ||
+                    compute_requires_grad(h_0s[k], c_0s[k], at::TensorList(parts[k]));
+    }
     at::AutoDispatchBelowADInplaceOrView guard;
-    found = pipelined_forward(input, h_0s, c_0s, parts, batch_sizes, lengths, resets, options, graph);
+    found = pipelined_forward(input, h_0s, c_0s, parts, batch_sizes, lengths, resets, options, recorded);
   }
   at::Tensor output = input, cells;
   std::vector<at::Tensor> h_ns, c_ns;
@@ -79,10 +93,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stack(
                         false, false);
     };
     const auto take = [&] { return std::move((*found)[k]); };
-    LayerResult result = !found   ? run()
-                         : !graph ? take()
-                                  : record_layer(output, h_0s[k], c_0s[k], parts[k], batch_sizes, lengths, resets,
-                                                 OptionalTensors(), options, false, false, take);
+    LayerResult result = !found         ? run()
+                         : !recorded[k] ? take()
+                                        : record_layer(output, h_0s[k], c_0s[k], parts[k], batch_sizes, lengths, resets,
+                                                       OptionalTensors(), options, false, false, take);
     output = std::get<0>(result);
     h_ns.push_back(std::get<1>(result));
     c_ns.push_back(std::get<2>(result));

@@ -21,10 +21,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stack(
 /// been checked yet.
 bool pipelines(const at::Tensor& input, int64_t batch, const StackWeights& weights, const LayerOptions& options);
 
-/// Runs them so. Below autograd. The bits of one layer after the other.
+/// Runs them so, below autograd, and keeps for backward what the layers in `save` need. The bits of one layer after the
+/// other.
 std::vector<LayerResult> pipelined_forward(const at::Tensor& input, const StackStates& h_0, const StackStates& c_0,
                                            const StackWeights& weights, const OptionalTensor& batch_sizes,
                                            const OptionalTensor& lengths, const OptionalTensor& resets,
-                                           const LayerOptions& options, bool save);
+                                           const LayerOptions& options, const std::vector<bool>& save);
 
 }  // namespace rnn_ext::ops
