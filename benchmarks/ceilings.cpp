@@ -3,6 +3,8 @@
 // the best rate, in flops or bytes per second.
 #include <chrono>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -79,10 +81,17 @@ struct Kernels {
   int lanes;
 };
 
+/// Whether RNN_EXT_CPU_CAPABILITY, which holds our kernels to fewer instructions than there are, allows these.
+bool allowed(const char* name) {
+  const char* held = std::getenv("RNN_EXT_CPU_CAPABILITY");
+  return !held || !std::strcmp(held, "avx512") || !std::strcmp(held, name);
+}
+
 Kernels kernels() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return {fma_avx512, read_avx512, 16};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {fma_avx2, read_avx2, 8};
+  if (__builtin_cpu_supports("avx512f") && allowed("avx512")) return {fma_avx512, read_avx512, 16};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && allowed("avx2"))
+    return {fma_avx2, read_avx2, 8};
 #endif
   return {fma_baseline, read_baseline, 4};
 }
@@ -97,7 +106,8 @@ extern "C" double fma_rate(double seconds) {
 /// bfloat16 products summed in float32; 0 where the processor has no instruction for it.
 extern "C" double bfloat16_rate(double seconds) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512bf16")) return best_rate(seconds, 4.0 * 16 * kChains * kRounds, dot_bfloat16);
+  if (__builtin_cpu_supports("avx512bf16") && allowed("avx512"))
+    return best_rate(seconds, 4.0 * 16 * kChains * kRounds, dot_bfloat16);
 #endif
   return seconds * 0;
 }
