@@ -417,7 +417,87 @@ void by_four_threads(int64_t tasks, void (*fn)(void*, int64_t), void* context) {
   for (std::thread& thread : threads) thread.join();
 }
 
+void team(int members, void (*fn)(void*, int, int), void* context) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < members; ++i) threads.emplace_back(fn, context, i, members);
+  for (std::thread& thread : threads) thread.join();
+}
+
+/// Everything that a stack of layers writes: one layer after the other or, by several threads, all at the same time.
+template <class S>
+Results run_stack(const Config& config, int layers, int threads) {
+  Random random{uint64_t(layers)};
+  const Steps steps(config, random);
+  const Layout& layout = steps.layout;
+  const int64_t N = config.batch, H = config.hidden, G = config.gates();
+  const Sizes first{config.input, H, config.proj, 1};
+  const int64_t out = first.output();
+  const int64_t positions = config.form == Config::kPacked ? layout.rows : config.steps * N;
+  const Array<S> input(positions * config.input, random, 1);
+  const std::unique_ptr<bool[]> resets(new bool[size_t(positions)]);
+  for (int64_t i = 0; i < positions; ++i) resets[size_t(i)] = random.below(4) == 0;
+  std::vector<Array<S>> weights, outputs, h_n, c_n;
+  std::vector<ForwardArgs<S>> args;
+  for (int k = 0; k < layers; ++k) {
+    Sizes sizes = first;
+    if (k > 0) sizes.input = out;
+    for (int64_t size : {G * H * sizes.input, G * H * out, G * H, G * H, config.proj * H})
+      weights.emplace_back(size, random, 1 / std::sqrt(double(H)));
+    outputs.emplace_back(positions * out);
+    h_n.emplace_back(N * out);
+    c_n.emplace_back(config.has_cell() ? N * H : 0);
+  }
+  for (int k = 0; k < layers; ++k) {
+    ForwardArgs<S> layer;
+    layer.cell = config.cell;
+    layer.sizes = first;
+    if (k > 0) layer.sizes.input = out;
+    layer.layout = layout;
+    layer.input = sequence<const S>(k > 0 ? outputs[size_t(k - 1)] : input, config, layer.sizes.input);
+    if (config.resets) layer.resets = {resets.get(), N, 1};
+    const Array<S>* w = &weights[size_t(5 * k)];
+    layer.weights[0] = {w[0].begin(), w[1].begin(), w[2].begin(), w[3].begin(), config.proj ? w[4].begin() : nullptr};
+    layer.output = sequence<S>(outputs[size_t(k)], config, out);
+    layer.h_n = h_n[size_t(k)].begin();
+    layer.c_n = config.has_cell() ? c_n[size_t(k)].begin() : nullptr;
+    args.push_back(layer);
+  }
+  if (threads > 1) {
+    stack_forward(args.data(), layers, Executor{threads, by_four_threads, team});
+  } else {
+    for (const ForwardArgs<S>& layer : args) layer_forward(layer, Executor{});
+  }
+  Results results;
+  for (int k = 0; k < layers; ++k) {
+    results.add(outputs[size_t(k)], "output", config, layout, out);
+    results.add(h_n[size_t(k)], "h_n");
+    results.add(c_n[size_t(k)], "c_n");
+  }
+  return results;
+}
+
+void stacks() {
+  for (int kind = 0; kind < 5; ++kind) {
+    const CellKind cell = kind < 4 ? CellKind(kind) : CellKind::kLstm;
+    for (int64_t length : {1, 40}) {  // of one timestep: the weights as they are
+      const bool lengths = kind % 2 == 0, packed = kind == 1;
+      Config config{
+          cell,    length,  3,     21,    19, kind == 4 ? 11 : 0, 1, packed ? Config::kPacked : Config::Form(0), true,
+          lengths, !packed, false, false, 0};
+      for (int layers : {2, 3, 5}) {
+        const Results alone = run_stack<float>(config, layers, 1);
+        if (!alone.problem.empty()) fail(config, alone.problem.c_str());
+        for (int threads : {2, 4}) {
+          if (run_stack<float>(config, layers, threads).values != alone.values)
+            fail(config, "layers at the same time give other bits than one after the other");
+        }
+      }
+    }
+  }
+}
+
 int threads() {
+  stacks();
   for (int kind = 0; kind < 5; ++kind) {
     for (int directions : {1, 2}) {
       const CellKind cell = kind < 4 ? CellKind(kind) : CellKind::kLstm;
