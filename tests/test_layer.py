@@ -42,6 +42,8 @@ SWEEP = [
     (1, 3, 33, 16),
     (2, 2, 31, 33),
     (4, 1, 16, 37),
+    # So few units past the last whole vector that their gates share one, alone and with a batch.
+    *((length, size, 5, hidden) for hidden in (10, 18, 20, 35) for length, size in ((7, 1), (3, 6))),
     # One entry, and many.
     (9, 1, 17, 33),
     (67, 2, 3, 5),
@@ -278,13 +280,13 @@ def test_more_rows_than_one_pass_takes(cell, proj, layout):
         agree(build(Case(cell, layout, True, proj=min(proj, size[3] - 1), size=size, **flags)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("cell", CELLS)
-def test_strange_numbers_propagate(cell, value, dtype):
+@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 5)])
+def test_strange_numbers_propagate(cell, proj, value, dtype):
     """NaN and infinity in one row come out where torch's own operators let them out, and in no other row."""
-    for where in ("input", "h_0"):
-        problem = build(Case(cell, bidirectional=True, size=(5, 4, 3, 9))).to(dtype)
+    for where, hidden in (("input", 9), ("h_0", 9), ("input", 21)):
+        problem = build(Case(cell, bidirectional=True, proj=proj, size=(5, 4, 3, hidden))).to(dtype)
         getattr(problem, where).view(-1, *getattr(problem, where).shape[-2:])[-1, 2, 1] = value
         with torch.no_grad():
             expected = oracle(problem.to(torch.float64))

@@ -1,7 +1,8 @@
 // What every cell header shares: the host/device marker, and the contract a cell fulfils.
 //
-// A cell is a struct of constants and two static functions, generic in the value type V (float, double, or a SIMD
-// vector of either) and in M, the set of elementary functions for that type:
+// A cell is a struct of constants and two static functions, generic in the value type V (float, double, a SIMD vector
+// of either, or several vectors), which has + - * and V{} for zero, and in M, the set of elementary functions for that
+// type:
 //
 //   M::sigmoid(V), M::tanh(V), M::relu(V), M::relu_backward(V dh, V h)     the last: dh where h > 0, else 0
 //

@@ -329,12 +329,14 @@ class BackwardScan {
             load_part(args_.grad_output.at(layout_, t, slice_.first + first + r) + direction_ * out + unit, out - unit);
       return dh;
     };
-    const auto cell = [&](int64_t r, int64_t unit, V dh)
-                          ALWAYS_INLINE_LAMBDA { backward_cell(t, first + r, unit, dh); };
     if (proj == 0) {
       product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.get(), segments, init,
-                    Lengthy{[&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
-                      cell(r, block * kLanes<T>, whole_dh(r, block * kLanes<T>, *acc));
+                    Cellwise{[&]<int W>(const Place(&at)[W], const Wide<T, W>* sums) ALWAYS_INLINE_LAMBDA {
+                      Wide<T, W> dh;
+#pragma GCC unroll 8
+                      for (int w = 0; w < W; ++w)
+                        dh.part[w] = whole_dh(at[w].row, at[w].block * kLanes<T>, sums->part[w]);
+                      backward_cells(t, first, at, dh);
                     }});
       return;
     }
@@ -342,14 +344,15 @@ class BackwardScan {
       product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.get(), segments, init,
                     [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
                       const int64_t unit = block * kLanes<T>;
-                      store_grads(proj_grads(t, first + r) + unit, whole_dh(r, unit, *acc), out - unit);
+                      store_operand(proj_grads(t, first + r) + unit, whole_dh(r, unit, *acc), out - unit);
                     });
       product<1, S>(
           last - first, hidden_part_.first, hidden_part_.last, order,
           [=, this](int64_t r) { return reinterpret_cast<const Element<S>*>(proj_grads(t, first + r)); },
           weights_.proj.get(), Segments{1, elements<S>(proj), {}, 1}, init,
-          Lengthy{[&](int64_t r, int64_t block, const V* acc)
-                      ALWAYS_INLINE_LAMBDA { cell(r, block * kLanes<T>, *acc); }});
+          Cellwise{
+              [&]<int W>(const Place(&at)[W], const Wide<T, W>* sums)
+                  ALWAYS_INLINE_LAMBDA { backward_cells(t, first, at, *sums); }});
     }
   }
 
@@ -358,27 +361,38 @@ class BackwardScan {
   template <class GateGrads>
   void add_recurrent(int64_t first, int64_t last, Order order, const GateGrads& gate_grads);
 
-  ALWAYS_INLINE void backward_cell(int64_t t, int64_t r, int64_t unit, V dh) {
-    const int64_t rest = hidden_ - unit;
-    V kept[Cell::kSaved + 1], h = {}, h_before = {}, c_before = {}, dc = {}, dgates[Cell::kGradGates];
-    if constexpr (Cell::kSaved > 0) {
-      const T* from = saved(t, r) + unit;
-      for (int i = 0; i < Cell::kSaved; ++i) kept[i] = load(from + i * padded_);
-    } else {
-      h = load_part(args_.output.at(layout_, t, slice_.first + r) + direction_ * out_ + unit, rest);
+  /// The cell at some places of step t, whose rows are counted from `first`.
+  template <int W>
+  ALWAYS_INLINE void backward_cells(int64_t t, int64_t first, const Place (&at)[W], const Wide<T, W>& dh) {
+    using Vs = Wide<T, W>;
+    Vs kept[Cell::kSaved + 1], h = {}, h_before = {}, c_before = {}, dc = {}, dgates[Cell::kGradGates];
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) {
+      const int64_t r = first + at[w].row, unit = at[w].block * kLanes<T>, rest = hidden_ - unit;
+      if constexpr (Cell::kSaved > 0) {
+        const T* from = saved(t, r) + unit;
+        for (int i = 0; i < Cell::kSaved; ++i) kept[i].part[w] = load(from + i * padded_);
+      } else {
+        h.part[w] = load_part(args_.output.at(layout_, t, slice_.first + r) + direction_ * out_ + unit, rest);
+      }
+      if constexpr (Cell::kDirectCarry) h_before.part[w] = load_part(h_before_.get()[r] + unit, rest);
+      if constexpr (Cell::kHasCell) {
+        c_before.part[w] = load(c_before_.get()[r] + unit);
+        dc.part[w] = load(dc_.get() + r * padded_ + unit);
+        if (args_.grad_cells.data)
+          dc.part[w] +=
+              load_part(args_.grad_cells.at(layout_, t, slice_.first + r) + direction_ * hidden_ + unit, rest);
+      }
     }
-    if constexpr (Cell::kDirectCarry) h_before = load_part(h_before_.get()[r] + unit, rest);
-    if constexpr (Cell::kHasCell) {
-      c_before = load(c_before_.get()[r] + unit);
-      dc = load(dc_.get() + r * padded_ + unit);
-      if (args_.grad_cells.data)
-        dc += load_part(args_.grad_cells.at(layout_, t, slice_.first + r) + direction_ * hidden_ + unit, rest);
+    const Vs direct = Cell::template backward<Math<T, Vs>>(kept, h, h_before, c_before, dh, dc, dgates);
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) {
+      const int64_t r = first + at[w].row, unit = at[w].block * kLanes<T>;
+      if constexpr (Cell::kHasCell) store(dc_.get() + r * padded_ + unit, dc.part[w]);
+      if constexpr (Cell::kDirectCarry) store(dh_.get() + r * out_padded_ + unit, direct.part[w]);
+      S* to = gate_grads(t, r) + unit;
+      for (int g = 0; g < Cell::kGradGates; ++g) store_operand(to + g * padded_, dgates[g].part[w], hidden_ - unit);
     }
-    const V direct = Cell::template backward<Math<T>>(kept, h, h_before, c_before, dh, dc, dgates);
-    if constexpr (Cell::kHasCell) store(dc_.get() + r * padded_ + unit, dc);
-    if constexpr (Cell::kDirectCarry) store(dh_.get() + r * out_padded_ + unit, direct);
-    S* to = gate_grads(t, r) + unit;
-    for (int g = 0; g < Cell::kGradGates; ++g) store_grads(to + g * padded_, dgates[g], rest);
   }
 
   static constexpr int64_t kFarBytes = 2 << 20;
@@ -390,12 +404,6 @@ class BackwardScan {
     if constexpr (Cell::kHasCell) __builtin_prefetch(c_before_.get()[r] + unit);
     if (args_.grad_output.data)
       __builtin_prefetch(args_.grad_output.at(layout_, t, slice_.first + r) + direction_ * out_ + unit);
-  }
-
-  /// Lanes past `count` are read where a number and its neighbour make one element, times zero: they must be finite.
-  ALWAYS_INLINE static void store_grads(S* to, V grads, int64_t count) {
-    store(to, grads);
-    if (kPack<S> > 1 && count < kLanes<T>) to[count] = S{};
   }
 
   /// Rows whose sequence began with step t: their gradient goes to the initial states.

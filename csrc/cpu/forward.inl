@@ -194,15 +194,28 @@ struct ForwardWeights : PackedWeights {
       }
     }
     if (!pack) return;
+    if (has_tail<T>(Cell::kGates, s.hidden)) join_tail(w, s);
     pack_gates(hidden.get(), w.weight_hh, Cell::kGates, s.hidden, s.output(), blocks_of<T>(s.hidden));
     if (s.proj) pack_gates(proj.get(), w.weight_hr, 1, s.proj, s.hidden, blocks_of<T>(s.proj));
   }
 
-  Buffer<Element<S>> input;   // [G * padded H / lanes][I][lanes]
-  Buffer<Element<S>> hidden;  // [H / lanes][P][G][lanes]
+  Buffer<Element<S>> input;   // [G * padded H / lanes][I][lanes]; a tail is the first gate's last block
+  Buffer<Element<S>> hidden;  // [H / lanes][P][G][lanes]; a tail [P][lanes]
   Buffer<Element<S>> proj;    // [P / lanes][H][lanes]
-  Buffer<T> bias;             // [G, padded H]: both biases, of a split gate the input's alone
+  Buffer<T> bias;             // [G, padded H]: both biases, of a split gate the input's alone; joined as `input` is
   Buffer<T> split_bias;       // [padded H]: bias_hh of the split gate
+
+ private:
+  void join_tail(const Weights<const S>& w, const Sizes& s) {
+    const int64_t first = s.hidden / kLanes<T> * kLanes<T>;
+    pack_tail(input.get() + first * elements<S>(s.input), w.weight_ih, Cell::kGates, s.hidden, s.input);
+    alignas(64) T joined[kLanes<T>] = {};
+    for (int64_t g = 0; g < Cell::kGates; ++g) {
+      for (int64_t u = first; u < s.hidden; ++u)
+        joined[g * (kLanes<T> / 4) + u - first] = bias.get()[g * s.padded() + u];
+    }
+    store(bias.get() + first, load(joined));
+  }
 };
 
 /// What the members of a team share: the states after the last two steps, [slice, padded P], and as the recurrent
@@ -264,6 +277,7 @@ class ForwardScan {
         out_padded_(Sizes::padded(out_)),
         saved_(saved_values(args.cell, args.sizes.proj != 0, args.variant)),
         short_(!uses_packed_weights(args.layout)),
+        tail_(!short_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
         gates_stride_((keep_ ? saved_ : G) * padded_),
         chunk_rows_(larger(slice.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))))),
@@ -274,7 +288,9 @@ class ForwardScan {
         c_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         hidden_gates_(short_ ? G * padded_ : 0),
         unprojected_(args.sizes.proj ? slice.size() * padded_ : 0, kReduced),
-        output_rows_(args.sizes.proj ? slice.size() : 0),
+        projected_rows_(args.sizes.proj ? slice.size() : 0),
+        output_rows_(slice.size()),
+        cell_rows_(args.cells.data ? slice.size() : 0),
         variant_(args, direction, slice) {}
 
   void run() {
@@ -338,9 +354,10 @@ class ForwardScan {
       }
     }
     /// h, which is no more precise than what the caller sees of it, so that both go on from the same state.
-    ALWAYS_INLINE void set(int64_t at, V value) const {
+    /// `count`: how many numbers of its row are left.
+    ALWAYS_INLINE void set(int64_t at, V value, int64_t count) const {
       if constexpr (kReduced) {
-        store(reduced + at, value);
+        store_operand(reduced + at, value, count);
         value = load(reduced + at);
       }
       store(h + at, value);
@@ -396,13 +413,22 @@ class ForwardScan {
     p.b = weights_.input.get();
     p.segments.length = elements<S>(args_.sizes.input);
     p.bias = bias;
+    if (members_ == 1 && !tail_) {
+      plain_product(p);
+      return s;
+    }
     const int64_t gate_blocks = padded_ / kLanes<T>;
-    for (int64_t g = 0; members_ > 1 && g < G; ++g) {
+    for (int64_t g = 0; g < G; ++g) {
       p.first = g * gate_blocks + part_.first;
-      p.last = g * gate_blocks + part_.last;
+      p.last = g * gate_blocks + part_.last - (tail_ && g > 0);
       plain_product(p);
     }
-    if (members_ == 1) plain_product(p);
+    for (int64_t r = 0; tail_ && r < count; ++r) {
+      T* row = gates[r] + (part_.last - 1) * kLanes<T>;
+      V parts[G];
+      quarters<G, T>(load(row), parts, std::make_integer_sequence<int, G>());
+      for (int g = 0; g < G; ++g) store(row + g * padded_, parts[g]);
+    }
     return s;
   }
 
@@ -425,39 +451,49 @@ class ForwardScan {
     const int64_t hidden = hidden_, padded = padded_, out_padded = out_padded_, out = out_;
     T* c = c_.get();
     S* unprojected = unprojected_.get();
+    S** outputs = output_rows_.get();
+    S** cells = cell_rows_.get();
     const T* split_bias = weights_.split_bias.get();
     const bool keep = keep_;
-    const auto output = [=, this](int64_t r) {
-      return args_.output.at(layout_, t, slice_.first + r) + direction_ * out;
-    };
+    for (int64_t r = 0; r < rows; ++r) {
+      outputs[r] = args_.output.at(layout_, t, slice_.first + r) + direction_ * out;
+      if (Cell::kHasCell && cells) cells[r] = args_.cells.at(layout_, t, slice_.first + r) + direction_ * hidden;
+    }
     const auto a_row = [=](int64_t r) { return now.operand(r * out_padded); };
     const auto init = [=](int64_t r, int64_t block, V* acc) {
       const T* from = gates[r] + block * kLanes<T>;
       for (int g = 0; g < G; ++g)
         acc[g] = load(g < G - Cell::kSplit ? from + g * padded : split_bias + block * kLanes<T>);
     };
-    const Lengthy finish{[&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
-      const int64_t unit = block * kLanes<T>;
-      T* row = gates[r] + unit;
-      V split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
-      if constexpr (Cell::kSplit > 0) split[0] = load(row + (G - 1) * padded);
-      if constexpr (Cell::kDirectCarry) h_prev = load(now.h + r * out_padded + unit);
-      if constexpr (Cell::kHasCell) state = load(c + r * padded + unit);
-      const V h = Cell::template forward<Math<T>>(acc, split, h_prev, state, saved);
-      if constexpr (Cell::kHasCell) {
-        store(c + r * padded + unit, state);
-        if (args_.cells.data)
-          store_part(args_.cells.at(layout_, t, slice_.first + r) + direction_ * hidden + unit, state, hidden - unit);
+    const Cellwise finish{[=]<int W>(const Place(&at)[W], const Wide<T, W>* sums) ALWAYS_INLINE_LAMBDA {
+      using Vs = Wide<T, W>;
+      Vs split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) {
+        const int64_t row = at[w].row, unit = at[w].block * kLanes<T>;
+        if constexpr (Cell::kSplit > 0) split[0].part[w] = load(gates[row] + unit + (G - 1) * padded);
+        if constexpr (Cell::kDirectCarry) h_prev.part[w] = load(now.h + row * out_padded + unit);
+        if constexpr (Cell::kHasCell) state.part[w] = load(c + row * padded + unit);
       }
-      if (keep) {
-        for (int i = 0; i < Cell::kSaved; ++i) store(row + i * padded, saved[i]);
-        if (projected) store(row + Cell::kSaved * padded, h);
-      }
-      if (projected) {
-        store(unprojected + r * padded + unit, h);
-      } else {
-        next.set(r * out_padded + unit, h);
-        store_part(output(r) + unit, h, hidden - unit);
+      const Vs h = Cell::template forward<Math<T, Vs>>(sums, split, h_prev, state, saved);
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) {
+        const int64_t row = at[w].row, unit = at[w].block * kLanes<T>;
+        if constexpr (Cell::kHasCell) {
+          store(c + row * padded + unit, state.part[w]);
+          if (cells) store_part(cells[row] + unit, state.part[w], hidden - unit);
+        }
+        if (keep) {
+          T* to = gates[row] + unit;
+          for (int i = 0; i < Cell::kSaved; ++i) store(to + i * padded, saved[i].part[w]);
+          if (projected) store(to + Cell::kSaved * padded, h.part[w]);
+        }
+        if (projected) {
+          store_operand(unprojected + row * padded + unit, h.part[w], hidden - unit);
+        } else {
+          next.set(row * out_padded + unit, h.part[w], hidden - unit);
+          store_part(outputs[row] + unit, h.part[w], hidden - unit);
+        }
       }
     }};
     if (short_) {
@@ -466,17 +502,17 @@ class ForwardScan {
           dot_rows(hidden_gates_.get() + g * padded, static_cast<const T*>(nullptr),
                    args_.weights[direction_].weight_hh + g * hidden * out, hidden, out, a_row(r));
         for (int64_t block = 0; block < blocks_of<T>(hidden); ++block) {
-          V acc[G];
-          init(r, block, acc);
-          for (int g = 0; g < G; ++g) acc[g] += load(hidden_gates_.get() + g * padded + block * kLanes<T>);
-          finish(r, block, acc);
+          V acc[1][G];
+          init(r, block, acc[0]);
+          for (int g = 0; g < G; ++g) acc[0][g] += load(hidden_gates_.get() + g * padded + block * kLanes<T>);
+          finish_cells<1, 1, G>(0, r, block, acc, finish);
         }
       }
     } else {
       product<G, S>(
           rows, part_.first, part_.last, order,
           [=](int64_t r) { return reinterpret_cast<const Element<S>*>(a_row(r)); }, weights_.hidden.get(),
-          Segments{1, elements<S>(out), {}, 1}, init, finish);
+          Segments{1, elements<S>(out), {}, 1}, init, finish, tail_);
     }
     if (projected) project(t, rows, next);
   }
@@ -484,7 +520,7 @@ class ForwardScan {
   void project(int64_t t, int64_t rows, State next) {
     for (int64_t r = 0; r < rows; ++r) {
       input_rows_.get()[r] = unprojected_.get() + r * padded_;
-      output_rows_.get()[r] = next.h + r * out_padded_;
+      projected_rows_.get()[r] = next.h + r * out_padded_;
     }
     if (short_) {
       for (int64_t r = 0; r < rows; ++r)
@@ -495,7 +531,7 @@ class ForwardScan {
       p.rows = rows;
       p.columns = out_;
       p.a = input_rows_.get();
-      p.c = output_rows_.get();
+      p.c = projected_rows_.get();
       p.b = weights_.proj.get();
       p.segments.length = elements<S>(hidden_);
       p.order = step_order(layout_.batch_sizes[t], t);
@@ -504,7 +540,7 @@ class ForwardScan {
     for (int64_t r = 0; r < rows; ++r) {
       if constexpr (kReduced) {
         for (int64_t i = 0; i < out_; i += kLanes<T>)
-          next.set(r * out_padded_ + i, load_part(next.h + r * out_padded_ + i, out_ - i));
+          next.set(r * out_padded_ + i, load_part(next.h + r * out_padded_ + i, out_ - i), out_ - i);
       }
       copy_row(args_.output.at(layout_, t, slice_.first + r) + direction_ * out_, next.operand(r * out_padded_), out_);
     }
@@ -522,7 +558,9 @@ class ForwardScan {
   const UnitBlocks part_;
   const int64_t hidden_, padded_, out_, out_padded_;
   const int saved_;
-  const bool short_, keep_;
+  const bool short_;
+  const bool tail_;  // this part ends with one
+  const bool keep_;
   const int64_t gates_stride_, chunk_rows_;
   Buffer<T> gates_;              // [chunk rows, G, padded H], where the input gates do not go straight to `saved`
   Buffer<const S*> input_rows_;  // [chunk rows]
@@ -531,7 +569,9 @@ class ForwardScan {
   Buffer<T> c_;                  // [slice, padded H]
   Buffer<T> hidden_gates_;       // [G, padded H], of one row, where weights are not packed
   Buffer<S> unprojected_;        // [slice, padded H]
-  Buffer<T*> output_rows_;       // [slice]
+  Buffer<T*> projected_rows_;    // [slice]
+  Buffer<S*> output_rows_;       // [slice], where a step goes
+  Buffer<S*> cell_rows_;         // [slice], where its cell states go, if anywhere
   VariantForward<Cell, S> variant_;
 };
 

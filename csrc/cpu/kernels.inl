@@ -15,6 +15,9 @@ namespace {
 #define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 #define NO_INLINE __attribute__((noinline))
 
+// GCC warns of vectors that lambdas in templates return, as if these were functions for others to call.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 #include "cpu/vec.inl"
 #include "cpu/product.inl"
 #include "cpu/forward.inl"

@@ -1,8 +1,8 @@
 // The one matrix product everything rests on: a register tile of MR rows x NB blocks of columns, with whatever should
 // happen to the finished tile (store it, run a cell) inlined behind it.
 //
-// B is packed in blocks of G vectors: [block][k][G][lanes]. A is read element by element and broadcast; k counts
-// elements, see Element.
+// B is packed in blocks of G vectors: [block][k][G][lanes], but for a tail. A is read element by element and broadcast;
+// k counts elements, see Element.
 
 /// How a product walks its tiles. One row alone sums in another order than the same row in a tile, and backwards in yet
 /// another, so the caller decides by numbers that do not depend on threads. Walking every other step's blocks and their
@@ -69,35 +69,43 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Elemen
   }
 }
 
-/// One row: too few accumulators to hide the latency of an addition, so k is dealt out over KU sets of them.
-template <int KU, int NB, int G, bool kStrided, class S>
+/// One row: too few accumulators to hide the latency of an addition, so k is dealt out over KU sets of them. Backwards
+/// means line by line: only what is read in the reverse of the order before finds all that the cache still has.
+template <bool kBackwards, int KU, int NB, int G, bool kStrided, class S>
 ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[1][NB * G], const Element<S>* a, const Element<S>* b,
-                                    int64_t block_stride, const Segments& segments, bool backwards) {
+                                    int64_t block_stride, const Segments& segments) {
   using Op = Operand<S>;
   constexpr int n = kLanes<Element<S>>;
   Vec<Compute<S>> part[KU][NB * G] = {};
   const int64_t length = segments.length, stride = kStrided ? segments.stride : 1, whole = length / KU * KU;
-  const int64_t first = backwards ? whole - KU : 0, step = backwards ? -KU : KU;
   for (int i = 0; i < segments.count; ++i) {
-    const int s = backwards ? segments.count - 1 - i : i;
+    const int s = kBackwards ? segments.count - 1 - i : i;
     const Element<S>* row = a + segments.offset[s];
     const Element<S>* w = b + s * length * G * n;
-    for (int64_t left = whole, k = first; left > 0; left -= KU, k += step) {
-      const Element<S>*x_k = row + k * stride, *w_k = w + k * G * n;
-#pragma GCC unroll 16
-      for (int u = 0; u < KU; ++u) {
-        const auto x = Op::broadcast(x_k[u * stride]);
+    const auto rest = [&]() ALWAYS_INLINE_LAMBDA {
+      for (int64_t k = whole; k < length; ++k) {
+        const auto x = Op::broadcast(row[k * stride]);
 #pragma GCC unroll 16
         for (int v = 0; v < NB * G; ++v)
+          part[0][v] = Op::multiply_add(x, Op::load(w + (v / G) * block_stride + (k * G + v % G) * n), part[0][v]);
+      }
+    };
+    if (kBackwards) rest();
+    for (int64_t done = 0; done < whole; done += KU) {
+      const int64_t k = kBackwards ? whole - KU - done : done;
+      const Element<S>*x_k = row + k * stride, *w_k = w + k * G * n;
+#pragma GCC unroll 16
+      for (int i = 0; i < KU; ++i) {
+        const int u = kBackwards ? KU - 1 - i : i;
+        const auto x = Op::broadcast(x_k[u * stride]);
+#pragma GCC unroll 16
+        for (int j = 0; j < NB * G; ++j) {
+          const int v = kBackwards ? NB * G - 1 - j : j;
           part[u][v] = Op::multiply_add(x, Op::load(w_k + (v / G) * block_stride + (u * G + v % G) * n), part[u][v]);
+        }
       }
     }
-    for (int64_t k = whole; k < length; ++k) {
-      const auto x = Op::broadcast(row[k * stride]);
-#pragma GCC unroll 16
-      for (int v = 0; v < NB * G; ++v)
-        part[0][v] = Op::multiply_add(x, Op::load(w + (v / G) * block_stride + (k * G + v % G) * n), part[0][v]);
-    }
+    if (!kBackwards) rest();
   }
 #pragma GCC unroll 16
   for (int v = 0; v < NB * G; ++v) {
@@ -109,28 +117,61 @@ ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[1][NB * G], const Ele
 /// Rows of a tile whose accumulators (rows x vectors) stay in the registers beside the fewer of a column of inputs and
 /// a row of weights, and one of the others; of a tile that is taller than wide two, lest the compiler spill (measured).
 constexpr int tile_rows(int vectors) {
-  if (vectors == 1) return 4;  // a column too narrow for a full tile is rare: not worth the code
+  if (vectors == 1) return 4;  // a tail, or a column too narrow for a full tile: not worth the code of more
   const auto registers = [=](int rows) { return rows * vectors + (rows > vectors ? vectors + 2 : rows + 1); };
   int rows = 1;
   while (rows < 8 && registers(rows + 1) <= RNN_EXT_VECTOR_REGISTERS) ++rows;
   return rows;
 }
 
-/// Marks a function for finished tiles of so many instructions (a cell) that one copy for each block of a tile would
-/// not fit the instruction cache: it is called in a loop.
-template <class Fn>
-struct Lengthy : Fn {};
-template <class Fn>
-Lengthy(Fn) -> Lengthy<Fn>;
-template <class Fn>
-constexpr bool kIsLengthy = false;
-template <class Fn>
-constexpr bool kIsLengthy<Lengthy<Fn>> = true;
+/// One block of units of one row.
+struct Place {
+  int64_t row, block;
+};
 
-template <int MR, int NB, int G, bool kSingle, bool kStrided, class S, class Row, class Init, class Finish>
+/// Marks a function for finished tiles that runs a cell: it takes several places of a tile at once.
+template <class Fn>
+struct Cellwise : Fn {};
+template <class Fn>
+Cellwise(Fn) -> Cellwise<Fn>;
+template <class Fn>
+constexpr bool kIsCellwise = false;
+template <class Fn>
+constexpr bool kIsCellwise<Cellwise<Fn>> = true;
+
+/// The most places a cell is run for at once: as many as fill the latency of its instructions (measured).
+constexpr int kMostCells = 4;
+
+template <int W, int NB, int G, class V, class Finish>
+ALWAYS_INLINE void finish_cells(int first, int64_t row, int64_t block, const V (*sums)[G], const Finish& finish) {
+  Place at[W];
+  Wide<std::remove_cvref_t<decltype(sums[0][0][0])>, W> sum[G];
+#pragma GCC unroll 8
+  for (int w = 0; w < W; ++w) {
+    at[w] = {row + (first + w) / NB, block + (first + w) % NB};
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) sum[g].part[w] = sums[first + w][g];
+  }
+  finish(at, sum);
+}
+
+/// Finishes `Count` places: NB blocks of each row.
+template <int Count, int NB, int G, class V, class Finish>
+ALWAYS_INLINE void finish_tile(int64_t row, int64_t block, const V (&sums)[Count][G], const Finish& finish) {
+  if constexpr (!kIsCellwise<Finish>) {
+#pragma GCC unroll 32
+    for (int i = 0; i < Count; ++i) finish(row + i / NB, block + i % NB, sums[i]);
+  } else {
+    constexpr int kTimes = (Count + kMostCells - 1) / kMostCells, W = (Count + kTimes - 1) / kTimes;
+#pragma GCC unroll 1
+    for (int i = 0; i + W <= Count; i += W) finish_cells<W, NB, G>(i, row, block, sums, finish);
+    if constexpr (Count % W) finish_cells<Count % W, NB, G>(Count - Count % W, row, block, sums, finish);
+  }
+}
+
+template <int MR, int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
 NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
-                        int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish,
-                        bool backwards = false) {
+                        int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish) {
   Vec<Compute<S>> acc[MR][NB * G];
   const Element<S>* a[MR];
 #pragma GCC unroll 8
@@ -139,28 +180,59 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
 #pragma GCC unroll 4
     for (int n = 0; n < NB; ++n) init(first_row + m, first_block + n, &acc[m][n * G]);
   }
-  if constexpr (kSingle) {
-    constexpr int kSets = 8 / (NB * G) < 2 ? 2 : 8 / (NB * G);
-    multiply_add_row<kSets, NB, G, kStrided, S>(acc, a[0], b, block_stride, segments, backwards);
-  } else {
-    multiply_add<MR, NB, G, kStrided, S>(acc, a, b, block_stride, segments);
+  multiply_add<MR, NB, G, kStrided, S>(acc, a, b, block_stride, segments);
+  Vec<Compute<S>> sums[MR * NB][G];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 16
+    for (int v = 0; v < NB * G; ++v) sums[m * NB + v / G][v % G] = acc[m][v];
   }
-  if constexpr (MR * NB <= 4 || !kIsLengthy<Finish>) {
-#pragma GCC unroll 4
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-      for (int n = 0; n < NB; ++n) finish(first_row + m, first_block + n, &acc[m][n * G]);
-    }
-  } else {
-    Vec<Compute<S>> sums[MR * NB][G];
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 8
-      for (int v = 0; v < NB * G; ++v) sums[m * NB + v / G][v % G] = acc[m][v];
-    }
+  finish_tile<MR * NB, NB, G>(first_row, first_block, sums, finish);
+}
+
+/// Row 0 alone, `Tiles` of NB blocks one after another before a cell is run for all of them.
+template <int Tiles, int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
+NO_INLINE void run_row(const Row& a_row, int64_t first_block, const Element<S>* b, int64_t block_stride,
+                       const Segments& segments, const Init& init, const Finish& finish, bool backwards) {
+  constexpr int kSets = 8 / (NB * G) < 2 ? 2 : 8 / (NB * G);
+  const Element<S>* a = a_row(0);
+  Vec<Compute<S>> sums[Tiles * NB][G];
 #pragma GCC unroll 1
-    for (int i = 0; i < MR * NB; ++i) finish(first_row + i / NB, first_block + i % NB, sums[i]);
+  for (int i = 0; i < Tiles; ++i) {
+    const int tile = backwards ? Tiles - 1 - i : i;
+    Vec<Compute<S>> acc[1][NB * G];
+#pragma GCC unroll 4
+    for (int n = 0; n < NB; ++n) init(0, first_block + tile * NB + n, &acc[0][n * G]);
+    const Element<S>* b_tile = b + tile * NB * block_stride;
+    if (backwards) {
+      multiply_add_row<true, kSets, NB, G, kStrided, S>(acc, a, b_tile, block_stride, segments);
+    } else {
+      multiply_add_row<false, kSets, NB, G, kStrided, S>(acc, a, b_tile, block_stride, segments);
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < NB * G; ++v) sums[tile * NB + v / G][v % G] = acc[0][v];
   }
+  finish_tile<Tiles * NB, NB * Tiles, G>(0, first_block, sums, finish);
+}
+
+/// Row 0 alone, so many tiles from a block on.
+template <int Tiles, int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
+ALWAYS_INLINE void run_row_tiles(int64_t block, int64_t tiles, const Row& a_row, const Element<S>* b,
+                                 int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish,
+                                 bool backwards) {
+  const int64_t groups = tiles / Tiles;
+  const auto rest = [&] {
+    if constexpr (Tiles > 1)
+      run_row_tiles<Tiles / 2, NB, G, kStrided, S>(block + groups * Tiles * NB, tiles % Tiles, a_row, b, block_stride,
+                                                   segments, init, finish, backwards);
+  };
+  if (backwards) rest();
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t at = block + Tiles * NB * (backwards ? groups - 1 - i : i);
+    run_row<Tiles, NB, G, kStrided, S>(a_row, at, b + at * block_stride, block_stride, segments, init, finish,
+                                       backwards);
+  }
+  if (!backwards) rest();
 }
 
 template <int MR, int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
@@ -171,7 +243,7 @@ ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, i
       return run_rows<MR - 1, NB, G, kStrided, S>(rows, a_row, first_row, first_block, b, block_stride, segments, init,
                                                   finish);
   }
-  run_tile<MR, NB, G, false, kStrided, S>(a_row, first_row, first_block, b, block_stride, segments, init, finish);
+  run_tile<MR, NB, G, kStrided, S>(a_row, first_row, first_block, b, block_stride, segments, init, finish);
 }
 
 template <int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
@@ -181,16 +253,17 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, Or
   constexpr int kMaxRows = tile_rows(NB * G);
   const int64_t block_stride = segments.size() * G * kLanes<Element<S>>;
   if (order != Order::kRows) {
-    const int64_t groups = (blocks - block) / NB;
+    const int64_t tiles = (blocks - block) / NB;
     const bool backwards = order == Order::kRowBackwards;
-    for (int64_t i = 0; i < groups; ++i) {
-      const int64_t at = block + NB * (backwards ? groups - 1 - i : i);
-      // Not the k of several gates: blocks of them are small, and against the prefetcher's direction they cost more
-      // than the cache gives back (measured).
-      run_tile<1, NB, G, true, kStrided, S>(a_row, 0, at, b + at * block_stride, block_stride, segments, init, finish,
-                                            backwards && G == 1);
+    // Weights from beyond the first cache come while a cell is run, if it is run for one tile at a time (measured).
+    constexpr int64_t kFirstCache = 32 * 1024;
+    if (kIsCellwise<Finish> && G > 1 && tiles * block_stride * int64_t(sizeof(Element<S>)) <= kFirstCache) {
+      run_row_tiles<kMostCells, NB, G, kStrided, S>(block, tiles, a_row, b, block_stride, segments, init, finish,
+                                                    backwards);
+    } else {
+      run_row_tiles<1, NB, G, kStrided, S>(block, tiles, a_row, b, block_stride, segments, init, finish, backwards);
     }
-    return block + groups * NB;
+    return block + tiles * NB;
   }
   for (; block + NB <= blocks; block += NB) {
     const Element<S>* b_block = b + block * block_stride;
@@ -204,18 +277,68 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, Or
   return block;
 }
 
+/// Whether the units past the last whole block are so few that the weights of all their gates go into one vector, a
+/// quarter of it for each: the tail. As a block like the others they would be computed with mostly empty lanes.
+template <class T>
+constexpr bool has_tail(int64_t gates, int64_t units) {
+  const int64_t rest = units % kLanes<T>;
+  return gates > 1 && gates <= 4 && rest > 0 && rest <= kLanes<T> / 4;
+}
+
+/// The tail, block number `block`: as a product of one gate, whose sums are dealt out to the gates.
+template <int G, bool kStrided, class S, class Row, class Init, class Finish>
+ALWAYS_INLINE void run_tail(int64_t rows, int64_t block, Order order, const Row& a_row, const Element<S>* b,
+                            const Segments& segments, const Init& init, const Finish& finish) {
+  using T = Compute<S>;
+  using V = Vec<T>;
+  constexpr auto kGates = std::make_integer_sequence<int, G>();
+  const auto nothing = [](int64_t, int64_t, V* acc) { *acc = V{}; };
+  const auto run = [&](const auto& deal_out) ALWAYS_INLINE_LAMBDA {
+    const int64_t one_gate = segments.size() * kLanes<Element<S>>;
+    run_blocks<1, 1, kStrided, S>(rows, block, block + 1, order, a_row, b + block * (G - 1) * one_gate, segments,
+                                  nothing, deal_out);
+  };
+  if constexpr (kIsCellwise<Finish>) {
+    run(Cellwise{[&]<int W>(const Place(&at)[W], const Wide<T, W>* sums) ALWAYS_INLINE_LAMBDA {
+      Wide<T, W> all[G];
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) {
+        V acc[G], sum[G];
+        init(at[w].row, at[w].block, acc);
+        quarters<G, T>(sums->part[w], sum, kGates);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) all[g].part[w] = acc[g] + sum[g];
+      }
+      finish(at, all);
+    }});
+  } else {
+    run([&](int64_t r, int64_t at, const V* sums) ALWAYS_INLINE_LAMBDA {
+      V acc[G], sum[G];
+      init(r, at, acc);
+      quarters<G, T>(*sums, sum, kGates);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) acc[g] += sum[g];
+      finish(r, at, acc);
+    });
+  }
+}
+
 /// For rows 0..rows-1 and the blocks [block, blocks) of B: acc[G] = init(row, block), acc += A
-/// row . B block, finish(row, block, acc).
+/// row . B block, finish(row, block, acc). `tail`: the last of these blocks is one.
 ///
 /// a_row(row) points at the row's element k = 0. kStrided: segments.stride counts, else it is 1.
 template <int G, class S, bool kStrided = false, class Row, class Init, class Finish>
 ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
-                           const Element<S>* b, const Segments& segments, const Init& init, const Finish& finish) {
+                           const Element<S>* b, const Segments& segments, const Init& init, const Finish& finish,
+                           bool tail = false) {
   if constexpr (G == 1) {
     block = run_blocks<4, 1, kStrided, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
     block = run_blocks<2, 1, kStrided, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
   }
-  run_blocks<1, G, kStrided, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
+  run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, order, a_row, b, segments, init, finish);
+  if constexpr (G > 1) {
+    if (tail) run_tail<G, kStrided, S>(rows, blocks - 1, order, a_row, b, segments, init, finish);
+  }
 }
 
 template <class T>
@@ -223,13 +346,32 @@ constexpr int64_t blocks_of(int64_t columns) {
   return (columns + kLanes<T> - 1) / kLanes<T>;
 }
 
-/// Pack a weight W [G*H, K], seen as B [K, G*H], into [block of units][k][G][lanes]; units past H are zeros.
+/// Pack the tail of a weight W [G*H, K], into [k][lanes].
+template <class S>
+void pack_tail(Element<S>* out, const S* weight, int64_t gates, int64_t hidden, int64_t depth) {
+  constexpr int64_t n = kLanes<Compute<S>>;
+  const int64_t packed_depth = elements<S>(depth), first = hidden / n * n;
+  std::memset(static_cast<void*>(out), 0, size_t(packed_depth * n) * sizeof(Element<S>));
+  S* numbers = reinterpret_cast<S*>(out);
+  for (int64_t g = 0; g < gates; ++g) {
+    for (int64_t unit = first; unit < hidden; ++unit) {
+      const S* from = weight + (g * hidden + unit) * depth;
+      const int64_t lane = g * (n / 4) + unit - first;
+      for (int64_t k = 0; k < depth; ++k) numbers[(k / kPack<S> * n + lane) * kPack<S> + k % kPack<S>] = from[k];
+    }
+  }
+}
+
+/// Pack a weight W [G*H, K], seen as B [K, G*H], into [block of units][k][G][lanes]; units past H are
+/// zeros, or a tail.
 template <class S>
 void pack_gates(Element<S>* out, const S* weight, int64_t gates, int64_t hidden, int64_t depth, int64_t blocks) {
   using T = Compute<S>;
   constexpr int n = kLanes<T>;
   const int64_t packed_depth = elements<S>(depth);
-  for (int64_t block = 0; block < blocks; ++block) {
+  const bool tail = has_tail<T>(gates, hidden);
+  if (tail) pack_tail(out + (blocks - 1) * packed_depth * gates * n, weight, gates, hidden, depth);
+  for (int64_t block = 0; block < blocks - tail; ++block) {
     for (int64_t g = 0; g < gates; ++g) {
       Element<S>* to = out + (block * packed_depth * gates + g) * n;
       const int64_t unit = block * n;

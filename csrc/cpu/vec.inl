@@ -177,6 +177,22 @@ ALWAYS_INLINE void store_pairs(Pair* to, const From* low, const From* high, int6
 }
 #endif
 
+/// store, of a row of which `count` numbers are left and which goes into a product. Where a number and its neighbour
+/// make one element, the one past the last has a weight of zero, but must be finite all the same.
+template <class S>
+ALWAYS_INLINE void store_operand(S* to, Vec<float> v, int64_t count)
+  requires(kPack<S> > 1)
+{
+  store(to, v);
+  if (count < kLanes<float>) to[count] = S{};
+}
+template <class T>
+ALWAYS_INLINE void store_operand(T* to, std::type_identity_t<Vec<T>> v, int64_t /*count*/)
+  requires(kPack<T> == 1)
+{
+  store(to, v);
+}
+
 /// Copy a row, rounding where the types differ.
 template <class To, class From>
 ALWAYS_INLINE void copy_row(To* to, const From* from, int64_t size) {
@@ -211,6 +227,24 @@ ALWAYS_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
     }
     transpose<T, W * 2>(rows);
   }
+}
+
+/// Quarter g of v's lanes, moved to the front; zeros behind it.
+template <class T, int g, int... Lane>
+ALWAYS_INLINE Vec<T> quarter(Vec<T> v, std::integer_sequence<int, Lane...>) {
+  constexpr int n = kLanes<T>;
+#if defined(__clang__)
+  return __builtin_shufflevector(v, Vec<T>{}, (Lane < n / 4 ? g * (n / 4) + Lane : n)...);
+#else
+  using Bits = typename VecOf<T>::bits;
+  return __builtin_shuffle(v, Vec<T>{}, Bits{(Lane < n / 4 ? g * (n / 4) + Lane : n)...});
+#endif
+}
+
+/// Its first G quarters.
+template <int G, class T, int... g>
+ALWAYS_INLINE void quarters(Vec<T> v, Vec<T> (&out)[G], std::integer_sequence<int, g...>) {
+  ((out[g] = quarter<T, g>(v, std::make_integer_sequence<int, kLanes<T>>())), ...);
 }
 
 template <class T>
@@ -284,11 +318,86 @@ ALWAYS_INLINE V clamp(V x, T low, T high) {
 }
 #endif
 
-/// Elementary functions on vectors; NaN in, NaN out. To a few units in the last place, or to 2e-5 where the results are
-/// rounded to 8 bits anyway.
+/// Several vectors that go through a cell side by side. A cell is a long chain of instructions, each of which waits for
+/// the one before, and the processor does not look far enough ahead to find the chain of the next vector.
+template <class T, int W>
+struct Wide {
+  Vec<T> part[W];
+};
+
+template <class... A>
+struct WidestOf {
+  static constexpr bool kIsWide = false;
+};
+template <class T, int W, class... A>
+struct WidestOf<Wide<T, W>, A...> {
+  static constexpr bool kIsWide = true;
+  static constexpr int kParts = W;
+  using Number = T;
+  using type = Wide<T, W>;
+};
+template <class First, class... A>
+struct WidestOf<First, A...> : WidestOf<A...> {};
+
+template <class T, int W>
+ALWAYS_INLINE Vec<T> one_part(const Wide<T, W>& x, int w) {
+  return x.part[w];
+}
 template <class T>
+ALWAYS_INLINE Vec<T> one_part(Vec<T> x, int /*w*/) {
+  return x;
+}
+template <class T>
+ALWAYS_INLINE T one_part(std::type_identity_t<T> x, int /*w*/)
+  requires std::is_arithmetic_v<T>
+{
+  return x;
+}
+
+/// fn of every part of its arguments; those that are not Wide are the same for all parts.
+template <class Fn, class... A>
+ALWAYS_INLINE auto each(const Fn& fn, const A&... a) {
+  using Widest = WidestOf<A...>;
+  if constexpr (!Widest::kIsWide) {
+    return fn(a...);
+  } else {
+    using T = typename Widest::Number;
+    typename Widest::type result;
+#pragma GCC unroll 8
+    for (int w = 0; w < Widest::kParts; ++w) result.part[w] = fn(one_part<T>(a, w)...);
+    return result;
+  }
+}
+
+template <class... A>
+concept AnyWide = WidestOf<A...>::kIsWide;
+
+template <class A, class B>
+  requires AnyWide<A, B>
+ALWAYS_INLINE auto operator+(const A& a, const B& b) {
+  return each([](auto x, auto y) ALWAYS_INLINE_LAMBDA { return x + y; }, a, b);
+}
+template <class A, class B>
+  requires AnyWide<A, B>
+ALWAYS_INLINE auto operator-(const A& a, const B& b) {
+  return each([](auto x, auto y) ALWAYS_INLINE_LAMBDA { return x - y; }, a, b);
+}
+template <class A, class B>
+  requires AnyWide<A, B>
+ALWAYS_INLINE auto operator*(const A& a, const B& b) {
+  return each([](auto x, auto y) ALWAYS_INLINE_LAMBDA { return x * y; }, a, b);
+}
+template <class A, class B, class C>
+  requires AnyWide<A, B, C>
+ALWAYS_INLINE auto fma(const A& a, const B& b, const C& c) {
+  return each([](auto x, auto y, auto z) ALWAYS_INLINE_LAMBDA { return fma(x, y, z); }, a, b, c);
+}
+
+/// Elementary functions on V, Vec<T> or Wide; NaN in, NaN out. To a few units in the last place, or to 2e-5 where the
+/// results are rounded to 8 bits anyway.
+template <class T, class V = Vec<T>>
 struct Math {
-  using V = Vec<T>;
+  using One = Vec<T>;
   using Bits = typename VecOf<T>::bits;
   using C = ExpConstants<T>;
 
@@ -299,13 +408,36 @@ struct Math {
 #if RNN_EXT_VECTOR_BYTES == 64
   static constexpr bool kOverflows = true;  // scale gives inf
   ALWAYS_INLINE static Power power(V /*shifted*/, V n) { return {n}; }
-  ALWAYS_INLINE static Vec<float> scale(Vec<float> x, Power p) { return _mm512_scalef_ps(x, p.value); }
-  ALWAYS_INLINE static Vec<double> scale(Vec<double> x, Power p) { return _mm512_scalef_pd(x, p.value); }
+  ALWAYS_INLINE static Vec<float> scale_one(Vec<float> x, Vec<float> n) { return _mm512_scalef_ps(x, n); }
+  ALWAYS_INLINE static Vec<double> scale_one(Vec<double> x, Vec<double> n) { return _mm512_scalef_pd(x, n); }
 #else
   static constexpr bool kOverflows = false;
-  ALWAYS_INLINE static Power power(V shifted, V /*n*/) { return {(V)(((Bits)shifted + C::kBias) << C::kMantissa)}; }
-  ALWAYS_INLINE static V scale(V x, Power p) { return x * p.value; }
+  ALWAYS_INLINE static Power power(V shifted, V /*n*/) {
+    return {each([](One x) ALWAYS_INLINE_LAMBDA { return (One)(((Bits)x + C::kBias) << C::kMantissa); }, shifted)};
+  }
+  ALWAYS_INLINE static One scale_one(One x, One p) { return x * p; }
 #endif
+  template <class X>
+  ALWAYS_INLINE static V scale(X x, Power p) {
+    return each([](One x, One p) ALWAYS_INLINE_LAMBDA { return scale_one(x, p); }, x, p.value);
+  }
+
+  template <class X>
+  ALWAYS_INLINE static V over(X a, V b) {
+    return each(
+        [](One a, One b) ALWAYS_INLINE_LAMBDA {
+#if defined(RNN_EXT_BFLOAT16)
+          return a * _mm512_rcp14_ps(b);
+#else
+          return a / b;
+#endif
+        },
+        a, b);
+  }
+
+  ALWAYS_INLINE static V within(V x, T limit) {
+    return each([=](One x) ALWAYS_INLINE_LAMBDA { return clamp(x, -limit, limit); }, x);
+  }
 
   /// exp(kTimes x) = p (1 + q r), p a power of two, |kTimes r| <= ln(2)/2; kTimes is a power of two or its negative.
   template <int kTimes>
@@ -316,39 +448,40 @@ struct Math {
     r = fma(n, broadcast(-C::kLn2Low / kTimes), r);
     constexpr int kTerms = sizeof(C::kPoly) / sizeof(T);
     T factor = 1;
-    for (int i = 0; i < kTerms; ++i) factor *= kTimes;
-    q = broadcast(factor * C::kPoly[kTerms - 1]);
+    for (int i = 1; i < kTerms; ++i) factor *= kTimes;
+    const T first = factor * kTimes * C::kPoly[kTerms - 1];
+    q = fma(broadcast(first), r, broadcast(factor * C::kPoly[kTerms - 2]));
 #pragma GCC unroll 16
-    for (int i = kTerms - 2; i >= 0; --i) q = fma(q, r, broadcast((factor /= kTimes) * C::kPoly[i]));
+    for (int i = kTerms - 3; i >= 0; --i) q = fma(q, r, broadcast((factor /= kTimes) * C::kPoly[i]));
     return power(shifted, n);
-  }
-
-  ALWAYS_INLINE static V over(V a, V b) {
-#if defined(RNN_EXT_BFLOAT16)
-    return a * _mm512_rcp14_ps(b);
-#else
-    return a / b;
-#endif
   }
 
   /// 1 / (1 + e^-x); of -inf exactly 0, so that 0 * inf is NaN as it is in torch.
   ALWAYS_INLINE static V sigmoid(V x) {
     constexpr T limit = kOverflows ? C::kExpOverflow : C::kSigmoidLimit;
     V q, r;
-    const Power p = split_exp<-1>(clamp(x, -limit, limit), q, r);
+    const Power p = split_exp<-1>(within(x, limit), q, r);
     const V y = over(broadcast(T(1)), 1 + scale(fma(q, r, broadcast(T(1))), p));
-    return kOverflows ? y : x < -limit ? V{} : y;
+    if constexpr (kOverflows) {
+      return y;
+    } else {
+      return each([](One x, One y) ALWAYS_INLINE_LAMBDA { return x < -limit ? One{} : y; }, x, y);
+    }
   }
 
   /// (e^2x - 1) / (e^2x + 1), with e^2x - 1 taken from q r so that small x keep their digits.
   ALWAYS_INLINE static V tanh(V x) {
     V q, r;
-    const Power p = split_exp<2>(clamp(x, -C::kTanhLimit, C::kTanhLimit), q, r);
+    const Power p = split_exp<2>(within(x, C::kTanhLimit), q, r);
     const V s = scale(broadcast(T(1)), p);
     const V expm1 = fma(s, q * r, s - 1);
     return over(expm1, expm1 + 2);
   }
 
-  ALWAYS_INLINE static V relu(V x) { return x < 0 ? V{} : x; }
-  ALWAYS_INLINE static V relu_backward(V dh, V h) { return h <= 0 ? V{} : dh; }
+  ALWAYS_INLINE static V relu(V x) {
+    return each([](One x) ALWAYS_INLINE_LAMBDA { return x < 0 ? One{} : x; }, x);
+  }
+  ALWAYS_INLINE static V relu_backward(V dh, V h) {
+    return each([](One dh, One h) ALWAYS_INLINE_LAMBDA { return h <= 0 ? One{} : dh; }, dh, h);
+  }
 };
