@@ -47,6 +47,10 @@ SWEEP = [
     # One entry, and many.
     (9, 1, 17, 33),
     (67, 2, 3, 5),
+    # One entry with so many steps and units that the input gates of some steps are computed beside the steps before.
+    (35, 1, 5, 65),
+    (33, 1, 129, 68),
+    (17, 1, 1, 129),
     (2, 33, 65, 31),
     (2, 17, 3, 129),
 ]
@@ -239,6 +243,33 @@ def test_rows_do_not_depend_on_their_neighbours():
                     torch.testing.assert_close(t, together[name][:, n : n + 1], rtol=0, atol=allowed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 65)])
+def test_steps_do_not_depend_on_those_after_them(cell, proj, dtype):
+    """The first timesteps of a sequence, to the bit, wherever it ends and whatever comes later: here NaN.
+
+    A sequence alone is worked through in pieces, and the input gates of one are computed beside the piece before.
+    """
+    for layout, inputs, hidden in (("dense", 7, 100), ("batch_first", 64, 130), ("packed", 1, 97)):
+        problem = build(Case(cell, layout, proj=proj, size=(50, 1, inputs, hidden))).to(dtype)
+        time = 1 if layout == "batch_first" else 0
+        with torch.no_grad():
+            for _ in instruction_sets():
+                whole = run(problem)
+                check_values(whole, oracle(problem.to(torch.float64)), dtype)
+                for steps in (9, 15, 16, 17, 31, 32, 33, 49):
+                    spoilt = problem.input.clone()
+                    spoilt.narrow(time, steps, 50 - steps).fill_(float("nan"))
+                    ended = problem.input.narrow(time, 0, steps)
+                    sizes = None if problem.batch_sizes is None else problem.batch_sizes[:steps]
+                    for other in (
+                        dataclasses.replace(problem, input=spoilt),
+                        dataclasses.replace(problem, input=ended, batch_sizes=sizes),
+                    ):
+                        output = run(other)["output"].narrow(time, 0, steps)
+                        assert torch.equal(output, whole["output"].narrow(time, 0, steps)), (layout, steps)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_same_bits_each_time(cell):
     problem = build(Case(cell, bidirectional=True, lengths=True, size=(5, 7, 3, 9))).to(torch.float32)
@@ -373,6 +404,7 @@ def test_empty(cell, layout, size):
 def test_no_input_features(cell):
     """I=0: the input says nothing but its lengths, and the biases and the state drive the cell."""
     agree(build(Case(cell, bidirectional=True, lengths=True, size=(3, 4, 0, 7))))
+    agree(build(Case(cell, bidirectional=True, size=(40, 1, 0, 67))))
 
 
 @pytest.mark.parametrize("cell", CELLS)

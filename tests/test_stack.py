@@ -50,13 +50,14 @@ def outcome(layer: torch.nn.RNNBase, input: Tensor, hx=None, **options) -> dict[
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", CELLS)
-def test_bits_of_one_layer_after_the_other(cell, dtype):
+@pytest.mark.parametrize("batch", [3, 1])
+def test_bits_of_one_layer_after_the_other(batch, cell, dtype):
     """In training and in inference, for as many threads as layers, fewer and more than processors."""
     if dtype == torch.bfloat16 and ops.cpu_capability() != "avx512":
         pytest.skip("bfloat16 is converted layer by layer here")
     layers = PER_LAYER[cell]
     layer = module(cell, layers, dtype)
-    input = torch.randn(LENGTH, 3, HIDDEN + 5, dtype=dtype)
+    input = torch.randn(3 * LENGTH // batch, batch, HIDDEN + 5, dtype=dtype)
     torch.set_num_threads(1)
     expected = outcome(layer, input)
     for threads in (2, 3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -62,9 +63,10 @@ def test_many_python_threads(threads):
 def test_threads_that_share_the_units_of_a_small_batch(cell, dtype):
     """The bits of one thread, for numbers of threads that divide the units evenly or not, or exceed the processors."""
     length = 450 if cell.startswith("rnn") else 120  # enough work that a second thread is woken
-    for bidirectional, flags in ((False, {"resets": True}), (True, {"lengths": True})):
+    for batch, bidirectional in itertools.product((3, 1), (False, True)):
         hidden = 258 if bidirectional else 250  # the gates of the last 2 share a vector of 16, those of 10 do not
-        problem = build(Case(cell, "dense", bidirectional, size=(length, 3, 5, hidden), **flags)).to(dtype)
+        flags = {"lengths": bidirectional, "resets": not bidirectional} if batch > 1 else {}
+        problem = build(Case(cell, "dense", bidirectional, size=(length, batch, 5, hidden), **flags)).to(dtype)
         torch.set_num_threads(1)
         values, grads = gradients(run, problem)
         for threads in (2, 3, 5):

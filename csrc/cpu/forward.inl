@@ -32,9 +32,6 @@ struct Both {
   Item* item[2] = {nullptr, nullptr};
 };
 
-ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-ALWAYS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 template <class Fn>
 void parallel(const Executor& executor, int64_t tasks, const Fn& fn) {
   if (executor.threads <= 1 || tasks <= 1) {
@@ -157,11 +154,6 @@ void run_teams(const Executor& executor, int directions, int members, const Fn& 
       &call);
 }
 
-/// Blocks of hidden units.
-struct UnitBlocks {
-  int64_t first, last;
-};
-
 template <class T>
 UnitBlocks part_of(int64_t hidden, const Layout& layout, int member, int members) {
   const int64_t blocks = blocks_of<T>(hidden), apart = blocks_apart(layout), pieces = (blocks + apart - 1) / apart;
@@ -280,11 +272,12 @@ class ForwardScan {
         tail_(!short_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
         gates_stride_((keep_ ? saved_ : G) * padded_),
-        chunk_rows_(larger(slice.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))))),
-        gates_(keep_ ? 0 : chunk_rows_ * gates_stride_),
+        ahead_(projects_ahead()),
+        chunk_rows_(chunk_rows()),
+        gates_(keep_ ? 0 : (1 + ahead_) * chunk_rows_ * gates_stride_),
         input_rows_(chunk_rows_),
         filled_up_(fill_up() ? chunk_rows_ * Sizes::padded(args.sizes.input) : 0),
-        gate_rows_(chunk_rows_),
+        gate_rows_((1 + ahead_) * chunk_rows_),
         c_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         hidden_gates_(short_ ? G * padded_ : 0),
         unprojected_(args.sizes.proj ? slice.size() * padded_ : 0, kReduced),
@@ -305,9 +298,14 @@ class ForwardScan {
     };
     const int64_t steps = layout_.steps;
     write_h_n(now, steps ? layout_.batch_sizes[0] : 0, layout_.batch);
-    for (int64_t s = 0; s < steps;) {
-      const int64_t end = fill_chunk(s);
-      int64_t row = 0;
+    int64_t end = plan_chunk(0);
+    project_inputs();
+    for (int64_t s = 0, next_end = 0; s < steps; end = next_end) {
+      T* const* gates = gate_rows();
+      if (ahead_) {
+        next_end = plan_chunk(end);
+        if constexpr (kTakesAlong) start_ahead();
+      }
       for (; s < end; ++s) {
         const int64_t t = time(s);
         const int64_t rows = slice_.active(layout_, t);
@@ -317,12 +315,12 @@ class ForwardScan {
           team_.meet(members_);
         }
         if constexpr (cells::kIsVariant<Cell>) {
-          variant_step(t, rows, gate_rows_.get() + row, now, next);
+          variant_step(t, rows, gates, now, next);
         } else {
-          step(t, rows, gate_rows_.get() + row, now, next);
+          step(t, rows, gates, now, next);
         }
         team_.meet(members_);
-        row += rows;
+        gates += rows;
         const int64_t stay = reverse_        ? (t > 0 ? layout_.batch_sizes[t] : 0)
                              : t + 1 < steps ? layout_.batch_sizes[t + 1]
                                              : 0;
@@ -330,6 +328,8 @@ class ForwardScan {
         std::swap(now, next);
       }
       if (args_.progress) __atomic_store_n(&args_.progress->steps, s, __ATOMIC_RELEASE);
+      if (!ahead_) next_end = plan_chunk(end);
+      project_inputs();
     }
     if constexpr (Cell::kHasCell)
       write_states(args_.c_n + states * hidden_, hidden_, c_.get(), padded_, layout_, slice_, 0, layout_.batch,
@@ -341,6 +341,8 @@ class ForwardScan {
   static constexpr int64_t kPipelineSteps = 12;       // of a chunk of a stack whose layers run at the same time
 
   static constexpr bool kReduced = ForwardStates<S>::kReduced;
+  static constexpr bool kTakesAlong = kSidePays<G> && !cells::kIsVariant<Cell>;
+  using Side = std::conditional_t<kTakesAlong, SideTiles<S, kSideRows<G>>, NoSideTiles>;
 
   struct State {
     T* h;
@@ -369,13 +371,38 @@ class ForwardScan {
 
   int64_t time(int64_t s) const { return reverse_ ? layout_.steps - 1 - s : s; }
 
-  /// The input gates of as many steps from s as the chunk holds, as one product. Returns the step after them.
-  int64_t fill_chunk(int64_t s) {
-    const T* bias = cells::kIsNormed<Cell> ? nullptr : weights_.bias.get();
+  T** gate_rows() const { return gate_rows_.get() + turn_ * chunk_rows_; }
+
+  /// Whether the input gates of a chunk are computed beside the steps of the chunk before it, see row.inl.
+  bool projects_ahead() const {
+    // Bytes of the recurrent weights (measured).
+    constexpr int64_t kWorthwhile = (RNN_EXT_VECTOR_REGISTERS < 32 ? 16 : 12) * 1024;
+    const int64_t weights = G * elements<S>(out_) * padded_ * int64_t(sizeof(Element<S>));
+    return kTakesAlong && !short_ && weights >= kWorthwhile && args_.sizes.input > 0 && layout_.batch == 1 &&
+           layout_.rows == layout_.steps &&
+           (fill_up() || (layout_.packed ? args_.input.row : args_.input.step) % kPack<S> == 0);
+  }
+
+  /// Of a stack whose layers run at the same time: the one above waits for the first chunk, or for two if `ahead_`.
+  bool pipelined() const { return args_.progress || args_.below; }
+
+  int64_t chunk_rows() const {
+    if (ahead_) return (pipelined() ? 1 : 2) * kSideRows<G>;  // those of the first chunk are not taken along (measured)
+    return larger(slice_.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))));
+  }
+
+  /// The chunk of as many steps from s as it holds: where their inputs are and their gates go. Returns the step after.
+  int64_t plan_chunk(int64_t s) {
+    if (ahead_) turn_ ^= 1;
     const S** inputs = input_rows_.get();
-    T** gates = gate_rows_.get();
+    T** gates = gate_rows();
     int64_t count = 0, end = layout_.steps;
-    if (args_.progress) end = smaller(end, s + kPipelineSteps);
+    if (ahead_) {
+      const int64_t odd = (end - s) % chunk_rows_;  // first, so that the others have full tiles
+      end = smaller(end, s + (odd ? odd : chunk_rows_));
+    } else if (args_.progress) {
+      end = smaller(end, s + kPipelineSteps);
+    }
     if (args_.below) wait_until([&] { return __atomic_load_n(&args_.below->steps, __ATOMIC_ACQUIRE) >= end; });
     for (; s < end; ++s) {
       const int64_t t = time(s);
@@ -384,18 +411,10 @@ class ForwardScan {
       for (int64_t j = slice_.first; j < slice_.first + rows; ++j, ++count) {
         inputs[count] = args_.input.at(layout_, t, j);
         gates[count] = keep_ ? args_.saved + (direction_ * layout_.rows + layout_.offsets[t] + j) * gates_stride_
-                             : gates_.get() + count * gates_stride_;
+                             : gates_.get() + (turn_ * chunk_rows_ + count) * gates_stride_;
       }
     }
-    if (short_) {
-      const Weights<const S>& w = args_.weights[direction_];
-      for (int64_t r = 0; r < count; ++r) {
-        for (int64_t g = 0; g < G; ++g)
-          dot_rows(gates[r] + g * padded_, bias ? bias + g * padded_ : nullptr,
-                   w.weight_ih + g * hidden_ * args_.sizes.input, hidden_, args_.sizes.input, inputs[r]);
-      }
-      return s;
-    }
+    planned_ = count;
     if (fill_up()) {
       const int64_t width = Sizes::padded(args_.sizes.input);
       for (int64_t r = 0; r < count; ++r) {
@@ -405,31 +424,84 @@ class ForwardScan {
         inputs[r] = row;
       }
     }
-    PlainProduct<S> p;
-    p.rows = count;
-    p.columns = G * padded_;
-    p.a = inputs;
-    p.c = gates;
+    return s;
+  }
+
+  const T* input_bias() const { return cells::kIsNormed<Cell> ? nullptr : weights_.bias.get(); }
+
+  /// The blocks of gate g that this member projects; a tail is one of gate 0.
+  UnitBlocks projected_blocks(int g) const {
+    const int64_t first = g * (padded_ / kLanes<T>);
+    return {first + part_.first, first + part_.last - (tail_ && g > 0)};
+  }
+
+  /// Let the steps to come take along the projection of the planned chunk.
+  void start_ahead()
+    requires kTakesAlong
+  {
+    if (planned_ == 0) return;  // the last chunk has no next
+    const S* const* inputs = input_rows_.get();
+    T* const* gates = gate_rows();
+    SideProduct<S> p;
+    p.rows = planned_;
+    p.depth = elements<S>(args_.sizes.input);
+    p.a = reinterpret_cast<const Element<S>*>(inputs[0]);
+    p.a_stride = (inputs[1] - inputs[0]) / kPack<S>;
+    p.c = gates[0];
+    p.c_stride = gates[1] - gates[0];
     p.b = weights_.input.get();
-    p.segments.length = elements<S>(args_.sizes.input);
-    p.bias = bias;
-    if (members_ == 1 && !tail_) {
-      plain_product(p);
-      return s;
+    p.bias = input_bias();
+    for (int g = 0; g < G; ++g) {
+      p.blocks = projected_blocks(g);
+      side_.add(p);
     }
-    const int64_t gate_blocks = padded_ / kLanes<T>;
-    for (int64_t g = 0; g < G; ++g) {
-      p.first = g * gate_blocks + part_.first;
-      p.last = g * gate_blocks + part_.last - (tail_ && g > 0);
-      plain_product(p);
+    started_ = true;
+  }
+
+  /// The input gates of the planned chunk, as far as no step has computed them.
+  void project_inputs() {
+    if (started_) {
+      if constexpr (kTakesAlong) side_.finish();
+      started_ = false;
+    } else {
+      project_rows();
     }
-    for (int64_t r = 0; tail_ && r < count; ++r) {
+    T* const* gates = gate_rows();
+    for (int64_t r = 0; tail_ && r < planned_; ++r) {
       T* row = gates[r] + (part_.last - 1) * kLanes<T>;
       V parts[G];
       quarters<G, T>(load(row), parts, std::make_integer_sequence<int, G>());
       for (int g = 0; g < G; ++g) store(row + g * padded_, parts[g]);
     }
-    return s;
+  }
+
+  void project_rows() {
+    const T* bias = input_bias();
+    T* const* gates = gate_rows();
+    if (short_) {
+      const Weights<const S>& w = args_.weights[direction_];
+      for (int64_t r = 0; r < planned_; ++r) {
+        for (int64_t g = 0; g < G; ++g)
+          dot_rows(gates[r] + g * padded_, bias ? bias + g * padded_ : nullptr,
+                   w.weight_ih + g * hidden_ * args_.sizes.input, hidden_, args_.sizes.input, input_rows_.get()[r]);
+      }
+      return;
+    }
+    PlainProduct<S> p;
+    p.rows = planned_;
+    p.columns = G * padded_;
+    p.a = input_rows_.get();
+    p.c = gates;
+    p.b = weights_.input.get();
+    p.segments.length = elements<S>(args_.sizes.input);
+    p.bias = bias;
+    if (members_ == 1 && !tail_) return plain_product(p);
+    for (int g = 0; g < G; ++g) {
+      const UnitBlocks blocks = projected_blocks(g);
+      p.first = blocks.first;
+      p.last = blocks.last;
+      plain_product(p);
+    }
   }
 
   void reset(int64_t t, int64_t rows, State now) {
@@ -512,7 +584,7 @@ class ForwardScan {
       product<G, S>(
           rows, part_.first, part_.last, order,
           [=](int64_t r) { return reinterpret_cast<const Element<S>*>(a_row(r)); }, weights_.hidden.get(),
-          Segments{1, elements<S>(out), {}, 1}, init, finish, tail_);
+          Segments{1, elements<S>(out), {}, 1}, init, finish, tail_, &side_);
     }
     if (projected) project(t, rows, next);
   }
@@ -561,17 +633,23 @@ class ForwardScan {
   const bool short_;
   const bool tail_;  // this part ends with one
   const bool keep_;
-  const int64_t gates_stride_, chunk_rows_;
-  Buffer<T> gates_;              // [chunk rows, G, padded H], where the input gates do not go straight to `saved`
+  const int64_t gates_stride_;
+  const bool ahead_;
+  const int64_t chunk_rows_;
+  Buffer<T> gates_;  // [1 + ahead, chunk rows, G, padded H], where the input gates do not go straight to `saved`
   Buffer<const S*> input_rows_;  // [chunk rows]
   Buffer<S> filled_up_;          // [chunk rows, padded I], where fill_up()
-  Buffer<T*> gate_rows_;         // [chunk rows]
+  Buffer<T*> gate_rows_;         // [1 + ahead, chunk rows]
   Buffer<T> c_;                  // [slice, padded H]
   Buffer<T> hidden_gates_;       // [G, padded H], of one row, where weights are not packed
   Buffer<S> unprojected_;        // [slice, padded H]
   Buffer<T*> projected_rows_;    // [slice]
   Buffer<S*> output_rows_;       // [slice], where a step goes
   Buffer<S*> cell_rows_;         // [slice], where its cell states go, if anywhere
+  int64_t planned_ = 0;          // rows of the chunk that the input gates are computed of
+  int turn_ = 0;                 // of two such chunks
+  bool started_ = false;         // of which side_ is in charge
+  Side side_;
   VariantForward<Cell, S> variant_;
 };
 

@@ -19,6 +19,9 @@ namespace {
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #include "cpu/vec.inl"
+#include "cpu/tile.inl"
+#include "cpu/side.inl"
+#include "cpu/row.inl"
 #include "cpu/product.inl"
 #include "cpu/forward.inl"
 #include "cpu/backward.inl"

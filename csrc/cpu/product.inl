@@ -4,25 +4,6 @@
 // B is packed in blocks of G vectors: [block][k][G][lanes], but for a tail. A is read element by element and broadcast;
 // k counts elements, see Element.
 
-/// How a product walks its tiles. One row alone sums in another order than the same row in a tile, and backwards in yet
-/// another, so the caller decides by numbers that do not depend on threads. Walking every other step's blocks and their
-/// k backwards finds what the step before read last still in the cache.
-enum class Order { kRows, kRow, kRowBackwards };
-
-inline Order step_order(int64_t rows, int64_t t) {
-  return rows != 1 ? Order::kRows : t & 1 ? Order::kRowBackwards : Order::kRow;
-}
-
-/// Up to four stretches of A's columns, one after another in k (gates whose slots do not follow each other).
-struct Segments {
-  int count = 1;
-  int64_t length = 0;  // of each
-  int64_t offset[4] = {0, 0, 0, 0};
-  int64_t stride = 1;  // between consecutive k in A
-
-  int64_t size() const { return count * length; }
-};
-
 /// Where consecutive k are rows of a matrix no hardware prefetcher follows: how many k before its use a line is
 /// fetched.
 constexpr int64_t kAhead = 24;
@@ -69,51 +50,6 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Elemen
   }
 }
 
-/// One row: too few accumulators to hide the latency of an addition, so k is dealt out over KU sets of them. Backwards
-/// means line by line: only what is read in the reverse of the order before finds all that the cache still has.
-template <bool kBackwards, int KU, int NB, int G, bool kStrided, class S>
-ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[1][NB * G], const Element<S>* a, const Element<S>* b,
-                                    int64_t block_stride, const Segments& segments) {
-  using Op = Operand<S>;
-  constexpr int n = kLanes<Element<S>>;
-  Vec<Compute<S>> part[KU][NB * G] = {};
-  const int64_t length = segments.length, stride = kStrided ? segments.stride : 1, whole = length / KU * KU;
-  for (int i = 0; i < segments.count; ++i) {
-    const int s = kBackwards ? segments.count - 1 - i : i;
-    const Element<S>* row = a + segments.offset[s];
-    const Element<S>* w = b + s * length * G * n;
-    const auto rest = [&]() ALWAYS_INLINE_LAMBDA {
-      for (int64_t k = whole; k < length; ++k) {
-        const auto x = Op::broadcast(row[k * stride]);
-#pragma GCC unroll 16
-        for (int v = 0; v < NB * G; ++v)
-          part[0][v] = Op::multiply_add(x, Op::load(w + (v / G) * block_stride + (k * G + v % G) * n), part[0][v]);
-      }
-    };
-    if (kBackwards) rest();
-    for (int64_t done = 0; done < whole; done += KU) {
-      const int64_t k = kBackwards ? whole - KU - done : done;
-      const Element<S>*x_k = row + k * stride, *w_k = w + k * G * n;
-#pragma GCC unroll 16
-      for (int i = 0; i < KU; ++i) {
-        const int u = kBackwards ? KU - 1 - i : i;
-        const auto x = Op::broadcast(x_k[u * stride]);
-#pragma GCC unroll 16
-        for (int j = 0; j < NB * G; ++j) {
-          const int v = kBackwards ? NB * G - 1 - j : j;
-          part[u][v] = Op::multiply_add(x, Op::load(w_k + (v / G) * block_stride + (u * G + v % G) * n), part[u][v]);
-        }
-      }
-    }
-    if (!kBackwards) rest();
-  }
-#pragma GCC unroll 16
-  for (int v = 0; v < NB * G; ++v) {
-#pragma GCC unroll 16
-    for (int u = 0; u < KU; ++u) acc[0][v] += part[u][v];
-  }
-}
-
 /// Rows of a tile whose accumulators (rows x vectors) stay in the registers beside the fewer of a column of inputs and
 /// a row of weights, and one of the others; of a tile that is taller than wide two, lest the compiler spill (measured).
 constexpr int tile_rows(int vectors) {
@@ -122,51 +58,6 @@ constexpr int tile_rows(int vectors) {
   int rows = 1;
   while (rows < 8 && registers(rows + 1) <= RNN_EXT_VECTOR_REGISTERS) ++rows;
   return rows;
-}
-
-/// One block of units of one row.
-struct Place {
-  int64_t row, block;
-};
-
-/// Marks a function for finished tiles that runs a cell: it takes several places of a tile at once.
-template <class Fn>
-struct Cellwise : Fn {};
-template <class Fn>
-Cellwise(Fn) -> Cellwise<Fn>;
-template <class Fn>
-constexpr bool kIsCellwise = false;
-template <class Fn>
-constexpr bool kIsCellwise<Cellwise<Fn>> = true;
-
-/// The most places a cell is run for at once: as many as fill the latency of its instructions (measured).
-constexpr int kMostCells = 4;
-
-template <int W, int NB, int G, class V, class Finish>
-ALWAYS_INLINE void finish_cells(int first, int64_t row, int64_t block, const V (*sums)[G], const Finish& finish) {
-  Place at[W];
-  Wide<std::remove_cvref_t<decltype(sums[0][0][0])>, W> sum[G];
-#pragma GCC unroll 8
-  for (int w = 0; w < W; ++w) {
-    at[w] = {row + (first + w) / NB, block + (first + w) % NB};
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) sum[g].part[w] = sums[first + w][g];
-  }
-  finish(at, sum);
-}
-
-/// Finishes `Count` places: NB blocks of each row.
-template <int Count, int NB, int G, class V, class Finish>
-ALWAYS_INLINE void finish_tile(int64_t row, int64_t block, const V (&sums)[Count][G], const Finish& finish) {
-  if constexpr (!kIsCellwise<Finish>) {
-#pragma GCC unroll 32
-    for (int i = 0; i < Count; ++i) finish(row + i / NB, block + i % NB, sums[i]);
-  } else {
-    constexpr int kTimes = (Count + kMostCells - 1) / kMostCells, W = (Count + kTimes - 1) / kTimes;
-#pragma GCC unroll 1
-    for (int i = 0; i + W <= Count; i += W) finish_cells<W, NB, G>(i, row, block, sums, finish);
-    if constexpr (Count % W) finish_cells<Count % W, NB, G>(Count - Count % W, row, block, sums, finish);
-  }
 }
 
 template <int MR, int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
@@ -190,51 +81,6 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
   finish_tile<MR * NB, NB, G>(first_row, first_block, sums, finish);
 }
 
-/// Row 0 alone, `Tiles` of NB blocks one after another before a cell is run for all of them.
-template <int Tiles, int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
-NO_INLINE void run_row(const Row& a_row, int64_t first_block, const Element<S>* b, int64_t block_stride,
-                       const Segments& segments, const Init& init, const Finish& finish, bool backwards) {
-  constexpr int kSets = 8 / (NB * G) < 2 ? 2 : 8 / (NB * G);
-  const Element<S>* a = a_row(0);
-  Vec<Compute<S>> sums[Tiles * NB][G];
-#pragma GCC unroll 1
-  for (int i = 0; i < Tiles; ++i) {
-    const int tile = backwards ? Tiles - 1 - i : i;
-    Vec<Compute<S>> acc[1][NB * G];
-#pragma GCC unroll 4
-    for (int n = 0; n < NB; ++n) init(0, first_block + tile * NB + n, &acc[0][n * G]);
-    const Element<S>* b_tile = b + tile * NB * block_stride;
-    if (backwards) {
-      multiply_add_row<true, kSets, NB, G, kStrided, S>(acc, a, b_tile, block_stride, segments);
-    } else {
-      multiply_add_row<false, kSets, NB, G, kStrided, S>(acc, a, b_tile, block_stride, segments);
-    }
-#pragma GCC unroll 16
-    for (int v = 0; v < NB * G; ++v) sums[tile * NB + v / G][v % G] = acc[0][v];
-  }
-  finish_tile<Tiles * NB, NB * Tiles, G>(0, first_block, sums, finish);
-}
-
-/// Row 0 alone, so many tiles from a block on.
-template <int Tiles, int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
-ALWAYS_INLINE void run_row_tiles(int64_t block, int64_t tiles, const Row& a_row, const Element<S>* b,
-                                 int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish,
-                                 bool backwards) {
-  const int64_t groups = tiles / Tiles;
-  const auto rest = [&] {
-    if constexpr (Tiles > 1)
-      run_row_tiles<Tiles / 2, NB, G, kStrided, S>(block + groups * Tiles * NB, tiles % Tiles, a_row, b, block_stride,
-                                                   segments, init, finish, backwards);
-  };
-  if (backwards) rest();
-  for (int64_t i = 0; i < groups; ++i) {
-    const int64_t at = block + Tiles * NB * (backwards ? groups - 1 - i : i);
-    run_row<Tiles, NB, G, kStrided, S>(a_row, at, b + at * block_stride, block_stride, segments, init, finish,
-                                       backwards);
-  }
-  if (!backwards) rest();
-}
-
 template <int MR, int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
 ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
                             int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish) {
@@ -247,24 +93,10 @@ ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, i
 }
 
 template <int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
-ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
-                                 const Element<S>* b, const Segments& segments, const Init& init,
-                                 const Finish& finish) {
+ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, const Row& a_row, const Element<S>* b,
+                                 const Segments& segments, const Init& init, const Finish& finish) {
   constexpr int kMaxRows = tile_rows(NB * G);
   const int64_t block_stride = segments.size() * G * kLanes<Element<S>>;
-  if (order != Order::kRows) {
-    const int64_t tiles = (blocks - block) / NB;
-    const bool backwards = order == Order::kRowBackwards;
-    // Weights from beyond the first cache come while a cell is run, if it is run for one tile at a time (measured).
-    constexpr int64_t kFirstCache = 32 * 1024;
-    if (kIsCellwise<Finish> && G > 1 && tiles * block_stride * int64_t(sizeof(Element<S>)) <= kFirstCache) {
-      run_row_tiles<kMostCells, NB, G, kStrided, S>(block, tiles, a_row, b, block_stride, segments, init, finish,
-                                                    backwards);
-    } else {
-      run_row_tiles<1, NB, G, kStrided, S>(block, tiles, a_row, b, block_stride, segments, init, finish, backwards);
-    }
-    return block + tiles * NB;
-  }
   for (; block + NB <= blocks; block += NB) {
     const Element<S>* b_block = b + block * block_stride;
     int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;  // of as equal heights as can be
@@ -285,6 +117,10 @@ constexpr bool has_tail(int64_t gates, int64_t units) {
   return gates > 1 && gates <= 4 && rest > 0 && rest <= kLanes<T> / 4;
 }
 
+template <int G, class S, bool kStrided = false, class Row, class Init, class Finish, class Side = NoSideTiles>
+void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row, const Element<S>* b,
+             const Segments& segments, const Init& init, const Finish& finish, bool tail = false, Side* side = nullptr);
+
 /// The tail, block number `block`: as a product of one gate, whose sums are dealt out to the gates.
 template <int G, bool kStrided, class S, class Row, class Init, class Finish>
 ALWAYS_INLINE void run_tail(int64_t rows, int64_t block, Order order, const Row& a_row, const Element<S>* b,
@@ -295,8 +131,8 @@ ALWAYS_INLINE void run_tail(int64_t rows, int64_t block, Order order, const Row&
   const auto nothing = [](int64_t, int64_t, V* acc) { *acc = V{}; };
   const auto run = [&](const auto& deal_out) ALWAYS_INLINE_LAMBDA {
     const int64_t one_gate = segments.size() * kLanes<Element<S>>;
-    run_blocks<1, 1, kStrided, S>(rows, block, block + 1, order, a_row, b + block * (G - 1) * one_gate, segments,
-                                  nothing, deal_out);
+    product<1, S, kStrided>(rows, block, block + 1, order, a_row, b + block * (G - 1) * one_gate, segments, nothing,
+                            deal_out);
   };
   if constexpr (kIsCellwise<Finish>) {
     run(Cellwise{[&]<int W>(const Place(&at)[W], const Wide<T, W>* sums) ALWAYS_INLINE_LAMBDA {
@@ -324,18 +160,24 @@ ALWAYS_INLINE void run_tail(int64_t rows, int64_t block, Order order, const Row&
 }
 
 /// For rows 0..rows-1 and the blocks [block, blocks) of B: acc[G] = init(row, block), acc += A
-/// row . B block, finish(row, block, acc). `tail`: the last of these blocks is one.
+/// row . B block, finish(row, block, acc). `tail`: the last of these blocks is one. One row alone takes tiles of `side`
+/// along, as many as there are.
 ///
 /// a_row(row) points at the row's element k = 0. kStrided: segments.stride counts, else it is 1.
-template <int G, class S, bool kStrided = false, class Row, class Init, class Finish>
+template <int G, class S, bool kStrided, class Row, class Init, class Finish, class Side>
 ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
                            const Element<S>* b, const Segments& segments, const Init& init, const Finish& finish,
-                           bool tail = false) {
-  if constexpr (G == 1) {
-    block = run_blocks<4, 1, kStrided, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
-    block = run_blocks<2, 1, kStrided, S>(rows, block, blocks, order, a_row, b, segments, init, finish);
+                           bool tail, Side* side) {
+  if (!kStrided && order != Order::kRows) {
+    run_row_blocks<kRowBlocks<G>, G, S>(block, blocks - tail, order == Order::kRowBackwards, a_row(0), b, segments,
+                                        init, finish, side);
+  } else {
+    if constexpr (G == 1) {
+      block = run_blocks<4, 1, kStrided, S>(rows, block, blocks, a_row, b, segments, init, finish);
+      block = run_blocks<2, 1, kStrided, S>(rows, block, blocks, a_row, b, segments, init, finish);
+    }
+    run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, a_row, b, segments, init, finish);
   }
-  run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, order, a_row, b, segments, init, finish);
   if constexpr (G > 1) {
     if (tail) run_tail<G, kStrided, S>(rows, blocks - 1, order, a_row, b, segments, init, finish);
   }

@@ -1,0 +1,189 @@
+// One row times B: a step of a single sequence. As long as it multiplies, its product waits for weights to come from
+// the cache and for the step before it. It can take along the tiles of another product meanwhile, one that is ready:
+// the side product.
+
+/// Blocks of a tile of one row: few enough vectors to leave registers for a tile of a side product of as many.
+template <int G>
+constexpr int kRowBlocks = G == 1                                    ? 4
+                           : G == 4 && RNN_EXT_VECTOR_REGISTERS < 32 ? 1
+                                                                     : 2;
+
+/// Rows of a side product's tile, of one vector each: at least as many multiply-adds as the tile it goes with has, and
+/// as many rows as there are registers for, which need the same weights (measured).
+template <int G>
+constexpr int kSideRows = RNN_EXT_VECTOR_REGISTERS < 32 ? kRowBlocks<G> * G : 8;
+/// Tiles of fewer rows read too many weights for what they compute (measured).
+template <int G>
+constexpr bool kSidePays = kSideRows<G> >= 6;
+
+/// The same pointer, but the compiler does not know that: else it would rather keep the distances of a dozen places
+/// from each other in registers than add to one pointer, and there are not so many registers.
+template <class E>
+ALWAYS_INLINE const E* opaque(const E* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
+/// Adds the first `Count` sets up into set 0, in pairs: the next step waits for as few additions as can be.
+template <int Count, int KU, int N, class V>
+ALWAYS_INLINE void add_up(V (&sets)[KU][N]) {
+  if constexpr (Count > 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Count / 2 * N; ++i) sets[i / N][i % N] += sets[Count / 2 + i / N][i % N];
+    add_up<Count / 2>(sets);
+  }
+}
+
+/// Few accumulators do not hide the latency of an addition, so k is dealt out over KU sets of them. Backwards means
+/// line by line: only what is read in the reverse of the order before finds all that the cache still has. The sums are
+/// the same with and without a tile beside them.
+template <bool kBackwards, int KU, int NB, int G, class S, class Tile>
+ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Element<S>* a, const Element<S>* b,
+                                    int64_t block_stride, const Segments& segments, Tile& side) {
+  using Op = Operand<S>;
+  constexpr bool kSide = !std::is_same_v<Tile, NoSideTile>;
+  constexpr int n = kLanes<Element<S>>;
+  constexpr int kAtOnce = KU > 1 ? KU : 2;
+  Vec<Compute<S>> part[KU][NB * G] = {};
+#pragma GCC unroll 16
+  for (int v = 0; v < NB * G; ++v) part[0][v] = acc[v];
+  const int64_t length = segments.length, whole = length / kAtOnce * kAtOnce;
+  for (int i = 0; i < segments.count; ++i) {
+    const int s = kBackwards ? segments.count - 1 - i : i;
+    const Element<S>* row = a + segments.offset[s];
+    const Element<S>* w = b + s * length * G * n;
+    const auto rest = [&]() ALWAYS_INLINE_LAMBDA {
+      for (int64_t k = whole; k < length; ++k) {
+        const auto x = Op::broadcast(row[k]);
+#pragma GCC unroll 16
+        for (int v = 0; v < NB * G; ++v)
+          part[0][v] = Op::multiply_add(x, Op::load(w + (v / G) * block_stride + (k * G + v % G) * n), part[0][v]);
+      }
+    };
+    int64_t done = 0;
+    const auto walk = [&]<bool kWithSide>(int64_t end) ALWAYS_INLINE_LAMBDA {
+      for (; done < end; done += kAtOnce) {
+        const int64_t k = kBackwards ? whole - kAtOnce - done : done;
+        const Element<S>*x_k = row + k, *w_k[NB] = {w + k * G * n};
+#pragma GCC unroll 4
+        for (int v = 1; v < NB; ++v) w_k[v] = opaque(w_k[v - 1] + block_stride);
+#pragma GCC unroll 16
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int u = kBackwards ? kAtOnce - 1 - i : i;
+          const auto x = Op::broadcast(x_k[u]);
+#pragma GCC unroll 16
+          for (int j = 0; j < NB * G; ++j) {
+            const int v = kBackwards ? NB * G - 1 - j : j;
+            auto& sum = part[u % KU][v];
+            sum = Op::multiply_add(x, Op::load(w_k[v / G] + (u * G + v % G) * n), sum);
+          }
+          if constexpr (kWithSide) side.multiply_add();
+        }
+      }
+    };
+    if (kBackwards) rest();
+    if constexpr (kSide) {
+      while (done < whole) {
+        const int64_t left = side.left(), both = smaller(whole - done, left / kAtOnce * kAtOnce);
+        if (left == 0) break;
+        walk.template operator()<true>(done + both);
+        if (both == 0) side.multiply_add();
+        side.pass(larger(both, 1));
+      }
+    }
+    walk.template operator()<false>(whole);
+    if (!kBackwards) rest();
+  }
+  add_up<KU>(part);
+#pragma GCC unroll 16
+  for (int v = 0; v < NB * G; ++v) acc[v] = part[0][v];
+  if constexpr (kSide) side.finish();
+}
+
+template <int NB, int G, class S, class Tile>
+ALWAYS_INLINE void multiply_tile(Vec<Compute<S>> (*sums)[G], const Element<S>* a, int64_t block, const Element<S>* b,
+                                 int64_t block_stride, const Segments& segments, const auto& init, bool backwards,
+                                 Tile& side) {
+  constexpr int kSets = int(larger(1, 8 / (NB * G)));
+  Vec<Compute<S>> acc[NB * G];
+#pragma GCC unroll 4
+  for (int n = 0; n < NB; ++n) init(0, block + n, &acc[n * G]);
+  if (backwards) {
+    multiply_add_row<true, kSets, NB, G, S>(acc, a, b, block_stride, segments, side);
+  } else {
+    multiply_add_row<false, kSets, NB, G, S>(acc, a, b, block_stride, segments, side);
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < NB * G; ++v) sums[v / G][v % G] = acc[v];
+}
+
+/// `Tiles` of NB blocks one after another before a cell is run for all of them.
+template <int Tiles, int NB, int G, class S, class Init, class Finish>
+NO_INLINE void run_row(const Element<S>* a, int64_t first_block, const Element<S>* b, int64_t block_stride,
+                       const Segments& segments, const Init& init, const Finish& finish, bool backwards) {
+  Vec<Compute<S>> sums[Tiles * NB][G];
+#pragma GCC unroll 1
+  for (int i = 0; i < Tiles; ++i) {
+    const int tile = NB * (backwards ? Tiles - 1 - i : i);
+    NoSideTile none;
+    multiply_tile<NB, G, S>(sums + tile, a, first_block + tile, b + tile * block_stride, block_stride, segments, init,
+                            backwards, none);
+  }
+  finish_tile<Tiles * NB, NB * Tiles, G>(0, first_block, sums, finish);
+}
+
+/// One tile of NB blocks, with tiles of side products.
+template <int NB, int G, class S, class Init, class Finish, class Side>
+NO_INLINE void run_row_beside(const Element<S>* a, int64_t first_block, const Element<S>* b, int64_t block_stride,
+                              const Segments& segments, const Init& init, const Finish& finish, bool backwards,
+                              Side& side) {
+  Vec<Compute<S>> sums[NB][G];
+  SideTile<S, Side::kRows> tile(side);
+  multiply_tile<NB, G, S>(sums, a, first_block, b, block_stride, segments, init, backwards, tile);
+  finish_tile<NB, NB, G>(0, first_block, sums, finish);
+}
+
+/// So many tiles from a block on.
+template <int Tiles, int NB, int G, class S, class Init, class Finish, class Side>
+ALWAYS_INLINE void run_row_tiles(int64_t block, int64_t tiles, const Element<S>* a, const Element<S>* b,
+                                 int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish,
+                                 bool backwards, Side* side) {
+  const int64_t groups = tiles / Tiles;
+  const auto rest = [&] {
+    if constexpr (Tiles > 1)
+      run_row_tiles<Tiles / 2, NB, G, S>(block + groups * Tiles * NB, tiles % Tiles, a, b, block_stride, segments, init,
+                                         finish, backwards, side);
+  };
+  if (backwards) rest();
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t at = block + Tiles * NB * (backwards ? groups - 1 - i : i);
+    if constexpr (Tiles == 1 && !std::is_same_v<Side, NoSideTiles>) {
+      if (side && side->more()) {
+        run_row_beside<NB, G, S>(a, at, b + at * block_stride, block_stride, segments, init, finish, backwards, *side);
+        continue;
+      }
+    }
+    run_row<Tiles, NB, G, S>(a, at, b + at * block_stride, block_stride, segments, init, finish, backwards);
+  }
+  if (!backwards) rest();
+}
+
+/// The blocks [block, blocks), in tiles as wide as can be.
+template <int NB, int G, class S, class Init, class Finish, class Side>
+ALWAYS_INLINE void run_row_blocks(int64_t block, int64_t blocks, bool backwards, const Element<S>* a,
+                                  const Element<S>* b, const Segments& segments, const Init& init, const Finish& finish,
+                                  Side* side) {
+  const int64_t block_stride = segments.size() * G * kLanes<Element<S>>, tiles = (blocks - block) / NB;
+  // Weights from beyond the first cache come while a cell is run, if it is run for one tile at a time (measured).
+  constexpr int64_t kFirstCache = 32 * 1024;
+  constexpr int kTiles = kIsCellwise<Finish> && G > 1 ? kMostCells / NB : 1;
+  bool together = kTiles > 1 && tiles * NB * block_stride * int64_t(sizeof(Element<S>)) <= kFirstCache;
+  if constexpr (!std::is_same_v<Side, NoSideTiles>) together = together && !(side && side->more());
+  if (together) {
+    run_row_tiles<kTiles, NB, G, S>(block, tiles, a, b, block_stride, segments, init, finish, backwards, side);
+  } else {
+    run_row_tiles<1, NB, G, S>(block, tiles, a, b, block_stride, segments, init, finish, backwards, side);
+  }
+  if constexpr (NB > 1)
+    run_row_blocks<NB / 2, G, S>(block + tiles * NB, blocks, backwards, a, b, segments, init, finish, side);
+}

@@ -1,0 +1,73 @@
+// What the products of product.inl and row.inl have in common: how they walk, and what becomes of a finished tile.
+
+ALWAYS_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+ALWAYS_INLINE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/// How a product walks its tiles. One row alone sums in another order than the same row in a tile, and backwards in yet
+/// another, so the caller decides by numbers that do not depend on threads. Walking every other step's blocks and their
+/// k backwards finds what the step before read last still in the cache.
+enum class Order { kRows, kRow, kRowBackwards };
+
+inline Order step_order(int64_t rows, int64_t t) {
+  return rows != 1 ? Order::kRows : t & 1 ? Order::kRowBackwards : Order::kRow;
+}
+
+/// Up to four stretches of A's columns, one after another in k (gates whose slots do not follow each other).
+struct Segments {
+  int count = 1;
+  int64_t length = 0;  // of each
+  int64_t offset[4] = {0, 0, 0, 0};
+  int64_t stride = 1;  // between consecutive k in A
+
+  int64_t size() const { return count * length; }
+};
+
+/// Blocks of hidden units or of columns.
+struct UnitBlocks {
+  int64_t first, last;
+};
+
+/// One block of units of one row.
+struct Place {
+  int64_t row, block;
+};
+
+/// Marks a function for finished tiles that runs a cell: it takes several places of a tile at once.
+template <class Fn>
+struct Cellwise : Fn {};
+template <class Fn>
+Cellwise(Fn) -> Cellwise<Fn>;
+template <class Fn>
+constexpr bool kIsCellwise = false;
+template <class Fn>
+constexpr bool kIsCellwise<Cellwise<Fn>> = true;
+
+/// The most places a cell is run for at once: as many as fill the latency of its instructions (measured).
+constexpr int kMostCells = 4;
+
+template <int W, int NB, int G, class V, class Finish>
+ALWAYS_INLINE void finish_cells(int first, int64_t row, int64_t block, const V (*sums)[G], const Finish& finish) {
+  Place at[W];
+  Wide<std::remove_cvref_t<decltype(sums[0][0][0])>, W> sum[G];
+#pragma GCC unroll 8
+  for (int w = 0; w < W; ++w) {
+    at[w] = {row + (first + w) / NB, block + (first + w) % NB};
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) sum[g].part[w] = sums[first + w][g];
+  }
+  finish(at, sum);
+}
+
+/// Finishes `Count` places: NB blocks of each row.
+template <int Count, int NB, int G, class V, class Finish>
+ALWAYS_INLINE void finish_tile(int64_t row, int64_t block, const V (&sums)[Count][G], const Finish& finish) {
+  if constexpr (!kIsCellwise<Finish>) {
+#pragma GCC unroll 32
+    for (int i = 0; i < Count; ++i) finish(row + i / NB, block + i % NB, sums[i]);
+  } else {
+    constexpr int kTimes = (Count + kMostCells - 1) / kMostCells, W = (Count + kTimes - 1) / kTimes;
+#pragma GCC unroll 1
+    for (int i = 0; i + W <= Count; i += W) finish_cells<W, NB, G>(i, row, block, sums, finish);
+    if constexpr (Count % W) finish_cells<Count % W, NB, G>(Count - Count % W, row, block, sums, finish);
+  }
+}
