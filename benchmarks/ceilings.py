@@ -6,23 +6,28 @@ Measured on one core, by ceilings.cpp where there is a C++ compiler and else, le
   in float32, where the processor has an instruction for them.
 - ``read``: bytes per second of reading an array over and over, by its size: the levels of the cache and memory. The
   better of two orders, round and round or back and forth.
+- ``cells``: seconds per hidden unit and timestep of a cell alone, forward and backward, in float32 and in bfloat16,
+  with the activations of csrc; by cells.cpp, and only where that can be compiled.
 - ``call``: seconds that torch takes for a module that multiplies two numbers, in inference, and with the gradients of
-  both: what is left of a call when a layer costs nothing.
+  three: what is left of a call when a layer costs nothing. (A layer has five or more.)
 
 The model of the floor. A timestep of one direction needs ``2 G H I`` flops for the input projection and ``2 G H H`` for
-the recurrent product per sequence, and has to read the recurrent weights, ``G H H`` values, once, from the level of
-cache that they fit. The projections of all timesteps can be one product, which is bound by flops; a recurrent product
-has to wait for the one before, so that
+the recurrent product per sequence, its cell for ``H`` units, and has to read the recurrent weights, ``G H H`` values,
+once, from the level of cache that they fit. Reading can go on while something else is computed:
 
-    scan                = sum over t of max(recurrent flops at t / F, bytes of W_hh / B(bytes of W_hh))
-    forward             = call + projection flops / F + scan
-    forward + backward  = call + 3 projection flops / F    forward, gradients of the input and of W_ih
-                               + 2 scan                    forward, gradients of the states
-                               + recurrent flops / F       gradient of W_hh
+    forward             = call + max(projection + recurrent flops / F + cells, timesteps * bytes of W_hh / B)
+    forward + backward  = call + max(3 projection flops / F    forward, gradients of the input and of W_ih
+                                     + 3 recurrent flops / F   forward, gradients of the states and of W_hh
+                                     + cells both ways, 2 * timesteps * bytes of W_hh / B)
 
-with F the ``flops`` and B the ``read`` above. Of T threads each is given a T-th of the flops and of W_hh. Activations,
-the traffic of inputs, outputs and saved values, and everything else around the loop are free: at small H nobody can
-reach the floor. A layer whose weights partly stay in registers or in a faster cache than the model says can pass it.
+with F the ``flops`` and B the ``read`` above. Of T threads each is given a T-th of everything. The traffic of inputs,
+outputs and saved values, the wait of a timestep for the one before, and everything else around the loop are free: at
+small H nobody can reach the floor. A layer whose weights partly stay in registers or in a faster cache than the model
+says can pass it, and so could one with cheaper activations.
+
+``in_turn`` is the time of a layer that has no activations and reads while it computes nothing else, which is how most
+are built: first the projections of all timesteps as one product, bound by flops, then the recurrent ones, each bound by
+flops or by bandwidth.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ import ctypes
 import itertools
 import math
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -42,34 +48,49 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rnn_ext.bench import Case
+from rnn_ext import ops
+from rnn_ext.bench import CELLS, Case
 
 SOURCE = Path(__file__).with_name("ceilings.cpp")
+CELL_SOURCE = SOURCE.with_name("cells.cpp")
+CSRC = SOURCE.parents[1] / "csrc"
 PAGE = 4096
 SIZES = sorted([PAGE << k for k in range(16)] + [3 * PAGE << k for k in range(14)])  # 4 KiB to 128 MiB
 
 
 class Floor(NamedTuple):
     seconds: float
-    bandwidth_share: float  # of these seconds, how much is waiting for weights to be read
-    call_share: float  # and how much the call itself
+    bound: str  # by which of call, flops, cells and bandwidth most
+    in_turn: float  # seconds
 
-    @property
-    def bound(self) -> str:
-        shares = {"flops": 1 - self.bandwidth_share - self.call_share}
-        shares |= {"bandwidth": self.bandwidth_share, "call": self.call_share}
-        return max(shares, key=shares.__getitem__)
+
+# What kernels_*.cpp say to the compiler, for cells.cpp; by instruction set and dtype.
+AVX2, AVX512 = "-mavx2 -mfma", "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+CELL_FLAGS = {
+    ("baseline", "float32"): (16, 32 if platform.machine() == "aarch64" else 16, ""),
+    ("avx2", "float32"): (32, 16, AVX2),
+    ("avx512", "float32"): (64, 32, AVX512),
+    ("avx512", "bfloat16"): (64, 32, f"{AVX512} -mavx512bf16 -DRNN_EXT_BFLOAT16"),
+}
+
+
+def compile_source(source: Path, folder: str, flags: str = "") -> ctypes.CDLL | None:
+    """A source file beside this one as a library, None without a compiler that can make it."""
+    command = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
+    handle, library = tempfile.mkstemp(".so", dir=folder)
+    os.close(handle)
+    always = ["-O3", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC"]
+    try:
+        subprocess.run([*command, *always, *flags.split(), str(source), "-o", library], check=True, capture_output=True)
+        return ctypes.CDLL(library)
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def compile_library(folder: str) -> ctypes.CDLL | None:
-    """ceilings.cpp as a library, None without a compiler that can make it."""
-    command = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
-    library = Path(folder, "ceilings.so")
-    flags = ["-O3", "-std=c++17", "-shared", "-fPIC"]
-    try:
-        subprocess.run([*command, *flags, str(SOURCE), "-o", str(library)], check=True, capture_output=True)
-        loaded = ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError):
+    """ceilings.cpp."""
+    loaded = compile_source(SOURCE, folder)
+    if loaded is None:
         return None
     for function in (loaded.fma_rate, loaded.bfloat16_rate):
         function.restype, function.argtypes = ctypes.c_double, [ctypes.c_double]
@@ -78,10 +99,32 @@ def compile_library(folder: str) -> ctypes.CDLL | None:
     return loaded
 
 
+def measure_cells(seconds: float, folder: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Seconds of a cell for one hidden unit and timestep, by dtype, direction and cell, as far as they can be had."""
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for dtype in ("float32", "bfloat16"):
+        lanes = CELL_FLAGS.get((ops.cpu_capability(), dtype))
+        if lanes is None:
+            continue
+        defines = f"-I{CSRC} -DRNN_EXT_VECTOR_BYTES={lanes[0]} -DRNN_EXT_VECTOR_REGISTERS={lanes[1]}"
+        library = compile_source(CELL_SOURCE, folder, f"{lanes[2]} {defines}")
+        if library is None:
+            continue
+        library.cell_rate.restype = ctypes.c_double
+        library.cell_rate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
+        result[dtype] = {
+            direction: {
+                cell: 1 / library.cell_rate(number, backward, seconds / 12) for number, cell in enumerate(CELLS)
+            }
+            for backward, direction in enumerate(("forward", "backward"))
+        }
+    return result
+
+
 def measure(seconds: float = 3.0, largest: int = SIZES[-1]) -> dict[str, Any]:
     """The ceilings of the core that this runs on, in about so many seconds, for arrays of up to `largest` bytes."""
     sizes = [size for size in SIZES if size <= largest]
-    each = seconds / (2 * len(sizes) + 6)
+    each = seconds / (2 * len(sizes) + 8)
     call = {mode: call_seconds(mode == "training", each) for mode in ("forward", "training")}
     data = torch.ones(sizes[-1] // 4 + 16)  # written: untouched pages are all the same one
     with tempfile.TemporaryDirectory() as folder:
@@ -94,19 +137,21 @@ def measure(seconds: float = 3.0, largest: int = SIZES[-1]) -> dict[str, Any]:
             "flops": library.fma_rate(2 * each),
             "bfloat16_flops": library.bfloat16_rate(2 * each),
             "read": {size: max(library.read_rate(start, size, order, each) for order in (0, 1)) for size in sizes},
+            "cells": measure_cells(2 * each, folder),
             "call": call,
         }
 
 
 class OneOp(torch.nn.Module):
-    """A module with a parameter and next to nothing to compute."""
+    """A module with two parameters and next to nothing to compute."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
+        self.bias = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return input * self.weight
+        return torch.addcmul(self.bias, input, self.weight)
 
 
 def call_seconds(training: bool, seconds: float) -> float:
@@ -119,7 +164,7 @@ def call_seconds(training: bool, seconds: float) -> float:
             start = time.perf_counter()
             output = module(input)
             if training:
-                torch.autograd.grad(output, (input, module.weight), grad)
+                torch.autograd.grad(output, (input, module.weight, module.bias), grad)
             now = time.perf_counter()
             best = min(best, now - start)
             if count == 0:  # which starts autograd's threads
@@ -147,7 +192,7 @@ def _measure_with_torch(sizes: list[int], each: float, data: torch.Tensor) -> di
         read = {size: rate(size, data[: size // 4].sum) for size in sizes if size >= 2**16}
     finally:
         torch.set_num_threads(threads)
-    return {"method": "torch", "flops": flops, "bfloat16_flops": 0.0, "read": read}
+    return {"method": "torch", "flops": flops, "bfloat16_flops": 0.0, "read": read, "cells": {}}
 
 
 def better(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
@@ -157,6 +202,13 @@ def better(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
         "flops": max(a["flops"], b["flops"]),
         "bfloat16_flops": max(a["bfloat16_flops"], b["bfloat16_flops"]),
         "read": {size: max(a["read"][size], b["read"][size]) for size in a["read"]},
+        "cells": {
+            dtype: {
+                direction: {cell: min(took, b["cells"][dtype][direction][cell]) for cell, took in cells.items()}
+                for direction, cells in directions.items()
+            }
+            for dtype, directions in a["cells"].items()
+        },
         "call": {mode: min(a["call"][mode], b["call"][mode]) for mode in a["call"]},
     }
 
@@ -195,17 +247,24 @@ def floor(case: Case, training: bool, ceilings: dict[str, Any], threads: int = 1
     width = case.gates * case.hidden_size
     weight_bytes = width * case.hidden_size * itemsize / threads
     reading = weight_bytes / read_rate(ceilings, weight_bytes)  # each thread its part, at the same time
-    seconds = waiting = 0.0
+    # Of float64 an activation costs at least what two vectors of float32 do.
+    per_unit = ceilings["cells"].get("bfloat16" if case.dtype == "bfloat16" else "float32", {})
+    passes = ("forward", "backward") if training else ("forward",)
+    cell = sum(per_unit[way][case.cell] for way in passes if per_unit) * (2 if case.dtype == "float64" else 1)
+    products = [2 * rows * width * case.hidden_size / flops for rows in alive]
+    of_flops = of_cells = of_reading = in_turn = 0.0
     for layer in range(case.num_layers):
         inputs = case.input_size if layer == 0 else case.directions * case.hidden_size
         projection = 2 * sum(alive) * width * inputs / flops
-        products = [2 * rows * width * case.hidden_size / flops for rows in alive]
+        of_flops += case.directions * (projection + sum(products)) * (3 if training else 1)
+        of_cells += case.directions * sum(alive) * case.hidden_size * cell / threads
+        of_reading += case.directions * len(alive) * reading * len(passes)
         scan = sum(max(product, reading) for product in products)
-        waits = sum(reading for product in products if reading > product)
-        passes = 2 if training else 1
-        seconds += case.directions * (projection * (3 if training else 1) + scan * passes)
-        seconds += case.directions * sum(products) * (1 if training else 0)
-        waiting += case.directions * waits * passes
+        in_turn += case.directions * (projection * (3 if training else 1) + scan * len(passes))
+        in_turn += case.directions * sum(products) * (1 if training else 0)
     call = ceilings["call"]["training" if training else "forward"]
-    seconds += call
-    return Floor(seconds, waiting / seconds, call / seconds)
+    work = {"flops": of_flops, "cells": of_cells}
+    if of_reading > of_flops + of_cells:
+        work = {"bandwidth": of_reading}
+    shares = {"call": call, **work}
+    return Floor(sum(shares.values()), max(shares, key=shares.__getitem__), call + in_turn)

@@ -129,7 +129,7 @@ def floor(result: dict[str, Any], threads: int) -> Figure | None:
     height = max(len(rows) for rows in panels.values())
     figure = Figure(figsize=(8.4, 1.5 + 0.21 * height))
     axes = figure.subplots(1, 2)
-    hatches = {"flops": "", "bandwidth": "....", "call": "xxxx"}
+    hatches = {"flops": "", "cells": "////", "bandwidth": "....", "call": "xxxx"}
     for axis, (mode, rows) in zip(axes, panels.items(), strict=True):
         for place, row in enumerate(rows):
             share = 100 * (readings.floor_share(row) or 0)
@@ -148,7 +148,8 @@ def floor(result: dict[str, Any], threads: int) -> Figure | None:
     figure.supxlabel(f"share of what the machine can do; {where(result, threads)}", fontsize=9)
     handles = [
         Patch(color=COLOURS["custom"], label="rnn_ext; bound by flops"),
-        Patch(facecolor=COLOURS["custom"], hatch="....", edgecolor="white", label="bound by reading the weights"),
+        Patch(facecolor=COLOURS["custom"], hatch="////", edgecolor="white", label="by activations"),
+        Patch(facecolor=COLOURS["custom"], hatch="....", edgecolor="white", label="by reading the weights"),
         Patch(facecolor=COLOURS["custom"], hatch="xxxx", edgecolor="white", label="by a call"),
         PEER_HANDLE,
     ]

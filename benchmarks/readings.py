@@ -32,9 +32,10 @@ def speed_up(row: dict[str, Any], over: str | None) -> float | None:
     return theirs / ours if ours and theirs else None
 
 
-def floor_share(row: dict[str, Any]) -> float | None:
+def floor_share(row: dict[str, Any], which: str = "seconds") -> float | None:
+    """Of the time that ours takes, how much it has to; ``which``: of the fields of a floor."""
     ours = median(row, "rnn_ext")
-    return row["floor"]["seconds"] / ours if ours and row["floor"] else None
+    return row["floor"][which] / ours if ours and row["floor"] else None
 
 
 def is_disturbed(row: dict[str, Any]) -> bool:

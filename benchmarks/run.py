@@ -275,8 +275,7 @@ def measure_row(row: Row, threads: int, seconds: float, ceilings: dict[str, Any]
 
 
 def floor_of(case: Case, mode: str, ceilings: dict[str, Any], threads: int) -> dict[str, Any]:
-    floor = ceiling.floor(case, mode == "training", ceilings, threads)
-    return {**floor._asdict(), "bound": floor.bound}
+    return ceiling.floor(case, mode == "training", ceilings, threads)._asdict()
 
 
 def auto_backend(case: Case, training: bool) -> str:

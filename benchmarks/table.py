@@ -19,7 +19,7 @@ from readings import (
     torch_name,
 )
 
-from rnn_ext.bench import NOISE, duration, size
+from rnn_ext.bench import CELLS, NOISE, duration, size
 
 SECTIONS = {
     "grid": "One layer, input size = H",
@@ -53,13 +53,16 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         half = f" ({ceilings['bfloat16_flops'] / 1e9:.0f} in bfloat16)" if ceilings["bfloat16_flops"] else ""
         yield f"- Ceilings of a core, measured beside the rows with {threads} thread(s): {ceilings['flops'] / 1e9:.0f}"
         yield f"  GFLOP/s{half}; reading {reads} GB/s; a call that does nothing {call} (inference, with backward)."
+        for dtype, ways in ceilings["cells"].items():
+            costs = (f"{cell.upper()} {' and '.join(f'{1e9 * ways[way][cell]:.2f}' for way in ways)}" for cell in CELLS)
+            yield f"  A cell alone, forward and backward, in {dtype}: {', '.join(costs)} ns a unit."
     if about["load"] and about["load"][0] > 0.5:
         yield f"- Other work was running, load {about['load'][0]:.1f}: rows with several threads are not to be trusted."
     yield ""
     yield "Medians ± half of the middle 50 %. Speed-ups are the time of the other / the time of rnn_ext: below 1 is a"
-    yield "loss. The floor is what flops, reading the weights and a call allow at best (benchmarks/ceilings.py). A *"
-    yield "marks rows during which other processes had the core for more than 3 % of the time, which is not counted but"
-    yield "leaves its traces in the caches."
+    yield "loss. The floor is what flops, cells, reading the weights and a call allow at best (benchmarks/ceilings.py)."
+    yield "A * marks rows during which other processes had the core for more than 3 % of the time, which is not counted"
+    yield "but leaves its traces in the caches."
     yield ""
     found = losses(result)
     compared = sum(len(list(filter(is_peer, row["times"]))) for row in result["rows"])

@@ -22,6 +22,7 @@ CEILINGS = {
     "flops": 1e11,
     "bfloat16_flops": 2e11,
     "read": {4096: 2e11, 2**20: 1e11, 2**27: 1e10},
+    "cells": {},
     "call": {"forward": 0.0, "training": 0.0},
 }
 
@@ -172,6 +173,10 @@ def test_ceilings():
     found = ceilings.measure(0.02, largest=2**16)
     assert found["flops"] > 0
     assert all(rate > 0 for rate in found["read"].values())
+    for ways in found["cells"].values():
+        assert all(ways["backward"][cell] > 0 for cell in bench.CELLS)
+        assert 0 < ways["forward"]["rnn"] < ways["forward"]["gru"] < ways["forward"]["lstm"]
+    assert "float32" in found["cells"] or found["method"] == "torch"
     assert ceilings.better(found, found) == found
     assert 0 < found["call"]["forward"] < found["call"]["training"]
 
@@ -184,6 +189,7 @@ def test_ceilings_without_a_compiler(monkeypatch):
     assert found["method"] == "torch"
     assert found["flops"] > 0
     assert found["read"]
+    assert found["cells"] == {}
     assert torch.get_num_threads() == 1
 
 
@@ -206,7 +212,17 @@ def test_floor():
 
     one = Case("rnn", 1, 10, 1, 512)  # 1 MiB of recurrent weights
     assert ceilings.floor(one, False, CEILINGS).bound == "bandwidth"
-    assert ceilings.floor(one, False, CEILINGS).seconds == pytest.approx(10 * 2**20 / 1e11 + 2 * 10 * 512 / 1e11)
+    assert ceilings.floor(one, False, CEILINGS).seconds == pytest.approx(10 * 2**20 / 1e11)
+    assert ceilings.floor(one, False, CEILINGS).in_turn == pytest.approx(10 * 2**20 / 1e11 + 2 * 10 * 512 / 1e11)
+
+    units = {"forward": {"lstm": 1e-6}, "backward": {"lstm": 2e-6}}  # beside flops; free where they are in turn
+    cells = {**CEILINGS, "cells": {"float32": units}}
+    for training, cell in ((False, 1e-6), (True, 3e-6)):
+        bare, whole = (ceilings.floor(many, training, c) for c in (CEILINGS, cells))
+        assert whole.seconds == pytest.approx(bare.seconds + 64 * 10 * 128 * cell)
+        assert whole.in_turn == bare.in_turn
+        assert whole.bound == "cells"
+    assert ceilings.floor(half, False, cells).seconds == ceilings.floor(half, False, CEILINGS).seconds
 
     called = {**CEILINGS, "call": {"forward": 1.0, "training": 2.0}}
     for training in (False, True):
@@ -305,7 +321,7 @@ def test_run_end_to_end(monkeypatch, tmp_path, capsys):
     for row in result["rows"]:
         assert set(row["times"]) == {"rnn_ext", "torch.nn"}
         assert set(row["times"]["rnn_ext"]) == {"median", "low", "high", "least", "samples"}
-        assert row["floor"]["bound"] in ("flops", "bandwidth", "call")
+        assert row["floor"]["bound"] in ("flops", "cells", "bandwidth", "call")
         assert row["auto"] in ("custom", "native")
     text = file.with_suffix(".md").read_text()
     assert text in capsys.readouterr().out
@@ -353,7 +369,7 @@ def made_up():
             },
             "differences": {},
             "left_out": {"JAX": "it crashed"} if section == "ragged" else {},
-            "floor": {"seconds": 5e-4, "bandwidth_share": 0.6, "bound": "bandwidth"} if section == "grid" else None,
+            "floor": {"seconds": 5e-4, "bound": "bandwidth", "in_turn": 8e-4} if section == "grid" else None,
             "cpu_share": 0.5 if section == "hidden" else 1.0,
         }
 
@@ -362,6 +378,7 @@ def made_up():
         for threads in (1, 2):
             rows.append(row("grid", Case("lstm", 1, 8, 4, 4), mode, threads, rnn_ext=1e-3, torch_nn=2e-3, JAX=5e-4))
             rows.append(row("grid", Case("rnn", 1, 8, 4, 4), mode, threads, rnn_ext=2e-3, torch_nn=1e-3))
+            rows.append(row("grid", Case("gru", 1, 8, 4, 512), mode, threads, rnn_ext=1e-3))
         rows.append(row("ragged", SMALL, mode, rnn_ext=1e-3, torch_nn__packed=3e-2, torch_nn__padded=2e-3))
         for k in range(3):
             case = dataclasses.replace(SMALL, cell="lstm", length=2**k, lengths=(2**k,) * 3)
@@ -405,6 +422,9 @@ def test_targets():
     # 1 ms with a floor of 0.5 ms, JAX 0.5 ms
     what = "| LSTM, N = 1, H <= 128 | forward | the best other | 1.5"
     assert f"{what} | 0 of 1 | LSTM N=1 L=8 H=4 | 0.50 | 1.00, out of reach |" in text
+    # of peak flops and bandwidth 0.8 ms
+    what = "| any cell, N = 1, H 256..512 | forward | peak flops, bandwidth | 0.9"
+    assert f"{what} | 0 of 1 | GRU N=1 L=8 I=4 H=512 | 0.80 | 1.60 |" in text
     # 2 ms and torch.nn 1 ms, the worst of two rows; the other is twice as fast as torch.nn
     assert "| any row | forward | torch.nn | 1 | 1 of 2 | RNN N=1 L=8 H=4 | 0.50 | 2.00 |" in text
     # 1 ms, packed 30 ms, padded 2 ms
