@@ -262,6 +262,20 @@ def test_contestants_agree(section, monkeypatch):
     assert run.describe(result)
 
 
+def test_disturbed_rows_are_measured_again(monkeypatch):
+    import run
+
+    def measured(*shares: float) -> list[float]:
+        """Of rows that would have the core for these shares of the time: which is kept, and those not measured."""
+        left = list(shares)
+        monkeypatch.setattr(run, "measure_row", lambda *_: {"threads": 1, "cpu_share": left.pop(0)})
+        return [run.measure_undisturbed(None, 1, 0.1, CEILINGS)["cpu_share"], *left]
+
+    assert measured(0.99, 0.98) == [0.99, 0.98]
+    assert measured(0.90, 0.98, 1.0) == [0.98, 1.0]
+    assert measured(0.90, 0.95, 0.92, 1.0) == [0.95, 1.0]
+
+
 def test_held_to_other_instructions(monkeypatch):
     """Only torch can be held to what we are held to."""
     import peers
