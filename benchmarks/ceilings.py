@@ -64,8 +64,8 @@ class Floor(NamedTuple):
     in_turn: float  # seconds
 
 
-# What setup.py and kernels_*.cpp say to the compiler, for cells.cpp; by instruction set and dtype. Not for ceilings.cpp,
-# whose multiply-adds the compiler has to fuse.
+# What setup.py and kernels_*.cpp say to the compiler, for cells.cpp; by instruction set and dtype. Not for
+# ceilings.cpp, whose multiply-adds the compiler has to fuse.
 AVX2, AVX512 = "-mavx2 -mfma", "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 CELL_FLAGS = {
     ("baseline", "float32"): (16, 32 if platform.machine() == "aarch64" else 16, ""),

@@ -130,11 +130,13 @@ def floor(result: dict[str, Any], threads: int) -> Figure | None:
     figure = Figure(figsize=(8.4, 1.5 + 0.21 * height))
     axes = figure.subplots(1, 2)
     hatches = {"flops": "", "cells": "////", "bandwidth": "....", "call": "xxxx"}
+    bounds = {"flops": "flops", "cells": "activations", "bandwidth": "reading the weights", "call": "a call"}
+    seen = {row["floor"]["bound"] for rows in panels.values() for row in rows}
+    styles = {bound: {"facecolor": COLOURS["custom"], "hatch": h, "edgecolor": "white"} for bound, h in hatches.items()}
     for axis, (mode, rows) in zip(axes, panels.items(), strict=True):
         for place, row in enumerate(rows):
             share = 100 * (readings.floor_share(row) or 0)
-            bar = {"color": COLOURS["custom"], "hatch": hatches[row["floor"]["bound"]], "edgecolor": "white"}
-            axis.barh(place, share, height=0.72, linewidth=0, **bar)
+            axis.barh(place, share, height=0.72, linewidth=0, **styles[row["floor"]["bound"]])
             best = readings.best_peer(row)
             peer = 100 * row["floor"]["seconds"] / row["times"][best]["median"] if best else 0
             if best:
@@ -147,10 +149,7 @@ def floor(result: dict[str, Any], threads: int) -> Figure | None:
         axis.set_title(TITLES[mode])
     figure.supxlabel(f"share of what the machine can do; {where(result, threads)}", fontsize=9)
     handles = [
-        Patch(color=COLOURS["custom"], label="rnn_ext; bound by flops"),
-        Patch(facecolor=COLOURS["custom"], hatch="////", edgecolor="white", label="by activations"),
-        Patch(facecolor=COLOURS["custom"], hatch="....", edgecolor="white", label="by reading the weights"),
-        Patch(facecolor=COLOURS["custom"], hatch="xxxx", edgecolor="white", label="by a call"),
+        *(Patch(**styles[bound], label=f"rnn_ext, bound by {what}") for bound, what in bounds.items() if bound in seen),
         PEER_HANDLE,
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9)
