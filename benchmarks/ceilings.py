@@ -75,14 +75,14 @@ CELL_FLAGS = {
 }
 
 
-def compile_source(source: Path, folder: str, flags: str = "") -> ctypes.CDLL | None:
+def compile_source(source: Path, folder: str, *flags: str) -> ctypes.CDLL | None:
     """A source file beside this one as a library, None without a compiler that can make it."""
     command = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
     handle, library = tempfile.mkstemp(".so", dir=folder)
     os.close(handle)
     always = ["-O3", "-std=c++20", "-shared", "-fPIC"]
     try:
-        subprocess.run([*command, *always, *flags.split(), str(source), "-o", library], check=True, capture_output=True)
+        subprocess.run([*command, *always, *flags, str(source), "-o", library], check=True, capture_output=True)
         return ctypes.CDLL(library)
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -104,11 +104,12 @@ def measure_cells(seconds: float, folder: str) -> dict[str, dict[str, dict[str, 
     """Seconds of a cell for one hidden unit and timestep, by dtype, direction and cell, as far as they can be had."""
     result: dict[str, dict[str, dict[str, float]]] = {}
     for dtype in ("float32", "bfloat16"):
-        lanes = CELL_FLAGS.get((ops.cpu_capability(), dtype))
-        if lanes is None:
+        if (ops.cpu_capability(), dtype) not in CELL_FLAGS:
             continue
-        defines = f"-I{CSRC} -DRNN_EXT_VECTOR_BYTES={lanes[0]} -DRNN_EXT_VECTOR_REGISTERS={lanes[1]}"
-        library = compile_source(CELL_SOURCE, folder, f"-ffp-contract=off {lanes[2]} {defines}")
+        vector_bytes, registers, target = CELL_FLAGS[ops.cpu_capability(), dtype]
+        defines = [f"-DRNN_EXT_VECTOR_BYTES={vector_bytes}", f"-DRNN_EXT_VECTOR_REGISTERS={registers}"]
+        flags = ["-ffp-contract=off", f"-I{CSRC}", *target.split(), *defines]
+        library = compile_source(CELL_SOURCE, folder, *flags)
         if library is None:
             continue
         library.cell_rate.restype = ctypes.c_double
