@@ -371,19 +371,38 @@ def test_elementary_functions(dtype):
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_strange_small_numbers_are_kept(dtype):
-    """Subnormal numbers are neither flushed by the kernels nor, afterwards, by the process."""
-    tiny = torch.finfo(dtype).tiny / 8
-    problem = build(Case("rnn_relu", bias=False, size=(1, 2, 1, 5))).to(dtype)
-    problem.input.fill_(tiny)
-    problem.weights["weight_ih"].fill_(0.5)
-    problem.h_0.zero_()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        assert torch.equal(run(problem)["output"], torch.full_like(problem.h_0, tiny / 2).view(1, 2, 5))
-        many = torch.full((100_000,), tiny, dtype=dtype)
-        assert (many / 2 != 0).all()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_subnormal_numbers_are_zeros(dtype, threads):
+    """In the kernels, on every thread: many processors take 100 cycles for one. Afterwards the process has them again."""
+    tiny = torch.finfo(dtype).tiny
+    many = torch.full((100_000,), tiny, dtype=dtype)
+    problem = build(Case("rnn_relu", bias=False, size=(16, 16, 64, 128))).to(dtype)
+    for tensor in (problem.input, *problem.weights.values(), problem.h_0):
+        tensor.detach().zero_()
+    problem.weights["weight_ih"].detach().fill_diagonal_(0.5)
+    torch.set_num_threads(threads)
+    for _ in instruction_sets():
+        for value, expected in ((tiny / 8, 0), (tiny, 0), (2 * tiny, tiny)):
+            problem.input.detach().fill_(value)
+            output = run(problem)["output"]
+            assert (output[..., :64] == expected).all() and (output[..., 64:] == 0).all()
+            assert (many / 2 != 0).all()
+        # Backward: the gradient of the input is half of its cotangent.
+        problem.input.detach().fill_(1)
+        input = problem.input.detach().requires_grad_()
+        output = ops.layer(input, None, None, list(problem.weights.values()), cell="rnn_relu")[0]
+        for value, expected in ((tiny, 0), (2 * tiny, tiny)):
+            (grad,) = torch.autograd.grad(output, input, torch.full_like(output, value), retain_graph=True)
+            assert (grad == expected).all()
+            assert (many / 2 != 0).all()
+
+
+def test_subnormal_halves_are_numbers():
+    """float16 is computed in float32, where they are normal."""
+    input = torch.full((3, 2, 1), 2.0**-20, dtype=torch.float16)
+    weights = [torch.ones(4, 1, dtype=torch.float16), torch.zeros(4, 4, dtype=torch.float16)]
+    assert (ops.layer(input, None, None, weights, cell="rnn_relu")[0] == 2.0**-20).all()
 
 
 @pytest.mark.parametrize("size", [(0, 3, 4, 7), (5, 0, 4, 7), (0, 0, 4, 7)], ids=str)

@@ -2,12 +2,12 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
-#include <string>
 #include <type_traits>
 #include <vector>
 
 #include "cells/cells.h"
 #include "cpu/kernels.h"
+#include "cpu/subnormal.h"
 
 namespace rnn_ext::cpu {
 namespace {
@@ -57,10 +57,6 @@ Executor worthwhile(const Executor& executor, CellKind cell, const Sizes& sizes,
 }
 
 }  // namespace
-
-void out_of_memory(size_t bytes) {
-  throw std::runtime_error("rnn_ext: not enough memory: " + std::to_string(bytes) + " bytes of workspace are needed");
-}
 
 const char* capability() { return current->name; }
 
@@ -159,10 +155,12 @@ bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t 
 
 template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor) {
+  const FlushSubnormals flush;
   kernels<S>().forward(args, worthwhile(executor, args.cell, args.sizes, args.layout));
 }
 template <class S>
 void stack_forward(ForwardArgs<S>* layers, int count, const Executor& executor) {
+  const FlushSubnormals flush;
   std::vector<Progress> progress(count);
   for (int k = 0; k < count; ++k) {
     layers[k].below = k > 0 ? &progress[k - 1] : nullptr;
@@ -172,6 +170,7 @@ void stack_forward(ForwardArgs<S>* layers, int count, const Executor& executor) 
 }
 template <class S>
 void layer_backward(const BackwardArgs<S>& args, const Executor& executor) {
+  const FlushSubnormals flush;
   kernels<S>().backward(args, worthwhile(executor, args.cell, args.sizes, args.layout));
 }
 template void layer_forward(const ForwardArgs<float>&, const Executor&);

@@ -5,12 +5,11 @@ template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t size, bool zero = false) {
-    const size_t bytes = (size_t(size) * sizeof(T) + 63) / 64 * 64;
-    data_ = static_cast<T*>(bytes ? std::aligned_alloc(64, bytes) : nullptr);
-    if (bytes && !data_) out_of_memory(bytes);
+    const size_t bytes = size_t(size) * sizeof(T);
+    data_ = bytes ? static_cast<T*>(take_memory(bytes)) : nullptr;
     if (zero && bytes) std::memset(static_cast<void*>(data_), 0, bytes);
   }
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { give_memory(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* get() const { return data_; }

@@ -16,11 +16,9 @@
 #endif
 
 #include "cpu/layer.h"
+#include "cpu/memory.h"
 
 namespace rnn_ext::cpu {
-
-/// Throws, with the number of bytes that could not be had.
-[[noreturn]] void out_of_memory(size_t bytes);
 
 /// How many pieces to cut the batch into: as many as there are threads to spare. `itemsize`: bytes of a weight.
 int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor);

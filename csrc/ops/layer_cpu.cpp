@@ -1,6 +1,5 @@
 // The layer op on the CPU: hands tensors to csrc/cpu. float16, and bfloat16 where the processor does not multiply it,
 // is converted to float32 and back.
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <omp.h>
 #include <pthread.h>
@@ -11,6 +10,7 @@
 #include <cstdint>
 #include <deque>
 
+#include "cpu/subnormal.h"
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
 #include "ops/stack.h"
@@ -29,7 +29,9 @@ cpu::Executor executor() {
   // Tasks are not equally long, so a thread takes the next one when it is free.
   executor.run = [](int64_t tasks, void (*fn)(void*, int64_t), void* context) {
     std::atomic<int64_t> next{0};
+    const cpu::KeepSubnormals keep;
     at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+      const cpu::FlushSubnormals flush;
       for (; begin < end; ++begin) {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(context, i);
       }
@@ -38,8 +40,12 @@ cpu::Executor executor() {
   // at::parallel_for may give one thread several tasks, one after the other: threads that wait for each other need a
   // region of their own, in the same pool.
   executor.run_team = [](int threads, void (*fn)(void*, int, int), void* context) {
+    const cpu::KeepSubnormals keep;
 #pragma omp parallel num_threads(threads)
-    fn(context, omp_get_thread_num(), omp_get_num_threads());
+    {
+      const cpu::FlushSubnormals flush;
+      fn(context, omp_get_thread_num(), omp_get_num_threads());
+    }
   };
   return executor;
 }
@@ -71,13 +77,6 @@ T* data(const at::Tensor& tensor) {
   } else {
     return static_cast<T*>(tensor.mutable_data_ptr());
   }
-}
-
-/// at::empty without a trip through the dispatcher, of which a call makes five.
-at::Tensor empty(at::IntArrayRef size, const at::TensorOptions& options) {
-  at::Tensor tensor = at::detail::empty_cpu(size, options);
-  prefer_huge_pages(tensor.data_ptr(), tensor.nbytes());
-  return tensor;
 }
 
 /// tensor.to(dtype), which even with nothing to do costs a trip through the dispatcher.
@@ -202,7 +201,7 @@ class ForwardCall {
     cells_ = options.cell_states ? new_sequence(sizes.directions * sizes.hidden) : empty({0}, like);
     h_n_ = empty({sizes.directions, shape.batch, sizes.output()}, like);
     c_n_ = shape.cell.has_cell ? empty({sizes.directions, shape.batch, sizes.hidden}, like) : empty({0}, like);
-    saved_ = workspace({save ? saved_numel(shape) : 0}, like.dtype(compute_type(input)));
+    saved_ = empty({save ? saved_numel(shape) : 0}, like.dtype(compute_type(input)));
   }
   ForwardCall(const ForwardCall&) = delete;
   ForwardCall& operator=(const ForwardCall&) = delete;

@@ -5,11 +5,11 @@
 
 #include "cells/cells.h"
 #include "cpu/layer.h"
+#include "cpu/memory.h"
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
 #include "ops/saved_bytes.h"
 #include "ops/stack.h"
-#include "ops/workspace.h"
 #ifdef RNN_EXT_WITH_CUDA
 #include "ops/cuda_layer.h"
 #endif
@@ -134,8 +134,8 @@ PYBIND11_MODULE(_C, m) {
       "Values per hidden unit and row kept for backward.");
   m.def("cached_weights_count", &rnn_ext::ops::cached_weights_count, "Directions whose packed weights are kept.");
   m.def("clear_cached_weights", &rnn_ext::ops::clear_cached_weights, "Forget all packed weights.");
-  m.def("idle_workspace_bytes", &rnn_ext::ops::idle_workspace_bytes, "Memory of past calls that waits for the next.");
-  m.def("drop_idle_workspaces", &rnn_ext::ops::drop_idle_workspaces, "Give that memory back to the system.");
+  m.def("idle_memory", &rnn_ext::cpu::idle_memory, "Bytes of past calls that wait for the next.");
+  m.def("drop_idle_memory", &rnn_ext::cpu::drop_idle_memory, "Give them back to the system.");
   m.attr("with_cuda") = kWithCuda;
   m.def("cuda_saved_bytes", &cuda_saved_bytes, "saved_values on CUDA, in bytes, and those of a row besides.");
 #ifdef RNN_EXT_WITH_CUDA
