@@ -14,7 +14,7 @@ from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
-from rnn_ext import functional
+from rnn_ext import functional, ops
 from rnn_ext.backends import check_backend
 
 # What torch.nn's layers do not have: attributes, with the values that make a layer do as torch.nn's does.
@@ -81,6 +81,10 @@ class _Layer(nn.RNNBase):
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Output and h_n, as torch.nn's; shapes, dtypes and errors are documented in :mod:`rnn_ext.functional`."""
+        if lengths is None and resets is None:
+            results = ops.plain_forward(self.__dict__, input, hx)
+            if results is not None:
+                return results
         if isinstance(input, Proxy):
             return self._fx_leaf(input, hx=hx, lengths=lengths, resets=resets)
         output, h_n, _, _ = functional.recurrent(
@@ -392,6 +396,10 @@ class LSTM(_Layer):
         | tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], Tensor | PackedSequence]
     ):
         """Output and ``(h_n, c_n)``, as torch.nn's, and if asked for the cell states; see :mod:`rnn_ext.functional`."""
+        if lengths is None and resets is None and not return_cell_states:
+            results = ops.plain_forward(self.__dict__, input, hx)
+            if results is not None:
+                return results
         if isinstance(input, Proxy):
             return self._fx_leaf(
                 input, hx=hx, lengths=lengths, resets=resets, return_cell_states=return_cell_states or None

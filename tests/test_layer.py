@@ -374,7 +374,7 @@ def test_elementary_functions(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_subnormal_numbers_are_zeros(dtype, threads):
-    """In the kernels, on every thread: many processors take 100 cycles for one. Afterwards the process has them again."""
+    """In the kernels, on every thread, as many processors take 100 cycles for one; afterwards all has them again."""
     tiny = torch.finfo(dtype).tiny
     many = torch.full((100_000,), tiny, dtype=dtype)
     problem = build(Case("rnn_relu", bias=False, size=(16, 16, 64, 128))).to(dtype)

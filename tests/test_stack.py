@@ -15,6 +15,9 @@ from util import CELLS, check, largest, same_bits
 import rnn_ext
 from rnn_ext import ops
 
+if ops.is_available():
+    from rnn_ext import _C
+
 LENGTH, HIDDEN = 60, 96  # not a multiple of the steps that layers are apart; enough work for a second thread
 PER_LAYER = {"rnn_tanh": 5, "rnn_relu": 5, "gru": 2, "lstm": 2}  # layers with enough work together
 
@@ -53,7 +56,7 @@ def outcome(layer: torch.nn.RNNBase, input: Tensor, hx=None, **options) -> dict[
 @pytest.mark.parametrize("batch", [3, 1])
 def test_bits_of_one_layer_after_the_other(batch, cell, dtype):
     """In training and in inference, for as many threads as layers, fewer and more than processors."""
-    if dtype == torch.bfloat16 and ops.cpu_capability() != "avx512":
+    if dtype == torch.bfloat16 and not _C.computes_bfloat16():
         pytest.skip("bfloat16 is converted layer by layer here")
     layers = PER_LAYER[cell]
     layer = module(cell, layers, dtype)

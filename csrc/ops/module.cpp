@@ -8,6 +8,7 @@
 #include "cpu/memory.h"
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
+#include "ops/plain_forward.h"
 #include "ops/saved_bytes.h"
 #include "ops/stack.h"
 #ifdef RNN_EXT_WITH_CUDA
@@ -122,8 +123,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_capability", [](const char* name) { return rnn_ext::cpu::set_capability(name); },
       "Choose baseline, avx2 or avx512; False where this processor or build lacks it.");
+  m.def("computes_bfloat16", &rnn_ext::cpu::computes_bfloat16, "Whether it multiplies bfloat16: else it is converted.");
   m.def("layer", torch::wrap_pybind_function_no_gil(&layer), "torch.ops.rnn_ext.layer.");
   m.def("extended_layer", torch::wrap_pybind_function_no_gil(&extended_layer), "The same with masks and recompute.");
+  if (PyModule_AddFunctions(m.ptr(), rnn_ext::ops::plain_forward) < 0) throw pybind11::error_already_set();
   m.def("step", torch::wrap_pybind_function_no_gil(&step), "The same for one timestep; see rnn_ext.ops.step.");
   m.def("stack", torch::wrap_pybind_function_no_gil(&rnn_ext::ops::stack), "Several layers; see rnn_ext.ops.stack.");
   m.def(

@@ -1,0 +1,146 @@
+"""The short way from a module to its op (csrc/ops/plain_forward.h): taken where nothing is special, and only there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.overrides import TorchFunctionMode
+
+import rnn_ext
+from rnn_ext import functional, ops
+
+FUNCTIONS = {
+    "RNN_TANH": functional.rnn_tanh,
+    "RNN_RELU": functional.rnn_relu,
+    "GRU": functional.gru,
+    "LSTM": functional.lstm,
+}
+
+
+def make(mode="LSTM", **options):
+    torch.manual_seed(0)
+    if mode.startswith("RNN"):
+        return rnn_ext.RNN(5, 7, nonlinearity=mode[4:].lower(), **options)
+    return getattr(rnn_ext, mode)(5, 7, **options)
+
+
+def flat(results):
+    output, state = results
+    return [output, *(state if isinstance(state, tuple) else [state])]
+
+
+def short(module, input, hx=None):
+    return ops.plain_forward(vars(module), input, hx)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False, "bidirectional": True}, {"num_layers": 3, "batch_first": True}]
+)
+@pytest.mark.parametrize("mode", FUNCTIONS)
+def test_plain_calls_take_it(mode, options, given):
+    """With the bits, and the gradients, of the long way."""
+    module, input = make(mode, **options), torch.randn(4, 3, 5)
+    batch = 4 if module.batch_first else 3
+    hx = None
+    if given:
+        states = module.num_layers * (2 if module.bidirectional else 1)
+        hx = torch.randn(2, states, batch, 7, requires_grad=True)
+        hx = tuple(hx) if mode == "LSTM" else hx[0]
+    arguments = {k: v for k, v in options.items() if k != "bias"}
+    expected = flat(FUNCTIONS[mode](input, hx, list(module.parameters()), **arguments))
+    found = short(module, input, hx)
+    assert found is not None and (len(found[1]) == 2 if mode == "LSTM" else torch.is_tensor(found[1]))
+    for a, b in zip(flat(found), expected, strict=True):
+        assert torch.equal(a, b)
+    for results in (flat(found), flat(module(input, hx))):
+        grads = torch.autograd.grad(results[0].sum(), list(module.parameters()))
+        wanted = torch.autograd.grad(expected[0].sum(), list(module.parameters()), retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_of_any_dtype(dtype):
+    assert short(make().to(dtype), torch.randn(4, 3, 5, dtype=dtype)) is not None
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"backend": "native"},
+        {"backend": "cuda"},
+        {"recompute": True},
+        {"zoneout": 0.1},
+        {"zoneout": (0.1, 0.2)},
+        {"recurrent_dropout": 0.1},
+        {"weight_dropout": 0.1},
+    ],
+    ids=str,
+)
+def test_options_take_the_long_way(change):
+    module, input = make(), torch.randn(4, 3, 5)
+    for name, value in change.items():
+        setattr(module, name, value)
+    assert short(module, input) is None
+
+
+def test_as_do_layers_with_more():
+    input = torch.randn(4, 3, 5)
+    assert short(make(layer_norm=True), input) is None
+    dropped = make(num_layers=2, dropout=0.5)
+    assert short(dropped, input) is None
+    assert short(dropped.eval(), input) is not None
+    assert short(parametrizations.weight_norm(make(), "weight_hh_l0"), input) is None
+    assert short(nn.LSTM(5, 7), input) is None
+
+
+def test_as_do_other_arguments():
+    module, input = make(), torch.randn(4, 3, 5)
+    state = torch.randn(1, 3, 7)
+    packed = nn.utils.rnn.pack_padded_sequence(input, [4, 3, 1])
+    for other in (input[0], packed, input.double(), input.to("meta"), input.as_subclass(Subclass), None, [1.0]):
+        assert short(module, other) is None, other
+    for hx in (
+        state,
+        [state, state],
+        (state,),
+        (state[0], state[0]),
+        (state, None),
+        (state, state.as_subclass(Subclass)),
+    ):
+        assert short(module, input, hx) is None, hx
+    assert short(module, input, (state, state)) is not None
+    with Mode():
+        assert short(module, input) is None
+
+
+def test_mistakes_are_those_of_the_long_way():
+    module, input = make(), torch.randn(4, 3, 5)
+    for wrong in ((input[..., :4], None), (input, (torch.zeros(1, 2, 7), torch.zeros(1, 3, 7)))):
+        with pytest.raises(RuntimeError) as found:
+            module(*wrong)
+        with pytest.raises(RuntimeError) as expected:
+            functional.lstm(*wrong, list(module.parameters()))
+        assert str(found.value) == str(expected.value)
+
+
+def test_weights_are_looked_up_anew():
+    module, input = make("GRU"), torch.randn(4, 3, 5)
+    before = module(input)[0]
+    module.weight_hh_l0 = nn.Parameter(2 * module.weight_hh_l0.detach())
+    after = module(input)[0]
+    assert not torch.equal(before, after)
+    other = {name: torch.zeros_like(value) for name, value in module.named_parameters()}
+    assert (torch.func.functional_call(module, other, (input,))[0] == 0).all()
+    assert torch.equal(module(input)[0], after)
