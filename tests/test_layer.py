@@ -31,6 +31,9 @@ from util import (
 
 from rnn_ext import ops
 
+if ops.is_available():
+    from rnn_ext import _C
+
 # L, N, I, H: each in turn through sizes that end inside and on the edge of vectors and tiles, then together.
 SWEEP = [
     *((3, 2, 5, size) for size in SIZES),
@@ -278,6 +281,31 @@ def test_same_bits_each_time(cell):
         again, again_grads = gradients(run, problem)
         same_bits(again, values)
         same_bits(again_grads, grads)
+
+
+@pytest.fixture
+def side_vectors():
+    chosen = _C.side_vectors()
+    yield _C.set_side_vectors
+    _C.set_side_vectors(chosen)
+
+
+@pytest.mark.parametrize("hidden", [64, 80, 100, 113])  # blocks: even, odd, with a tail, partly filled
+@pytest.mark.parametrize("cell", CELLS)
+def test_side_products_of_any_width(cell, hidden, side_vectors):
+    """The input gates of one sequence, computed beside its steps by tiles as they suit another processor too."""
+    torch.manual_seed(0)
+    for threads, dtype in ((1, torch.float32), (2, torch.float64)):
+        torch.set_num_threads(threads)
+        problem = build(Case(cell, size=(71, 1, 130, hidden), state=False)).to(dtype)
+        with torch.no_grad():
+            expected = oracle(problem.to(torch.float64))
+            side_vectors(1)
+            narrow = run(problem)
+            side_vectors(2)
+            wide = run(problem)
+        check_values(narrow, expected, dtype)
+        same_bits(wide, narrow)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -42,6 +42,13 @@ const Level* best() {
 
 const Level* current = best();
 
+int side = [] {
+#if defined(RNN_EXT_X86_KERNELS)
+  if (__builtin_cpu_is("intel")) return 2;
+#endif
+  return 1;
+}();
+
 /// Threads beyond the first cost waking them, some 50 us if they sleep: below this many multiply-adds of the forward
 /// pass, 0.1 ms, one thread is as fast. (Measured with two threads, 8 ms between calls: about even at 4e6, 1.2 to 1.6
 /// times as fast at 8e6.)
@@ -69,6 +76,10 @@ bool set_capability(const char* name) {
   }
   return false;
 }
+
+int side_vectors() { return side; }
+
+void set_side_vectors(int count) { side = count; }
 
 int saved_values(CellKind cell, bool projected, Variant variant) {
   if (variant == Variant::kLayerNorm) return cells::LayerNormLstm::kSaved + projected;

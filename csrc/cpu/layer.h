@@ -169,6 +169,10 @@ const char* capability();
 /// Choose another; false where the processor or the build lacks it.
 bool set_capability(const char* name);
 
+/// How wide the tiles of side.inl are, 1 or 2 vectors, as suits the processor; for tests. Results do not depend on it.
+int side_vectors();
+void set_side_vectors(int count);
+
 /// Whether the instruction set in use multiplies BFloat16.
 bool computes_bfloat16();
 

@@ -8,8 +8,8 @@ constexpr int kRowBlocks = G == 1                                    ? 4
                            : G == 4 && RNN_EXT_VECTOR_REGISTERS < 32 ? 1
                                                                      : 2;
 
-/// Rows of a side product's tile, of one vector each: at least as many multiply-adds as the tile it goes with has, and
-/// as many rows as there are registers for, which need the same weights (measured).
+/// Rows of a side product's tile: at least as many multiply-adds as the tile it goes with has, and as many rows as
+/// there are registers for, which need the same weights (measured).
 template <int G>
 constexpr int kSideRows = RNN_EXT_VECTOR_REGISTERS < 32 ? kRowBlocks<G> * G : 8;
 /// Tiles of fewer rows read too many weights for what they compute (measured).
@@ -138,8 +138,9 @@ NO_INLINE void run_row_beside(const Element<S>* a, int64_t first_block, const El
                               const Segments& segments, const Init& init, const Finish& finish, bool backwards,
                               Side& side) {
   Vec<Compute<S>> sums[NB][G];
-  SideTile<S, Side::kRows> tile(side);
-  multiply_tile<NB, G, S>(sums, a, first_block, b, block_stride, segments, init, backwards, tile);
+  with_side_tile(side, [&](auto& tile) ALWAYS_INLINE_LAMBDA {
+    multiply_tile<NB, G, S>(sums, a, first_block, b, block_stride, segments, init, backwards, tile);
+  });
   finish_tile<NB, NB, G>(0, first_block, sums, finish);
 }
 

@@ -123,6 +123,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_capability", [](const char* name) { return rnn_ext::cpu::set_capability(name); },
       "Choose baseline, avx2 or avx512; False where this processor or build lacks it.");
+  m.def("side_vectors", &rnn_ext::cpu::side_vectors, "How wide the tiles of csrc/cpu/side.inl are.");
+  m.def("set_side_vectors", &rnn_ext::cpu::set_side_vectors, "Make them 1 or 2 vectors wide, for tests.");
   m.def("computes_bfloat16", &rnn_ext::cpu::computes_bfloat16, "Whether it multiplies bfloat16: else it is converted.");
   m.def("layer", torch::wrap_pybind_function_no_gil(&layer), "torch.ops.rnn_ext.layer.");
   m.def("extended_layer", torch::wrap_pybind_function_no_gil(&extended_layer), "The same with masks and recompute.");
