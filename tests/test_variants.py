@@ -147,7 +147,12 @@ def test_equals_the_loop(case, name):
 
 
 @pytest.mark.parametrize(
-    "size", [(3, 9, 33, 65), (7, 17, 1, 7), (2, 13, 7, 129), (270, 1, 2, 5), (0, 2, 3, 4)], ids=str
+    "size",
+    [
+        *((3, 9, 33, 65), (7, 17, 1, 7), (2, 13, 7, 129), (270, 1, 2, 5), (0, 2, 3, 4)),
+        *((37, 1, 5, 68), (33, 1, 9, 129)),  # one entry, whose input gates are computed beside its steps
+    ],
+    ids=str,
 )
 def test_equals_the_reference_at_odd_sizes(size):
     """By every instruction set, in float32 and float64; the reference is held against the loop here and below."""
@@ -172,6 +177,8 @@ def test_equals_the_reference_at_odd_sizes(size):
                 actual, grads = gradients(lambda p: run(p, masks), problem.to(dtype), unused=True)  # noqa: B023
                 check_values(actual, expected, dtype)
                 check_gradients(grads, expected_grads, dtype)
+                with torch.no_grad():
+                    check_values(run(problem.to(dtype), masks), expected, dtype)
 
 
 def test_padding_is_not_read():

@@ -340,7 +340,7 @@ class ForwardScan {
   static constexpr int64_t kPipelineSteps = 12;       // of a chunk of a stack whose layers run at the same time
 
   static constexpr bool kReduced = ForwardStates<S>::kReduced;
-  static constexpr bool kTakesAlong = kSidePays<G> && !cells::kIsVariant<Cell>;
+  static constexpr bool kTakesAlong = kSidePays<G>;
   using Side = std::conditional_t<kTakesAlong, SideTiles<S, kSideRows<G>>, NoSideTiles>;
 
   struct State {
