@@ -28,6 +28,13 @@ OPTIONS = {
 }
 
 
+# What csrc/ops/plain_forward.cpp takes from a module's __dict__: a subclass may mean something else by it.
+_READ_BY_PLAIN_FORWARD = frozenset(
+    {"_flat_weights", "_flat_weights_names", "_parameters", "mode", "backend", "dropout", "training", "num_layers"}
+    | {"bidirectional", "batch_first", *OPTIONS}
+)
+
+
 class _Layer(nn.RNNBase):
     """What the three layers share.
 
@@ -35,6 +42,13 @@ class _Layer(nn.RNNBase):
     """
 
     backend: str
+    # Whether forward is what csrc/ops/plain_forward.h knows of a module's attributes.
+    _plain: bool = True
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if not _READ_BY_PLAIN_FORWARD.isdisjoint(vars(cls)):
+            cls._plain = False
 
     def __init__(
         self,
@@ -81,7 +95,7 @@ class _Layer(nn.RNNBase):
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Output and h_n, as torch.nn's; shapes, dtypes and errors are documented in :mod:`rnn_ext.functional`."""
-        if lengths is None and resets is None:
+        if self._plain and lengths is None and resets is None and not torch.compiler.is_compiling():
             results = ops.plain_forward(self.__dict__, input, hx)
             if results is not None:
                 return results
@@ -396,7 +410,8 @@ class LSTM(_Layer):
         | tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], Tensor | PackedSequence]
     ):
         """Output and ``(h_n, c_n)``, as torch.nn's, and if asked for the cell states; see :mod:`rnn_ext.functional`."""
-        if lengths is None and resets is None and not return_cell_states:
+        plain = self._plain and not (return_cell_states or torch.compiler.is_compiling())
+        if plain and lengths is None and resets is None:
             results = ops.plain_forward(self.__dict__, input, hx)
             if results is not None:
                 return results

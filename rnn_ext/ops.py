@@ -220,10 +220,10 @@ def step(
 
 def plain_forward(attributes: dict[str, Any], input: Any, hx: Any) -> tuple[Tensor, Any] | None:
     """What a module with these attributes, ``vars(module)``, returns for a padded batch: in one call, where it has no
-    option that torch.nn's has not and Python need not look (csrc/ops/plain_forward.h). None for all other calls, wrong
-    ones among them: :mod:`rnn_ext.functional` knows what to do with those.
+    option that torch.nn's has not and Python need not look (csrc/ops/plain_forward.h). None for all other calls:
+    :mod:`rnn_ext.functional` knows what to do with those. Not to be traced by torch.compile.
     """
-    return None if torch.compiler.is_compiling() else _plain_forward(attributes, input, hx)
+    return _plain_forward(attributes, input, hx)
 
 
 def random_mask(shape: Sequence[int], p: float, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import pickle
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -100,8 +101,26 @@ def test_small_and_oversized_memory_does_not_wait():
     layer, input = layer_and_input()
     layer(input[:4])
     assert _C.idle_memory() == 0
-    layer(input.repeat(150, 1, 1))  # more than may wait in all
-    assert _C.idle_memory() <= LIMIT
+    held = [layer(torch.zeros(length, 16, 64))[0] for length in range(60, 300, 20)]
+    del held
+    waiting = _C.idle_memory()
+    with torch.no_grad():
+        output = layer(torch.zeros(1, 1, 1).expand(33_000, 16, 64))[0]
+    assert output.nbytes > LIMIT
+    before = _C.idle_memory()
+    del output  # more than may wait in all
+    assert _C.idle_memory() == before > waiting / 2  # and nothing had to go for it
+
+
+@pytest.mark.parametrize("batch", [16_300, 16_380, 16_384])  # pointers to so many rows: around 128 KiB
+def test_what_waits_does_not_grow(batch):
+    layer, input = rnn_ext.GRU(1, 1, backend="custom"), torch.zeros(1, batch, 1)
+    with torch.no_grad():
+        layer(input)
+        waiting = _C.idle_memory()
+        for _ in range(5):
+            layer(input)
+    assert _C.idle_memory() == waiting
 
 
 def test_outputs_are_tensors_like_others():
@@ -119,23 +138,38 @@ def test_outputs_are_tensors_like_others():
         assert shared.is_shared() and torch.equal(shared, expected)
 
 
-def child(queue):
-    layer, input = layer_and_input()
-    queue.put(float(gradients(layer, input)[0].sum()))
+FORKING = """
+import os, signal, threading, torch
+import rnn_ext
+torch.set_num_threads(1)
+layer, input = rnn_ext.GRU(1, 1, backend="custom"), torch.randn(1, 16_384, 1)
+with torch.inference_mode():
+    expected = layer(input)[0]
+    done = False
+    def take_and_give():
+        with torch.inference_mode():
+            while not done:
+                layer(input)
+    threads = [threading.Thread(target=take_and_give) for _ in range(3)]
+    for thread in threads: thread.start()
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(0 if torch.equal(layer(input)[0], expected) else 3)
+        status = os.waitpid(child, 0)[1]
+        if status:
+            break
+    done = True
+    for thread in threads: thread.join()
+print(status)
+"""
 
 
 def test_a_fork_has_its_own():
-    layer, input = layer_and_input()
-    expected = float(gradients(layer, input)[0].sum())
-    assert _C.idle_memory() > 0
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    process = context.Process(target=child, args=(queue,))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
-    assert queue.get() == pytest.approx(expected, rel=1e-5)
-    assert float(gradients(layer, input)[0].sum()) == pytest.approx(expected, rel=1e-5)
+    """Children of a process whose threads compute. (That one holds a lock just then is too rare to be seen here.)"""
+    result = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=300)
+    assert result.stdout == "0\n", result.stderr[-2000:]
 
 
 def test_more_than_there_is_is_refused_by_name():

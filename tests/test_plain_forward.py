@@ -144,3 +144,56 @@ def test_weights_are_looked_up_anew():
     other = {name: torch.zeros_like(value) for name, value in module.named_parameters()}
     assert (torch.func.functional_call(module, other, (input,))[0] == 0).all()
     assert torch.equal(module(input)[0], after)
+
+
+def test_subclasses_that_mean_something_else_take_the_long_way():
+    class Zeros(rnn_ext.GRU):
+        @property
+        def _flat_weights(self):
+            return [torch.zeros_like(parameter) for parameter in self.parameters()]
+
+        @_flat_weights.setter
+        def _flat_weights(self, weights):
+            pass
+
+    class BatchFirst(rnn_ext.GRU):
+        @property
+        def batch_first(self):
+            return True
+
+        @batch_first.setter
+        def batch_first(self, value):
+            pass
+
+    class Heir(BatchFirst):
+        pass
+
+    class Plain(rnn_ext.GRU):
+        pass
+
+    input = torch.randn(4, 3, 5)
+    assert (Zeros(5, 7)(input)[0] == 0).all()
+    for kind in (BatchFirst, Heir):
+        module = kind(5, 7)
+        assert module(input)[1].shape == (1, 4, 7)
+        assert short(module, input) is None
+    assert Plain._plain and not Zeros._plain and not Heir._plain and rnn_ext.GRU._plain
+
+
+class Odd:
+    """An attribute that cannot say whether it is true."""
+
+    def __bool__(self):
+        raise ValueError("neither")
+
+    def __gt__(self, other):
+        return False
+
+
+@pytest.mark.parametrize("name", ["dropout", "zoneout", "bidirectional", "batch_first", "recompute"])
+def test_odd_attributes_take_the_long_way(name):
+    module, input = make(num_layers=2), torch.randn(4, 3, 5)
+    vars(module)[name] = Odd()
+    assert short(module, input) is None
+    del vars(module)[name]
+    assert short(module, input) is None

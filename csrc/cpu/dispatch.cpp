@@ -79,7 +79,7 @@ bool set_capability(const char* name) {
 
 int side_vectors() { return side; }
 
-void set_side_vectors(int count) { side = count; }
+void set_side_vectors(int count) { side = count == 2 ? 2 : 1; }
 
 int saved_values(CellKind cell, bool projected, Variant variant) {
   if (variant == Variant::kLayerNorm) return cells::LayerNormLstm::kSaved + projected;

@@ -4,12 +4,11 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
-#include <deque>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 namespace rnn_ext::cpu {
 namespace {
@@ -17,9 +16,17 @@ namespace {
 constexpr size_t kLine = 64;
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kMostIdle = size_t(128) << 20;
-constexpr size_t kMostPieces = 64;
+constexpr int kMostPieces = 64;
+
+// A sanitizer is to see who uses memory that is not theirs any more.
 #if defined(__SANITIZE_ADDRESS__)
-constexpr bool kKeeps = false;  // a sanitizer is to see who uses memory that is not theirs any more
+constexpr bool kKeeps = false;
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+constexpr bool kKeeps = false;
+#else
+constexpr bool kKeeps = true;
+#endif
 #else
 constexpr bool kKeeps = true;
 #endif
@@ -29,14 +36,33 @@ struct alignas(kLine) Block {
   size_t bytes;  // of that memory
 };
 
-// Never destroyed: threads may give memory back while the process ends.
-std::mutex& mutex = *new std::mutex;
-std::deque<Block*>& idle = *new std::deque<Block*>;  // the last to come back at the end
-size_t idle_bytes = 0;
+/// The blocks that wait, the last to come back at the end. No function of it allocates or throws: memory is given back
+/// in destructors.
+struct Idle {
+  std::mutex mutex;
+  Block* blocks[kMostPieces];
+  int count = 0;
+  size_t bytes = 0;
 
-// A child of a fork must not find the mutex taken by a thread that it does not have.
-[[maybe_unused]] const int watch_forks =
-    pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
+  Block* remove(int at) {
+    Block* block = blocks[at];
+    std::memmove(blocks + at, blocks + at + 1, size_t(count - at - 1) * sizeof(Block*));
+    --count;
+    bytes -= block->bytes;
+    return block;
+  }
+  void add(Block* block) {
+    blocks[count++] = block;
+    bytes += block->bytes;
+  }
+};
+
+// Never destroyed: threads may give memory back while the process ends.
+alignas(Idle) char place[sizeof(Idle)];
+Idle* const idle = new (place) Idle;
+
+// In the child of a fork the mutex may be taken by a thread that the child does not have, in the midst of something.
+[[maybe_unused]] const int watch_forks = pthread_atfork(nullptr, nullptr, [] { new (place) Idle; });
 
 /// Faulting in pages of 4 KiB takes longer; where there are no huge ones, so be it.
 void prefer_huge_pages(void* data, size_t bytes) {
@@ -49,39 +75,38 @@ void prefer_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
+/// Of whole lines.
 Block* allocate(size_t bytes) {
-  if (bytes > SIZE_MAX / 2) return nullptr;
-  const size_t whole = sizeof(Block) + (bytes + kLine - 1) / kLine * kLine;
-  void* memory = std::aligned_alloc(kLine, whole);
+  void* memory = std::aligned_alloc(kLine, sizeof(Block) + bytes);
   if (!memory) return nullptr;
-  prefer_huge_pages(memory, whole);
-  return new (memory) Block{whole - sizeof(Block)};
+  prefer_huge_pages(memory, sizeof(Block) + bytes);
+  return new (memory) Block{bytes};
 }
 
 /// The smallest idle block that is large enough and of which less than a quarter would go to waste.
 Block* take_idle(size_t bytes) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto best = idle.end();
-  for (auto at = idle.begin(); at != idle.end(); ++at) {
-    const size_t size = (*at)->bytes;
+  const std::lock_guard<std::mutex> lock(idle->mutex);
+  int best = -1;
+  for (int i = 0; i < idle->count; ++i) {
+    const size_t size = idle->blocks[i]->bytes;
     if (size < bytes || size > bytes + bytes / 3) continue;
-    if (best == idle.end() || size <= (*best)->bytes) best = at;  // of equal ones the last: it may be in a cache
+    if (best < 0 || size <= idle->blocks[best]->bytes) best = i;  // of equal ones the last: it may be in a cache
   }
-  if (best == idle.end()) return nullptr;
-  Block* found = *best;
-  idle.erase(best);
-  idle_bytes -= found->bytes;
-  return found;
+  return best < 0 ? nullptr : idle->remove(best);
 }
 
 }  // namespace
 
 void* take_memory(size_t bytes) {
-  Block* block = bytes >= kPooled ? take_idle(bytes) : nullptr;
-  if (!block) block = allocate(bytes);
-  if (!block) {
-    drop_idle_memory();
-    block = allocate(bytes);
+  Block* block = nullptr;
+  if (bytes <= SIZE_MAX / 2) {
+    const size_t whole = (bytes + kLine - 1) / kLine * kLine;
+    if (whole >= kPooled) block = take_idle(whole);
+    if (!block) block = allocate(whole);
+    if (!block) {
+      drop_idle_memory();
+      block = allocate(whole);
+    }
   }
   if (!block)
     throw std::runtime_error("rnn_ext: not enough memory: " + std::to_string(bytes) + " bytes of workspace are needed");
@@ -92,33 +117,29 @@ void give_memory(void* data) {
   if (!data) return;
   Block* block = static_cast<Block*>(data) - 1;
   if (!kKeeps || block->bytes < kPooled || block->bytes > kMostIdle) return std::free(block);
-  std::vector<Block*> dropped;  // freed without the lock
+  Block* dropped[kMostPieces];  // freed without the lock
+  int count = 0;
   {
-    const std::lock_guard<std::mutex> lock(mutex);
-    idle.push_back(block);
-    idle_bytes += block->bytes;
-    while (idle_bytes > kMostIdle || idle.size() > kMostPieces) {
-      idle_bytes -= idle.front()->bytes;
-      dropped.push_back(idle.front());
-      idle.pop_front();
-    }
+    const std::lock_guard<std::mutex> lock(idle->mutex);
+    while (idle->count == kMostPieces || idle->bytes + block->bytes > kMostIdle) dropped[count++] = idle->remove(0);
+    idle->add(block);
   }
-  for (Block* old : dropped) std::free(old);
+  for (int i = 0; i < count; ++i) std::free(dropped[i]);
 }
 
 int64_t idle_memory() {
-  const std::lock_guard<std::mutex> lock(mutex);
-  return int64_t(idle_bytes);
+  const std::lock_guard<std::mutex> lock(idle->mutex);
+  return int64_t(idle->bytes);
 }
 
 void drop_idle_memory() {
-  std::deque<Block*> dropped;  // freed without the lock
+  Block* dropped[kMostPieces];  // freed without the lock
+  int count = 0;
   {
-    const std::lock_guard<std::mutex> lock(mutex);
-    dropped.swap(idle);
-    idle_bytes = 0;
+    const std::lock_guard<std::mutex> lock(idle->mutex);
+    while (idle->count > 0) dropped[count++] = idle->remove(idle->count - 1);
   }
-  for (Block* block : dropped) std::free(block);
+  for (int i = 0; i < count; ++i) std::free(dropped[i]);
 }
 
 }  // namespace rnn_ext::cpu

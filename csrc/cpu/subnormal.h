@@ -29,27 +29,42 @@ struct FloatControl {
 #endif
 };
 
-/// As long as one lives, its thread takes subnormal numbers for zero, or does not.
-template <bool kFlush>
-class Subnormals {
+/// As long as one lives, its thread takes subnormal numbers for zero. What decays over time, a gradient above all, ends
+/// among them, and many processors take some 100 cycles for every operation on one: on a Xeon, a training step of the
+/// seed's classifier took 10 times as long. The kernels are called by pointer, so that none of their arithmetic can be
+/// moved out of the object's life.
+class FlushSubnormals {
  public:
-  Subnormals() : before_(FloatControl::get()) {
-    FloatControl::set(kFlush ? before_ | FloatControl::kFlush : before_ & ~FloatControl::kFlush);
+  FlushSubnormals() : before_(FloatControl::get()) {
+    if (depth_++ == 0) outside_ = before_;
+    FloatControl::set(before_ | FloatControl::kFlush);
   }
-  ~Subnormals() { FloatControl::set(before_); }
-  Subnormals(const Subnormals&) = delete;
-  Subnormals& operator=(const Subnormals&) = delete;
+  ~FlushSubnormals() {
+    --depth_;
+    FloatControl::set(before_);
+  }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+  /// As long as one lives, inside the other, the thread is as the caller left it: around what may start threads, which
+  /// inherit the setting and outlive the call.
+  class Not {
+   public:
+    Not() : before_(FloatControl::get()) {
+      if (depth_ > 0) FloatControl::set(outside_);
+    }
+    ~Not() { FloatControl::set(before_); }
+    Not(const Not&) = delete;
+    Not& operator=(const Not&) = delete;
+
+   private:
+    const uint64_t before_;
+  };
 
  private:
   const uint64_t before_;
+  inline static thread_local int depth_ = 0;
+  inline static thread_local uint64_t outside_ = 0;  // the setting around the outermost one
 };
-
-/// Around all kernels. What decays over time, a gradient above all, ends among the subnormal numbers, and many
-/// processors take some 100 cycles for every operation on one: on a Xeon, a training step of the seed's classifier took
-/// 10 times as long.
-using FlushSubnormals = Subnormals<true>;
-
-/// Around what may start threads, which inherit the setting and outlive the call.
-using KeepSubnormals = Subnormals<false>;
 
 }  // namespace rnn_ext::cpu

@@ -29,7 +29,7 @@ cpu::Executor executor() {
   // Tasks are not equally long, so a thread takes the next one when it is free.
   executor.run = [](int64_t tasks, void (*fn)(void*, int64_t), void* context) {
     std::atomic<int64_t> next{0};
-    const cpu::KeepSubnormals keep;
+    const cpu::FlushSubnormals::Not not_while_threads_start;
     at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
       const cpu::FlushSubnormals flush;
       for (; begin < end; ++begin) {
@@ -40,7 +40,7 @@ cpu::Executor executor() {
   // at::parallel_for may give one thread several tasks, one after the other: threads that wait for each other need a
   // region of their own, in the same pool.
   executor.run_team = [](int threads, void (*fn)(void*, int, int), void* context) {
-    const cpu::KeepSubnormals keep;
+    const cpu::FlushSubnormals::Not not_while_threads_start;
 #pragma omp parallel num_threads(threads)
     {
       const cpu::FlushSubnormals flush;

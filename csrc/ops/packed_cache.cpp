@@ -1,7 +1,10 @@
 #include "ops/packed_cache.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <mutex>
+#include <new>
 #include <vector>
 
 #include "cells/cells.h"
@@ -30,6 +33,12 @@ struct Entry {
 std::mutex& mutex = *new std::mutex;
 std::vector<Entry>& entries = *new std::vector<Entry>;  // the last used at the end
 constexpr size_t kMost = 256;
+
+// In the child of a fork the mutex may be taken by a thread that the child does not have, in the midst of something.
+[[maybe_unused]] const int watch_forks = pthread_atfork(nullptr, nullptr, [] {
+  new (&mutex) std::mutex;
+  new (&entries) std::vector<Entry>;
+});
 
 Entry* find(const Key& key) {
   const auto found = std::find_if(entries.begin(), entries.end(), [&](const Entry& e) { return e.key == key; });

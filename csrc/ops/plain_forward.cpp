@@ -6,6 +6,11 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <utility>
+
 #include "ops/layer.h"
 #include "ops/stack.h"
 
@@ -44,10 +49,16 @@ class Attributes {
 
   /// Borrowed; null if there is none.
   PyObject* get(PyObject* key) const { return PyDict_GetItemWithError(dict_, key); }
-  /// Whether it is there and true, or false.
-  bool is(bool wanted, PyObject* key) const {
+  /// Whether it is there and False, or a number that is zero: nothing that would run code of its own to say so.
+  bool is_off(PyObject* key) const {
     PyObject* value = get(key);
-    return value && PyObject_IsTrue(value) == int(wanted);
+    const bool number = value && (PyBool_Check(value) || PyLong_CheckExact(value) || PyFloat_CheckExact(value));
+    return number && PyObject_IsTrue(value) == 0;
+  }
+  /// A bool that is there; nothing for all else.
+  std::optional<bool> flag(PyObject* key) const {
+    PyObject* value = get(key);
+    return value == Py_True || value == Py_False ? std::optional(value == Py_True) : std::nullopt;
   }
 
  private:
@@ -62,48 +73,50 @@ std::string_view cell_of(const Keys& keys, PyObject* mode) {
   return {};
 }
 
-/// The result, or null: not a plain call.
-PyObject* run(PyObject* dict, PyObject* input_object, PyObject* hx) {
+/// Nothing: not a plain call.
+std::optional<PyObject*> run(PyObject* dict, PyObject* input_object, PyObject* hx) {
   static const Keys keys;
   const Attributes own(dict);
   const at::Tensor* input = tensor(input_object);
-  if (!input || !input->is_cpu() || input->dim() != 3 || at::impl::torch_function_mode_enabled()) return nullptr;
+  if (!input || !input->is_cpu() || input->dim() != 3 || at::impl::torch_function_mode_enabled()) return std::nullopt;
   PyObject* backend = own.get(keys.backend);
-  if (!(keys.auto_ == backend || keys.custom == backend)) return nullptr;
+  if (!(keys.auto_ == backend || keys.custom == backend)) return std::nullopt;
   for (const Key& option : keys.options) {
-    if (!own.is(false, option)) return nullptr;
+    if (!own.is_off(option)) return std::nullopt;
   }
   PyObject* num_layers = own.get(keys.num_layers);
-  if (!num_layers || !PyLong_Check(num_layers)) return nullptr;
+  if (!num_layers || !PyLong_Check(num_layers)) return std::nullopt;
   const int64_t layers = PyLong_AsLongLong(num_layers);
-  const bool drops = !own.is(false, keys.training) && !own.is(false, keys.dropout);
-  if (layers < 1 || (layers > 1 && drops)) return nullptr;
+  const bool drops = !own.is_off(keys.training) && !own.is_off(keys.dropout);
+  if (layers < 1 || (layers > 1 && drops)) return std::nullopt;
 
   PyObject *parameters = own.get(keys.parameters), *names = own.get(keys.names);
-  if (!parameters || !PyDict_Check(parameters) || !names || !PyList_Check(names)) return nullptr;
+  if (!parameters || !PyDict_Check(parameters) || !names || !PyList_Check(names)) return std::nullopt;
   c10::SmallVector<at::Tensor, 10> weights;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(names); ++i) {
     const at::Tensor* weight = tensor(PyDict_GetItemWithError(parameters, PyList_GET_ITEM(names, i)));
-    if (!weight) return nullptr;
+    if (!weight) return std::nullopt;
     weights.push_back(*weight);
   }
   const at::ScalarType type = input->scalar_type();
-  if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf) return nullptr;
-  if (weights.empty() || weights[0].scalar_type() != type) return nullptr;
+  if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf) return std::nullopt;
+  if (weights.empty() || weights[0].scalar_type() != type) return std::nullopt;
 
   const std::string_view cell = cell_of(keys, own.get(keys.mode));
-  if (cell.empty()) return nullptr;
+  if (cell.empty()) return std::nullopt;
   const bool has_cell = cell_info(cell).has_cell;
   OptionalTensor states[2];
   if (hx != Py_None) {
-    if (has_cell && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != 2)) return nullptr;
+    if (has_cell && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != 2)) return std::nullopt;
     for (int i = 0; i < 1 + has_cell; ++i) {
       const at::Tensor* state = tensor(has_cell ? PyTuple_GET_ITEM(hx, i) : hx);
-      if (!state || state->dim() != 3) return nullptr;
+      if (!state || state->dim() != 3) return std::nullopt;
       states[i] = *state;
     }
   }
-  const LayerOptions options{cell, own.is(true, keys.bidirectional), own.is(true, keys.batch_first), false};
+  const std::optional<bool> bidirectional = own.flag(keys.bidirectional), batch_first = own.flag(keys.batch_first);
+  if (!bidirectional || !batch_first || PyErr_Occurred()) return std::nullopt;
+  const LayerOptions options{cell, *bidirectional, *batch_first, false};
 
   at::Tensor output, h_n, c_n;
   {
@@ -126,8 +139,8 @@ PyObject* run(PyObject* dict, PyObject* input_object, PyObject* hx) {
 PyObject* plain_forward_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 3 && PyDict_Check(args[0]), "expected vars(module), input and hx");
-  PyObject* result = run(args[0], args[1], args[2]);
-  if (result) return result;
+  const std::optional<PyObject*> result = run(args[0], args[1], args[2]);
+  if (result) return *result;
   PyErr_Clear();
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
