@@ -218,14 +218,6 @@ def step(
     return output.squeeze(0), h_n, c_n
 
 
-def plain_forward(attributes: dict[str, Any], input: Any, hx: Any) -> tuple[Tensor, Any] | None:
-    """What a module with these attributes, ``vars(module)``, returns for a padded batch: in one call, where it has no
-    option that torch.nn's has not and Python need not look (csrc/ops/plain_forward.h). None for all other calls:
-    :mod:`rnn_ext.functional` knows what to do with those. Not to be traced by torch.compile.
-    """
-    return _plain_forward(attributes, input, hx)
-
-
 def random_mask(shape: Sequence[int], p: float, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A float32 or float64 tensor of `value` with probability p, else 0, drawn with torch's generator."""
     if device.type == "cpu" and is_available():  # torch.rand would take longer than a small layer
@@ -500,7 +492,7 @@ def _random_mask_vmap(info, in_dims, *args):
 if is_available():
     from rnn_ext._C import extended_layer as _fast_extended_layer
     from rnn_ext._C import layer as _fast_layer
-    from rnn_ext._C import plain_forward as _plain_forward
+    from rnn_ext._C import plain_forward
     from rnn_ext._C import stack as _fast_stack
     from rnn_ext._C import step as _fast_step
 
@@ -524,5 +516,5 @@ else:
 
     _fast_layer = _fast_extended_layer = _fast_stack = _fast_step = _layer
 
-    def _plain_forward(*args: Any) -> None:
-        return None
+    def plain_forward(attributes: dict[str, Any], input: Any, hx: Any) -> None:
+        return None  # what it says of every call that is not plain

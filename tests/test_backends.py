@@ -43,7 +43,7 @@ def no_library(monkeypatch):
     reason = "the library has not been built"
     monkeypatch.setattr(ops, "is_available", lambda: False)
     monkeypatch.setattr(ops, "load_error", lambda: reason)
-    monkeypatch.setattr(ops, "_plain_forward", lambda *_: None)
+    monkeypatch.setattr(ops, "plain_forward", lambda *_: None)
     return reason
 
 

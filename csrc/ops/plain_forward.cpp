@@ -150,7 +150,7 @@ PyObject* plain_forward_method(PyObject*, PyObject* const* args, Py_ssize_t coun
 
 PyMethodDef plain_forward[] = {
     {"plain_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_forward_method)), METH_FASTCALL,
-     "forward of a module without options on the CPU, or None: see rnn_ext.ops."},
+     "forward of a module without options on the CPU, or None: see csrc/ops/plain_forward.h."},
     {nullptr, nullptr, 0, nullptr},
 };
 
