@@ -284,15 +284,15 @@ def test_same_bits_each_time(cell):
 
 
 @pytest.fixture
-def side_vectors():
-    chosen = _C.side_vectors()
-    yield _C.set_side_vectors
-    _C.set_side_vectors(chosen)
+def set_tuning():
+    chosen = _C.tuning()
+    yield _C.set_tuning
+    _C.set_tuning(*chosen)
 
 
 @pytest.mark.parametrize("hidden", [64, 80, 100, 113])  # blocks: even, odd, with a tail, partly filled
 @pytest.mark.parametrize("cell", CELLS)
-def test_side_products_of_any_width(cell, hidden, side_vectors):
+def test_side_products_of_any_width(cell, hidden, set_tuning):
     """The input gates of one sequence, computed beside its steps by tiles as they suit another processor too."""
     torch.manual_seed(0)
     for threads, dtype in ((1, torch.float32), (2, torch.float64)):
@@ -300,12 +300,30 @@ def test_side_products_of_any_width(cell, hidden, side_vectors):
         problem = build(Case(cell, size=(71, 1, 130, hidden), state=False)).to(dtype)
         with torch.no_grad():
             expected = oracle(problem.to(torch.float64))
-            side_vectors(1)
+            set_tuning(1, False)
             narrow = run(problem)
-            side_vectors(2)
+            set_tuning(2, False)
             wide = run(problem)
         check_values(narrow, expected, dtype)
         same_bits(wide, narrow)
+
+
+@pytest.mark.parametrize("hidden", [256, 459])  # a whole number of panels; some blocks beyond them
+@pytest.mark.parametrize("batch", [2, 7, 31])  # tiles too low to fetch; fewer and more than the next panel takes
+@pytest.mark.parametrize("cell", CELLS)
+def test_weights_beyond_the_second_level_cache(cell, batch, hidden, set_tuning):
+    """Fetched ahead or not, which a processor may want or not."""
+    torch.manual_seed(0)
+    problem = build(Case(cell, lengths=True, size=(3, batch, hidden + 1, hidden))).to(torch.float32)
+    set_tuning(1, False)
+    values, grads = gradients(run, problem)
+    expected, expected_grads = gradients(oracle, problem.to(torch.float64))
+    check_values(values, expected, torch.float32)
+    check_gradients(grads, expected_grads, torch.float32)
+    set_tuning(1, True)
+    again, again_grads = gradients(run, problem)
+    same_bits(again, values)
+    same_bits(again_grads, grads)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -42,11 +42,11 @@ const Level* best() {
 
 const Level* current = best();
 
-int side = [] {
+Tuning chosen = [] {
 #if defined(RNN_EXT_X86_KERNELS)
-  if (__builtin_cpu_is("intel")) return 2;
+  if (__builtin_cpu_is("intel")) return Tuning{2, true};
 #endif
-  return 1;
+  return Tuning{1, false};
 }();
 
 /// Threads beyond the first cost waking them, some 50 us if they sleep: below this many multiply-adds of the forward
@@ -77,9 +77,9 @@ bool set_capability(const char* name) {
   return false;
 }
 
-int side_vectors() { return side; }
+const Tuning& tuning() { return chosen; }
 
-void set_side_vectors(int count) { side = count == 2 ? 2 : 1; }
+void set_tuning(const Tuning& tuning) { chosen = {tuning.side_vectors == 2 ? 2 : 1, tuning.fetch_panels}; }
 
 int saved_values(CellKind cell, bool projected, Variant variant) {
   if (variant == Variant::kLayerNorm) return cells::LayerNormLstm::kSaved + projected;

@@ -169,9 +169,17 @@ const char* capability();
 /// Choose another; false where the processor or the build lacks it.
 bool set_capability(const char* name);
 
-/// How wide the tiles of side.inl are, 1 or 2 vectors, as suits the processor; for tests. Results do not depend on it.
-int side_vectors();
-void set_side_vectors(int count);
+/// What processors that run the same kernels do better one way or the other. Results do not depend on it.
+struct Tuning {
+  int side_vectors;   // how wide the tiles of side.inl are, 1 or 2
+  bool fetch_panels;  // product.inl asks for weights beyond the second-level cache before it needs them
+};
+
+/// As measured for the maker of the processor.
+const Tuning& tuning();
+
+/// Choose otherwise, for tests.
+void set_tuning(const Tuning& tuning);
 
 /// Whether the instruction set in use multiplies BFloat16.
 bool computes_bfloat16();

@@ -8,9 +8,18 @@
 /// fetched.
 constexpr int64_t kAhead = 24;
 
+/// What a tile fetches for later: a line with each k.
+struct Fetch {
+  const char* at;
+  int64_t step;  // 0: the same line again and again, which costs nothing
+};
+
+/// A tile of fewer rows is busy loading what it multiplies.
+constexpr int kFetchingRows = 3;
+
 template <int MR, int NB, int G, bool kStrided, class S>
 ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Element<S>* const (&a)[MR],
-                                const Element<S>* b, int64_t block_stride, const Segments& segments) {
+                                const Element<S>* b, int64_t block_stride, const Segments& segments, Fetch fetch) {
   using Op = Operand<S>;
   const int64_t stride = kStrided ? segments.stride : 1;
   for (int s = 0; s < segments.count; ++s) {
@@ -22,7 +31,12 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Elemen
 #pragma GCC unroll 2
     for (int64_t k = 0; k < length; ++k) {
       const auto weight = [&](int v) { return Op::load(b + (v / G) * block_stride + (v % G) * kLanes<Element<S>>); };
-      if constexpr (kStrided) __builtin_prefetch(row[MR - 1] + (k + kAhead) * stride);
+      if constexpr (kStrided) {
+        __builtin_prefetch(row[MR - 1] + (k + kAhead) * stride);
+      } else if constexpr (MR >= kFetchingRows) {
+        __builtin_prefetch(fetch.at, 0, 2);  // to the second-level cache
+        fetch.at += fetch.step;
+      }
       // The fewer of the two stay in registers, the others come one at a time.
       if constexpr (MR < NB * G) {
         decltype(Op::broadcast(*row[0])) x[MR];
@@ -62,7 +76,8 @@ constexpr int tile_rows(int vectors) {
 
 template <int MR, int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
 NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
-                        int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish) {
+                        int64_t block_stride, const Segments& segments, Fetch fetch, const Init& init,
+                        const Finish& finish) {
   Vec<Compute<S>> acc[MR][NB * G];
   const Element<S>* a[MR];
 #pragma GCC unroll 8
@@ -71,7 +86,7 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
 #pragma GCC unroll 4
     for (int n = 0; n < NB; ++n) init(first_row + m, first_block + n, &acc[m][n * G]);
   }
-  multiply_add<MR, NB, G, kStrided, S>(acc, a, b, block_stride, segments);
+  multiply_add<MR, NB, G, kStrided, S>(acc, a, b, block_stride, segments, fetch);
   Vec<Compute<S>> sums[MR * NB][G];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -83,30 +98,46 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
 
 template <int MR, int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
 ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
-                            int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish) {
+                            int64_t block_stride, const Segments& segments, Fetch fetch, const Init& init,
+                            const Finish& finish) {
   if constexpr (MR > 1) {
     if (rows < MR)
-      return run_rows<MR - 1, NB, G, kStrided, S>(rows, a_row, first_row, first_block, b, block_stride, segments, init,
-                                                  finish);
+      return run_rows<MR - 1, NB, G, kStrided, S>(rows, a_row, first_row, first_block, b, block_stride, segments, fetch,
+                                                  init, finish);
   }
-  run_tile<MR, NB, G, kStrided, S>(a_row, first_row, first_block, b, block_stride, segments, init, finish);
+  run_tile<MR, NB, G, kStrided, S>(a_row, first_row, first_block, b, block_stride, segments, fetch, init, finish);
 }
 
+/// The blocks [block, blocks), NB of them at a time, a panel, as far as that goes; returns the first that is left.
 template <int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
-ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, const Row& a_row, const Element<S>* b,
-                                 const Segments& segments, const Init& init, const Finish& finish) {
+ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bool backwards, const Row& a_row,
+                                 const Element<S>* b, const Segments& segments, const Init& init,
+                                 const Finish& finish) {
   constexpr int kMaxRows = tile_rows(NB * G);
-  const int64_t block_stride = segments.size() * G * kLanes<Element<S>>;
-  for (; block + NB <= blocks; block += NB) {
-    const Element<S>* b_block = b + block * block_stride;
+  const int64_t block_stride = segments.size() * G * kLanes<Element<S>>, panels = (blocks - block) / NB;
+  const int64_t bytes = NB * block_stride * int64_t(sizeof(Element<S>));
+  // Weights that the second-level cache does not keep from one step to the next would be waited for by each panel's
+  // first tile: while a panel is multiplied, its first tiles fetch the next.
+  constexpr int64_t kFar = 768 * 1024;
+  const bool far = panels * bytes > kFar && tuning().fetch_panels;
+  for (int64_t i = 0; i < panels; ++i) {
+    const int64_t at = block + NB * (backwards ? panels - 1 - i : i);
+    const Element<S>* panel = b + at * block_stride;
+    const char* here = reinterpret_cast<const char*>(panel);
+    int64_t to_fetch = far && i + 1 < panels ? bytes : 0;
+    Fetch fetch = {to_fetch ? here + (backwards ? -bytes : bytes) : here, to_fetch ? 64 : 0};
     int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;  // of as equal heights as can be
     for (int64_t row = 0; tiles > 0; --tiles) {
       const int64_t height = (rows - row + tiles - 1) / tiles;
-      run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, block, b_block, block_stride, segments, init, finish);
+      run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, at, panel, block_stride, segments, fetch, init,
+                                             finish);
       row += height;
+      fetch.at += segments.size() * fetch.step;
+      to_fetch -= segments.size() * fetch.step;
+      if (to_fetch <= 0) fetch = {here, 0};
     }
   }
-  return block;
+  return block + panels * NB;
 }
 
 /// Whether the units past the last whole block are so few that the weights of all their gates go into one vector, a
@@ -168,15 +199,16 @@ template <int G, class S, bool kStrided, class Row, class Init, class Finish, cl
 ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
                            const Element<S>* b, const Segments& segments, const Init& init, const Finish& finish,
                            bool tail, Side* side) {
-  if (!kStrided && order != Order::kRows) {
+  if (!kStrided && (order == Order::kRow || order == Order::kRowBackwards)) {
     run_row_blocks<kRowBlocks<G>, G, S>(block, blocks - tail, order == Order::kRowBackwards, a_row(0), b, segments,
                                         init, finish, side);
   } else {
+    const bool backwards = order == Order::kRowsBackwards;
     if constexpr (G == 1) {
-      block = run_blocks<4, 1, kStrided, S>(rows, block, blocks, a_row, b, segments, init, finish);
-      block = run_blocks<2, 1, kStrided, S>(rows, block, blocks, a_row, b, segments, init, finish);
+      block = run_blocks<4, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish);
+      block = run_blocks<2, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish);
     }
-    run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, a_row, b, segments, init, finish);
+    run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, backwards, a_row, b, segments, init, finish);
   }
   if constexpr (G > 1) {
     if (tail) run_tail<G, kStrided, S>(rows, blocks - 1, order, a_row, b, segments, init, finish);

@@ -3,13 +3,14 @@
 ALWAYS_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 ALWAYS_INLINE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/// How a product walks its tiles. One row alone sums in another order than the same row in a tile, and backwards in yet
-/// another, so the caller decides by numbers that do not depend on threads. Walking every other step's blocks and their
-/// k backwards finds what the step before read last still in the cache.
-enum class Order { kRows, kRow, kRowBackwards };
+/// How a product walks its tiles. Walking every other step's blocks backwards finds what the step before read last
+/// still in the cache; of one row alone their k too. That sums in another order than the same row in a tile, and
+/// backwards in yet another, so the caller decides by numbers that do not depend on threads.
+enum class Order { kRows, kRowsBackwards, kRow, kRowBackwards };
 
 inline Order step_order(int64_t rows, int64_t t) {
-  return rows != 1 ? Order::kRows : t & 1 ? Order::kRowBackwards : Order::kRow;
+  if (rows != 1) return t & 1 ? Order::kRowsBackwards : Order::kRows;
+  return t & 1 ? Order::kRowBackwards : Order::kRow;
 }
 
 /// Up to four stretches of A's columns, one after another in k (gates whose slots do not follow each other).

@@ -123,8 +123,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_capability", [](const char* name) { return rnn_ext::cpu::set_capability(name); },
       "Choose baseline, avx2 or avx512; False where this processor or build lacks it.");
-  m.def("side_vectors", &rnn_ext::cpu::side_vectors, "How wide the tiles of csrc/cpu/side.inl are.");
-  m.def("set_side_vectors", &rnn_ext::cpu::set_side_vectors, "Make them 1 or 2 vectors wide, for tests.");
+  m.def(
+      "tuning",
+      [] {
+        const rnn_ext::cpu::Tuning& chosen = rnn_ext::cpu::tuning();
+        return std::make_pair(chosen.side_vectors, chosen.fetch_panels);
+      },
+      "side_vectors and fetch_panels of csrc/cpu/layer.h.");
+  m.def(
+      "set_tuning", [](int side_vectors, bool fetch_panels) { rnn_ext::cpu::set_tuning({side_vectors, fetch_panels}); },
+      "Choose otherwise, for tests.");
   m.def("computes_bfloat16", &rnn_ext::cpu::computes_bfloat16, "Whether it multiplies bfloat16: else it is converted.");
   m.def("layer", torch::wrap_pybind_function_no_gil(&layer), "torch.ops.rnn_ext.layer.");
   m.def("extended_layer", torch::wrap_pybind_function_no_gil(&extended_layer), "The same with masks and recompute.");
