@@ -23,9 +23,11 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -384,9 +386,20 @@ def _reset_peak() -> int | None:
     return _memory_of("VmRSS")
 
 
+def _end_with_parent() -> None:
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    parent = multiprocessing.parent_process()
+    assert parent
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """Call a function in a fresh process, which does not go on measuring when this one is killed."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_parent) as pool:
         return pool.submit(function, *arguments).result()
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +36,20 @@ def _scripts(monkeypatch):
     pytest.importorskip("rich")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(os, "environ", dict(os.environ))
+
+
+def test_what_measures_ends_with_its_parent(tmp_path):
+    """A benchmark that was killed must not go on beside the next one."""
+    script = tmp_path / "sleeper.py"
+    script.write_text("import time\nprint('asleep', flush=True)\ntime.sleep(600)\n")
+    start = f"import run, runpy; run.in_fresh_process(runpy.run_path, {str(script)!r})"
+    parent = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout.readline() == "asleep\n"
+    finally:
+        parent.kill()
+    # The child has the same output: it ends when both have.
+    assert parent.communicate(timeout=60) == ("", None)
 
 
 def torch_only(monkeypatch):
