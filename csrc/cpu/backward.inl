@@ -201,8 +201,15 @@ class BackwardScan {
         dc_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         c_0_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         zeros_(padded_, true),
+        saved_rows_(Cell::kSaved > 0 ? slice.size() : 0),
+        h_rows_(Cell::kSaved > 0 ? 0 : slice.size()),
         h_before_(slice.size()),
         c_before_(slice.size()),
+        grad_output_rows_(args.grad_output.data ? slice.size() : 0),
+        grad_cell_rows_(args.grad_cells.data ? slice.size() : 0),
+        after_rows_(slice.size()),
+        gate_rows_(slice.size()),
+        proj_rows_(args.sizes.proj ? slice.size() : 0),
         cut_(slice.size()),
         variant_(args, direction, slice) {
     for (int g = 0; g < Cell::kGates; ++g) hidden_segments_.offset[g] = Cell::hh_slot(g) * padded_ / kPack<S>;
@@ -253,8 +260,10 @@ class BackwardScan {
       variant_step(t, 0, chained, after, &chained_to);
       variant_step(t, chained, rows, after, nullptr);
     } else {
-      step(t, 0, chained, after, &chained_to);
-      step(t, chained, rows, after, nullptr);
+      place(t, rows, after, chained, chained_to);
+      const Order order = step_order(layout_.batch_sizes[t], t);
+      if (chained > 0) step(0, chained, order, true);
+      if (chained < rows) step(chained, rows, order, false);
     }
   }
 
@@ -299,44 +308,56 @@ class BackwardScan {
     if (Cell::kHasCell) std::memset(dc_.get() + r * padded_, 0, size_t(hidden_) * sizeof(T));
   }
 
-  /// Rows [first, last) of step t. `grads` holds the gate gradients of the step `after`, which reach them; it is null
-  /// where the sequence ends and the gradient of its final state comes in instead.
-  void step(int64_t t, int64_t first, int64_t last, int64_t after, const ChunkGrads<Cell, S>* grads) {
-    if (first >= last) return;
-    const Order order = step_order(layout_.batch_sizes[t], t);
-    const bool chained = grads != nullptr;
-    const S* a_first = chained ? grads->gates_at(layout_, after, slice_.first + first) : nullptr;
-    const int64_t a_stride = chained ? grads->stride : 0;
-    const int64_t out_padded = out_padded_, out = out_, proj = args_.sizes.proj;
-    T* dh_carried = dh_.get() + first * out_padded;
-    const auto a_row = [=](int64_t r) { return reinterpret_cast<const Element<S>*>(a_first + r * a_stride); };
+  /// Where step t's rows find what their cells need, and where their gate gradients go.
+  void place(int64_t t, int64_t rows, int64_t after, int64_t chained, const ChunkGrads<Cell, S>& chained_to) {
+    const int64_t first = slice_.first;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t j = first + r;
+      gate_rows_.get()[r] = gate_grads(t, r);
+      if (r < chained) after_rows_.get()[r] = chained_to.gates_at(layout_, after, j);
+      if constexpr (Cell::kSaved > 0) {
+        saved_rows_.get()[r] = saved(t, r);
+      } else {
+        h_rows_.get()[r] = args_.output.at(layout_, t, j) + direction_ * out_;
+      }
+      if (args_.grad_output.data) grad_output_rows_.get()[r] = args_.grad_output.at(layout_, t, j) + direction_ * out_;
+      if (args_.grad_cells.data) grad_cell_rows_.get()[r] = args_.grad_cells.at(layout_, t, j) + direction_ * hidden_;
+      if (args_.sizes.proj) proj_rows_.get()[r] = proj_grads(t, r);
+    }
+  }
+
+  /// Rows [first, last) of the step whose rows are in their places. `chained`: the gate gradients of the step after it
+  /// reach them; else the sequence ends here and the gradient of its final state comes in instead.
+  void step(int64_t first, int64_t last, Order order, bool chained) {
+    const auto a_row = [this, first](int64_t r) {
+      return reinterpret_cast<const Element<S>*>(after_rows_.get()[first + r]);
+    };
     // What forward left for the cell, where it is too much to be in the cache still, comes while the product is
     // computed.
     const bool far = layout_.rows * larger(saved_stride_, out_padded_) * int64_t(sizeof(T)) > kFarBytes;
-    const auto init = [&, far](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
+    const auto init = [this, first, far](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
       *acc = V{};
-      if (far) prefetch_cell(t, first + r, block * kLanes<T>);
+      if (far) prefetch_cell(first + r, block * kLanes<T>);
     };
     Segments segments = hidden_segments_;
     if (!chained) segments.count = 0;
-    const bool* cut = cut_.get() + first;
     // What reaches h beside the recurrent product.
-    const auto whole_dh = [&](int64_t r, int64_t unit, V acc) ALWAYS_INLINE_LAMBDA {
-      V dh = cut[r] ? V{} : acc;
-      if (Cell::kDirectCarry || !chained) dh += load(dh_carried + r * out_padded + unit);
-      if (args_.grad_output.data)
-        dh +=
-            load_part(args_.grad_output.at(layout_, t, slice_.first + first + r) + direction_ * out + unit, out - unit);
+    const auto whole_dh = [this, chained](int64_t r, int64_t unit, V acc) ALWAYS_INLINE_LAMBDA {
+      V dh = cut_.get()[r] ? V{} : acc;
+      if (Cell::kDirectCarry || !chained) dh += load(dh_.get() + r * out_padded_ + unit);
+      if (grad_output_rows_.get()) dh += load_part(grad_output_rows_.get()[r] + unit, out_ - unit);
       return dh;
     };
+    const int64_t proj = args_.sizes.proj;
     if (proj == 0) {
       product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.get(), segments, init,
-                    Cellwise{[&]<int W>(const Place(&at)[W], const Wide<T, W>* sums) ALWAYS_INLINE_LAMBDA {
+                    Cellwise{[this, first, &whole_dh]<int W>(const Place(&at)[W], const Wide<T, W>* sums)
+                                 ALWAYS_INLINE_LAMBDA {
                       Wide<T, W> dh;
 #pragma GCC unroll 8
                       for (int w = 0; w < W; ++w)
-                        dh.part[w] = whole_dh(at[w].row, at[w].block * kLanes<T>, sums->part[w]);
-                      backward_cells(t, first, at, dh);
+                        dh.part[w] = whole_dh(first + at[w].row, at[w].block * kLanes<T>, sums->part[w]);
+                      backward_cells(first, at, dh);
                     }});
       return;
     }
@@ -344,15 +365,15 @@ class BackwardScan {
       product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.get(), segments, init,
                     [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
                       const int64_t unit = block * kLanes<T>;
-                      store_operand(proj_grads(t, first + r) + unit, whole_dh(r, unit, *acc), out - unit);
+                      store_operand(proj_rows_.get()[first + r] + unit, whole_dh(first + r, unit, *acc), out_ - unit);
                     });
       product<1, S>(
           last - first, hidden_part_.first, hidden_part_.last, order,
-          [=, this](int64_t r) { return reinterpret_cast<const Element<S>*>(proj_grads(t, first + r)); },
+          [&](int64_t r) { return reinterpret_cast<const Element<S>*>(proj_rows_.get()[first + r]); },
           weights_.proj.get(), Segments{1, elements<S>(proj), {}, 1}, init,
           Cellwise{
               [&]<int W>(const Place(&at)[W], const Wide<T, W>* sums)
-                  ALWAYS_INLINE_LAMBDA { backward_cells(t, first, at, *sums); }});
+                  ALWAYS_INLINE_LAMBDA { backward_cells(first, at, *sums); }});
     }
   }
 
@@ -361,49 +382,49 @@ class BackwardScan {
   template <class GateGrads>
   void add_recurrent(int64_t first, int64_t last, Order order, const GateGrads& gate_grads);
 
-  /// The cell at some places of step t, whose rows are counted from `first`.
+  /// The cell at some places, whose rows are counted from `first`.
   template <int W>
-  ALWAYS_INLINE void backward_cells(int64_t t, int64_t first, const Place (&at)[W], const Wide<T, W>& dh) {
+  ALWAYS_INLINE void backward_cells(int64_t first, const Place (&at)[W], const Wide<T, W>& dh) {
     using Vs = Wide<T, W>;
     Vs kept[Cell::kSaved + 1], h = {}, h_before = {}, c_before = {}, dc = {}, dgates[Cell::kGradGates];
+    const int64_t hidden = hidden_, padded = padded_;
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) {
-      const int64_t r = first + at[w].row, unit = at[w].block * kLanes<T>, rest = hidden_ - unit;
+      const int64_t r = first + at[w].row, unit = at[w].block * kLanes<T>, rest = hidden - unit;
       if constexpr (Cell::kSaved > 0) {
-        const T* from = saved(t, r) + unit;
-        for (int i = 0; i < Cell::kSaved; ++i) kept[i].part[w] = load(from + i * padded_);
+        const T* from = saved_rows_.get()[r] + unit;
+        for (int i = 0; i < Cell::kSaved; ++i) kept[i].part[w] = load(from + i * padded);
       } else {
-        h.part[w] = load_part(args_.output.at(layout_, t, slice_.first + r) + direction_ * out_ + unit, rest);
+        h.part[w] = load_part(h_rows_.get()[r] + unit, rest);
       }
       if constexpr (Cell::kDirectCarry) h_before.part[w] = load_part(h_before_.get()[r] + unit, rest);
       if constexpr (Cell::kHasCell) {
         c_before.part[w] = load(c_before_.get()[r] + unit);
-        dc.part[w] = load(dc_.get() + r * padded_ + unit);
-        if (args_.grad_cells.data)
-          dc.part[w] +=
-              load_part(args_.grad_cells.at(layout_, t, slice_.first + r) + direction_ * hidden_ + unit, rest);
+        dc.part[w] = load(dc_.get() + r * padded + unit);
+        if (grad_cell_rows_.get()) dc.part[w] += load_part(grad_cell_rows_.get()[r] + unit, rest);
       }
     }
     const Vs direct = Cell::template backward<Math<T, Vs>>(kept, h, h_before, c_before, dh, dc, dgates);
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) {
-      const int64_t r = first + at[w].row, unit = at[w].block * kLanes<T>;
-      if constexpr (Cell::kHasCell) store(dc_.get() + r * padded_ + unit, dc.part[w]);
+      const int64_t r = first + at[w].row, unit = at[w].block * kLanes<T>, rest = hidden - unit;
+      S* to = gate_rows_.get()[r] + unit;
+      for (int g = 0; g < Cell::kGradGates; ++g) store_operand(to + g * padded, dgates[g].part[w], rest);
+      if constexpr (Cell::kHasCell) store(dc_.get() + r * padded + unit, dc.part[w]);
       if constexpr (Cell::kDirectCarry) store(dh_.get() + r * out_padded_ + unit, direct.part[w]);
-      S* to = gate_grads(t, r) + unit;
-      for (int g = 0; g < Cell::kGradGates; ++g) store_operand(to + g * padded_, dgates[g].part[w], hidden_ - unit);
     }
   }
 
   static constexpr int64_t kFarBytes = 2 << 20;
-  ALWAYS_INLINE void prefetch_cell(int64_t t, int64_t r, int64_t unit) const {
-    const T* from = saved(t, r) + unit;
-    for (int i = 0; i < Cell::kSaved; ++i) __builtin_prefetch(from + i * padded_);
-    if (Cell::kSaved == 0) __builtin_prefetch(args_.output.at(layout_, t, slice_.first + r) + direction_ * out_ + unit);
+  ALWAYS_INLINE void prefetch_cell(int64_t r, int64_t unit) const {
+    if constexpr (Cell::kSaved > 0) {
+      for (int i = 0; i < Cell::kSaved; ++i) __builtin_prefetch(saved_rows_.get()[r] + i * padded_ + unit);
+    } else {
+      __builtin_prefetch(h_rows_.get()[r] + unit);
+    }
     if constexpr (Cell::kDirectCarry) __builtin_prefetch(h_before_.get()[r] + unit);
     if constexpr (Cell::kHasCell) __builtin_prefetch(c_before_.get()[r] + unit);
-    if (args_.grad_output.data)
-      __builtin_prefetch(args_.grad_output.at(layout_, t, slice_.first + r) + direction_ * out_ + unit);
+    if (grad_output_rows_.get()) __builtin_prefetch(grad_output_rows_.get()[r] + unit);
   }
 
   /// Rows whose sequence began with step t: their gradient goes to the initial states.
@@ -446,12 +467,19 @@ class BackwardScan {
   const UnitBlocks hidden_part_, out_part_;  // this member's
   const int64_t hidden_, padded_, out_, out_padded_, saved_stride_;
   Segments hidden_segments_;
-  Buffer<T> dh_;               // [slice, padded P]: the final state's gradient, then what skips the recurrent product
-  Buffer<T> dc_;               // [slice, padded H]
-  Buffer<T> c_0_;              // [slice, padded H]
-  Buffer<T> zeros_;            // [padded H]
-  Buffer<const S*> h_before_;  // [slice]
-  Buffer<const T*> c_before_;  // [slice]
-  Buffer<bool> cut_;           // [slice]
+  Buffer<T> dh_;     // [slice, padded P]: the final state's gradient, then what skips the recurrent product
+  Buffer<T> dc_;     // [slice, padded H]
+  Buffer<T> c_0_;    // [slice, padded H]
+  Buffer<T> zeros_;  // [padded H]
+  // [slice] each: where the rows of a step lie, as far as there are any
+  Buffer<const T*> saved_rows_;
+  Buffer<const S*> h_rows_;
+  Buffer<const S*> h_before_;
+  Buffer<const T*> c_before_;
+  Buffer<const S*> grad_output_rows_, grad_cell_rows_;
+  Buffer<const S*> after_rows_;  // the gate gradients of the step after
+  Buffer<S*> gate_rows_;         // and of this one
+  Buffer<S*> proj_rows_;
+  Buffer<bool> cut_;  // [slice]: no gradient comes from the step after
   VariantBackward<Cell, S> variant_;
 };

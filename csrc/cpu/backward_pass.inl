@@ -61,6 +61,20 @@ void weight_gradient(Compute<S>* grad, int64_t width, int64_t first, int64_t col
   }
 }
 
+/// Adds the rows of N vectors up, one after another, on top of what `sums` holds.
+template <int N, class T, class S>
+ALWAYS_INLINE void add_columns(T* sums, const S* from, int64_t stride, int64_t rows) {
+  Vec<T> sum[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) sum[i] = load(sums + i * kLanes<T>);
+  for (int64_t r = 0; r < rows; ++r, from += stride) {
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) sum[i] += load(from + i * kLanes<T>);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) store(sums + i * kLanes<T>, sum[i]);
+}
+
 /// What the gradients of one direction's parameters are made of.
 enum class Part { kWeightIh, kWeightHh, kWeightHr, kBias };
 
@@ -120,12 +134,12 @@ void weight_task(const BackwardArgs<S>& args, const ChunkGrads<Cell, S>& grads, 
   } else if constexpr (cells::kIsNormed<Cell>) {
     norm_sums(args, grads, direction, bias_sum);
   } else {
-    for (int64_t r = 0; r < rows; ++r) {
-      const S* from = grads.gates.get() + r * grads.stride;
-      for (int slot = 0; slot < Cell::kGradGates; ++slot) {
-        for (int64_t u = slot * padded; u < slot * padded + sizes.hidden; u += kLanes<T>)
-          store(bias_sum + u, load(bias_sum + u) + load(from + u));
-      }
+    constexpr int kTogether = 4;
+    for (int slot = 0; slot < Cell::kGradGates; ++slot) {
+      int64_t u = slot * padded, end = u + blocks_of<T>(sizes.hidden) * kLanes<T>;
+      for (; u + kTogether * kLanes<T> <= end; u += kTogether * kLanes<T>)
+        add_columns<kTogether>(bias_sum + u, grads.gates.get() + u, grads.stride, rows);
+      for (; u < end; u += kLanes<T>) add_columns<1>(bias_sum + u, grads.gates.get() + u, grads.stride, rows);
     }
   }
 }

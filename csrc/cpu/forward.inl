@@ -1,214 +1,5 @@
 // The scan over time, forward.
 
-/// Scratch memory, aligned to a cache line.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size, bool zero = false) {
-    const size_t bytes = size_t(size) * sizeof(T);
-    data_ = bytes ? static_cast<T*>(take_memory(bytes)) : nullptr;
-    if (zero && bytes) std::memset(static_cast<void*>(data_), 0, bytes);
-  }
-  ~Buffer() { give_memory(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() const { return data_; }
-
- private:
-  T* data_;
-};
-
-/// One of something for each direction.
-template <class Item>
-struct Both {
-  Both() = default;
-  ~Both() {
-    delete item[0];
-    delete item[1];
-  }
-  Both(const Both&) = delete;
-  Both& operator=(const Both&) = delete;
-  Item* item[2] = {nullptr, nullptr};
-};
-
-template <class Fn>
-void parallel(const Executor& executor, int64_t tasks, const Fn& fn) {
-  if (executor.threads <= 1 || tasks <= 1) {
-    for (int64_t i = 0; i < tasks; ++i) fn(i);
-  } else {
-    executor.run(
-        tasks, [](void* context, int64_t i) { (*static_cast<const Fn*>(context))(i); },
-        const_cast<void*>(static_cast<const void*>(&fn)));
-  }
-}
-
-/// The rows of one thread: entries [first, last) of the batch, and how many of them step t still has.
-struct Slice {
-  int64_t first, last;
-  int64_t active(const Layout& layout, int64_t t) const {
-    return larger(0, smaller(last, layout.batch_sizes[t]) - first);
-  }
-  int64_t size() const { return last - first; }
-};
-
-inline Slice slice_of(const Layout& layout, int64_t index, int64_t count) {
-  return {layout.batch * index / count, layout.batch * (index + 1) / count};
-}
-
-/// Does an independent sequence begin between step t and the one that this direction ran before it?
-inline bool begins(const Sequence<const bool>& resets, const Layout& layout, bool reverse, int64_t t, int64_t j) {
-  if (!reverse) return *resets.at(layout, t, j);
-  return t + 1 < layout.steps && j < layout.batch_sizes[t + 1] && *resets.at(layout, t + 1, j);
-}
-
-/// Copy state rows between the caller's [N, width] and a padded buffer whose first row is the slice's.
-template <class To, class From>
-void read_states(To* rows, int64_t stride, const From* states, int64_t width, const Layout& layout, Slice slice) {
-  if (!states) return;
-  for (int64_t j = slice.first; j < slice.last; ++j)
-    copy_row(rows + (j - slice.first) * stride, states + layout.entry(j) * width, width);
-}
-
-/// Columns [begin, end) of the rows [from, to).
-template <class To, class From>
-void write_states(To* states, int64_t width, const From* rows, int64_t stride, const Layout& layout, Slice slice,
-                  int64_t from, int64_t to, int64_t begin, int64_t end) {
-  if (!states) return;
-  for (int64_t j = larger(from, slice.first); j < smaller(to, slice.last); ++j)
-    copy_row(states + layout.entry(j) * width + begin, rows + (j - slice.first) * stride + begin, end - begin);
-}
-
-/// Returns once condition() holds, which another thread sees to. Spins, because a step is shorter than waking a thread,
-/// but not for long: there may be fewer processors than threads.
-template <class Condition>
-ALWAYS_INLINE void wait_until(const Condition& condition) {
-  constexpr int kSpins = 4000;
-  for (int spins = 0; !condition(); ++spins) {
-    if (spins < kSpins) {
-#if defined(__x86_64__)
-      _mm_pause();
-#endif
-    } else {
-      sched_yield();
-    }
-  }
-}
-
-/// Threads that share the hidden units of a slice: each runs the whole scan for its own and meets the others after
-/// every step.
-class Team {
- public:
-  void meet(int members) {
-    if (members == 1) return;
-    const int round = __atomic_load_n(&round_, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == members) {
-      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
-      return;
-    }
-    wait_until([&] { return __atomic_load_n(&round_, __ATOMIC_ACQUIRE) != round; });
-  }
-
- private:
-  alignas(64) int arrived_ = 0;
-  alignas(64) int round_ = 0;
-};
-
-/// Where the units of a layer may be parted, in blocks. One row alone sums in an order that depends on the width of its
-/// product: then only between whole tiles of the widest one, so that the sums do not depend on the number of members.
-inline int64_t blocks_apart(const Layout& layout) {
-  return layout.steps > 0 && layout.batch_sizes[layout.steps - 1] > 1 ? 1 : 4;
-}
-
-/// How many threads share the units of each direction: only where the batch is too small to be cut, and where a step is
-/// long against a meeting (0.1 to 0.3 us).
-inline int team_size(const Layout& layout, const Sizes& sizes, int gates, const Executor& executor, int64_t slices) {
-  constexpr double kWorthwhile = 6e4;  // multiply-adds of a step
-  if (!executor.run_team || slices > 1 || sizes.proj || layout.steps == 0 || !uses_packed_weights(layout)) return 1;
-  const double step =
-      double(gates) * double(sizes.hidden) * double(sizes.hidden) * double(layout.rows) / double(layout.steps);
-  if (step < kWorthwhile) return 1;
-  const int64_t most = sizes.hidden / (16 * blocks_apart(layout));
-  return int(larger(1, smaller(executor.threads / sizes.directions, most)));
-}
-
-/// Calls fn(direction - first, member, members) for the directions [first, last), all members of one at the same time.
-template <class Fn>
-void run_teams(const Executor& executor, int directions, int members, const Fn& fn) {
-  struct Call {
-    const Fn& fn;
-    int directions, members;
-  } call{fn, directions, members};
-  executor.run_team(
-      directions * members,
-      [](void* context, int thread, int threads) {
-        const Call& call = *static_cast<const Call*>(context);
-        const int members = int(smaller(call.members, threads / call.directions));
-        if (members > 0) {
-          if (thread < call.directions * members) call.fn(thread / members, thread % members, members);
-        } else if (thread == 0) {
-          for (int d = 0; d < call.directions; ++d) call.fn(d, 0, 1);
-        }
-      },
-      &call);
-}
-
-template <class T>
-UnitBlocks part_of(int64_t hidden, const Layout& layout, int member, int members) {
-  const int64_t blocks = blocks_of<T>(hidden), apart = blocks_apart(layout), pieces = (blocks + apart - 1) / apart;
-  return {smaller(blocks, pieces * member / members * apart), smaller(blocks, pieces * (member + 1) / members * apart)};
-}
-
-/// One direction's weights as the forward scan of a cell and of its variants wants them.
-template <class Cell, class S>
-struct ForwardWeights : PackedWeights {
-  using T = Compute<S>;
-  ForwardWeights(const Weights<const S>& w, const Sizes& s, bool pack)
-      : input(pack ? elements<S>(s.input) * Cell::kGates * s.padded() : 0),
-        hidden(pack ? elements<S>(s.output()) * Cell::kGates * s.padded() : 0),
-        proj(pack && s.proj ? elements<S>(s.hidden) * Sizes::padded(s.proj) : 0),
-        bias(Cell::kGates * s.padded(), true),
-        split_bias(s.padded(), true) {
-    const int64_t gate_blocks = s.padded() / kLanes<T>;
-    for (int64_t g = 0; g < Cell::kGates; ++g) {
-      if (pack) {
-        pack_gates(input.get() + g * gate_blocks * elements<S>(s.input) * kLanes<T>,
-                   w.weight_ih + g * s.hidden * s.input, 1, s.hidden, s.input, gate_blocks);
-      }
-      if (!w.bias_ih) continue;
-      const bool split = g >= Cell::kGates - Cell::kSplit;
-      for (int64_t u = 0; u < s.hidden; u += kLanes<T>) {
-        const Vec<T> input_bias = load_part(w.bias_ih + g * s.hidden + u, s.hidden - u);
-        const Vec<T> hidden_bias = load_part(w.bias_hh + g * s.hidden + u, s.hidden - u);
-        store(bias.get() + g * s.padded() + u, split ? input_bias : input_bias + hidden_bias);
-        if (split) store(split_bias.get() + u, hidden_bias);
-      }
-    }
-    if (!pack) return;
-    if (has_tail<T>(Cell::kGates, s.hidden)) join_tail(w, s);
-    pack_gates(hidden.get(), w.weight_hh, Cell::kGates, s.hidden, s.output(), blocks_of<T>(s.hidden));
-    if (s.proj) pack_gates(proj.get(), w.weight_hr, 1, s.proj, s.hidden, blocks_of<T>(s.proj));
-  }
-
-  Buffer<Element<S>> input;   // [G * padded H / lanes][I][lanes]; a tail is the first gate's last block
-  Buffer<Element<S>> hidden;  // [H / lanes][P][G][lanes]; a tail [P][lanes]
-  Buffer<Element<S>> proj;    // [P / lanes][H][lanes]
-  Buffer<T> bias;             // [G, padded H]: both biases, of a split gate the input's alone; joined as `input` is
-  Buffer<T> split_bias;       // [padded H]: bias_hh of the split gate
-
- private:
-  void join_tail(const Weights<const S>& w, const Sizes& s) {
-    const int64_t first = s.hidden / kLanes<T> * kLanes<T>;
-    pack_tail(input.get() + first * elements<S>(s.input), w.weight_ih, Cell::kGates, s.hidden, s.input);
-    alignas(64) T joined[kLanes<T>] = {};
-    for (int64_t g = 0; g < Cell::kGates; ++g) {
-      for (int64_t u = first; u < s.hidden; ++u)
-        joined[g * (kLanes<T> / 4) + u - first] = bias.get()[g * s.padded() + u];
-    }
-    store(bias.get() + first, load(joined));
-  }
-};
-
 /// What the members of a team share: the states after the last two steps, [slice, padded P], and as the recurrent
 /// product wants them too, where that is another type.
 template <class S>
@@ -270,6 +61,7 @@ class ForwardScan {
         short_(!uses_packed_weights(args.layout)),
         tail_(!short_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
+        is_plain_(has_plain_steps()),
         gates_stride_((keep_ ? saved_ : G) * padded_),
         ahead_(projects_ahead()),
         chunk_rows_(chunk_rows()),
@@ -304,6 +96,12 @@ class ForwardScan {
       if (ahead_) {
         next_end = plan_chunk(end);
         if constexpr (kTakesAlong) start_ahead();
+      }
+      if constexpr (!cells::kIsVariant<Cell>) {
+        if (is_plain_) {
+          s = run_plain_steps(s, end, gates, now, next);
+          if (s == steps) write_h_n(now, 0, 1);
+        }
       }
       for (; s < end; ++s) {
         const int64_t t = time(s);
@@ -516,76 +314,102 @@ class ForwardScan {
 
   void variant_step(int64_t t, int64_t rows, T* const* gates, State before_step, State after_step);
 
+  /// Where a step finds its rows and where they go.
+  struct StepRows {
+    T* const* gates;
+    S* const* outputs;
+    S* const* cells;  // null: nowhere
+    State now, next;
+  };
+
   void step(int64_t t, int64_t rows, T* const* gates, State now, State next) {
-    const Order order = step_order(layout_.batch_sizes[t], t);
-    const bool projected = args_.sizes.proj != 0;
-    const int64_t hidden = hidden_, padded = padded_, out_padded = out_padded_, out = out_;
-    T* c = c_.get();
-    S* unprojected = unprojected_.get();
     S** outputs = output_rows_.get();
     S** cells = cell_rows_.get();
-    const T* split_bias = weights_.split_bias.get();
-    const bool keep = keep_;
     for (int64_t r = 0; r < rows; ++r) {
-      outputs[r] = args_.output.at(layout_, t, slice_.first + r) + direction_ * out;
-      if (Cell::kHasCell && cells) cells[r] = args_.cells.at(layout_, t, slice_.first + r) + direction_ * hidden;
+      outputs[r] = args_.output.at(layout_, t, slice_.first + r) + direction_ * out_;
+      if (Cell::kHasCell && cells) cells[r] = args_.cells.at(layout_, t, slice_.first + r) + direction_ * hidden_;
     }
-    const auto a_row = [=](int64_t r) { return now.operand(r * out_padded); };
-    const auto init = [=](int64_t r, int64_t block, V* acc) {
-      const T* from = gates[r] + block * kLanes<T>;
-      for (int g = 0; g < G; ++g)
-        acc[g] = load(g < G - Cell::kSplit ? from + g * padded : split_bias + block * kLanes<T>);
+    run_cells(rows, step_order(layout_.batch_sizes[t], t), {gates, outputs, cells, now, next});
+    if (args_.sizes.proj) project(t, rows, next);
+  }
+
+  /// Of one sequence, whose steps all have the same to do: of small layers the time is in finding out what.
+  bool has_plain_steps() const {
+    return layout_.batch == 1 && layout_.rows == layout_.steps && !short_ && !args_.resets.data && !args_.sizes.proj;
+  }
+
+  int64_t run_plain_steps(int64_t s, int64_t end, T* const* gates, State& now, State& next) {
+    const auto distance = [&](const Sequence<S>& of) {
+      return (reverse_ ? -1 : 1) * (layout_.packed ? of.row : of.step);
     };
-    const Cellwise finish{[=]<int W>(const Place(&at)[W], const Wide<T, W>* sums) ALWAYS_INLINE_LAMBDA {
+    const bool with_cells = Cell::kHasCell && args_.cells.data;
+    S* output = args_.output.at(layout_, time(s), 0) + direction_ * out_;
+    S* cell = with_cells ? args_.cells.at(layout_, time(s), 0) + direction_ * hidden_ : nullptr;
+    const int64_t to_next_output = distance(args_.output), to_next_cell = with_cells ? distance(args_.cells) : 0;
+    for (; s < end; ++s, ++gates, output += to_next_output, cell += to_next_cell) {
+      run_cells(1, step_order(1, time(s)), {gates, &output, with_cells ? &cell : nullptr, now, next});
+      team_.meet(members_);
+      std::swap(now, next);
+    }
+    return s;
+  }
+
+  void run_cells(int64_t rows, Order order, const StepRows& at) {
+    const auto a_row = [this, &at](int64_t r) { return at.now.operand(r * out_padded_); };
+    const auto init = [this, &at](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
+      const T* from = at.gates[r] + block * kLanes<T>;
+      for (int g = 0; g < G; ++g)
+        acc[g] = load(g < G - Cell::kSplit ? from + g * padded_ : weights_.split_bias.get() + block * kLanes<T>);
+    };
+    const Cellwise finish{[this, &at]<int W>(const Place(&places)[W], const Wide<T, W>* sums) ALWAYS_INLINE_LAMBDA {
       using Vs = Wide<T, W>;
       Vs split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
+      const int64_t hidden = hidden_, padded = padded_, out_padded = out_padded_;
 #pragma GCC unroll 8
       for (int w = 0; w < W; ++w) {
-        const int64_t row = at[w].row, unit = at[w].block * kLanes<T>;
-        if constexpr (Cell::kSplit > 0) split[0].part[w] = load(gates[row] + unit + (G - 1) * padded);
-        if constexpr (Cell::kDirectCarry) h_prev.part[w] = load(now.h + row * out_padded + unit);
-        if constexpr (Cell::kHasCell) state.part[w] = load(c + row * padded + unit);
+        const int64_t row = places[w].row, unit = places[w].block * kLanes<T>;
+        if constexpr (Cell::kSplit > 0) split[0].part[w] = load(at.gates[row] + unit + (G - 1) * padded);
+        if constexpr (Cell::kDirectCarry) h_prev.part[w] = load(at.now.h + row * out_padded + unit);
+        if constexpr (Cell::kHasCell) state.part[w] = load(c_.get() + row * padded + unit);
       }
       const Vs h = Cell::template forward<Math<T, Vs>>(sums, split, h_prev, state, saved);
 #pragma GCC unroll 8
       for (int w = 0; w < W; ++w) {
-        const int64_t row = at[w].row, unit = at[w].block * kLanes<T>;
-        if constexpr (Cell::kHasCell) {
-          store(c + row * padded + unit, state.part[w]);
-          if (cells) store_part(cells[row] + unit, state.part[w], hidden - unit);
-        }
-        if (keep) {
-          T* to = gates[row] + unit;
-          for (int i = 0; i < Cell::kSaved; ++i) store(to + i * padded, saved[i].part[w]);
-          if (projected) store(to + Cell::kSaved * padded, h.part[w]);
-        }
-        if (projected) {
-          store_operand(unprojected + row * padded + unit, h.part[w], hidden - unit);
+        const int64_t row = places[w].row, unit = places[w].block * kLanes<T>, rest = hidden - unit;
+        if (unprojected_.get()) {
+          store_operand(unprojected_.get() + row * padded + unit, h.part[w], rest);
         } else {
-          next.set(row * out_padded + unit, h.part[w], hidden - unit);
-          store_part(outputs[row] + unit, h.part[w], hidden - unit);
+          at.next.set(row * out_padded + unit, h.part[w], rest);
+          store_part(at.outputs[row] + unit, h.part[w], rest);
+        }
+        if constexpr (Cell::kHasCell) {
+          store(c_.get() + row * padded + unit, state.part[w]);
+          if (at.cells) store_part(at.cells[row] + unit, state.part[w], rest);
+        }
+        if (keep_) {
+          T* to = at.gates[row] + unit;
+          for (int i = 0; i < Cell::kSaved; ++i) store(to + i * padded, saved[i].part[w]);
+          if (unprojected_.get()) store(to + Cell::kSaved * padded, h.part[w]);
         }
       }
     }};
     if (short_) {
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t g = 0; g < G; ++g)
-          dot_rows(hidden_gates_.get() + g * padded, static_cast<const T*>(nullptr),
-                   args_.weights[direction_].weight_hh + g * hidden * out, hidden, out, a_row(r));
-        for (int64_t block = 0; block < blocks_of<T>(hidden); ++block) {
+          dot_rows(hidden_gates_.get() + g * padded_, static_cast<const T*>(nullptr),
+                   args_.weights[direction_].weight_hh + g * hidden_ * out_, hidden_, out_, a_row(r));
+        for (int64_t block = 0; block < blocks_of<T>(hidden_); ++block) {
           V acc[1][G];
           init(r, block, acc[0]);
-          for (int g = 0; g < G; ++g) acc[0][g] += load(hidden_gates_.get() + g * padded + block * kLanes<T>);
+          for (int g = 0; g < G; ++g) acc[0][g] += load(hidden_gates_.get() + g * padded_ + block * kLanes<T>);
           finish_cells<1, 1, G>(0, r, block, acc, finish);
         }
       }
-    } else {
-      product<G, S>(
-          rows, part_.first, part_.last, order,
-          [=](int64_t r) { return reinterpret_cast<const Element<S>*>(a_row(r)); }, weights_.hidden.get(),
-          Segments{1, elements<S>(out), {}, 1}, init, finish, tail_, &side_);
+      return;
     }
-    if (projected) project(t, rows, next);
+    product<G, S>(
+        rows, part_.first, part_.last, order, [&](int64_t r) { return reinterpret_cast<const Element<S>*>(a_row(r)); },
+        weights_.hidden.get(), Segments{1, elements<S>(out_), {}, 1}, init, finish, tail_, &side_);
   }
 
   void project(int64_t t, int64_t rows, State next) {
@@ -632,6 +456,7 @@ class ForwardScan {
   const bool short_;
   const bool tail_;  // this part ends with one
   const bool keep_;
+  const bool is_plain_;
   const int64_t gates_stride_;
   const bool ahead_;
   const int64_t chunk_rows_;

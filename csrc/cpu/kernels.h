@@ -4,7 +4,6 @@
 #include <sched.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <type_traits>

@@ -23,6 +23,8 @@ namespace {
 #include "cpu/side.inl"
 #include "cpu/row.inl"
 #include "cpu/product.inl"
+#include "cpu/scan.inl"
+#include "cpu/forward_weights.inl"
 #include "cpu/forward.inl"
 #include "cpu/backward.inl"
 #include "cpu/backward_pass.inl"

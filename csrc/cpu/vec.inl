@@ -440,19 +440,30 @@ struct Math {
   }
 
   /// exp(kTimes x) = p (1 + q r), p a power of two, |kTimes r| <= ln(2)/2; kTimes is a power of two or its negative.
-  template <int kTimes>
+  /// `kFar`: to the last digits where n is large, too.
+  template <int kTimes, bool kFar>
   ALWAYS_INLINE static Power split_exp(V x, V& q, V& r) {
     const V shifted = fma(x, broadcast(kTimes * C::kLog2e), broadcast(C::kRound));
     const V n = shifted - C::kRound;
-    r = fma(n, broadcast(-C::kLn2High / kTimes), x);
-    r = fma(n, broadcast(-C::kLn2Low / kTimes), r);
+    if constexpr (kFar) {
+      r = fma(n, broadcast(-C::kLn2High / kTimes), x);
+      r = fma(n, broadcast(-C::kLn2Low / kTimes), r);
+    } else {
+      r = fma(n, broadcast(-(C::kLn2High + C::kLn2Low) / kTimes), x);
+    }
+    // By twos, which do not wait for each other.
     constexpr int kTerms = sizeof(C::kPoly) / sizeof(T);
-    T factor = 1;
-    for (int i = 1; i < kTerms; ++i) factor *= kTimes;
-    const T first = factor * kTimes * C::kPoly[kTerms - 1];
-    q = fma(broadcast(first), r, broadcast(factor * C::kPoly[kTerms - 2]));
+    constexpr auto coefficient = [](int i) {
+      T factor = kTimes;
+      for (int k = 0; k < i; ++k) factor *= kTimes;
+      return factor * C::kPoly[i];
+    };
+    const auto two = [&](int i) ALWAYS_INLINE_LAMBDA { return fma(broadcast(coefficient(i + 1)), r, broadcast(coefficient(i))); };
+    const V square = r * r;
+    q = two(kTerms / 2 * 2 - 2);
+    if constexpr (kTerms % 2) q = fma(broadcast(coefficient(kTerms - 1)), square, q);
 #pragma GCC unroll 16
-    for (int i = kTerms - 3; i >= 0; --i) q = fma(q, r, broadcast((factor /= kTimes) * C::kPoly[i]));
+    for (int i = kTerms / 2 * 2 - 4; i >= 0; i -= 2) q = fma(q, square, two(i));
     return power(shifted, n);
   }
 
@@ -460,7 +471,7 @@ struct Math {
   ALWAYS_INLINE static V sigmoid(V x) {
     constexpr T limit = kOverflows ? C::kExpOverflow : C::kSigmoidLimit;
     V q, r;
-    const Power p = split_exp<-1>(within(x, limit), q, r);
+    const Power p = split_exp<-1, true>(within(x, limit), q, r);
     const V y = over(broadcast(T(1)), 1 + scale(fma(q, r, broadcast(T(1))), p));
     if constexpr (kOverflows) {
       return y;
@@ -472,10 +483,10 @@ struct Math {
   /// (e^2x - 1) / (e^2x + 1), with e^2x - 1 taken from q r so that small x keep their digits.
   ALWAYS_INLINE static V tanh(V x) {
     V q, r;
-    const Power p = split_exp<2>(within(x, C::kTanhLimit), q, r);
+    const Power p = split_exp<2, false>(within(x, C::kTanhLimit), q, r);
     const V s = scale(broadcast(T(1)), p);
-    const V expm1 = fma(s, q * r, s - 1);
-    return over(expm1, expm1 + 2);
+    const V sr = s * r;  // exact
+    return over(fma(q, sr, s - 1), fma(q, sr, s + 1));
   }
 
   ALWAYS_INLINE static V relu(V x) {

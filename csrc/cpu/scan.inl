@@ -1,0 +1,160 @@
+// What the scans forward and backward have in common: memory, rows, and threads that share them.
+
+/// Scratch memory, aligned to a cache line.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size, bool zero = false) {
+    const size_t bytes = size_t(size) * sizeof(T);
+    data_ = bytes ? static_cast<T*>(take_memory(bytes)) : nullptr;
+    if (zero && bytes) std::memset(static_cast<void*>(data_), 0, bytes);
+  }
+  ~Buffer() { give_memory(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+/// One of something for each direction.
+template <class Item>
+struct Both {
+  Both() = default;
+  ~Both() {
+    delete item[0];
+    delete item[1];
+  }
+  Both(const Both&) = delete;
+  Both& operator=(const Both&) = delete;
+  Item* item[2] = {nullptr, nullptr};
+};
+
+template <class Fn>
+void parallel(const Executor& executor, int64_t tasks, const Fn& fn) {
+  if (executor.threads <= 1 || tasks <= 1) {
+    for (int64_t i = 0; i < tasks; ++i) fn(i);
+  } else {
+    executor.run(
+        tasks, [](void* context, int64_t i) { (*static_cast<const Fn*>(context))(i); },
+        const_cast<void*>(static_cast<const void*>(&fn)));
+  }
+}
+
+/// The rows of one thread: entries [first, last) of the batch, and how many of them step t still has.
+struct Slice {
+  int64_t first, last;
+  int64_t active(const Layout& layout, int64_t t) const {
+    return larger(0, smaller(last, layout.batch_sizes[t]) - first);
+  }
+  int64_t size() const { return last - first; }
+};
+
+inline Slice slice_of(const Layout& layout, int64_t index, int64_t count) {
+  return {layout.batch * index / count, layout.batch * (index + 1) / count};
+}
+
+/// Does an independent sequence begin between step t and the one that this direction ran before it?
+inline bool begins(const Sequence<const bool>& resets, const Layout& layout, bool reverse, int64_t t, int64_t j) {
+  if (!reverse) return *resets.at(layout, t, j);
+  return t + 1 < layout.steps && j < layout.batch_sizes[t + 1] && *resets.at(layout, t + 1, j);
+}
+
+/// Copy state rows between the caller's [N, width] and a padded buffer whose first row is the slice's.
+template <class To, class From>
+void read_states(To* rows, int64_t stride, const From* states, int64_t width, const Layout& layout, Slice slice) {
+  if (!states) return;
+  for (int64_t j = slice.first; j < slice.last; ++j)
+    copy_row(rows + (j - slice.first) * stride, states + layout.entry(j) * width, width);
+}
+
+/// Columns [begin, end) of the rows [from, to).
+template <class To, class From>
+void write_states(To* states, int64_t width, const From* rows, int64_t stride, const Layout& layout, Slice slice,
+                  int64_t from, int64_t to, int64_t begin, int64_t end) {
+  if (!states) return;
+  for (int64_t j = larger(from, slice.first); j < smaller(to, slice.last); ++j)
+    copy_row(states + layout.entry(j) * width + begin, rows + (j - slice.first) * stride + begin, end - begin);
+}
+
+/// Returns once condition() holds, which another thread sees to. Spins, because a step is shorter than waking a thread,
+/// but not for long: there may be fewer processors than threads.
+template <class Condition>
+ALWAYS_INLINE void wait_until(const Condition& condition) {
+  constexpr int kSpins = 4000;
+  for (int spins = 0; !condition(); ++spins) {
+    if (spins < kSpins) {
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+/// Threads that share the hidden units of a slice: each runs the whole scan for its own and meets the others after
+/// every step.
+class Team {
+ public:
+  void meet(int members) {
+    if (members == 1) return;
+    const int round = __atomic_load_n(&round_, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == members) {
+      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    wait_until([&] { return __atomic_load_n(&round_, __ATOMIC_ACQUIRE) != round; });
+  }
+
+ private:
+  alignas(64) int arrived_ = 0;
+  alignas(64) int round_ = 0;
+};
+
+/// Where the units of a layer may be parted, in blocks. One row alone sums in an order that depends on the width of its
+/// product: then only between whole tiles of the widest one, so that the sums do not depend on the number of members.
+inline int64_t blocks_apart(const Layout& layout) {
+  return layout.steps > 0 && layout.batch_sizes[layout.steps - 1] > 1 ? 1 : 4;
+}
+
+/// How many threads share the units of each direction: only where the batch is too small to be cut, and where a step is
+/// long against a meeting (0.1 to 0.3 us).
+inline int team_size(const Layout& layout, const Sizes& sizes, int gates, const Executor& executor, int64_t slices) {
+  constexpr double kWorthwhile = 6e4;  // multiply-adds of a step
+  if (!executor.run_team || slices > 1 || sizes.proj || layout.steps == 0 || !uses_packed_weights(layout)) return 1;
+  const double step =
+      double(gates) * double(sizes.hidden) * double(sizes.hidden) * double(layout.rows) / double(layout.steps);
+  if (step < kWorthwhile) return 1;
+  const int64_t most = sizes.hidden / (16 * blocks_apart(layout));
+  return int(larger(1, smaller(executor.threads / sizes.directions, most)));
+}
+
+/// Calls fn(direction - first, member, members) for the directions [first, last), all members of one at the same time.
+template <class Fn>
+void run_teams(const Executor& executor, int directions, int members, const Fn& fn) {
+  struct Call {
+    const Fn& fn;
+    int directions, members;
+  } call{fn, directions, members};
+  executor.run_team(
+      directions * members,
+      [](void* context, int thread, int threads) {
+        const Call& call = *static_cast<const Call*>(context);
+        const int members = int(smaller(call.members, threads / call.directions));
+        if (members > 0) {
+          if (thread < call.directions * members) call.fn(thread / members, thread % members, members);
+        } else if (thread == 0) {
+          for (int d = 0; d < call.directions; ++d) call.fn(d, 0, 1);
+        }
+      },
+      &call);
+}
+
+template <class T>
+UnitBlocks part_of(int64_t hidden, const Layout& layout, int member, int members) {
+  const int64_t blocks = blocks_of<T>(hidden), apart = blocks_apart(layout), pieces = (blocks + apart - 1) / apart;
+  return {smaller(blocks, pieces * member / members * apart), smaller(blocks, pieces * (member + 1) / members * apart)};
+}
