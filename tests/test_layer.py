@@ -290,14 +290,18 @@ def set_tuning():
     _C.set_tuning(*chosen)
 
 
-@pytest.mark.parametrize("hidden", [64, 80, 100, 113])  # blocks: even, odd, with a tail, partly filled
+@pytest.mark.parametrize(
+    "size",  # blocks: even, odd, with a tail, partly filled; so many weights that chunks are longer
+    [(71, 1, 130, 64), (71, 1, 130, 80), (71, 1, 130, 100), (71, 1, 130, 113), (150, 1, 530, 529)],
+    ids=str,
+)
 @pytest.mark.parametrize("cell", CELLS)
-def test_side_products_of_any_width(cell, hidden, set_tuning):
+def test_side_products_of_any_width(cell, size, set_tuning):
     """The input gates of one sequence, computed beside its steps by tiles as they suit another processor too."""
     torch.manual_seed(0)
     for threads, dtype in ((1, torch.float32), (2, torch.float64)):
         torch.set_num_threads(threads)
-        problem = build(Case(cell, size=(71, 1, 130, hidden), state=False)).to(dtype)
+        problem = build(Case(cell, size=size, state=False)).to(dtype)
         with torch.no_grad():
             expected = oracle(problem.to(torch.float64))
             set_tuning(1, False)

@@ -184,7 +184,14 @@ class ForwardScan {
   bool pipelined() const { return args_.progress || args_.below; }
 
   int64_t chunk_rows() const {
-    if (ahead_) return (pipelined() ? 1 : 2) * kSideRows<G>;  // those of the first chunk are not taken along (measured)
+    if (ahead_) {
+      // No step takes the first chunk along: the fewer rows, the better. But each chunk reads weight_ih again, which
+      // costs more where the weights come from beyond the second-level cache (measured).
+      constexpr int64_t kFar = 2 << 20;
+      const int64_t depth = elements<S>(args_.sizes.input) + elements<S>(out_);
+      const bool far = G * padded_ * depth * int64_t(sizeof(Element<S>)) >= kFar;
+      return (pipelined() ? 1 : far ? 8 : 2) * kSideRows<G>;
+    }
     return larger(slice_.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))));
   }
 
