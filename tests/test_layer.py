@@ -273,6 +273,20 @@ def test_steps_do_not_depend_on_those_after_them(cell, proj, dtype):
                         assert torch.equal(output, whole["output"].narrow(time, 0, steps)), (layout, steps)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_long_sequence(cell, layout):
+    """Its steps take a shorter way, backward from the second of a chunk to the one before the first of all."""
+    for state, hidden, threads in ((True, 17, 1), (False, 260, 2)):
+        torch.set_num_threads(threads)
+        problem = build(Case(cell, layout, bidirectional=True, state=state, size=(300, 1, 3, hidden)))
+        expected, expected_grads = gradients(oracle, problem)
+        for _ in instruction_sets():
+            actual, grads = gradients(run, problem)
+            check_values(actual, expected, torch.float64)
+            check_gradients(grads, expected_grads, torch.float64)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_same_bits_each_time(cell):
     problem = build(Case(cell, bidirectional=True, lengths=True, size=(5, 7, 3, 9))).to(torch.float32)

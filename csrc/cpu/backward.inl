@@ -201,6 +201,7 @@ class BackwardScan {
         dc_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         c_0_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         zeros_(padded_, true),
+        is_plain_(has_plain_steps(layout_, args.sizes, args.resets.data)),
         saved_rows_(Cell::kSaved > 0 ? slice.size() : 0),
         h_rows_(Cell::kSaved > 0 ? 0 : slice.size()),
         h_before_(slice.size()),
@@ -231,6 +232,13 @@ class BackwardScan {
     const int64_t steps = now.chunk.last - now.chunk.first;
     for (int64_t s = 0; s < steps; ++s) {
       const int64_t t = any.reverse_ ? now.chunk.first + s : now.chunk.last - 1 - s;
+      if constexpr (!cells::kIsVariant<Cell>) {
+        if (s > 0 && any.is_plain_ && any.has_previous(t)) {
+          for (int i = 0; i < count; ++i) scans[i]->run_plain_step(t, now);
+          team.meet(threads);
+          continue;
+        }
+      }
       const int64_t rows = any.slice_.active(any.layout_, t);
       if (rows == 0) continue;
       for (int i = 0; i < count; ++i) scans[i]->run_step(t, rows, now, s == 0 ? before : now);
@@ -265,6 +273,26 @@ class BackwardScan {
       if (chained > 0) step(0, chained, order, true);
       if (chained < rows) step(chained, rows, order, false);
     }
+  }
+
+  bool has_previous(int64_t t) const { return reverse_ ? t + 1 < layout_.steps : t > 0; }
+
+  /// A step within a chunk: all that its row needs lies one step before what the last one needed.
+  void run_plain_step(int64_t t, const ChunkGrads<Cell, S>& now) {
+    const int64_t back = reverse_ ? 1 : -1;
+    const auto step_of = [&](const auto& sequence) { return back * (layout_.packed ? sequence.row : sequence.step); };
+    after_rows_.get()[0] = gate_rows_.get()[0];
+    gate_rows_.get()[0] += back * now.stride;
+    if constexpr (Cell::kSaved > 0) {
+      saved_rows_.get()[0] += back * saved_stride_;
+    } else {
+      h_rows_.get()[0] += step_of(args_.output);
+    }
+    if constexpr (Cell::kDirectCarry) h_before_.get()[0] += step_of(args_.output);
+    if constexpr (Cell::kHasCell) c_before_.get()[0] += back * saved_stride_;
+    if (args_.grad_output.data) grad_output_rows_.get()[0] += step_of(args_.grad_output);
+    if (args_.grad_cells.data) grad_cell_rows_.get()[0] += step_of(args_.grad_cells);
+    step(0, 1, step_order(1, t), true);
   }
 
   void write_grad_h_0(int64_t from, int64_t to) {
@@ -471,6 +499,7 @@ class BackwardScan {
   Buffer<T> dc_;     // [slice, padded H]
   Buffer<T> c_0_;    // [slice, padded H]
   Buffer<T> zeros_;  // [padded H]
+  const bool is_plain_;
   // [slice] each: where the rows of a step lie, as far as there are any
   Buffer<const T*> saved_rows_;
   Buffer<const S*> h_rows_;

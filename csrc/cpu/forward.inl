@@ -61,7 +61,7 @@ class ForwardScan {
         short_(!uses_packed_weights(args.layout)),
         tail_(!short_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
-        is_plain_(has_plain_steps()),
+        is_plain_(!short_ && has_plain_steps(layout_, args.sizes, args.resets.data)),
         gates_stride_((keep_ ? saved_ : G) * padded_),
         ahead_(projects_ahead()),
         chunk_rows_(chunk_rows()),
@@ -338,11 +338,6 @@ class ForwardScan {
     }
     run_cells(rows, step_order(layout_.batch_sizes[t], t), {gates, outputs, cells, now, next});
     if (args_.sizes.proj) project(t, rows, next);
-  }
-
-  /// Of one sequence, whose steps all have the same to do: of small layers the time is in finding out what.
-  bool has_plain_steps() const {
-    return layout_.batch == 1 && layout_.rows == layout_.steps && !short_ && !args_.resets.data && !args_.sizes.proj;
   }
 
   int64_t run_plain_steps(int64_t s, int64_t end, T* const* gates, State& now, State& next) {

@@ -61,6 +61,11 @@ inline bool begins(const Sequence<const bool>& resets, const Layout& layout, boo
   return t + 1 < layout.steps && j < layout.batch_sizes[t + 1] && *resets.at(layout, t + 1, j);
 }
 
+/// One sequence, whose steps all have the same to do: of small layers the time is in finding out what.
+inline bool has_plain_steps(const Layout& layout, const Sizes& sizes, const bool* resets) {
+  return layout.batch == 1 && layout.rows == layout.steps && !resets && !sizes.proj;
+}
+
 /// Copy state rows between the caller's [N, width] and a padded buffer whose first row is the slice's.
 template <class To, class From>
 void read_states(To* rows, int64_t stride, const From* states, int64_t width, const Layout& layout, Slice slice) {
