@@ -277,7 +277,7 @@ def test_steps_do_not_depend_on_those_after_them(cell, proj, dtype):
 @pytest.mark.parametrize("cell", CELLS)
 def test_one_long_sequence(cell, layout):
     """Its steps take a shorter way, backward from the second of a chunk to the one before the first of all."""
-    for state, hidden, threads in ((True, 17, 1), (False, 260, 2)):
+    for state, hidden, threads in ((True, 17, 1), (False, 260, 4)):  # alone; two for each direction
         torch.set_num_threads(threads)
         problem = build(Case(cell, layout, bidirectional=True, state=state, size=(300, 1, 3, hidden)))
         expected, expected_grads = gradients(oracle, problem)
@@ -326,7 +326,7 @@ def test_side_products_of_any_width(cell, size, set_tuning):
         same_bits(wide, narrow)
 
 
-@pytest.mark.parametrize("hidden", [256, 459])  # a whole number of panels; some blocks beyond them
+@pytest.mark.parametrize("hidden", [512, 459])  # a whole number of panels; some blocks beyond them
 @pytest.mark.parametrize("batch", [2, 7, 31])  # tiles too low to fetch; fewer and more than the next panel takes
 @pytest.mark.parametrize("cell", CELLS)
 def test_weights_beyond_the_second_level_cache(cell, batch, hidden, set_tuning):

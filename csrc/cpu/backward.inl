@@ -208,7 +208,7 @@ class BackwardScan {
         c_before_(slice.size()),
         grad_output_rows_(args.grad_output.data ? slice.size() : 0),
         grad_cell_rows_(args.grad_cells.data ? slice.size() : 0),
-        after_rows_(slice.size()),
+        after_rows_(slice.size(), true),
         gate_rows_(slice.size()),
         proj_rows_(args.sizes.proj ? slice.size() : 0),
         cut_(slice.size()),
@@ -275,9 +275,11 @@ class BackwardScan {
     }
   }
 
+  /// In this direction's order.
   bool has_previous(int64_t t) const { return reverse_ ? t + 1 < layout_.steps : t > 0; }
 
-  /// A step within a chunk: all that its row needs lies one step before what the last one needed.
+  /// A step of one sequence that is neither the first of its chunk nor, in this direction's order, the sequence's
+  /// first: all that its row needs lies one step before what the last one needed.
   void run_plain_step(int64_t t, const ChunkGrads<Cell, S>& now) {
     const int64_t back = reverse_ ? 1 : -1;
     const auto step_of = [&](const auto& sequence) { return back * (layout_.packed ? sequence.row : sequence.step); };

@@ -61,7 +61,7 @@ class ForwardScan {
         short_(!uses_packed_weights(args.layout)),
         tail_(!short_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
-        is_plain_(!short_ && has_plain_steps(layout_, args.sizes, args.resets.data)),
+        is_plain_(has_plain_steps(layout_, args.sizes, args.resets.data)),
         gates_stride_((keep_ ? saved_ : G) * padded_),
         ahead_(projects_ahead()),
         chunk_rows_(chunk_rows()),

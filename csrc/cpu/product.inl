@@ -11,7 +11,7 @@ constexpr int64_t kAhead = 24;
 /// What a tile fetches for later: a line with each k.
 struct Fetch {
   const char* at;
-  int64_t step;  // 0: the same line again and again, which costs nothing
+  int64_t step;  // 0: the same line again and again, which costs nothing that could be measured on a Xeon
 };
 
 /// A tile of fewer rows is busy loading what it multiplies.
@@ -117,7 +117,7 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
   const int64_t block_stride = segments.size() * G * kLanes<Element<S>>, panels = (blocks - block) / NB;
   const int64_t bytes = NB * block_stride * int64_t(sizeof(Element<S>));
   // Weights that the second-level cache does not keep from one step to the next would be waited for by each panel's
-  // first tile: while a panel is multiplied, its first tiles fetch the next.
+  // first tile: while a panel is multiplied, its first tiles fetch the next (those of too few rows in name only).
   constexpr int64_t kFar = 768 * 1024;
   const bool far = panels * bytes > kFar && tuning().fetch_panels;
   for (int64_t i = 0; i < panels; ++i) {

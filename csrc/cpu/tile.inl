@@ -4,8 +4,8 @@ ALWAYS_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a
 ALWAYS_INLINE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /// How a product walks its tiles. Walking every other step's blocks backwards finds what the step before read last
-/// still in the cache; of one row alone their k too. That sums in another order than the same row in a tile, and
-/// backwards in yet another, so the caller decides by numbers that do not depend on threads.
+/// still in the cache. One row alone sums in another order than the same row in a tile and, since its k are walked
+/// backwards too, in yet another backwards: so the caller decides by numbers that do not depend on threads.
 enum class Order { kRows, kRowsBackwards, kRow, kRowBackwards };
 
 inline Order step_order(int64_t rows, int64_t t) {

@@ -440,12 +440,12 @@ struct Math {
   }
 
   /// exp(kTimes x) = p (1 + q r), p a power of two, |kTimes r| <= ln(2)/2; kTimes is a power of two or its negative.
-  /// `kFar`: to the last digits where n is large, too.
-  template <int kTimes, bool kFar>
+  /// `kExact`: to the last digits where n is large, too. Where it is, tanh is flat.
+  template <int kTimes, bool kExact>
   ALWAYS_INLINE static Power split_exp(V x, V& q, V& r) {
     const V shifted = fma(x, broadcast(kTimes * C::kLog2e), broadcast(C::kRound));
     const V n = shifted - C::kRound;
-    if constexpr (kFar) {
+    if constexpr (kExact) {
       r = fma(n, broadcast(-C::kLn2High / kTimes), x);
       r = fma(n, broadcast(-C::kLn2Low / kTimes), r);
     } else {
