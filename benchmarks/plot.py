@@ -149,7 +149,7 @@ def floor(result: dict[str, Any], threads: int) -> Figure | None:
         axis.set_title(TITLES[mode])
     figure.supxlabel(f"share of what the machine can do; {where(result, threads)}", fontsize=9)
     handles = [
-        *(Patch(**styles[bound], label=f"rnn_ext, bound by {what}") for bound, what in bounds.items() if bound in seen),
+        *(Patch(**styles[bound], label=f"bound by {what}") for bound, what in bounds.items() if bound in seen),
         PEER_HANDLE,
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9)
