@@ -55,4 +55,6 @@ if distributed:
     totals = [torch.empty_like(total) for _ in range(processes)]
     dist.all_gather(totals, total)
     assert all(torch.equal(t, total) for t in totals)  # the processes still hold one model
+    del model  # which uses the process group
+    dist.barrier()  # else one process may hang up while the other still listens, which can end it at exit
     dist.destroy_process_group()
