@@ -105,9 +105,7 @@ def test_the_torchrun_example(tmp_path):
     done = subprocess.run(
         command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100, check=False
     )
-    # At exit, after all that the example asserts, torch's gloo ends a process in one of some twenty runs.
-    ended_at_exit = "terminate called without an active exception" in done.stderr
-    assert done.returncode == 0 or (ended_at_exit and "AssertionError" not in done.stderr), done.stderr
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2 process(es): ")
 
 
