@@ -9,6 +9,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before the process group, which it would keep alive until exit, and its threads with it
 from torch.nn.parallel import DistributedDataParallel
 
 import rnn_ext
@@ -51,10 +52,8 @@ assert correct > 0.9
 if rank == 0:
     print(f"{processes} process(es): {correct:.1%} of 500 new sentences classified correctly")
 if distributed:
-    total = sum(p.double().sum() for p in classifier.parameters()).detach()
-    totals = [torch.empty_like(total) for _ in range(processes)]
-    dist.all_gather(totals, total)
-    assert all(torch.equal(t, total) for t in totals)  # the processes still hold one model
-    del model  # which uses the process group
-    dist.barrier()  # else one process may hang up while the other still listens, which can end it at exit
+    totals = [torch.zeros((), dtype=torch.float64) for _ in range(processes)]
+    dist.all_gather(totals, sum(p.detach().double().sum() for p in classifier.parameters()))
+    assert all(torch.equal(t, totals[0]) for t in totals)  # the processes still hold one model
+    del model  # which holds the process group
     dist.destroy_process_group()
