@@ -216,6 +216,7 @@ class BackwardScan {
     for (int g = 0; g < Cell::kGates; ++g) hidden_segments_.offset[g] = Cell::hh_slot(g) * padded_ / kPack<S>;
     hidden_segments_.count = Cell::kGates;
     hidden_segments_.length = elements<S>(hidden_);
+    hidden_segments_.join();
     const int64_t states = layout_.batch * direction_;
     if (args_.grad_h_n) read_states(dh_.get(), out_padded_, args_.grad_h_n + states * out_, out_, layout_, slice_);
     if (Cell::kHasCell && args_.grad_c_n)
@@ -233,9 +234,10 @@ class BackwardScan {
     for (int64_t s = 0; s < steps; ++s) {
       const int64_t t = any.reverse_ ? now.chunk.first + s : now.chunk.last - 1 - s;
       if constexpr (!cells::kIsVariant<Cell>) {
-        if (s > 0 && any.is_plain_ && any.has_previous(t)) {
-          for (int i = 0; i < count; ++i) scans[i]->run_plain_step(t, now);
-          team.meet(threads);
+        const int64_t plain = smaller(steps - s, any.steps_before(t));
+        if (s > 0 && plain > 0 && any.is_plain_ && count == 1) {
+          scans[0]->run_plain_steps(t, plain, now, team, threads);
+          s += plain - 1;
           continue;
         }
       }
@@ -276,25 +278,58 @@ class BackwardScan {
   }
 
   /// In this direction's order.
-  bool has_previous(int64_t t) const { return reverse_ ? t + 1 < layout_.steps : t > 0; }
+  int64_t steps_before(int64_t t) const { return reverse_ ? layout_.steps - 1 - t : t; }
 
-  /// A step of one sequence that is neither the first of its chunk nor, in this direction's order, the sequence's
-  /// first: all that its row needs lies one step before what the last one needed.
-  void run_plain_step(int64_t t, const ChunkGrads<Cell, S>& now) {
-    const int64_t back = reverse_ ? 1 : -1;
-    const auto step_of = [&](const auto& sequence) { return back * (layout_.packed ? sequence.row : sequence.step); };
-    after_rows_.get()[0] = gate_rows_.get()[0];
-    gate_rows_.get()[0] += back * now.stride;
-    if constexpr (Cell::kSaved > 0) {
-      saved_rows_.get()[0] += back * saved_stride_;
-    } else {
-      h_rows_.get()[0] += step_of(args_.output);
+  /// Steps of one sequence, none of which is the first of its chunk or, in this direction's order, the sequence's
+  /// first: all that a row needs lies one step before what the last one needed.
+  void run_plain_steps(int64_t t, int64_t count, const ChunkGrads<Cell, S>& now, Team& team, int threads) {
+    const int64_t back = reverse_ ? 1 : -1, gates_step = back * now.stride, saved_step = back * saved_stride_;
+    const int64_t output_step = args_.output.to_next(layout_, !reverse_);
+    const int64_t grad_step = args_.grad_output.to_next(layout_, !reverse_);
+    const int64_t cell_step = args_.grad_cells.to_next(layout_, !reverse_);
+    const bool has_grad = args_.grad_output.data, has_cell_grad = args_.grad_cells.data;
+    const auto init = first_sum(0);
+    const Cellwise finish{[this]<int W>(const Place(&at)[W], const Wide<T, W>* sums) ALWAYS_INLINE_LAMBDA {
+      const T* const carried = dh_.get();
+      const S* const grad = grad_output_rows_.get() ? *grad_output_rows_.get() : nullptr;
+      Wide<T, W> dh = *sums;
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) {
+        const int64_t unit = at[w].block * kLanes<T>;
+        if (Cell::kDirectCarry) dh.part[w] += load(carried + unit);
+        if (grad) dh.part[w] += load_part(grad + unit, out_ - unit);
+      }
+      backward_cells(0, at, dh);
+    }};
+    RowProduct<S, Segments> product = {nullptr, weights_.hidden.get(), hidden_segments_, false};
+    const UnitBlocks part = out_part_;
+    for (; count > 0; --count, t += back) {
+      product.a = reinterpret_cast<const Element<S>*>(*gate_rows_.get());
+      product.backwards = is_backwards(t);
+      *gate_rows_.get() += gates_step;
+      if constexpr (Cell::kSaved > 0) {
+        *saved_rows_.get() += saved_step;
+      } else {
+        *h_rows_.get() += output_step;
+      }
+      if constexpr (Cell::kDirectCarry) *h_before_.get() += output_step;
+      if constexpr (Cell::kHasCell) *c_before_.get() += saved_step;
+      if (has_grad) *grad_output_rows_.get() += grad_step;
+      if (has_cell_grad) *grad_cell_rows_.get() += cell_step;
+      run_row_blocks<kRowBlocks<1>, 1>(product, part.first, part.last, init, finish,
+                                       static_cast<NoSideTiles*>(nullptr));
+      team.meet(threads);
     }
-    if constexpr (Cell::kDirectCarry) h_before_.get()[0] += step_of(args_.output);
-    if constexpr (Cell::kHasCell) c_before_.get()[0] += back * saved_stride_;
-    if (args_.grad_output.data) grad_output_rows_.get()[0] += step_of(args_.grad_output);
-    if (args_.grad_cells.data) grad_cell_rows_.get()[0] += step_of(args_.grad_cells);
-    step(0, 1, step_order(1, t), true);
+  }
+
+  /// What the recurrent product's sums begin with. What forward left for the cell, where it is too much to be in the
+  /// cache still, comes while the product is computed. Rows are counted from `first`.
+  auto first_sum(int64_t first) const {
+    const bool far = layout_.rows * larger(saved_stride_, out_padded_) * int64_t(sizeof(T)) > kFarBytes;
+    return [this, first, far](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
+      *acc = V{};
+      if (far) prefetch_cell(first + r, block * kLanes<T>);
+    };
   }
 
   void write_grad_h_0(int64_t from, int64_t to) {
@@ -362,13 +397,7 @@ class BackwardScan {
     const auto a_row = [this, first](int64_t r) {
       return reinterpret_cast<const Element<S>*>(after_rows_.get()[first + r]);
     };
-    // What forward left for the cell, where it is too much to be in the cache still, comes while the product is
-    // computed.
-    const bool far = layout_.rows * larger(saved_stride_, out_padded_) * int64_t(sizeof(T)) > kFarBytes;
-    const auto init = [this, first, far](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
-      *acc = V{};
-      if (far) prefetch_cell(first + r, block * kLanes<T>);
-    };
+    const auto init = first_sum(first);
     Segments segments = hidden_segments_;
     if (!chained) segments.count = 0;
     // What reaches h beside the recurrent product.
@@ -417,7 +446,7 @@ class BackwardScan {
   ALWAYS_INLINE void backward_cells(int64_t first, const Place (&at)[W], const Wide<T, W>& dh) {
     using Vs = Wide<T, W>;
     Vs kept[Cell::kSaved + 1], h = {}, h_before = {}, c_before = {}, dc = {}, dgates[Cell::kGradGates];
-    const int64_t hidden = hidden_, padded = padded_;
+    const int64_t hidden = hidden_, padded = padded_, out_padded = out_padded_;
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) {
       const int64_t r = first + at[w].row, unit = at[w].block * kLanes<T>, rest = hidden - unit;
@@ -435,13 +464,17 @@ class BackwardScan {
       }
     }
     const Vs direct = Cell::template backward<Math<T, Vs>>(kept, h, h_before, c_before, dh, dc, dgates);
+    // Read before the stores, which the compiler must take for stores to these as well.
+    S* const* const gate_rows = gate_rows_.get();
+    T* const dc_rows = dc_.get();
+    T* const dh_rows = dh_.get();
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) {
       const int64_t r = first + at[w].row, unit = at[w].block * kLanes<T>, rest = hidden - unit;
-      S* to = gate_rows_.get()[r] + unit;
+      S* to = gate_rows[r] + unit;
       for (int g = 0; g < Cell::kGradGates; ++g) store_operand(to + g * padded, dgates[g].part[w], rest);
-      if constexpr (Cell::kHasCell) store(dc_.get() + r * padded + unit, dc.part[w]);
-      if constexpr (Cell::kDirectCarry) store(dh_.get() + r * out_padded_ + unit, direct.part[w]);
+      if constexpr (Cell::kHasCell) store(dc_rows + r * padded + unit, dc.part[w]);
+      if constexpr (Cell::kDirectCarry) store(dh_rows + r * out_padded + unit, direct.part[w]);
     }
   }
 

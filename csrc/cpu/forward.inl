@@ -61,7 +61,7 @@ class ForwardScan {
         short_(!uses_packed_weights(args.layout)),
         tail_(!short_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
-        is_plain_(has_plain_steps(layout_, args.sizes, args.resets.data)),
+        is_plain_(!short_ && has_plain_steps(layout_, args.sizes, args.resets.data)),
         gates_stride_((keep_ ? saved_ : G) * padded_),
         ahead_(projects_ahead()),
         chunk_rows_(chunk_rows()),
@@ -176,8 +176,7 @@ class ForwardScan {
     constexpr int64_t kWorthwhile = (RNN_EXT_VECTOR_REGISTERS < 32 ? 16 : 12) * 1024;
     const int64_t weights = G * elements<S>(out_) * padded_ * int64_t(sizeof(Element<S>));
     return kTakesAlong && !short_ && weights >= kWorthwhile && args_.sizes.input > 0 && layout_.batch == 1 &&
-           layout_.rows == layout_.steps &&
-           (fill_up() || (layout_.packed ? args_.input.row : args_.input.step) % kPack<S> == 0);
+           layout_.rows == layout_.steps && (fill_up() || args_.input.to_next(layout_, reverse_) % kPack<S> == 0);
   }
 
   /// Of a stack whose layers run at the same time: the one above waits for the first chunk, or for two if `ahead_`.
@@ -185,14 +184,20 @@ class ForwardScan {
 
   int64_t chunk_rows() const {
     if (ahead_) {
-      // No step takes the first chunk along: the fewer rows, the better. But each chunk reads weight_ih again, which
-      // costs more where the weights come from beyond the second-level cache (measured).
+      // Each chunk reads weight_ih again, which costs more where the weights come from beyond the second-level cache
+      // (measured).
       constexpr int64_t kFar = 2 << 20;
       const int64_t depth = elements<S>(args_.sizes.input) + elements<S>(out_);
       const bool far = G * padded_ * depth * int64_t(sizeof(Element<S>)) >= kFar;
       return (pipelined() ? 1 : far ? 8 : 2) * kSideRows<G>;
     }
     return larger(slice_.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))));
+  }
+
+  /// Where the input gates of a row go, one of the layout's and the chunk's.
+  T* gates_at(int64_t row, int64_t row_of_chunk) const {
+    return keep_ ? args_.saved + (direction_ * layout_.rows + row) * gates_stride_
+                 : gates_.get() + (turn_ * chunk_rows_ + row_of_chunk) * gates_stride_;
   }
 
   /// The chunk of as many steps from s as it holds: where their inputs are and their gates go. Returns the step after.
@@ -202,20 +207,32 @@ class ForwardScan {
     T** gates = gate_rows();
     int64_t count = 0, end = layout_.steps;
     if (ahead_) {
-      const int64_t odd = (end - s) % chunk_rows_;  // first, so that the others have full tiles
-      end = smaller(end, s + (odd ? odd : chunk_rows_));
+      // No step takes the first chunk along, so it is small, and those after it grow; but for it all have full tiles.
+      const int64_t least = smaller(chunk_rows_, 2 * kSideRows<G>), odd = end % least;
+      const int64_t grown = larger(least, 2 * planned_ / least * least);
+      end = smaller(end, s == 0 ? (odd ? odd : least) : s + smaller(chunk_rows_, grown));
     } else if (args_.progress) {
       end = smaller(end, s + kPipelineSteps);
     }
     if (args_.below) wait_until([&] { return __atomic_load_n(&args_.below->steps, __ATOMIC_ACQUIRE) >= end; });
+    if (is_plain_ && s < end) {
+      const S* input = args_.input.at(layout_, time(s), 0);
+      const int64_t to_next = args_.input.to_next(layout_, reverse_);
+      T* gate_row = gates_at(layout_.offsets[time(s)], 0);
+      const int64_t to_next_row = keep_ && reverse_ ? -gates_stride_ : gates_stride_;
+      end = smaller(end, s + chunk_rows_);
+      for (; s < end; ++s, ++count, input += to_next, gate_row += to_next_row) {
+        inputs[count] = input;
+        gates[count] = gate_row;
+      }
+    }
     for (; s < end; ++s) {
       const int64_t t = time(s);
       const int64_t rows = slice_.active(layout_, t);
       if (count + rows > chunk_rows_) break;
       for (int64_t j = slice_.first; j < slice_.first + rows; ++j, ++count) {
         inputs[count] = args_.input.at(layout_, t, j);
-        gates[count] = keep_ ? args_.saved + (direction_ * layout_.rows + layout_.offsets[t] + j) * gates_stride_
-                             : gates_.get() + (turn_ * chunk_rows_ + count) * gates_stride_;
+        gates[count] = gates_at(layout_.offsets[t] + j, count);
       }
     }
     planned_ = count;
@@ -336,28 +353,50 @@ class ForwardScan {
       outputs[r] = args_.output.at(layout_, t, slice_.first + r) + direction_ * out_;
       if (Cell::kHasCell && cells) cells[r] = args_.cells.at(layout_, t, slice_.first + r) + direction_ * hidden_;
     }
-    run_cells(rows, step_order(layout_.batch_sizes[t], t), {gates, outputs, cells, now, next});
+    const StepRows at = {gates, outputs, cells, now, next};
+    with_cell(at, [&](const auto& init, const auto& finish) ALWAYS_INLINE_LAMBDA {
+      if (short_) {
+        run_short(rows, at, init, finish);
+      } else {
+        run_product(rows, step_order(layout_.batch_sizes[t], t), at, init, finish);
+      }
+    });
     if (args_.sizes.proj) project(t, rows, next);
   }
 
   int64_t run_plain_steps(int64_t s, int64_t end, T* const* gates, State& now, State& next) {
-    const auto distance = [&](const Sequence<S>& of) {
-      return (reverse_ ? -1 : 1) * (layout_.packed ? of.row : of.step);
-    };
     const bool with_cells = Cell::kHasCell && args_.cells.data;
     S* output = args_.output.at(layout_, time(s), 0) + direction_ * out_;
     S* cell = with_cells ? args_.cells.at(layout_, time(s), 0) + direction_ * hidden_ : nullptr;
-    const int64_t to_next_output = distance(args_.output), to_next_cell = with_cells ? distance(args_.cells) : 0;
-    for (; s < end; ++s, ++gates, output += to_next_output, cell += to_next_cell) {
-      run_cells(1, step_order(1, time(s)), {gates, &output, with_cells ? &cell : nullptr, now, next});
-      team_.meet(members_);
-      std::swap(now, next);
-    }
+    const int64_t to_next_output = args_.output.to_next(layout_, reverse_);
+    const int64_t to_next_cell = with_cells ? args_.cells.to_next(layout_, reverse_) : 0;
+    StepRows at = {gates, &output, with_cells ? &cell : nullptr, now, next};
+    with_cell(at, [&](const auto& init, const auto& finish) ALWAYS_INLINE_LAMBDA {
+      RowProduct<S, OneSegment> product = {nullptr, weights_.hidden.get(), {elements<S>(out_)}, false};
+      const int64_t first = part_.first, whole = part_.last - tail_;  // blocks
+      for (; s < end; ++s) {
+        product.a = reinterpret_cast<const Element<S>*>(at.now.operand(0));
+        product.backwards = is_backwards(time(s));
+        run_row_blocks<kRowBlocks<G>, G>(product, first, whole, init, finish, &side_);
+        if (tail_)
+          run_tail<G, false, S>(
+              1, whole, step_order(1, time(s)), [&](int64_t) { return product.a; }, product.b, product.segments, init,
+              finish);
+        team_.meet(members_);
+        ++at.gates;
+        output += to_next_output;
+        cell += to_next_cell;
+        std::swap(at.now, at.next);
+      }
+    });
+    now = at.now;
+    next = at.next;
     return s;
   }
 
-  void run_cells(int64_t rows, Order order, const StepRows& at) {
-    const auto a_row = [this, &at](int64_t r) { return at.now.operand(r * out_padded_); };
+  /// Calls run(init, finish), what a product begins with and what becomes of its sums: the cells of a step.
+  template <class Run>
+  ALWAYS_INLINE void with_cell(const StepRows& at, const Run& run) {
     const auto init = [this, &at](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
       const T* from = at.gates[r] + block * kLanes<T>;
       for (int g = 0; g < G; ++g)
@@ -375,43 +414,56 @@ class ForwardScan {
         if constexpr (Cell::kHasCell) state.part[w] = load(c_.get() + row * padded + unit);
       }
       const Vs h = Cell::template forward<Math<T, Vs>>(sums, split, h_prev, state, saved);
+      // Read before the stores, which the compiler must take for stores to these as well.
+      S* const unprojected = unprojected_.get();
+      T* const c = c_.get();
+      const State next = at.next;
+      S* const* const outputs = at.outputs;
+      S* const* const cells = at.cells;
+      T* const* const gates = at.gates;
+      const bool keep = keep_;
 #pragma GCC unroll 8
       for (int w = 0; w < W; ++w) {
         const int64_t row = places[w].row, unit = places[w].block * kLanes<T>, rest = hidden - unit;
-        if (unprojected_.get()) {
-          store_operand(unprojected_.get() + row * padded + unit, h.part[w], rest);
+        if (unprojected) {
+          store_operand(unprojected + row * padded + unit, h.part[w], rest);
         } else {
-          at.next.set(row * out_padded + unit, h.part[w], rest);
-          store_part(at.outputs[row] + unit, h.part[w], rest);
+          next.set(row * out_padded + unit, h.part[w], rest);
+          store_part(outputs[row] + unit, h.part[w], rest);
         }
         if constexpr (Cell::kHasCell) {
-          store(c_.get() + row * padded + unit, state.part[w]);
-          if (at.cells) store_part(at.cells[row] + unit, state.part[w], rest);
+          store(c + row * padded + unit, state.part[w]);
+          if (cells) store_part(cells[row] + unit, state.part[w], rest);
         }
-        if (keep_) {
-          T* to = at.gates[row] + unit;
+        if (keep) {
+          T* to = gates[row] + unit;
           for (int i = 0; i < Cell::kSaved; ++i) store(to + i * padded, saved[i].part[w]);
-          if (unprojected_.get()) store(to + Cell::kSaved * padded, h.part[w]);
+          if (unprojected) store(to + Cell::kSaved * padded, h.part[w]);
         }
       }
     }};
-    if (short_) {
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t g = 0; g < G; ++g)
-          dot_rows(hidden_gates_.get() + g * padded_, static_cast<const T*>(nullptr),
-                   args_.weights[direction_].weight_hh + g * hidden_ * out_, hidden_, out_, a_row(r));
-        for (int64_t block = 0; block < blocks_of<T>(hidden_); ++block) {
-          V acc[1][G];
-          init(r, block, acc[0]);
-          for (int g = 0; g < G; ++g) acc[0][g] += load(hidden_gates_.get() + g * padded_ + block * kLanes<T>);
-          finish_cells<1, 1, G>(0, r, block, acc, finish);
-        }
+    run(init, finish);
+  }
+
+  void run_short(int64_t rows, const StepRows& at, const auto& init, const auto& finish) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t g = 0; g < G; ++g)
+        dot_rows(hidden_gates_.get() + g * padded_, static_cast<const T*>(nullptr),
+                 args_.weights[direction_].weight_hh + g * hidden_ * out_, hidden_, out_,
+                 at.now.operand(r * out_padded_));
+      for (int64_t block = 0; block < blocks_of<T>(hidden_); ++block) {
+        V acc[1][G];
+        init(r, block, acc[0]);
+        for (int g = 0; g < G; ++g) acc[0][g] += load(hidden_gates_.get() + g * padded_ + block * kLanes<T>);
+        finish_cells<1, 1, G>(0, r, block, acc, finish);
       }
-      return;
     }
-    product<G, S>(
-        rows, part_.first, part_.last, order, [&](int64_t r) { return reinterpret_cast<const Element<S>*>(a_row(r)); },
-        weights_.hidden.get(), Segments{1, elements<S>(out_), {}, 1}, init, finish, tail_, &side_);
+  }
+
+  ALWAYS_INLINE void run_product(int64_t rows, Order order, const StepRows& at, const auto& init, const auto& finish) {
+    const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(at.now.operand(r * out_padded_)); };
+    product<G, S>(rows, part_.first, part_.last, order, a_row, weights_.hidden.get(), OneSegment{elements<S>(out_)},
+                  init, finish, tail_, &side_);
   }
 
   void project(int64_t t, int64_t rows, State next) {

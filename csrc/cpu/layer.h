@@ -58,6 +58,10 @@ struct Sequence {
   T* at(const Layout& layout, int64_t t, int64_t j) const {
     return data + (layout.packed ? (layout.offsets[t] + j) * row : t * step + layout.entry(j) * row);
   }
+  /// Of one sequence (batch 1) the distance between two timesteps, backwards in time if `reverse`.
+  int64_t to_next(const Layout& layout, bool reverse) const {
+    return (reverse ? -1 : 1) * (layout.packed ? row : step);
+  }
 };
 
 /// The weights of one direction, or their gradients (null where not wanted), as torch.nn lays them out.

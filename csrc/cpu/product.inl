@@ -17,9 +17,9 @@ struct Fetch {
 /// A tile of fewer rows is busy loading what it multiplies.
 constexpr int kFetchingRows = 3;
 
-template <int MR, int NB, int G, bool kStrided, class S>
+template <int MR, int NB, int G, bool kStrided, class S, class Stretches>
 ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Element<S>* const (&a)[MR],
-                                const Element<S>* b, int64_t block_stride, const Segments& segments, Fetch fetch) {
+                                const Element<S>* b, int64_t block_stride, const Stretches& segments, Fetch fetch) {
   using Op = Operand<S>;
   const int64_t stride = kStrided ? segments.stride : 1;
   for (int s = 0; s < segments.count; ++s) {
@@ -74,9 +74,9 @@ constexpr int tile_rows(int vectors) {
   return rows;
 }
 
-template <int MR, int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
+template <int MR, int NB, int G, bool kStrided, class S, class Row, class Stretches, class Init, class Finish>
 NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
-                        int64_t block_stride, const Segments& segments, Fetch fetch, const Init& init,
+                        int64_t block_stride, const Stretches& segments, Fetch fetch, const Init& init,
                         const Finish& finish) {
   Vec<Compute<S>> acc[MR][NB * G];
   const Element<S>* a[MR];
@@ -96,9 +96,9 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
   finish_tile<MR * NB, NB, G>(first_row, first_block, sums, finish);
 }
 
-template <int MR, int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
+template <int MR, int NB, int G, bool kStrided, class S, class Row, class Stretches, class Init, class Finish>
 ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
-                            int64_t block_stride, const Segments& segments, Fetch fetch, const Init& init,
+                            int64_t block_stride, const Stretches& segments, Fetch fetch, const Init& init,
                             const Finish& finish) {
   if constexpr (MR > 1) {
     if (rows < MR)
@@ -109,9 +109,9 @@ ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, i
 }
 
 /// The blocks [block, blocks), NB of them at a time, a panel, as far as that goes; returns the first that is left.
-template <int NB, int G, bool kStrided, class S, class Row, class Init, class Finish>
+template <int NB, int G, bool kStrided, class S, class Row, class Stretches, class Init, class Finish>
 ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bool backwards, const Row& a_row,
-                                 const Element<S>* b, const Segments& segments, const Init& init,
+                                 const Element<S>* b, const Stretches& segments, const Init& init,
                                  const Finish& finish) {
   constexpr int kMaxRows = tile_rows(NB * G);
   const int64_t block_stride = segments.size() * G * kLanes<Element<S>>, panels = (blocks - block) / NB;
@@ -148,14 +148,16 @@ constexpr bool has_tail(int64_t gates, int64_t units) {
   return gates > 1 && gates <= 4 && rest > 0 && rest <= kLanes<T> / 4;
 }
 
-template <int G, class S, bool kStrided = false, class Row, class Init, class Finish, class Side = NoSideTiles>
+template <int G, class S, bool kStrided = false, class Row, class Stretches, class Init, class Finish,
+          class Side = NoSideTiles>
 void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row, const Element<S>* b,
-             const Segments& segments, const Init& init, const Finish& finish, bool tail = false, Side* side = nullptr);
+             const Stretches& segments, const Init& init, const Finish& finish, bool tail = false,
+             Side* side = nullptr);
 
 /// The tail, block number `block`: as a product of one gate, whose sums are dealt out to the gates.
-template <int G, bool kStrided, class S, class Row, class Init, class Finish>
+template <int G, bool kStrided, class S, class Row, class Stretches, class Init, class Finish>
 ALWAYS_INLINE void run_tail(int64_t rows, int64_t block, Order order, const Row& a_row, const Element<S>* b,
-                            const Segments& segments, const Init& init, const Finish& finish) {
+                            const Stretches& segments, const Init& init, const Finish& finish) {
   using T = Compute<S>;
   using V = Vec<T>;
   constexpr auto kGates = std::make_integer_sequence<int, G>();
@@ -195,13 +197,13 @@ ALWAYS_INLINE void run_tail(int64_t rows, int64_t block, Order order, const Row&
 /// along, as many as there are.
 ///
 /// a_row(row) points at the row's element k = 0. kStrided: segments.stride counts, else it is 1.
-template <int G, class S, bool kStrided, class Row, class Init, class Finish, class Side>
+template <int G, class S, bool kStrided, class Row, class Stretches, class Init, class Finish, class Side>
 ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
-                           const Element<S>* b, const Segments& segments, const Init& init, const Finish& finish,
+                           const Element<S>* b, const Stretches& segments, const Init& init, const Finish& finish,
                            bool tail, Side* side) {
   if (!kStrided && (order == Order::kRow || order == Order::kRowBackwards)) {
-    run_row_blocks<kRowBlocks<G>, G, S>(block, blocks - tail, order == Order::kRowBackwards, a_row(0), b, segments,
-                                        init, finish, side);
+    const RowProduct<S, Stretches> row = {a_row(0), b, segments, order == Order::kRowBackwards};
+    run_row_blocks<kRowBlocks<G>, G>(row, block, blocks - tail, init, finish, side);
   } else {
     const bool backwards = order == Order::kRowsBackwards;
     if constexpr (G == 1) {

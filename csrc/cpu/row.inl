@@ -24,6 +24,21 @@ ALWAYS_INLINE const E* opaque(const E* p) {
   return p;
 }
 
+/// A row of A and what it is multiplied with.
+template <class S, class Stretches>
+struct RowProduct {
+  using Storage = S;
+  const Element<S>* a;
+  const Element<S>* b;
+  Stretches segments;
+  bool backwards;  // the order
+
+  template <int G>
+  int64_t block_stride() const {
+    return segments.size() * G * kLanes<Element<S>>;
+  }
+};
+
 /// Adds the first `Count` sets up into set 0, in pairs: the next step waits for as few additions as can be.
 template <int Count, int KU, int N, class V>
 ALWAYS_INLINE void add_up(V (&sets)[KU][N]) {
@@ -37,13 +52,13 @@ ALWAYS_INLINE void add_up(V (&sets)[KU][N]) {
 /// Few accumulators do not hide the latency of an addition, so k is dealt out over KU sets of them. Backwards means
 /// line by line: only what is read in the reverse of the order before finds all that the cache still has. The sums are
 /// the same with and without a tile beside them.
-template <bool kBackwards, int KU, int NB, int G, class S, class Tile>
+template <bool kBackwards, int KU, int NB, int G, class S, class Stretches, class Tile>
 ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Element<S>* a, const Element<S>* b,
-                                    int64_t block_stride, const Segments& segments, Tile& side) {
+                                    int64_t block_stride, const Stretches& segments, Tile& side) {
   using Op = Operand<S>;
   constexpr bool kSide = !std::is_same_v<Tile, NoSideTile>;
   constexpr int n = kLanes<Element<S>>;
-  constexpr int kAtOnce = KU > 1 ? KU : 2;
+  constexpr int kAtOnce = 4 > KU ? 4 : KU;
   Vec<Compute<S>> part[KU][NB * G] = {};
 #pragma GCC unroll 16
   for (int v = 0; v < NB * G; ++v) part[0][v] = acc[v];
@@ -100,91 +115,85 @@ ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Elemen
   if constexpr (kSide) side.finish();
 }
 
-template <int NB, int G, class S, class Tile>
-ALWAYS_INLINE void multiply_tile(Vec<Compute<S>> (*sums)[G], const Element<S>* a, int64_t block, const Element<S>* b,
-                                 int64_t block_stride, const Segments& segments, const auto& init, bool backwards,
-                                 Tile& side) {
+/// The sums of NB blocks.
+template <int NB, int G, class Product, class Tile>
+ALWAYS_INLINE void multiply_tile(const Product& p, int64_t block, Vec<Compute<typename Product::Storage>> (*sums)[G],
+                                 const auto& init, Tile& side) {
+  using S = typename Product::Storage;
   constexpr int kSets = int(larger(1, 8 / (NB * G)));
+  const int64_t stride = p.template block_stride<G>();
+  const Element<S>* b = p.b + block * stride;
   Vec<Compute<S>> acc[NB * G];
 #pragma GCC unroll 4
   for (int n = 0; n < NB; ++n) init(0, block + n, &acc[n * G]);
-  if (backwards) {
-    multiply_add_row<true, kSets, NB, G, S>(acc, a, b, block_stride, segments, side);
+  if (p.backwards) {
+    multiply_add_row<true, kSets, NB, G, S>(acc, p.a, b, stride, p.segments, side);
   } else {
-    multiply_add_row<false, kSets, NB, G, S>(acc, a, b, block_stride, segments, side);
+    multiply_add_row<false, kSets, NB, G, S>(acc, p.a, b, stride, p.segments, side);
   }
 #pragma GCC unroll 16
   for (int v = 0; v < NB * G; ++v) sums[v / G][v % G] = acc[v];
 }
 
 /// `Tiles` of NB blocks one after another before a cell is run for all of them.
-template <int Tiles, int NB, int G, class S, class Init, class Finish>
-NO_INLINE void run_row(const Element<S>* a, int64_t first_block, const Element<S>* b, int64_t block_stride,
-                       const Segments& segments, const Init& init, const Finish& finish, bool backwards) {
-  Vec<Compute<S>> sums[Tiles * NB][G];
+template <int Tiles, int NB, int G, class Product, class Init, class Finish>
+NO_INLINE void run_row(const Product& p, int64_t first_block, const Init& init, const Finish& finish) {
+  Vec<Compute<typename Product::Storage>> sums[Tiles * NB][G];
 #pragma GCC unroll 1
   for (int i = 0; i < Tiles; ++i) {
-    const int tile = NB * (backwards ? Tiles - 1 - i : i);
+    const int tile = NB * (p.backwards ? Tiles - 1 - i : i);
     NoSideTile none;
-    multiply_tile<NB, G, S>(sums + tile, a, first_block + tile, b + tile * block_stride, block_stride, segments, init,
-                            backwards, none);
+    multiply_tile<NB, G>(p, first_block + tile, sums + tile, init, none);
   }
   finish_tile<Tiles * NB, NB * Tiles, G>(0, first_block, sums, finish);
 }
 
 /// One tile of NB blocks, with tiles of side products.
-template <int NB, int G, class S, class Init, class Finish, class Side>
-NO_INLINE void run_row_beside(const Element<S>* a, int64_t first_block, const Element<S>* b, int64_t block_stride,
-                              const Segments& segments, const Init& init, const Finish& finish, bool backwards,
+template <int NB, int G, class Product, class Init, class Finish, class Side>
+NO_INLINE void run_row_beside(const Product& p, int64_t first_block, const Init& init, const Finish& finish,
                               Side& side) {
-  Vec<Compute<S>> sums[NB][G];
-  with_side_tile(side, [&](auto& tile) ALWAYS_INLINE_LAMBDA {
-    multiply_tile<NB, G, S>(sums, a, first_block, b, block_stride, segments, init, backwards, tile);
-  });
+  Vec<Compute<typename Product::Storage>> sums[NB][G];
+  with_side_tile(side, [&](auto& tile) ALWAYS_INLINE_LAMBDA { multiply_tile<NB, G>(p, first_block, sums, init, tile); });
   finish_tile<NB, NB, G>(0, first_block, sums, finish);
 }
 
 /// So many tiles from a block on.
-template <int Tiles, int NB, int G, class S, class Init, class Finish, class Side>
-ALWAYS_INLINE void run_row_tiles(int64_t block, int64_t tiles, const Element<S>* a, const Element<S>* b,
-                                 int64_t block_stride, const Segments& segments, const Init& init, const Finish& finish,
-                                 bool backwards, Side* side) {
+template <int Tiles, int NB, int G, class Product, class Init, class Finish, class Side>
+ALWAYS_INLINE void run_row_tiles(const Product& p, int64_t block, int64_t tiles, const Init& init, const Finish& finish,
+                                 Side* side) {
   const int64_t groups = tiles / Tiles;
   const auto rest = [&] {
     if constexpr (Tiles > 1)
-      run_row_tiles<Tiles / 2, NB, G, S>(block + groups * Tiles * NB, tiles % Tiles, a, b, block_stride, segments, init,
-                                         finish, backwards, side);
+      run_row_tiles<Tiles / 2, NB, G>(p, block + groups * Tiles * NB, tiles % Tiles, init, finish, side);
   };
-  if (backwards) rest();
+  if (p.backwards) rest();
   for (int64_t i = 0; i < groups; ++i) {
-    const int64_t at = block + Tiles * NB * (backwards ? groups - 1 - i : i);
+    const int64_t at = block + Tiles * NB * (p.backwards ? groups - 1 - i : i);
     if constexpr (Tiles == 1 && !std::is_same_v<Side, NoSideTiles>) {
       if (side && side->more()) {
-        run_row_beside<NB, G, S>(a, at, b + at * block_stride, block_stride, segments, init, finish, backwards, *side);
+        run_row_beside<NB, G>(p, at, init, finish, *side);
         continue;
       }
     }
-    run_row<Tiles, NB, G, S>(a, at, b + at * block_stride, block_stride, segments, init, finish, backwards);
+    run_row<Tiles, NB, G>(p, at, init, finish);
   }
-  if (!backwards) rest();
+  if (!p.backwards) rest();
 }
 
 /// The blocks [block, blocks), in tiles as wide as can be.
-template <int NB, int G, class S, class Init, class Finish, class Side>
-ALWAYS_INLINE void run_row_blocks(int64_t block, int64_t blocks, bool backwards, const Element<S>* a,
-                                  const Element<S>* b, const Segments& segments, const Init& init, const Finish& finish,
-                                  Side* side) {
-  const int64_t block_stride = segments.size() * G * kLanes<Element<S>>, tiles = (blocks - block) / NB;
+template <int NB, int G, class Product, class Init, class Finish, class Side>
+ALWAYS_INLINE void run_row_blocks(const Product& p, int64_t block, int64_t blocks, const Init& init,
+                                  const Finish& finish, Side* side) {
+  const int64_t tiles = (blocks - block) / NB;
   // Weights from beyond the first cache come while a cell is run, if it is run for one tile at a time (measured).
   constexpr int64_t kFirstCache = 32 * 1024;
   constexpr int kTiles = kIsCellwise<Finish> && G > 1 ? kMostCells / NB : 1;
-  bool together = kTiles > 1 && tiles * NB * block_stride * int64_t(sizeof(Element<S>)) <= kFirstCache;
+  bool together = kTiles > 1 && tiles * NB * p.template block_stride<G>() * int64_t(sizeof(*p.b)) <= kFirstCache;
   if constexpr (!std::is_same_v<Side, NoSideTiles>) together = together && !(side && side->more());
   if (together) {
-    run_row_tiles<kTiles, NB, G, S>(block, tiles, a, b, block_stride, segments, init, finish, backwards, side);
+    run_row_tiles<kTiles, NB, G>(p, block, tiles, init, finish, side);
   } else {
-    run_row_tiles<1, NB, G, S>(block, tiles, a, b, block_stride, segments, init, finish, backwards, side);
+    run_row_tiles<1, NB, G>(p, block, tiles, init, finish, side);
   }
-  if constexpr (NB > 1)
-    run_row_blocks<NB / 2, G, S>(block + tiles * NB, blocks, backwards, a, b, segments, init, finish, side);
+  if constexpr (NB > 1) run_row_blocks<NB / 2, G>(p, block + tiles * NB, blocks, init, finish, side);
 }

@@ -123,11 +123,13 @@ class SideTile {
 
   ALWAYS_INLINE void end() {
     const SideProduct<S>& p = tiles_.product();
+    const int64_t stride = p.c_stride;  // which no store changes
+    T* const row = p.c + tiles_.row() * stride;
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) {
-      T* c = p.c + tiles_.row() * p.c_stride + block(v) * kLanes<T>;
+      T* c = row + block(v) * kLanes<T>;
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r, c += p.c_stride) store(c, sums_[v][r]);
+      for (int r = 0; r < R; ++r, c += stride) store(c, sums_[v][r]);
     }
     tiles_.next();
   }

@@ -8,9 +8,11 @@ ALWAYS_INLINE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a 
 /// backwards too, in yet another backwards: so the caller decides by numbers that do not depend on threads.
 enum class Order { kRows, kRowsBackwards, kRow, kRowBackwards };
 
+inline bool is_backwards(int64_t t) { return t & 1; }
+
 inline Order step_order(int64_t rows, int64_t t) {
-  if (rows != 1) return t & 1 ? Order::kRowsBackwards : Order::kRows;
-  return t & 1 ? Order::kRowBackwards : Order::kRow;
+  if (rows != 1) return is_backwards(t) ? Order::kRowsBackwards : Order::kRows;
+  return is_backwards(t) ? Order::kRowBackwards : Order::kRow;
 }
 
 /// Up to four stretches of A's columns, one after another in k (gates whose slots do not follow each other).
@@ -21,6 +23,24 @@ struct Segments {
   int64_t stride = 1;  // between consecutive k in A
 
   int64_t size() const { return count * length; }
+
+  /// Makes one stretch of those that follow each other.
+  void join() {
+    for (int s = 1; s < count; ++s)
+      if (offset[s] != offset[s - 1] + length) return;
+    length *= count;
+    count = 1;
+  }
+};
+
+/// All of A's columns, of which the compiler knows that they are one stretch.
+struct OneSegment {
+  static constexpr int count = 1;
+  int64_t length = 0;
+  static constexpr int64_t offset[1] = {0};
+  static constexpr int64_t stride = 1;
+
+  int64_t size() const { return length; }
 };
 
 /// Blocks of hidden units or of columns.

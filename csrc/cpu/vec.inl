@@ -401,25 +401,24 @@ struct Math {
   using Bits = typename VecOf<T>::bits;
   using C = ExpConstants<T>;
 
-  /// A power of two: itself or, where the processor scales by 2^n, its exponent.
-  struct Power {
-    V value;
-  };
+  /// A power of two: itself or, where the processor scales by 2^n, its exponent. No type of its own, of which GCC would
+  /// store every value.
+  using Power = V;
 #if RNN_EXT_VECTOR_BYTES == 64
   static constexpr bool kOverflows = true;  // scale gives inf
-  ALWAYS_INLINE static Power power(V /*shifted*/, V n) { return {n}; }
+  ALWAYS_INLINE static Power power(V /*shifted*/, V n) { return n; }
   ALWAYS_INLINE static Vec<float> scale_one(Vec<float> x, Vec<float> n) { return _mm512_scalef_ps(x, n); }
   ALWAYS_INLINE static Vec<double> scale_one(Vec<double> x, Vec<double> n) { return _mm512_scalef_pd(x, n); }
 #else
   static constexpr bool kOverflows = false;
   ALWAYS_INLINE static Power power(V shifted, V /*n*/) {
-    return {each([](One x) ALWAYS_INLINE_LAMBDA { return (One)(((Bits)x + C::kBias) << C::kMantissa); }, shifted)};
+    return each([](One x) ALWAYS_INLINE_LAMBDA { return (One)(((Bits)x + C::kBias) << C::kMantissa); }, shifted);
   }
   ALWAYS_INLINE static One scale_one(One x, One p) { return x * p; }
 #endif
   template <class X>
   ALWAYS_INLINE static V scale(X x, Power p) {
-    return each([](One x, One p) ALWAYS_INLINE_LAMBDA { return scale_one(x, p); }, x, p.value);
+    return each([](One x, One p) ALWAYS_INLINE_LAMBDA { return scale_one(x, p); }, x, p);
   }
 
   template <class X>
