@@ -234,6 +234,7 @@ class BackwardScan {
     for (int64_t s = 0; s < steps; ++s) {
       const int64_t t = any.reverse_ ? now.chunk.first + s : now.chunk.last - 1 - s;
       if constexpr (!cells::kIsVariant<Cell>) {
+        // A thread with the shares of several members goes step by step, to the same bits.
         const int64_t plain = smaller(steps - s, any.steps_before(t));
         if (s > 0 && plain > 0 && any.is_plain_ && count == 1) {
           scans[0]->run_plain_steps(t, plain, now, team, threads);
@@ -290,22 +291,16 @@ class BackwardScan {
     const bool has_grad = args_.grad_output.data, has_cell_grad = args_.grad_cells.data;
     const auto init = first_sum(0);
     const Cellwise finish{[this]<int W>(const Place(&at)[W], const Wide<T, W>* sums) ALWAYS_INLINE_LAMBDA {
-      const T* const carried = dh_.get();
-      const S* const grad = grad_output_rows_.get() ? *grad_output_rows_.get() : nullptr;
-      Wide<T, W> dh = *sums;
+      Wide<T, W> dh;
 #pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) {
-        const int64_t unit = at[w].block * kLanes<T>;
-        if (Cell::kDirectCarry) dh.part[w] += load(carried + unit);
-        if (grad) dh.part[w] += load_part(grad + unit, out_ - unit);
-      }
+      for (int w = 0; w < W; ++w) dh.part[w] = whole_dh(0, at[w].block * kLanes<T>, sums->part[w], Cell::kDirectCarry);
       backward_cells(0, at, dh);
     }};
-    RowProduct<S, Segments> product = {nullptr, weights_.hidden.get(), hidden_segments_, false};
+    RowProduct<S, Segments> row = {nullptr, weights_.hidden.get(), hidden_segments_, false};
     const UnitBlocks part = out_part_;
     for (; count > 0; --count, t += back) {
-      product.a = reinterpret_cast<const Element<S>*>(*gate_rows_.get());
-      product.backwards = is_backwards(t);
+      row.a = reinterpret_cast<const Element<S>*>(*gate_rows_.get());
+      row.backwards = is_backwards(t);
       *gate_rows_.get() += gates_step;
       if constexpr (Cell::kSaved > 0) {
         *saved_rows_.get() += saved_step;
@@ -316,8 +311,7 @@ class BackwardScan {
       if constexpr (Cell::kHasCell) *c_before_.get() += saved_step;
       if (has_grad) *grad_output_rows_.get() += grad_step;
       if (has_cell_grad) *grad_cell_rows_.get() += cell_step;
-      run_row_blocks<kRowBlocks<1>, 1>(product, part.first, part.last, init, finish,
-                                       static_cast<NoSideTiles*>(nullptr));
+      row_product<1>(row, part.first, part.last, init, finish, false, static_cast<NoSideTiles*>(nullptr));
       team.meet(threads);
     }
   }
@@ -330,6 +324,14 @@ class BackwardScan {
       *acc = V{};
       if (far) prefetch_cell(first + r, block * kLanes<T>);
     };
+  }
+
+  /// What reaches h of row r: the recurrent product's sum, what skips the product if `carried`, and what comes from
+  /// outside.
+  ALWAYS_INLINE V whole_dh(int64_t r, int64_t unit, V sum, bool carried) const {
+    if (carried) sum += load(dh_.get() + r * out_padded_ + unit);
+    if (grad_output_rows_.get()) sum += load_part(grad_output_rows_.get()[r] + unit, out_ - unit);
+    return sum;
   }
 
   void write_grad_h_0(int64_t from, int64_t to) {
@@ -400,12 +402,9 @@ class BackwardScan {
     const auto init = first_sum(first);
     Segments segments = hidden_segments_;
     if (!chained) segments.count = 0;
-    // What reaches h beside the recurrent product.
-    const auto whole_dh = [this, chained](int64_t r, int64_t unit, V acc) ALWAYS_INLINE_LAMBDA {
-      V dh = cut_.get()[r] ? V{} : acc;
-      if (Cell::kDirectCarry || !chained) dh += load(dh_.get() + r * out_padded_ + unit);
-      if (grad_output_rows_.get()) dh += load_part(grad_output_rows_.get()[r] + unit, out_ - unit);
-      return dh;
+    const bool carried = Cell::kDirectCarry || !chained;
+    const auto whole_dh = [this, carried](int64_t r, int64_t unit, V sum) ALWAYS_INLINE_LAMBDA {
+      return this->whole_dh(r, unit, cut_.get()[r] ? V{} : sum, carried);
     };
     const int64_t proj = args_.sizes.proj;
     if (proj == 0) {
@@ -429,7 +428,7 @@ class BackwardScan {
       product<1, S>(
           last - first, hidden_part_.first, hidden_part_.last, order,
           [&](int64_t r) { return reinterpret_cast<const Element<S>*>(proj_rows_.get()[first + r]); },
-          weights_.proj.get(), Segments{1, elements<S>(proj), {}, 1}, init,
+          weights_.proj.get(), OneSegment{elements<S>(proj)}, init,
           Cellwise{
               [&]<int W>(const Place(&at)[W], const Wide<T, W>* sums)
                   ALWAYS_INLINE_LAMBDA { backward_cells(first, at, *sums); }});

@@ -184,8 +184,8 @@ class ForwardScan {
 
   int64_t chunk_rows() const {
     if (ahead_) {
-      // Each chunk reads weight_ih again, which costs more where the weights come from beyond the second-level cache
-      // (measured).
+      // The fewer rows, the better, but each chunk reads weight_ih again, which costs more where the weights come from
+      // beyond the second-level cache (measured).
       constexpr int64_t kFar = 2 << 20;
       const int64_t depth = elements<S>(args_.sizes.input) + elements<S>(out_);
       const bool far = G * padded_ * depth * int64_t(sizeof(Element<S>)) >= kFar;
@@ -194,7 +194,8 @@ class ForwardScan {
     return larger(slice_.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))));
   }
 
-  /// Where the input gates of a row go, one of the layout's and the chunk's.
+  /// Where the input gates of a row go: number `row` of the layout where they are kept, else `row_of_chunk` of the
+  /// chunk.
   T* gates_at(int64_t row, int64_t row_of_chunk) const {
     return keep_ ? args_.saved + (direction_ * layout_.rows + row) * gates_stride_
                  : gates_.get() + (turn_ * chunk_rows_ + row_of_chunk) * gates_stride_;
@@ -207,7 +208,8 @@ class ForwardScan {
     T** gates = gate_rows();
     int64_t count = 0, end = layout_.steps;
     if (ahead_) {
-      // No step takes the first chunk along, so it is small, and those after it grow; but for it all have full tiles.
+      // No step takes the first chunk along: it is as small as can be, and those after it grow to what a chunk holds.
+      // All but the first have full tiles.
       const int64_t least = smaller(chunk_rows_, 2 * kSideRows<G>), odd = end % least;
       const int64_t grown = larger(least, 2 * planned_ / least * least);
       end = smaller(end, s == 0 ? (odd ? odd : least) : s + smaller(chunk_rows_, grown));
@@ -354,55 +356,57 @@ class ForwardScan {
       if (Cell::kHasCell && cells) cells[r] = args_.cells.at(layout_, t, slice_.first + r) + direction_ * hidden_;
     }
     const StepRows at = {gates, outputs, cells, now, next};
-    with_cell(at, [&](const auto& init, const auto& finish) ALWAYS_INLINE_LAMBDA {
-      if (short_) {
-        run_short(rows, at, init, finish);
-      } else {
-        run_product(rows, step_order(layout_.batch_sizes[t], t), at, init, finish);
-      }
-    });
+    const auto init = first_sums(at);
+    const auto finish = cell(at);
+    if (short_) {
+      run_short(rows, at, init, finish);
+    } else {
+      const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(now.operand(r * out_padded_)); };
+      product<G, S>(rows, part_.first, part_.last, step_order(layout_.batch_sizes[t], t), a_row, weights_.hidden.get(),
+                    OneSegment{elements<S>(out_)}, init, finish, tail_, &side_);
+    }
     if (args_.sizes.proj) project(t, rows, next);
   }
 
   int64_t run_plain_steps(int64_t s, int64_t end, T* const* gates, State& now, State& next) {
     const bool with_cells = Cell::kHasCell && args_.cells.data;
     S* output = args_.output.at(layout_, time(s), 0) + direction_ * out_;
-    S* cell = with_cells ? args_.cells.at(layout_, time(s), 0) + direction_ * hidden_ : nullptr;
+    S* cells = with_cells ? args_.cells.at(layout_, time(s), 0) + direction_ * hidden_ : nullptr;
     const int64_t to_next_output = args_.output.to_next(layout_, reverse_);
-    const int64_t to_next_cell = with_cells ? args_.cells.to_next(layout_, reverse_) : 0;
-    StepRows at = {gates, &output, with_cells ? &cell : nullptr, now, next};
-    with_cell(at, [&](const auto& init, const auto& finish) ALWAYS_INLINE_LAMBDA {
-      RowProduct<S, OneSegment> product = {nullptr, weights_.hidden.get(), {elements<S>(out_)}, false};
-      const int64_t first = part_.first, whole = part_.last - tail_;  // blocks
-      for (; s < end; ++s) {
-        product.a = reinterpret_cast<const Element<S>*>(at.now.operand(0));
-        product.backwards = is_backwards(time(s));
-        run_row_blocks<kRowBlocks<G>, G>(product, first, whole, init, finish, &side_);
-        if (tail_)
-          run_tail<G, false, S>(
-              1, whole, step_order(1, time(s)), [&](int64_t) { return product.a; }, product.b, product.segments, init,
-              finish);
-        team_.meet(members_);
-        ++at.gates;
-        output += to_next_output;
-        cell += to_next_cell;
-        std::swap(at.now, at.next);
-      }
-    });
+    const int64_t to_next_cells = with_cells ? args_.cells.to_next(layout_, reverse_) : 0;
+    StepRows at = {gates, &output, with_cells ? &cells : nullptr, now, next};
+    const auto init = first_sums(at);
+    const auto finish = cell(at);
+    RowProduct<S, OneSegment> row = {nullptr, weights_.hidden.get(), {elements<S>(out_)}, false};
+    const UnitBlocks part = part_;
+    const bool tail = tail_;
+    for (; s < end; ++s) {
+      row.a = reinterpret_cast<const Element<S>*>(at.now.operand(0));
+      row.backwards = is_backwards(time(s));
+      row_product<G>(row, part.first, part.last, init, finish, tail, &side_);
+      team_.meet(members_);
+      ++at.gates;
+      output += to_next_output;
+      cells += to_next_cells;
+      std::swap(at.now, at.next);
+    }
     now = at.now;
     next = at.next;
     return s;
   }
 
-  /// Calls run(init, finish), what a product begins with and what becomes of its sums: the cells of a step.
-  template <class Run>
-  ALWAYS_INLINE void with_cell(const StepRows& at, const Run& run) {
-    const auto init = [this, &at](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
+  /// What the sums of a step begin with. Reads `at` anew whenever it is called, as cell() does.
+  auto first_sums(const StepRows& at) const {
+    return [this, &at](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
       const T* from = at.gates[r] + block * kLanes<T>;
       for (int g = 0; g < G; ++g)
         acc[g] = load(g < G - Cell::kSplit ? from + g * padded_ : weights_.split_bias.get() + block * kLanes<T>);
     };
-    const Cellwise finish{[this, &at]<int W>(const Place(&places)[W], const Wide<T, W>* sums) ALWAYS_INLINE_LAMBDA {
+  }
+
+  /// What becomes of the sums of a step: the cell.
+  auto cell(const StepRows& at) {
+    return Cellwise{[this, &at]<int W>(const Place(&places)[W], const Wide<T, W>* sums) ALWAYS_INLINE_LAMBDA {
       using Vs = Wide<T, W>;
       Vs split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
       const int64_t hidden = hidden_, padded = padded_, out_padded = out_padded_;
@@ -442,7 +446,6 @@ class ForwardScan {
         }
       }
     }};
-    run(init, finish);
   }
 
   void run_short(int64_t rows, const StepRows& at, const auto& init, const auto& finish) {
@@ -458,12 +461,6 @@ class ForwardScan {
         finish_cells<1, 1, G>(0, r, block, acc, finish);
       }
     }
-  }
-
-  ALWAYS_INLINE void run_product(int64_t rows, Order order, const StepRows& at, const auto& init, const auto& finish) {
-    const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(at.now.operand(r * out_padded_)); };
-    product<G, S>(rows, part_.first, part_.last, order, a_row, weights_.hidden.get(), OneSegment{elements<S>(out_)},
-                  init, finish, tail_, &side_);
   }
 
   void project(int64_t t, int64_t rows, State next) {

@@ -17,9 +17,9 @@ struct Fetch {
 /// A tile of fewer rows is busy loading what it multiplies.
 constexpr int kFetchingRows = 3;
 
-template <int MR, int NB, int G, bool kStrided, class S, class Stretches>
+template <int MR, int NB, int G, bool kStrided, class S, class AnySegments>
 ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Element<S>* const (&a)[MR],
-                                const Element<S>* b, int64_t block_stride, const Stretches& segments, Fetch fetch) {
+                                const Element<S>* b, int64_t block_stride, const AnySegments& segments, Fetch fetch) {
   using Op = Operand<S>;
   const int64_t stride = kStrided ? segments.stride : 1;
   for (int s = 0; s < segments.count; ++s) {
@@ -74,9 +74,9 @@ constexpr int tile_rows(int vectors) {
   return rows;
 }
 
-template <int MR, int NB, int G, bool kStrided, class S, class Row, class Stretches, class Init, class Finish>
+template <int MR, int NB, int G, bool kStrided, class S, class Row, class AnySegments, class Init, class Finish>
 NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
-                        int64_t block_stride, const Stretches& segments, Fetch fetch, const Init& init,
+                        int64_t block_stride, const AnySegments& segments, Fetch fetch, const Init& init,
                         const Finish& finish) {
   Vec<Compute<S>> acc[MR][NB * G];
   const Element<S>* a[MR];
@@ -96,9 +96,9 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
   finish_tile<MR * NB, NB, G>(first_row, first_block, sums, finish);
 }
 
-template <int MR, int NB, int G, bool kStrided, class S, class Row, class Stretches, class Init, class Finish>
+template <int MR, int NB, int G, bool kStrided, class S, class Row, class AnySegments, class Init, class Finish>
 ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
-                            int64_t block_stride, const Stretches& segments, Fetch fetch, const Init& init,
+                            int64_t block_stride, const AnySegments& segments, Fetch fetch, const Init& init,
                             const Finish& finish) {
   if constexpr (MR > 1) {
     if (rows < MR)
@@ -109,9 +109,9 @@ ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, i
 }
 
 /// The blocks [block, blocks), NB of them at a time, a panel, as far as that goes; returns the first that is left.
-template <int NB, int G, bool kStrided, class S, class Row, class Stretches, class Init, class Finish>
+template <int NB, int G, bool kStrided, class S, class Row, class AnySegments, class Init, class Finish>
 ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bool backwards, const Row& a_row,
-                                 const Element<S>* b, const Stretches& segments, const Init& init,
+                                 const Element<S>* b, const AnySegments& segments, const Init& init,
                                  const Finish& finish) {
   constexpr int kMaxRows = tile_rows(NB * G);
   const int64_t block_stride = segments.size() * G * kLanes<Element<S>>, panels = (blocks - block) / NB;
@@ -148,16 +148,16 @@ constexpr bool has_tail(int64_t gates, int64_t units) {
   return gates > 1 && gates <= 4 && rest > 0 && rest <= kLanes<T> / 4;
 }
 
-template <int G, class S, bool kStrided = false, class Row, class Stretches, class Init, class Finish,
+template <int G, class S, bool kStrided = false, class Row, class AnySegments, class Init, class Finish,
           class Side = NoSideTiles>
 void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row, const Element<S>* b,
-             const Stretches& segments, const Init& init, const Finish& finish, bool tail = false,
+             const AnySegments& segments, const Init& init, const Finish& finish, bool tail = false,
              Side* side = nullptr);
 
 /// The tail, block number `block`: as a product of one gate, whose sums are dealt out to the gates.
-template <int G, bool kStrided, class S, class Row, class Stretches, class Init, class Finish>
+template <int G, bool kStrided, class S, class Row, class AnySegments, class Init, class Finish>
 ALWAYS_INLINE void run_tail(int64_t rows, int64_t block, Order order, const Row& a_row, const Element<S>* b,
-                            const Stretches& segments, const Init& init, const Finish& finish) {
+                            const AnySegments& segments, const Init& init, const Finish& finish) {
   using T = Compute<S>;
   using V = Vec<T>;
   constexpr auto kGates = std::make_integer_sequence<int, G>();
@@ -192,26 +192,38 @@ ALWAYS_INLINE void run_tail(int64_t rows, int64_t block, Order order, const Row&
   }
 }
 
+/// product() of one row.
+template <int G, class S, class AnySegments, class Init, class Finish, class Side>
+ALWAYS_INLINE void row_product(const RowProduct<S, AnySegments>& p, int64_t block, int64_t blocks, const Init& init,
+                               const Finish& finish, bool tail, Side* side) {
+  run_row_blocks<kRowBlocks<G>, G>(p, block, blocks - tail, init, finish, side);
+  if constexpr (G > 1) {
+    if (tail)
+      run_tail<G, false, S>(
+          1, blocks - 1, p.backwards ? Order::kRowBackwards : Order::kRow, [&](int64_t) { return p.a; }, p.b,
+          p.segments, init, finish);
+  }
+}
+
 /// For rows 0..rows-1 and the blocks [block, blocks) of B: acc[G] = init(row, block), acc += A
 /// row . B block, finish(row, block, acc). `tail`: the last of these blocks is one. One row alone takes tiles of `side`
 /// along, as many as there are.
 ///
 /// a_row(row) points at the row's element k = 0. kStrided: segments.stride counts, else it is 1.
-template <int G, class S, bool kStrided, class Row, class Stretches, class Init, class Finish, class Side>
+template <int G, class S, bool kStrided, class Row, class AnySegments, class Init, class Finish, class Side>
 ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
-                           const Element<S>* b, const Stretches& segments, const Init& init, const Finish& finish,
+                           const Element<S>* b, const AnySegments& segments, const Init& init, const Finish& finish,
                            bool tail, Side* side) {
   if (!kStrided && (order == Order::kRow || order == Order::kRowBackwards)) {
-    const RowProduct<S, Stretches> row = {a_row(0), b, segments, order == Order::kRowBackwards};
-    run_row_blocks<kRowBlocks<G>, G>(row, block, blocks - tail, init, finish, side);
-  } else {
-    const bool backwards = order == Order::kRowsBackwards;
-    if constexpr (G == 1) {
-      block = run_blocks<4, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish);
-      block = run_blocks<2, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish);
-    }
-    run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, backwards, a_row, b, segments, init, finish);
+    const RowProduct<S, AnySegments> row = {a_row(0), b, segments, order == Order::kRowBackwards};
+    return row_product<G>(row, block, blocks, init, finish, tail, side);
   }
+  const bool backwards = order == Order::kRowsBackwards;
+  if constexpr (G == 1) {
+    block = run_blocks<4, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish);
+    block = run_blocks<2, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish);
+  }
+  run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, backwards, a_row, b, segments, init, finish);
   if constexpr (G > 1) {
     if (tail) run_tail<G, kStrided, S>(rows, blocks - 1, order, a_row, b, segments, init, finish);
   }

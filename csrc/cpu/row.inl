@@ -25,13 +25,13 @@ ALWAYS_INLINE const E* opaque(const E* p) {
 }
 
 /// A row of A and what it is multiplied with.
-template <class S, class Stretches>
+template <class S, class AnySegments>
 struct RowProduct {
   using Storage = S;
   const Element<S>* a;
   const Element<S>* b;
-  Stretches segments;
-  bool backwards;  // the order
+  AnySegments segments;
+  bool backwards;  // see Order
 
   template <int G>
   int64_t block_stride() const {
@@ -52,17 +52,17 @@ ALWAYS_INLINE void add_up(V (&sets)[KU][N]) {
 /// Few accumulators do not hide the latency of an addition, so k is dealt out over KU sets of them. Backwards means
 /// line by line: only what is read in the reverse of the order before finds all that the cache still has. The sums are
 /// the same with and without a tile beside them.
-template <bool kBackwards, int KU, int NB, int G, class S, class Stretches, class Tile>
+template <bool kBackwards, int KU, int NB, int G, class S, class AnySegments, class Tile>
 ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Element<S>* a, const Element<S>* b,
-                                    int64_t block_stride, const Stretches& segments, Tile& side) {
+                                    int64_t block_stride, const AnySegments& segments, Tile& side) {
   using Op = Operand<S>;
   constexpr bool kSide = !std::is_same_v<Tile, NoSideTile>;
   constexpr int n = kLanes<Element<S>>;
-  constexpr int kAtOnce = 4 > KU ? 4 : KU;
+  constexpr int kAtOnce = int(larger(KU, 4));  // (measured)
   Vec<Compute<S>> part[KU][NB * G] = {};
 #pragma GCC unroll 16
   for (int v = 0; v < NB * G; ++v) part[0][v] = acc[v];
-  const int64_t length = segments.length, whole = length / kAtOnce * kAtOnce;
+  const int64_t length = segments.length, whole = in_units_of<kAtOnce>(length) * kAtOnce;
   for (int i = 0; i < segments.count; ++i) {
     const int s = kBackwards ? segments.count - 1 - i : i;
     const Element<S>* row = a + segments.offset[s];
@@ -99,7 +99,7 @@ ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Elemen
     if (kBackwards) rest();
     if constexpr (kSide) {
       while (done < whole) {
-        const int64_t left = side.left(), both = smaller(whole - done, left / kAtOnce * kAtOnce);
+        const int64_t left = side.left(), both = smaller(whole - done, in_units_of<kAtOnce>(left) * kAtOnce);
         if (left == 0) break;
         walk.template operator()<true>(done + both);
         if (both == 0) side.multiply_add();
@@ -161,10 +161,10 @@ NO_INLINE void run_row_beside(const Product& p, int64_t first_block, const Init&
 template <int Tiles, int NB, int G, class Product, class Init, class Finish, class Side>
 ALWAYS_INLINE void run_row_tiles(const Product& p, int64_t block, int64_t tiles, const Init& init, const Finish& finish,
                                  Side* side) {
-  const int64_t groups = tiles / Tiles;
+  const int64_t groups = in_units_of<Tiles>(tiles);
   const auto rest = [&] {
     if constexpr (Tiles > 1)
-      run_row_tiles<Tiles / 2, NB, G>(p, block + groups * Tiles * NB, tiles % Tiles, init, finish, side);
+      run_row_tiles<Tiles / 2, NB, G>(p, block + groups * Tiles * NB, tiles - groups * Tiles, init, finish, side);
   };
   if (p.backwards) rest();
   for (int64_t i = 0; i < groups; ++i) {
@@ -184,7 +184,7 @@ ALWAYS_INLINE void run_row_tiles(const Product& p, int64_t block, int64_t tiles,
 template <int NB, int G, class Product, class Init, class Finish, class Side>
 ALWAYS_INLINE void run_row_blocks(const Product& p, int64_t block, int64_t blocks, const Init& init,
                                   const Finish& finish, Side* side) {
-  const int64_t tiles = (blocks - block) / NB;
+  const int64_t tiles = in_units_of<NB>(blocks - block);
   // Weights from beyond the first cache come while a cell is run, if it is run for one tile at a time (measured).
   constexpr int64_t kFirstCache = 32 * 1024;
   constexpr int kTiles = kIsCellwise<Finish> && G > 1 ? kMostCells / NB : 1;

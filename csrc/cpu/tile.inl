@@ -3,6 +3,12 @@
 ALWAYS_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 ALWAYS_INLINE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/// How many whole units there are in `count`, which is not negative: the compiler need not ask.
+template <int Unit>
+ALWAYS_INLINE constexpr int64_t in_units_of(int64_t count) {
+  return int64_t(uint64_t(count) / Unit);
+}
+
 /// How a product walks its tiles. Walking every other step's blocks backwards finds what the step before read last
 /// still in the cache. One row alone sums in another order than the same row in a tile and, since its k are walked
 /// backwards too, in yet another backwards: so the caller decides by numbers that do not depend on threads.

@@ -140,7 +140,7 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
       if (!short_) {
         return product<G, S>(
             rows, part_.first, part_.last, step_order(layout_.batch_sizes[t], t), [=](int64_t r) { return inputs[r]; },
-            weights_.hidden.get(), Segments{1, out, {}, 1}, init, finish, tail_, &side_);
+            weights_.hidden.get(), OneSegment{out}, init, finish, tail_, &side_);
       }
       T* dots = hidden_gates_.get();
       for (int64_t r = 0; r < rows; ++r) {
