@@ -187,11 +187,21 @@ class ForwardScan {
       // The fewer rows, the better, but each chunk reads weight_ih again, which costs more where the weights come from
       // beyond the second-level cache (measured).
       constexpr int64_t kFar = 2 << 20;
-      const int64_t depth = elements<S>(args_.sizes.input) + elements<S>(out_);
-      const bool far = G * padded_ * depth * int64_t(sizeof(Element<S>)) >= kFar;
-      return (pipelined() ? 1 : far ? 8 : 2) * kSideRows<G>;
+      return (pipelined() ? 1 : weight_bytes() >= kFar ? 8 : 2) * kSideRows<G>;
     }
     return larger(slice_.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))));
+  }
+
+  /// Rows of the first chunk if all of its tiles are full. No step takes it along, so that it should be small and those
+  /// after it grow to chunk_rows_; but not where even the third-level cache has no room for the weights that more
+  /// chunks would read again (measured).
+  int64_t first_chunk_rows() const {
+    constexpr int64_t kFarther = 16 << 20;
+    return weight_bytes() >= kFarther ? chunk_rows_ : smaller(chunk_rows_, 2 * kSideRows<G>);
+  }
+
+  int64_t weight_bytes() const {
+    return G * padded_ * (elements<S>(args_.sizes.input) + elements<S>(out_)) * int64_t(sizeof(Element<S>));
   }
 
   /// Where the input gates of a row go: number `row` of the layout where they are kept, else `row_of_chunk` of the
@@ -208,9 +218,8 @@ class ForwardScan {
     T** gates = gate_rows();
     int64_t count = 0, end = layout_.steps;
     if (ahead_) {
-      // No step takes the first chunk along: it is as small as can be, and those after it grow to what a chunk holds.
-      // All but the first have full tiles.
-      const int64_t least = smaller(chunk_rows_, 2 * kSideRows<G>), odd = end % least;
+      // What is odd comes first: all other chunks have full tiles.
+      const int64_t least = first_chunk_rows(), odd = end % least;
       const int64_t grown = larger(least, 2 * planned_ / least * least);
       end = smaller(end, s == 0 ? (odd ? odd : least) : s + smaller(chunk_rows_, grown));
     } else if (args_.progress) {
