@@ -402,9 +402,8 @@ class BackwardScan {
     const auto init = first_sum(first);
     Segments segments = hidden_segments_;
     if (!chained) segments.count = 0;
-    const bool carried = Cell::kDirectCarry || !chained;
-    const auto whole_dh = [this, carried](int64_t r, int64_t unit, V sum) ALWAYS_INLINE_LAMBDA {
-      return this->whole_dh(r, unit, cut_.get()[r] ? V{} : sum, carried);
+    const auto whole_dh = [this, chained](int64_t r, int64_t unit, V sum) ALWAYS_INLINE_LAMBDA {
+      return this->whole_dh(r, unit, cut_.get()[r] ? V{} : sum, Cell::kDirectCarry || !chained);
     };
     const int64_t proj = args_.sizes.proj;
     if (proj == 0) {
@@ -415,7 +414,7 @@ class BackwardScan {
 #pragma GCC unroll 8
                       for (int w = 0; w < W; ++w)
                         dh.part[w] = whole_dh(first + at[w].row, at[w].block * kLanes<T>, sums->part[w]);
-                      backward_cells(first, at, dh);
+                      this->backward_cells(first, at, dh);
                     }});
       return;
     }

@@ -169,4 +169,6 @@ void SideTiles<S, R>::finish() {
 
 /// No tiles beside another product's.
 struct NoSideTiles {};
-struct NoSideTile {};
+struct NoSideTile {
+  static void multiply_add() {}  // never called, but clang looks it up
+};
