@@ -145,9 +145,9 @@ void zero_past_end(const cpu::Sequence<T>& sequence, const cpu::Layout& layout, 
   for (int64_t j = 0; j < layout.batch; ++j) {
     while (end > 0 && layout.batch_sizes[end - 1] <= j) --end;
     if (sequence.step == features) {
-      std::fill_n(sequence.at(layout, end, j), (layout.steps - end) * features, T(0));
+      std::fill_n(sequence.at(layout, end, j), (layout.steps - end) * features, T{});
     } else {
-      for (int64_t t = end; t < layout.steps; ++t) std::fill_n(sequence.at(layout, t, j), features, T(0));
+      for (int64_t t = end; t < layout.steps; ++t) std::fill_n(sequence.at(layout, t, j), features, T{});
     }
   }
 }
