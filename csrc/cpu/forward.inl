@@ -174,8 +174,7 @@ class ForwardScan {
   bool projects_ahead() const {
     // Bytes of the recurrent weights (measured).
     constexpr int64_t kWorthwhile = (RNN_EXT_VECTOR_REGISTERS < 32 ? 16 : 12) * 1024;
-    const int64_t weights = G * elements<S>(out_) * padded_ * int64_t(sizeof(Element<S>));
-    return kTakesAlong && !short_ && weights >= kWorthwhile && args_.sizes.input > 0 && layout_.batch == 1 &&
+    return kTakesAlong && !short_ && weight_bytes(out_) >= kWorthwhile && args_.sizes.input > 0 && layout_.batch == 1 &&
            layout_.rows == layout_.steps && (fill_up() || args_.input.to_next(layout_, reverse_) % kPack<S> == 0);
   }
 
@@ -200,9 +199,11 @@ class ForwardScan {
     return weight_bytes() >= kFarther ? chunk_rows_ : smaller(chunk_rows_, 2 * kSideRows<G>);
   }
 
-  int64_t weight_bytes() const {
-    return G * padded_ * (elements<S>(args_.sizes.input) + elements<S>(out_)) * int64_t(sizeof(Element<S>));
+  /// Of the weights of so many columns, packed; of weight_ih and weight_hh.
+  int64_t weight_bytes(int64_t columns) const {
+    return G * padded_ * elements<S>(columns) * int64_t(sizeof(Element<S>));
   }
+  int64_t weight_bytes() const { return weight_bytes(args_.sizes.input) + weight_bytes(out_); }
 
   /// Where the input gates of a row go: number `row` of the layout where they are kept, else `row_of_chunk` of the
   /// chunk.
