@@ -24,7 +24,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 NVCC = runpy.run_path(str(ROOT / "rnn_ext" / "_nvcc.py"))
-CXX_FLAGS = ["-O3", "-std=c++20", "-g0", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 CUDA_ARCHS = "80;90"  # 8.6 and 8.9 run the code of 8.0; what comes after 9.0 compiles its PTX when it is loaded
 
@@ -90,7 +90,7 @@ def cuda_link_args(nvcc: str) -> list[str]:
 def openmp_link_args(torch_lib: Path) -> list[str]:
     # torch's wheels bring their own libgomp. Linking that very file, whatever its soname, keeps one OpenMP runtime and
     # one thread pool in the process.
-    return [str(path) for path in sorted(torch_lib.glob("libgomp*.so*"))[:1]] or ["-fopenmp"]
+    return [str(path) for path in sorted(torch_lib.glob("libgomp*.so*"))[:1]] or ["-lgomp"]
 
 
 class BuildPy(build_py):

@@ -159,7 +159,7 @@ def test_find_cxx(setup_py, monkeypatch, tmp_path):
 
 
 def test_openmp_is_torchs_own_where_it_brings_one(setup_py, tmp_path):
-    assert setup_py.openmp_link_args(tmp_path) == ["-fopenmp"]
+    assert setup_py.openmp_link_args(tmp_path) == ["-lgomp"]
     (tmp_path / "libgomp-1234.so.1").touch()
     assert setup_py.openmp_link_args(tmp_path) == [str(tmp_path / "libgomp-1234.so.1")]
 

@@ -19,7 +19,6 @@ SOURCES = sorted(path for folder in ("cpu", "ops") for path in (ROOT / "csrc" / 
 @pytest.mark.skipif(not CLANG, reason="there is no clang++")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_clang(source):
-    """Compiles; a library that clang++ has linked needs libomp besides, to load."""
     libraries = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
     command = [CLANG[0], "-std=c++20", "-fsyntax-only", f"-I{ROOT / 'csrc'}", *libraries, "-DTORCH_EXTENSION_NAME=_C"]
     done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)

@@ -250,33 +250,40 @@ def test_spawned_process():
 
 COUNTED = """
 import os, torch
+import rnn_ext
 from test_threads import LARGE
 from util import build, gradients, run
 
-def count():
-    return len(os.listdir("/proc/self/task"))
+def threads():
+    return sorted(os.listdir("/proc/self/task"))
+
+def work():
+    gradients(run, problem)
+    stack(steps)
 
 problem = build(LARGE).to(torch.float32)
+stack, steps = rnn_ext.LSTM(64, 64, 2).requires_grad_(False), torch.randn(256, 1, 64)  # a team of two: its layers
 torch.set_num_threads(1)
-gradients(run, problem)
-alone = count()
+work()
+alone = threads()
 for _ in range(3):
-    gradients(run, problem)
-assert count() == alone, (alone, count())
-torch.set_num_threads(2)
+    work()
+assert threads() == alone, (alone, threads())
+torch.set_num_threads(THREADS)
 torch.randn(2_000_000).exp_()
 torch.randn(700, 700) @ torch.randn(700, 700)
-pool = count()
+pool = threads()
 for _ in range(3):
-    gradients(run, problem)
-assert count() == pool, (pool, count())
+    work()
+assert threads() == pool, (pool, threads())
 print("well")
 """
 
 
-def test_no_threads_beside_torchs():
-    """With one thread none is made; with two it is torch's own pool that works, and nothing is left behind."""
-    assert script(COUNTED, OMP_NUM_THREADS="1") == "well\n"
+@pytest.mark.parametrize("threads", [2, 4])
+def test_no_threads_beside_torchs(threads):
+    """With one thread none is made; with several it is torch's own pool that works, and that pool stays as it is."""
+    assert script(COUNTED.replace("THREADS", str(threads)), OMP_NUM_THREADS="1") == "well\n"
 
 
 UNDISTURBED = """

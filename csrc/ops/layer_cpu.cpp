@@ -1,7 +1,6 @@
 // The layer op on the CPU: hands tensors to csrc/cpu. float16, and bfloat16 where the processor does not multiply it,
 // is converted to float32 and back.
 #include <ATen/Parallel.h>
-#include <omp.h>
 #include <pthread.h>
 #include <torch/library.h>
 
@@ -9,12 +8,19 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
+#include <exception>
 
 #include "cpu/subnormal.h"
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
 #include "ops/stack.h"
 #include "ops/workspace.h"
+
+extern "C" {  // of libgomp, or of the OpenMP runtime that torch has in its place
+void GOMP_parallel(void (*fn)(void*), void* context, unsigned threads, unsigned flags);
+int omp_get_thread_num() noexcept;
+int omp_get_num_threads() noexcept;
+}
 
 namespace rnn_ext::ops {
 namespace {
@@ -23,29 +29,42 @@ namespace {
 std::atomic<bool> forked{false};
 const int watch_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
+/// Calls fn(thread, threads) on every thread of torch's pool: libgomp ends those that a smaller team leaves out, and
+/// starts others in their place when they are wanted again. It is called by name because clang turns `#pragma omp` into
+/// calls of a runtime of its own, which would be the second in the process.
+template <class Fn>
+void on_all_threads(const Fn& fn) {
+  const cpu::FlushSubnormals::Not not_while_threads_start;
+  GOMP_parallel(
+      [](void* context) noexcept {
+        const cpu::FlushSubnormals flush;
+        (*static_cast<const Fn*>(context))(omp_get_thread_num(), omp_get_num_threads());
+      },
+      const_cast<void*>(static_cast<const void*>(&fn)), 0, 0);
+}
+
 cpu::Executor executor() {
   cpu::Executor executor;
   executor.threads = forked || at::in_parallel_region() ? 1 : at::get_num_threads();
   // Tasks are not equally long, so a thread takes the next one when it is free.
   executor.run = [](int64_t tasks, void (*fn)(void*, int64_t), void* context) {
     std::atomic<int64_t> next{0};
-    const cpu::FlushSubnormals::Not not_while_threads_start;
-    at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
-      const cpu::FlushSubnormals flush;
-      for (; begin < end; ++begin) {
+    std::atomic_flag failed;
+    std::exception_ptr error;
+    on_all_threads([&](int, int) {
+      try {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(context, i);
+      } catch (...) {
+        if (!failed.test_and_set()) error = std::current_exception();
       }
     });
+    if (error) std::rethrow_exception(error);
   };
-  // at::parallel_for may give one thread several tasks, one after the other: threads that wait for each other need a
-  // region of their own, in the same pool.
-  executor.run_team = [](int threads, void (*fn)(void*, int, int), void* context) {
-    const cpu::FlushSubnormals::Not not_while_threads_start;
-#pragma omp parallel num_threads(threads)
-    {
-      const cpu::FlushSubnormals flush;
-      fn(context, omp_get_thread_num(), omp_get_num_threads());
-    }
+  executor.run_team = [](int wanted, void (*fn)(void*, int, int), void* context) {
+    on_all_threads([&](int thread, int threads) {
+      threads = std::min(wanted, threads);
+      if (thread < threads) fn(context, thread, threads);
+    });
   };
   return executor;
 }
