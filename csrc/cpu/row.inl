@@ -59,6 +59,8 @@ ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Elemen
   constexpr bool kSide = !std::is_same_v<Tile, NoSideTile>;
   constexpr int n = kLanes<Element<S>>;
   constexpr int kAtOnce = int(larger(KU, 4));  // (measured)
+  // Where each x is multiplied often, its load does not count (measured: nothing, or a little slower).
+  constexpr bool kSpread = kSpreads<S> && Tile::kLoadsAreShort && NB * G <= 4;
   Vec<Compute<S>> part[KU][NB * G] = {};
 #pragma GCC unroll 16
   for (int v = 0; v < NB * G; ++v) part[0][v] = acc[v];
@@ -82,17 +84,21 @@ ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Elemen
         const Element<S>*x_k = row + k, *w_k[NB] = {w + k * G * n};
 #pragma GCC unroll 4
         for (int v = 1; v < NB; ++v) w_k[v] = opaque(w_k[v - 1] + block_stride);
+#pragma GCC unroll 2
+        for (int first = 0; first < kAtOnce; first += 4) {
+          const int from = kBackwards ? kAtOnce - 4 - first : first;
+          const Four<S, kSpread> x(x_k + from);
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) {
+            const int of_four = kBackwards ? 3 - i : i, u = from + of_four;
 #pragma GCC unroll 16
-        for (int i = 0; i < kAtOnce; ++i) {
-          const int u = kBackwards ? kAtOnce - 1 - i : i;
-          const auto x = Op::broadcast(x_k[u]);
-#pragma GCC unroll 16
-          for (int j = 0; j < NB * G; ++j) {
-            const int v = kBackwards ? NB * G - 1 - j : j;
-            auto& sum = part[u % KU][v];
-            sum = Op::multiply_add(x, Op::load(w_k[v / G] + (u * G + v % G) * n), sum);
+            for (int j = 0; j < NB * G; ++j) {
+              const int v = kBackwards ? NB * G - 1 - j : j;
+              auto& sum = part[u % KU][v];
+              sum = Op::multiply_add(x[of_four], Op::load(w_k[v / G] + (u * G + v % G) * n), sum);
+            }
+            if constexpr (kWithSide) side.multiply_add();
           }
-          if constexpr (kWithSide) side.multiply_add();
         }
       }
     };

@@ -63,6 +63,8 @@ class SideTile {
   using Op = Operand<S>;
 
  public:
+  static constexpr bool kLoadsAreShort = Vectors == 1;  // see kMostVectors
+
   explicit SideTile(SideTiles<S, R>& tiles) : tiles_(tiles) {}
 
   /// The k that can be multiplied before pass(): 0 if there is no tile left.
@@ -170,5 +172,6 @@ void SideTiles<S, R>::finish() {
 /// No tiles beside another product's.
 struct NoSideTiles {};
 struct NoSideTile {
+  static constexpr bool kLoadsAreShort = true;
   static void multiply_add() {}  // never called, but clang looks it up
 };

@@ -177,6 +177,56 @@ ALWAYS_INLINE void store_pairs(Pair* to, const From* low, const From* high, int6
 }
 #endif
 
+/// Four elements that follow each other, each of which can be had in all lanes.
+template <class S, bool kSpread>
+class Four {
+ public:
+  explicit ALWAYS_INLINE Four(const Element<S>* p) : p_(p) {}
+  ALWAYS_INLINE auto operator[](int i) const { return Operand<S>::broadcast(p_[i]); }
+
+ private:
+  const Element<S>* p_;
+};
+
+/// Whether there is a Four<S, true>, which is loaded at once and spread over the lanes by shuffles. A product that
+/// needs a load for each of its multiply-adds anyway waits for loads, if these have no more slots than those.
+#if RNN_EXT_VECTOR_BYTES < 32
+template <class S>
+constexpr bool kSpreads = false;
+#else
+template <class S>
+constexpr bool kSpreads = sizeof(Element<S>) == 4;
+
+template <class S>
+class Four<S, true> {
+ public:
+#if RNN_EXT_VECTOR_BYTES == 64
+  explicit ALWAYS_INLINE Four(const Element<S>* p)
+      : all_(_mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(p)))) {}
+#define RNN_EXT_SPREAD(i) typename Operand<S>::Lanes(_mm512_permute_ps(all_, i * 0x55))
+#else
+  explicit ALWAYS_INLINE Four(const Element<S>* p) : all_(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))) {}
+#define RNN_EXT_SPREAD(i) typename Operand<S>::Lanes(_mm256_permute_ps(all_, i * 0x55))
+#endif
+  ALWAYS_INLINE auto operator[](int i) const {
+    switch (i) {  // the shuffle's number must be a constant, whether or not the compiler unrolls loops
+      case 0:
+        return RNN_EXT_SPREAD(0);
+      case 1:
+        return RNN_EXT_SPREAD(1);
+      case 2:
+        return RNN_EXT_SPREAD(2);
+      default:
+        return RNN_EXT_SPREAD(3);
+    }
+  }
+#undef RNN_EXT_SPREAD
+
+ private:
+  const Vec<float> all_;
+};
+#endif
+
 /// store, of a row of which `count` numbers are left and which goes into a product. Where a number and its neighbour
 /// make one element, the one past the last has a weight of zero, but must be finite all the same.
 template <class S>
