@@ -80,6 +80,8 @@ struct BackwardWeights {
 struct Chunk {
   int64_t first = 0, last = 0;
   int64_t row = 0, rows = 0;
+
+  bool has(int64_t t) const { return t >= first && t < last; }
 };
 
 /// The chunks of one direction, in the order backward walks them. They do not depend on the number of threads.
@@ -118,26 +120,41 @@ int64_t spread(int64_t width) {
   return width / kLine % 2 == 0 ? width + kLine : width;
 }
 
-/// The gradients a chunk's scan leaves for the products after it; two in turn, since a chunk's first step reads the
-/// last one's of the chunk before.
+/// The gradients a chunk's scan leaves for the products after it. The next chunk's take their place in the cache, but
+/// for those of the last step, which its first step reads.
 template <class Cell, class S>
 struct ChunkGrads {
   ChunkGrads(const Sizes& s, const Layout& layout)
       : stride(spread<S>(Cell::kGradGates * s.padded())),
         proj_stride(s.proj ? spread<S>(Sizes::padded(s.proj)) : 0),
         gates(Chunks::capacity(layout) * stride),
+        last_step(layout.batch * stride),
         proj(Chunks::capacity(layout) * proj_stride),
         paired_gates(kPack<S> > 1 ? elements<S>(Chunks::capacity(layout)) * stride : 0),
         paired_proj(kPack<S> > 1 ? elements<S>(Chunks::capacity(layout)) * proj_stride : 0) {}
   int64_t stride, proj_stride;
-  Buffer<S> gates;  // [chunk rows, gate gradients, padded H]
-  Buffer<S> proj;   // [chunk rows, padded P]: gradient of the projected output
+  Buffer<S> gates;      // [chunk rows, gate gradients, padded H]
+  Buffer<S> last_step;  // [batch, gate gradients, padded H], of the chunk before
+  Buffer<S> proj;       // [chunk rows, padded P]: gradient of the projected output
   // The same as elements along the rows, where these are not the numbers themselves.
   Buffer<Element<S>> paired_gates, paired_proj;
   Chunk chunk;
 
+  /// Goes on to the next chunk; false if there is none.
+  bool next(Chunks& chunks, const Layout& layout, bool reverse) {
+    const Chunk before = chunk;
+    if (!chunks.next(&chunk)) return false;
+    if (before.rows > 0) {
+      const int64_t t = reverse ? before.last - 1 : before.first, rows = layout.batch_sizes[t];
+      std::memcpy(static_cast<void*>(last_step.get()), gates.get() + (layout.offsets[t] - before.row) * stride,
+                  size_t(rows * stride) * sizeof(S));
+    }
+    return true;
+  }
+
+  /// Step t is one of the chunk, or the last of the chunk before.
   S* gates_at(const Layout& layout, int64_t t, int64_t j) const {
-    return gates.get() + (layout.offsets[t] + j - chunk.row) * stride;
+    return chunk.has(t) ? gates.get() + (layout.offsets[t] + j - chunk.row) * stride : last_step.get() + j * stride;
   }
   S* proj_at(const Layout& layout, int64_t t, int64_t j) const {
     return proj.get() + (layout.offsets[t] + j - chunk.row) * proj_stride;
@@ -190,6 +207,7 @@ class BackwardScan {
         direction_(direction),
         reverse_(direction == 1),
         slice_(slice),
+        alone_(members == 1),
         hidden_part_(part_of<T>(args.sizes.hidden, args.layout, member, members)),
         out_part_(part_of<T>(args.sizes.output(), args.layout, member, members)),
         hidden_(args.sizes.hidden),
@@ -225,10 +243,8 @@ class BackwardScan {
       read_states(c_0_.get(), padded_, args_.c_0 + states * hidden_, hidden_, layout_, slice_);
   }
 
-  /// The steps of `now`'s chunk, for some members of a team of which `threads` threads run a share each; `before` holds
-  /// the chunk walked before it, if any.
-  static void run(BackwardScan* const* scans, int count, const ChunkGrads<Cell, S>& now,
-                  const ChunkGrads<Cell, S>& before, Team& team, int threads) {
+  /// The steps of `now`'s chunk, for some members of a team of which `threads` threads run a share each.
+  static void run(BackwardScan* const* scans, int count, const ChunkGrads<Cell, S>& now, Team& team, int threads) {
     const BackwardScan& any = *scans[0];
     const int64_t steps = now.chunk.last - now.chunk.first;
     for (int64_t s = 0; s < steps; ++s) {
@@ -244,7 +260,7 @@ class BackwardScan {
       }
       const int64_t rows = any.slice_.active(any.layout_, t);
       if (rows == 0) continue;
-      for (int i = 0; i < count; ++i) scans[i]->run_step(t, rows, now, s == 0 ? before : now);
+      for (int i = 0; i < count; ++i) scans[i]->run_step(t, rows, now);
       team.meet(threads);
       for (int i = 0; i < count; ++i) scans[i]->leave(t, rows);
     }
@@ -261,17 +277,18 @@ class BackwardScan {
   }
 
  private:
-  void run_step(int64_t t, int64_t rows, const ChunkGrads<Cell, S>& now, const ChunkGrads<Cell, S>& chained_to) {
+  void run_step(int64_t t, int64_t rows, const ChunkGrads<Cell, S>& now) {
     now_ = &now;
     const int64_t after = reverse_ ? t - 1 : t + 1;  // the step this direction ran next
     const bool last = reverse_ ? t == 0 : after == layout_.steps;
     const int64_t chained = last ? 0 : smaller(rows, slice_.active(layout_, after));
     prepare(t, rows, after, chained);
     if constexpr (cells::kIsVariant<Cell>) {
-      variant_step(t, 0, chained, after, &chained_to);
-      variant_step(t, chained, rows, after, nullptr);
+      variant_step(t, 0, chained, after, true);
+      variant_step(t, chained, rows, after, false);
     } else {
-      place(t, rows, after, chained, chained_to);
+      place(t, rows, after, chained);
+      ahead_ = rows >= kFetchingRows ? saved_ahead(t) : Ahead();
       const Order order = step_order(layout_.batch_sizes[t], t);
       if (chained > 0) step(0, chained, order, true);
       if (chained < rows) step(chained, rows, order, false);
@@ -314,6 +331,13 @@ class BackwardScan {
       row_product<1>(row, part.first, part.last, init, finish, false, static_cast<NoSideTiles*>(nullptr));
       team.meet(threads);
     }
+  }
+
+  /// What forward left for the step that is next.
+  Ahead saved_ahead(int64_t t) const {
+    const int64_t next = reverse_ ? t + 1 : t - 1;
+    if (Cell::kSaved == 0 || !alone_ || next < 0 || next >= layout_.steps) return {};
+    return {saved(next, 0), slice_.active(layout_, next) * saved_stride_ * int64_t(sizeof(T))};
   }
 
   /// What the recurrent product's sums begin with. What forward left for the cell, where it is too much to be in the
@@ -376,12 +400,12 @@ class BackwardScan {
   }
 
   /// Where step t's rows find what their cells need, and where their gate gradients go.
-  void place(int64_t t, int64_t rows, int64_t after, int64_t chained, const ChunkGrads<Cell, S>& chained_to) {
+  void place(int64_t t, int64_t rows, int64_t after, int64_t chained) {
     const int64_t first = slice_.first;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t j = first + r;
       gate_rows_.get()[r] = gate_grads(t, r);
-      if (r < chained) after_rows_.get()[r] = chained_to.gates_at(layout_, after, j);
+      if (r < chained) after_rows_.get()[r] = gate_grads(after, r);
       if constexpr (Cell::kSaved > 0) {
         saved_rows_.get()[r] = saved(t, r);
       } else {
@@ -415,7 +439,8 @@ class BackwardScan {
                       for (int w = 0; w < W; ++w)
                         dh.part[w] = whole_dh(first + at[w].row, at[w].block * kLanes<T>, sums->part[w]);
                       this->backward_cells(first, at, dh);
-                    }});
+                    }},
+                    false, static_cast<NoSideTiles*>(nullptr), ahead_);
       return;
     }
     if constexpr (Cell::kHasCell) {  // only such cells can be projected
@@ -434,7 +459,7 @@ class BackwardScan {
     }
   }
 
-  void variant_step(int64_t t, int64_t first, int64_t last, int64_t after, const ChunkGrads<Cell, S>* grads);
+  void variant_step(int64_t t, int64_t first, int64_t last, int64_t after, bool chained);
   void variant_cell(int64_t t, int64_t r, const T* dh);
   template <class GateGrads>
   void add_recurrent(int64_t first, int64_t last, Order order, const GateGrads& gate_grads);
@@ -479,7 +504,8 @@ class BackwardScan {
   static constexpr int64_t kFarBytes = 2 << 20;
   ALWAYS_INLINE void prefetch_cell(int64_t r, int64_t unit) const {
     if constexpr (Cell::kSaved > 0) {
-      for (int i = 0; i < Cell::kSaved; ++i) __builtin_prefetch(saved_rows_.get()[r] + i * padded_ + unit);
+      for (int i = 0; i < Cell::kSaved && ahead_.bytes == 0; ++i)
+        __builtin_prefetch(saved_rows_.get()[r] + i * padded_ + unit);
     } else {
       __builtin_prefetch(h_rows_.get()[r] + unit);
     }
@@ -522,9 +548,11 @@ class BackwardScan {
   const Layout& layout_;
   const BackwardWeights<Cell, S>& weights_;
   const ChunkGrads<Cell, S>* now_ = nullptr;
+  Ahead ahead_;
   const int direction_;
   const bool reverse_;
   const Slice slice_;
+  const bool alone_;                         // no other member has a share of the hidden units
   const UnitBlocks hidden_part_, out_part_;  // this member's
   const int64_t hidden_, padded_, out_, out_padded_, saved_stride_;
   Segments hidden_segments_;

@@ -25,6 +25,7 @@ void input_gradient(const BackwardArgs<S>& args, const BackwardWeights<Cell, S>&
   p.segments.length = elements<S>(args.sizes.hidden);
   for (int g = 0; g < Cell::kGates; ++g) p.segments.offset[g] = Cell::ih_slot(g) * args.sizes.padded() / kPack<S>;
   p.accumulate = accumulate;
+  p.fetch_c = true;
   plain_product(p);
 }
 
@@ -155,11 +156,11 @@ class BackwardPass {
         direction_(direction),
         weights_(args.weights[direction], args.sizes, args.grad_input.data != nullptr),
         chunks_(args.layout, direction == 1),
-        grads_{{args.sizes, args.layout}, {args.sizes, args.layout}},
+        grads_(args.sizes, args.layout),
         scans_(slices * members),
         slices_(slices),
         members_(members),
-        bias_sum_(grads_[0].stride, true) {
+        bias_sum_(grads_.stride, true) {
     for (int64_t i = 0; i < slices * members; ++i) {
       const Slice slice = slice_of(args.layout, i / members, slices);
       scans_.get()[i] = new BackwardScan<Cell, S>(args, weights_, direction, slice, int(i % members), members);
@@ -177,27 +178,26 @@ class BackwardPass {
   }
 
   bool next_chunk() {
-    turn_ ^= 1;
     ++count_;
-    return chunks_.next(&grads_[turn_].chunk);
+    return grads_.next(chunks_, args_.layout, direction_ == 1);
   }
 
   void scan(int64_t slice) {
     Team alone;
-    BackwardScan<Cell, S>::run(scans_.get() + slice * members_, members_, grads_[turn_], grads_[turn_ ^ 1], alone, 1);
+    BackwardScan<Cell, S>::run(scans_.get() + slice * members_, members_, grads_, alone, 1);
   }
 
   /// The share of one of several threads in the only slice.
   void scan_share(int thread, int threads) {
     const int first = members_ * thread / threads, last = members_ * (thread + 1) / threads;
-    BackwardScan<Cell, S>::run(scans_.get() + first, last - first, grads_[turn_], grads_[turn_ ^ 1], team_, threads);
+    BackwardScan<Cell, S>::run(scans_.get() + first, last - first, grads_, team_, threads);
   }
 
   /// After the scans, before the products.
-  void pair() { grads_[turn_].pair(); }
+  void pair() { grads_.pair(); }
 
   int64_t product_tasks() const {
-    const int64_t input = args_.grad_input.data ? (grads_[turn_].chunk.rows + kInputRows - 1) / kInputRows : 0;
+    const int64_t input = args_.grad_input.data ? (grads_.chunk.rows + kInputRows - 1) / kInputRows : 0;
     return tasks_[0] + tasks_[1] + tasks_[2] + tasks_[3] + input;
   }
 
@@ -206,14 +206,14 @@ class BackwardPass {
     for (int part = 0; part < 4; ++part) {
       if (task < tasks_[part]) {
         const int64_t first = task * kColumns;
-        return weight_task<Cell>(args_, grads_[turn_], direction_, Part(part), first,
-                                 smaller(kColumns, widths[part] - first), count_ > 1, bias_sum_.get());
+        return weight_task<Cell>(args_, grads_, direction_, Part(part), first, smaller(kColumns, widths[part] - first),
+                                 count_ > 1, bias_sum_.get());
       }
       task -= tasks_[part];
     }
     const int64_t first = task * kInputRows;
-    input_gradient<Cell>(args_, weights_, grads_[turn_], input_apart, accumulate_input, first,
-                         smaller(grads_[turn_].chunk.rows, first + kInputRows));
+    input_gradient<Cell>(args_, weights_, grads_, input_apart, accumulate_input, first,
+                         smaller(grads_.chunk.rows, first + kInputRows));
   }
 
   void finish() {
@@ -244,14 +244,13 @@ class BackwardPass {
   const int direction_;
   const BackwardWeights<Cell, S> weights_;
   Chunks chunks_;
-  ChunkGrads<Cell, S> grads_[2];
+  ChunkGrads<Cell, S> grads_;
   Buffer<BackwardScan<Cell, S>*> scans_;
   const int64_t slices_;
   const int members_;
   Team team_;
   Buffer<T> bias_sum_;  // [gate gradients, padded H]
   int64_t tasks_[4];    // weight_ih, weight_hh, weight_hr, biases
-  int turn_ = 0;
   int64_t count_ = 0;
 };
 

@@ -93,6 +93,7 @@ class ForwardScan {
     project_inputs();
     for (int64_t s = 0, next_end = 0; s < steps; end = next_end) {
       T* const* gates = gate_rows();
+      chunk_steps_ = end - s;
       if (ahead_) {
         next_end = plan_chunk(end);
         if constexpr (kTakesAlong) start_ahead();
@@ -328,6 +329,7 @@ class ForwardScan {
     p.b = weights_.input.get();
     p.segments.length = elements<S>(args_.sizes.input);
     p.bias = bias;
+    p.fetch_c = keep_;
     if (members_ == 1 && !tail_) return plain_product(p);
     for (int g = 0; g < G; ++g) {
       const UnitBlocks blocks = projected_blocks(g);
@@ -366,16 +368,28 @@ class ForwardScan {
       if (Cell::kHasCell && cells) cells[r] = args_.cells.at(layout_, t, slice_.first + r) + direction_ * hidden_;
     }
     const StepRows at = {gates, outputs, cells, now, next};
-    const auto init = first_sums(at);
+    const auto sums = first_sums(at);
+    const auto init = [&](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
+      __builtin_prefetch(outputs[r] + block * kLanes<T>, 1);
+      sums(r, block, acc);
+    };
     const auto finish = cell(at);
     if (short_) {
       run_short(rows, at, init, finish);
     } else {
       const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(now.operand(r * out_padded_)); };
       product<G, S>(rows, part_.first, part_.last, step_order(layout_.batch_sizes[t], t), a_row, weights_.hidden.get(),
-                    OneSegment{elements<S>(out_)}, init, finish, tail_, &side_);
+                    OneSegment{elements<S>(out_)}, init, finish, tail_, &side_, gates_ahead(t));
     }
     if (args_.sizes.proj) project(t, rows, next);
+  }
+
+  /// Where the input gates of the step go that is as far ahead as the next chunk, if they are kept.
+  Ahead gates_ahead(int64_t t) const {
+    const int64_t later = reverse_ ? t - chunk_steps_ : t + chunk_steps_;
+    if (!keep_ || members_ > 1 || later < 0 || later >= layout_.steps) return {};
+    return {gates_at(layout_.offsets[later] + slice_.first, 0),
+            slice_.active(layout_, later) * gates_stride_ * int64_t(sizeof(T))};
   }
 
   int64_t run_plain_steps(int64_t s, int64_t end, T* const* gates, State& now, State& next) {
@@ -532,6 +546,7 @@ class ForwardScan {
   Buffer<S*> output_rows_;       // [slice], where a step goes
   Buffer<S*> cell_rows_;         // [slice], where its cell states go, if anywhere
   int64_t planned_ = 0;          // rows of the chunk that the input gates are computed of
+  int64_t chunk_steps_ = 0;      // of the chunk whose steps run
   int turn_ = 0;                 // of two such chunks
   bool started_ = false;         // of which side_ is in charge
   Side side_;

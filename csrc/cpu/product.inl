@@ -8,10 +8,19 @@
 /// fetched.
 constexpr int64_t kAhead = 24;
 
-/// What a tile fetches for later: a line with each k.
+/// What a tile fetches for later: a line, or part of one, with each k.
 struct Fetch {
   const char* at;
   int64_t step;  // 0: the same line again and again, which costs nothing that could be measured on a Xeon
+};
+
+/// Memory that the next steps want: it comes to the second-level cache while a product multiplies. None, where it would
+/// push out what the product itself has there (measured).
+struct Ahead {
+  Ahead() = default;
+  Ahead(const void* at, int64_t bytes) : at(static_cast<const char*>(at)), bytes(bytes <= 384 * 1024 ? bytes : 0) {}
+  const char* at = nullptr;
+  int64_t bytes = 0;
 };
 
 /// A tile of fewer rows is busy loading what it multiplies.
@@ -108,11 +117,12 @@ ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, i
   run_tile<MR, NB, G, kStrided, S>(a_row, first_row, first_block, b, block_stride, segments, fetch, init, finish);
 }
 
-/// The blocks [block, blocks), NB of them at a time, a panel, as far as that goes; returns the first that is left.
+/// The blocks [block, blocks), NB of them at a time, a panel, as far as that goes; returns the first that is left. The
+/// first call that has a panel fetches what is `ahead`.
 template <int NB, int G, bool kStrided, class S, class Row, class AnySegments, class Init, class Finish>
 ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bool backwards, const Row& a_row,
                                  const Element<S>* b, const AnySegments& segments, const Init& init,
-                                 const Finish& finish) {
+                                 const Finish& finish, Ahead& ahead) {
   constexpr int kMaxRows = tile_rows(NB * G);
   const int64_t block_stride = segments.size() * G * kLanes<Element<S>>, panels = (blocks - block) / NB;
   const int64_t bytes = NB * block_stride * int64_t(sizeof(Element<S>));
@@ -120,21 +130,27 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
   // first tile: while a panel is multiplied, its first tiles fetch the next (those of too few rows in name only).
   constexpr int64_t kFar = 768 * 1024;
   const bool far = panels * bytes > kFar && tuning().fetch_panels;
+  const int64_t depth = panels * ((rows + kMaxRows - 1) / kMaxRows) * segments.size();  // of all tiles together
+  Fetch other = {reinterpret_cast<const char*>(b), 0};
+  if (ahead.bytes > 0 && depth > 0) {
+    other = {ahead.at, smaller(64, (ahead.bytes + depth - 1) / depth)};
+    ahead = {};
+  }
   for (int64_t i = 0; i < panels; ++i) {
     const int64_t at = block + NB * (backwards ? panels - 1 - i : i);
     const Element<S>* panel = b + at * block_stride;
     const char* here = reinterpret_cast<const char*>(panel);
     int64_t to_fetch = far && i + 1 < panels ? bytes : 0;
-    Fetch fetch = {to_fetch ? here + (backwards ? -bytes : bytes) : here, to_fetch ? 64 : 0};
+    Fetch next_panel = {here + (backwards ? -bytes : bytes), 64};
     int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;  // of as equal heights as can be
     for (int64_t row = 0; tiles > 0; --tiles) {
       const int64_t height = (rows - row + tiles - 1) / tiles;
+      Fetch& fetch = to_fetch > 0 ? next_panel : other;
       run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, at, panel, block_stride, segments, fetch, init,
                                              finish);
       row += height;
       fetch.at += segments.size() * fetch.step;
-      to_fetch -= segments.size() * fetch.step;
-      if (to_fetch <= 0) fetch = {here, 0};
+      to_fetch -= segments.size() * next_panel.step;
     }
   }
   return block + panels * NB;
@@ -152,7 +168,7 @@ template <int G, class S, bool kStrided = false, class Row, class AnySegments, c
           class Side = NoSideTiles>
 void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row, const Element<S>* b,
              const AnySegments& segments, const Init& init, const Finish& finish, bool tail = false,
-             Side* side = nullptr);
+             Side* side = nullptr, Ahead ahead = {});
 
 /// The tail, block number `block`: as a product of one gate, whose sums are dealt out to the gates.
 template <int G, bool kStrided, class S, class Row, class AnySegments, class Init, class Finish>
@@ -213,17 +229,17 @@ ALWAYS_INLINE void row_product(const RowProduct<S, AnySegments>& p, int64_t bloc
 template <int G, class S, bool kStrided, class Row, class AnySegments, class Init, class Finish, class Side>
 ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
                            const Element<S>* b, const AnySegments& segments, const Init& init, const Finish& finish,
-                           bool tail, Side* side) {
+                           bool tail, Side* side, Ahead ahead) {
   if (!kStrided && (order == Order::kRow || order == Order::kRowBackwards)) {
     const RowProduct<S, AnySegments> row = {a_row(0), b, segments, order == Order::kRowBackwards};
     return row_product<G>(row, block, blocks, init, finish, tail, side);
   }
   const bool backwards = order == Order::kRowsBackwards;
   if constexpr (G == 1) {
-    block = run_blocks<4, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish);
-    block = run_blocks<2, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish);
+    block = run_blocks<4, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish, ahead);
+    block = run_blocks<2, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish, ahead);
   }
-  run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, backwards, a_row, b, segments, init, finish);
+  run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, backwards, a_row, b, segments, init, finish, ahead);
   if constexpr (G > 1) {
     if (tail) run_tail<G, kStrided, S>(rows, blocks - 1, order, a_row, b, segments, init, finish);
   }
@@ -346,6 +362,7 @@ struct PlainProduct {
   int64_t last = -1;                 // the end of them; -1: of all
   const Compute<S>* bias = nullptr;  // [columns, padded to whole vectors]
   bool accumulate = false;           // add to what C holds
+  bool fetch_c = false;              // which is in no near cache
   Order order = Order::kRows;
 };
 
@@ -359,7 +376,7 @@ NO_INLINE void plain_product(const PlainProduct<S>& p) {
       [&](int64_t r, int64_t block, V* acc) {
         const int64_t column = block * kLanes<T>;
         *acc = p.bias ? load(p.bias + column) : V{};
-        if (p.accumulate) __builtin_prefetch(p.c[r] + column, 1);
+        if (p.accumulate || p.fetch_c) __builtin_prefetch(p.c[r] + column, 1);
       },
       [&](int64_t r, int64_t block, const V* acc) {
         const int64_t column = block * kLanes<T>, rest = p.columns - column;

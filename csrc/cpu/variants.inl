@@ -319,14 +319,13 @@ void BackwardScan<Cell, S>::add_recurrent(int64_t first, int64_t last, Order ord
 }
 
 template <class Cell, class S>
-void BackwardScan<Cell, S>::variant_step(int64_t t, int64_t first, int64_t last, int64_t after,
-                                         const ChunkGrads<Cell, S>* grads) {
+void BackwardScan<Cell, S>::variant_step(int64_t t, int64_t first, int64_t last, int64_t after, bool chained) {
   if constexpr (cells::kIsVariant<Cell>) {
     if (first >= last) return;
     const Order order = step_order(layout_.batch_sizes[t], t);
     const int64_t proj = args_.sizes.proj;
-    if (grads) {
-      add_recurrent(first, last, order, [&](int64_t r) { return grads->gates_at(layout_, after, slice_.first + r); });
+    if (chained) {
+      add_recurrent(first, last, order, [&](int64_t r) { return gate_grads(after, r); });
       for (int64_t r = first; r < last; ++r)
         if (cut_.get()[r]) std::memset(dh_.get() + r * out_padded_, 0, size_t(out_) * sizeof(T));
     }
