@@ -370,7 +370,7 @@ class ForwardScan {
     const StepRows at = {gates, outputs, cells, now, next};
     const auto sums = first_sums(at);
     const auto init = [&](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
-      __builtin_prefetch(outputs[r] + block * kLanes<T>, 1);
+      if (block % (64 / RNN_EXT_VECTOR_BYTES) == 0) __builtin_prefetch(outputs[r] + block * kLanes<T>, 1);
       sums(r, block, acc);
     };
     const auto finish = cell(at);

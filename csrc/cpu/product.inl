@@ -131,7 +131,7 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
   constexpr int64_t kFar = 768 * 1024;
   const bool far = panels * bytes > kFar && tuning().fetch_panels;
   const int64_t depth = panels * ((rows + kMaxRows - 1) / kMaxRows) * segments.size();  // of all tiles together
-  Fetch other = {reinterpret_cast<const char*>(b), 0};
+  Fetch other = {nullptr, 0};
   if (ahead.bytes > 0 && depth > 0) {
     other = {ahead.at, smaller(64, (ahead.bytes + depth - 1) / depth)};
     ahead = {};
@@ -142,6 +142,7 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
     const char* here = reinterpret_cast<const char*>(panel);
     int64_t to_fetch = far && i + 1 < panels ? bytes : 0;
     Fetch next_panel = {here + (backwards ? -bytes : bytes), 64};
+    if (other.step == 0) other.at = here;
     int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;  // of as equal heights as can be
     for (int64_t row = 0; tiles > 0; --tiles) {
       const int64_t height = (rows - row + tiles - 1) / tiles;
