@@ -247,6 +247,38 @@ def test_rows_do_not_depend_on_their_neighbours():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_several_rows_do_not_depend_on_more(cell, dtype):
+    """To the bit, in inference and in training, whatever a step does about its input gates.
+
+    With enough rows for the size of its weights it computes them itself, else they are there before it begins.
+    """
+    # Rows of an odd number of inputs; a tail; whole panels; many weights, with a tail and without.
+    for inputs, hidden in ((3, 18), (40, 64), (67, 130), (1, 144)):
+        problem = build(Case(cell, bidirectional=True, size=(4, 11, inputs, hidden))).to(dtype)
+        for _ in instruction_sets():
+            together = run(problem)
+            with torch.no_grad():
+                same_bits(run(problem), together)
+            for n in (2, 3, 7):
+                states = {
+                    name: None if state is None else state[:, :n]
+                    for name, state in (("h_0", problem.h_0), ("c_0", problem.c_0))
+                }
+                few = dataclasses.replace(problem, input=problem.input[:, :n], **states)
+                same_bits(run(few), {name: t[:, :n] for name, t in together.items()})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_steps_of_many_rows_and_of_few(cell, layout):
+    """In one call: some compute their own input gates, those of the longest sequences alone do not."""
+    flags = {"lengths": True, "resets": True} if layout != "packed" else {}
+    for inputs, hidden in ((3, 18), (66, 132)):
+        agree(build(Case(cell, layout, bidirectional=True, size=(23, 12, inputs, hidden), **flags)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 65)])
 def test_steps_do_not_depend_on_those_after_them(cell, proj, dtype):
     """The first timesteps of a sequence, to the bit, wherever it ends and whatever comes later: here NaN.

@@ -64,6 +64,7 @@ class ForwardScan {
         is_plain_(!short_ && has_plain_steps(layout_, args.sizes, args.resets.data)),
         gates_stride_((keep_ ? saved_ : G) * padded_),
         ahead_(projects_ahead()),
+        least_joined_(least_joined()),
         chunk_rows_(chunk_rows()),
         gates_(keep_ ? 0 : (1 + ahead_) * chunk_rows_ * gates_stride_),
         input_rows_(chunk_rows_),
@@ -115,10 +116,11 @@ class ForwardScan {
         if constexpr (cells::kIsVariant<Cell>) {
           variant_step(t, rows, gates, now, next);
         } else {
+          if (joined_) fill_up_rows(place_rows(t, 0));
           step(t, rows, gates, now, next);
         }
         team_.meet(members_);
-        gates += rows;
+        if (!joined_) gates += rows;
         const int64_t stay = reverse_        ? (t > 0 ? layout_.batch_sizes[t] : 0)
                              : t + 1 < steps ? layout_.batch_sizes[t + 1]
                                              : 0;
@@ -182,7 +184,24 @@ class ForwardScan {
   /// Of a stack whose layers run at the same time: the one above waits for the first chunk, or for two if `ahead_`.
   bool pipelined() const { return args_.progress || args_.below; }
 
+  /// Whether step t computes its input gates itself, in one go with the recurrent product, and they never leave the
+  /// registers. The sums are the same.
+  bool joins(int64_t t) const { return slice_.active(layout_, t) >= least_joined_; }
+
+  /// From how many rows on. Each step reads weight_ih then, instead of each chunk, which costs few rows more than it
+  /// saves where the weights come from beyond the second-level cache, and many rows where they are larger still
+  /// (measured: two rows 0.91 to 0.98 times as fast with 2 MiB, four 0.72 with 32 MiB).
+  int64_t least_joined() const {
+    constexpr int64_t kNear = 256 * 1024, kFar = 2 << 20, kFewInputs = 64;
+    const int64_t never = layout_.batch + 1;
+    if (short_ || cells::kIsVariant<Cell> || weight_bytes() > kFar) return never;
+    // Few registers make a smaller tile of three gates than of the four vectors of a projection alone (measured).
+    if (G == 3 && RNN_EXT_VECTOR_REGISTERS < 32) return args_.sizes.input <= kFewInputs ? 8 : never;
+    return weight_bytes() <= kNear ? 2 : 8;
+  }
+
   int64_t chunk_rows() const {
+    if (layout_.steps > 0 && joins(layout_.steps - 1)) return slice_.size();
     if (ahead_) {
       // The fewer rows, the better, but each chunk reads weight_ih again, which costs more where the weights come from
       // beyond the second-level cache (measured).
@@ -213,7 +232,33 @@ class ForwardScan {
                  : gates_.get() + (turn_ * chunk_rows_ + row_of_chunk) * gates_stride_;
   }
 
-  /// The chunk of as many steps from s as it holds: where their inputs are and their gates go. Returns the step after.
+  /// Step t's rows as numbers `count` and following: where their inputs are and their gates go. Returns the number
+  /// after them.
+  int64_t place_rows(int64_t t, int64_t count) {
+    const S** inputs = input_rows_.get();
+    T** gates = gate_rows();
+    const int64_t rows = slice_.active(layout_, t);
+    for (int64_t j = slice_.first; j < slice_.first + rows; ++j, ++count) {
+      inputs[count] = args_.input.at(layout_, t, j);
+      gates[count] = gates_at(layout_.offsets[t] + j, count);
+    }
+    return count;
+  }
+
+  void fill_up_rows(int64_t count) {
+    if (!fill_up()) return;
+    const S** inputs = input_rows_.get();
+    const int64_t width = Sizes::padded(args_.sizes.input);
+    for (int64_t r = 0; r < count; ++r) {
+      S* row = filled_up_.get() + r * width;
+      std::memcpy(row, inputs[r], size_t(args_.sizes.input) * sizeof(S));
+      std::memset(row + args_.sizes.input, 0, sizeof(S));
+      inputs[r] = row;
+    }
+  }
+
+  /// The chunk of as many steps from s as it holds, of those that join or of those that do not, whose rows are placed.
+  /// Returns the step after.
   int64_t plan_chunk(int64_t s) {
     if (ahead_) turn_ ^= 1;
     const S** inputs = input_rows_.get();
@@ -239,25 +284,16 @@ class ForwardScan {
         gates[count] = gate_row;
       }
     }
+    joined_ = s < end && joins(time(s));
     for (; s < end; ++s) {
       const int64_t t = time(s);
-      const int64_t rows = slice_.active(layout_, t);
-      if (count + rows > chunk_rows_) break;
-      for (int64_t j = slice_.first; j < slice_.first + rows; ++j, ++count) {
-        inputs[count] = args_.input.at(layout_, t, j);
-        gates[count] = gates_at(layout_.offsets[t] + j, count);
-      }
+      if (joins(t) != joined_) break;
+      if (joined_) continue;
+      if (count + slice_.active(layout_, t) > chunk_rows_) break;
+      count = place_rows(t, count);
     }
     planned_ = count;
-    if (fill_up()) {
-      const int64_t width = Sizes::padded(args_.sizes.input);
-      for (int64_t r = 0; r < count; ++r) {
-        S* row = filled_up_.get() + r * width;
-        std::memcpy(row, inputs[r], size_t(args_.sizes.input) * sizeof(S));
-        std::memset(row + args_.sizes.input, 0, sizeof(S));
-        inputs[r] = row;
-      }
-    }
+    fill_up_rows(count);
     return s;
   }
 
@@ -300,8 +336,12 @@ class ForwardScan {
     } else {
       project_rows();
     }
+    if (tail_) deal_out_tail(planned_);
+  }
+
+  void deal_out_tail(int64_t rows) {
     T* const* gates = gate_rows();
-    for (int64_t r = 0; tail_ && r < planned_; ++r) {
+    for (int64_t r = 0; r < rows; ++r) {
       T* row = gates[r] + (part_.last - 1) * kLanes<T>;
       V parts[G];
       quarters<G, T>(load(row), parts, std::make_integer_sequence<int, G>());
@@ -310,9 +350,9 @@ class ForwardScan {
   }
 
   void project_rows() {
-    const T* bias = input_bias();
-    T* const* gates = gate_rows();
     if (short_) {
+      const T* bias = input_bias();
+      T* const* gates = gate_rows();
       const Weights<const S>& w = args_.weights[direction_];
       for (int64_t r = 0; r < planned_; ++r) {
         for (int64_t g = 0; g < G; ++g)
@@ -321,15 +361,7 @@ class ForwardScan {
       }
       return;
     }
-    PlainProduct<S> p;
-    p.rows = planned_;
-    p.columns = G * padded_;
-    p.a = input_rows_.get();
-    p.c = gates;
-    p.b = weights_.input.get();
-    p.segments.length = elements<S>(args_.sizes.input);
-    p.bias = bias;
-    p.fetch_c = keep_;
+    PlainProduct<S> p = projection(planned_);
     if (members_ == 1 && !tail_) return plain_product(p);
     for (int g = 0; g < G; ++g) {
       const UnitBlocks blocks = projected_blocks(g);
@@ -337,6 +369,20 @@ class ForwardScan {
       p.last = blocks.last;
       plain_product(p);
     }
+  }
+
+  /// Of the first rows that are placed.
+  PlainProduct<S> projection(int64_t rows) const {
+    PlainProduct<S> p;
+    p.rows = rows;
+    p.columns = G * padded_;
+    p.a = input_rows_.get();
+    p.c = gate_rows();
+    p.b = weights_.input.get();
+    p.segments.length = elements<S>(args_.sizes.input);
+    p.bias = input_bias();
+    p.fetch_c = keep_;
+    return p;
   }
 
   void reset(int64_t t, int64_t rows, State now) {
@@ -369,24 +415,74 @@ class ForwardScan {
     }
     const StepRows at = {gates, outputs, cells, now, next};
     const auto sums = first_sums(at);
-    const auto init = [&](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
+    const auto fetch_output = [&](int64_t r, int64_t block) ALWAYS_INLINE_LAMBDA {
       if (block % (64 / RNN_EXT_VECTOR_BYTES) == 0) __builtin_prefetch(outputs[r] + block * kLanes<T>, 1);
+    };
+    const auto init = [&](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
+      fetch_output(r, block);
       sums(r, block, acc);
     };
     const auto finish = cell(at);
+    const auto recurrent = [&](UnitBlocks blocks, const auto& init, bool tail, Ahead ahead) {
+      const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(now.operand(r * out_padded_)); };
+      product<G, S>(rows, blocks.first, blocks.last, step_order(layout_.batch_sizes[t], t), a_row,
+                    weights_.hidden.get(), OneSegment{elements<S>(out_)}, init, finish, tail, &side_, ahead);
+    };
     if (short_) {
       run_short(rows, at, init, finish);
+    } else if (!joined_) {
+      recurrent(part_, init, tail_, gates_ahead(t, chunk_steps_));
     } else {
-      const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(now.operand(r * out_padded_)); };
-      product<G, S>(rows, part_.first, part_.last, step_order(layout_.batch_sizes[t], t), a_row, weights_.hidden.get(),
-                    OneSegment{elements<S>(out_)}, init, finish, tail_, &side_, gates_ahead(t));
+      with_input_product(at, fetch_output, inputs_ahead(t), [&](const auto& init) {
+        recurrent({part_.first, part_.last - tail_}, init, false, gates_ahead(t, 1));
+      });
+      if (tail_) {
+        const UnitBlocks tail = {part_.last - 1, part_.last};
+        PlainProduct<S> p = projection(rows);
+        p.first = tail.first;
+        p.last = tail.last;
+        plain_product(p);
+        deal_out_tail(rows);
+        recurrent(tail, init, true, {});
+      }
     }
     if (args_.sizes.proj) project(t, rows, next);
   }
 
-  /// Where the input gates of the step go that is as far ahead as the next chunk, if they are kept.
-  Ahead gates_ahead(int64_t t) const {
-    const int64_t later = reverse_ ? t - chunk_steps_ : t + chunk_steps_;
+  /// Calls fn(init) with what the sums of a step begin with that joins: its input gates, but for a tail.
+  void with_input_product(const StepRows& at, const auto& fetch_output, Ahead ahead, const auto& fn) const {
+    const T *bias = weights_.bias.get(), *split_bias = weights_.split_bias.get();
+    const S* const* inputs = input_rows_.get();
+    const int64_t padded = padded_, depth = elements<S>(args_.sizes.input);
+    const auto begin = [&](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
+      fetch_output(r, block);
+      for (int g = 0; g < G; ++g) acc[g] = load(bias + g * padded + block * kLanes<T>);
+    };
+    const auto row = [&](int64_t r) ALWAYS_INLINE_LAMBDA { return reinterpret_cast<const Element<S>*>(inputs[r]); };
+    const auto between = [&](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
+      if constexpr (Cell::kSplit > 0) {  // whose input part the cell wants alone
+        store(at.gates[r] + (G - 1) * padded + block * kLanes<T>, acc[G - 1]);
+        acc[G - 1] = load(split_bias + block * kLanes<T>);
+      }
+    };
+    fn(InitProduct<S, decltype(begin), decltype(row), decltype(between)>{
+        begin, row, between, weights_.input.get(), padded * depth, {depth}, ahead});
+  }
+
+  /// The inputs of the step that runs next, if they lie together.
+  Ahead inputs_ahead(int64_t t) const {
+    const int64_t next = reverse_ ? t - 1 : t + 1, width = args_.sizes.input;
+    const bool whole = slice_.size() == layout_.batch;
+    if (next < 0 || next >= layout_.steps || args_.input.row != width || (layout_.order && !whole)) return {};
+    const S* first =
+        layout_.order ? args_.input.data + next * args_.input.step : args_.input.at(layout_, next, slice_.first);
+    const int64_t rows = layout_.order ? layout_.batch : slice_.active(layout_, next);
+    return {first, rows * width * int64_t(sizeof(S))};
+  }
+
+  /// Where the gates of the step go that so many steps later runs, if they are kept.
+  Ahead gates_ahead(int64_t t, int64_t steps) const {
+    const int64_t later = reverse_ ? t - steps : t + steps;
     if (!keep_ || members_ > 1 || later < 0 || later >= layout_.steps) return {};
     return {gates_at(layout_.offsets[later] + slice_.first, 0),
             slice_.active(layout_, later) * gates_stride_ * int64_t(sizeof(T))};
@@ -534,6 +630,7 @@ class ForwardScan {
   const bool is_plain_;
   const int64_t gates_stride_;
   const bool ahead_;
+  const int64_t least_joined_;
   const int64_t chunk_rows_;
   Buffer<T> gates_;  // [1 + ahead, chunk rows, G, padded H], where the input gates do not go straight to `saved`
   Buffer<const S*> input_rows_;  // [chunk rows]
@@ -548,6 +645,7 @@ class ForwardScan {
   int64_t planned_ = 0;          // rows of the chunk that the input gates are computed of
   int64_t chunk_steps_ = 0;      // of the chunk whose steps run
   int turn_ = 0;                 // of two such chunks
+  bool joined_ = false;          // the steps of the chunk compute their input gates themselves
   bool started_ = false;         // of which side_ is in charge
   Side side_;
   VariantForward<Cell, S> variant_;

@@ -23,12 +23,51 @@ struct Ahead {
   int64_t bytes = 0;
 };
 
+/// Hands such memory out to the tiles of a product, evenly.
+class Fetcher {
+ public:
+  Fetcher() = default;
+  /// `depth`: the k of all tiles.
+  Fetcher(Ahead ahead, int64_t depth)
+      : at_(ahead.at), step_(depth > 0 ? smaller(64, (ahead.bytes + depth - 1) / depth) : 0) {}
+
+  /// For a tile of so many k. `near`: what it reads anyway.
+  ALWAYS_INLINE Fetch take(int64_t depth, const void* near) {
+    if (step_ == 0) return {static_cast<const char*>(near), 0};
+    const Fetch fetch = {at_, step_};
+    at_ += depth * step_;
+    return fetch;
+  }
+
+ private:
+  const char* at_ = nullptr;
+  int64_t step_ = 0;
+};
+
 /// A tile of fewer rows is busy loading what it multiplies.
 constexpr int kFetchingRows = 3;
 
-template <int MR, int NB, int G, bool kStrided, class S, class AnySegments>
-ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Element<S>* const (&a)[MR],
-                                const Element<S>* b, int64_t block_stride, const AnySegments& segments, Fetch fetch) {
+/// The weights of a tile: of each k a vector for every block and gate. From B as above.
+template <int G, class E>
+struct Panel {
+  const E* b;
+  int64_t block_stride;
+  ALWAYS_INLINE const E* vector(int v) const { return b + v / G * block_stride + v % G * kLanes<E>; }
+  ALWAYS_INLINE void next() { b += G * kLanes<E>; }
+};
+
+/// The same from [gate][block][k][lanes].
+template <int G, class E>
+struct PanelByGate {
+  const E* b;
+  int64_t block_stride, gate_stride;
+  ALWAYS_INLINE const E* vector(int v) const { return b + v / G * block_stride + v % G * gate_stride; }
+  ALWAYS_INLINE void next() { b += kLanes<E>; }
+};
+
+template <int MR, int NB, int G, bool kStrided, class S, class AnyPanel, class AnySegments>
+ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Element<S>* const (&a)[MR], AnyPanel panel,
+                                const AnySegments& segments, Fetch fetch) {
   using Op = Operand<S>;
   const int64_t stride = kStrided ? segments.stride : 1;
   for (int s = 0; s < segments.count; ++s) {
@@ -39,7 +78,6 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Elemen
     for (int m = 0; m < MR; ++m) row[m] = a[m] + offset;
 #pragma GCC unroll 2
     for (int64_t k = 0; k < length; ++k) {
-      const auto weight = [&](int v) { return Op::load(b + (v / G) * block_stride + (v % G) * kLanes<Element<S>>); };
       if constexpr (kStrided) {
         __builtin_prefetch(row[MR - 1] + (k + kAhead) * stride);
       } else if constexpr (MR >= kFetchingRows) {
@@ -53,14 +91,14 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Elemen
         for (int m = 0; m < MR; ++m) x[m] = Op::broadcast(row[m][k * stride]);
 #pragma GCC unroll 8
         for (int v = 0; v < NB * G; ++v) {
-          const auto w = weight(v);
+          const auto w = Op::load(panel.vector(v));
 #pragma GCC unroll 8
           for (int m = 0; m < MR; ++m) acc[m][v] = Op::multiply_add(x[m], w, acc[m][v]);
         }
       } else {
         typename Op::Lanes w[NB * G];
 #pragma GCC unroll 8
-        for (int v = 0; v < NB * G; ++v) w[v] = weight(v);
+        for (int v = 0; v < NB * G; ++v) w[v] = Op::load(panel.vector(v));
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m) {
           const auto x = Op::broadcast(row[m][k * stride]);
@@ -68,10 +106,50 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Elemen
           for (int v = 0; v < NB * G; ++v) acc[m][v] = Op::multiply_add(x, w[v], acc[m][v]);
         }
       }
-      b += G * kLanes<Element<S>>;
+      panel.next();
     }
   }
 }
+
+/// An `init` of product() that is a product itself: acc[G] = begin(row, block), acc += row(row) . block of its own B,
+/// and between(row, block, acc) before the other product is added. Fetches what is `ahead`.
+template <class S, class Begin, class Row, class Between>
+struct InitProduct {
+  const Begin& begin;
+  const Row& row;
+  const Between& between;
+  const Element<S>* b;  // [gate][block][k][lanes]
+  int64_t gate_stride;
+  OneSegment segments;
+  mutable Ahead ahead;
+  mutable Fetcher fetcher = {};
+
+  void start(int64_t tiles) const {
+    fetcher = Fetcher(ahead, tiles * segments.length);
+    ahead = {};
+  }
+
+  ALWAYS_INLINE void operator()(int64_t r, int64_t block, Vec<Compute<S>>* acc) const { begin(r, block, acc); }
+
+  template <int MR, int NB, int G>
+  ALWAYS_INLINE void add(Vec<Compute<S>> (&acc)[MR][NB * G], int64_t first_row, int64_t first_block) const {
+    const int64_t block_stride = segments.length * kLanes<Element<S>>;
+    const PanelByGate<G, Element<S>> panel = {b + first_block * block_stride, block_stride, gate_stride};
+    const Element<S>* a[MR];
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) a[m] = row(first_row + m);
+    multiply_add<MR, NB, G, false, S>(acc, a, panel, segments, fetcher.take(segments.length, panel.b));
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < NB; ++n) between(first_row + m, first_block + n, &acc[m][n * G]);
+    }
+  }
+};
+template <class Init>
+constexpr bool kIsInitProduct = false;
+template <class S, class Begin, class Row, class Between>
+constexpr bool kIsInitProduct<InitProduct<S, Begin, Row, Between>> = true;
 
 /// Rows of a tile whose accumulators (rows x vectors) stay in the registers beside the fewer of a column of inputs and
 /// a row of weights, and one of the others; of a tile that is taller than wide two, lest the compiler spill (measured).
@@ -95,7 +173,8 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
 #pragma GCC unroll 4
     for (int n = 0; n < NB; ++n) init(first_row + m, first_block + n, &acc[m][n * G]);
   }
-  multiply_add<MR, NB, G, kStrided, S>(acc, a, b, block_stride, segments, fetch);
+  if constexpr (kIsInitProduct<Init>) init.template add<MR, NB, G>(acc, first_row, first_block);
+  multiply_add<MR, NB, G, kStrided, S>(acc, a, Panel<G, Element<S>>{b, block_stride}, segments, fetch);
   Vec<Compute<S>> sums[MR * NB][G];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -124,34 +203,33 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
                                  const Element<S>* b, const AnySegments& segments, const Init& init,
                                  const Finish& finish, Ahead& ahead) {
   constexpr int kMaxRows = tile_rows(NB * G);
-  const int64_t block_stride = segments.size() * G * kLanes<Element<S>>, panels = (blocks - block) / NB;
-  const int64_t bytes = NB * block_stride * int64_t(sizeof(Element<S>));
+  const int64_t depth = segments.size(), block_stride = depth * G * kLanes<Element<S>>, panels = (blocks - block) / NB;
+  if (panels <= 0) return block;
+  const int64_t bytes = NB * block_stride * int64_t(sizeof(Element<S>)), tiles = (rows + kMaxRows - 1) / kMaxRows;
   // Weights that the second-level cache does not keep from one step to the next would be waited for by each panel's
   // first tile: while a panel is multiplied, its first tiles fetch the next (those of too few rows in name only).
   constexpr int64_t kFar = 768 * 1024;
   const bool far = panels * bytes > kFar && tuning().fetch_panels;
-  const int64_t depth = panels * ((rows + kMaxRows - 1) / kMaxRows) * segments.size();  // of all tiles together
-  Fetch other = {nullptr, 0};
-  if (ahead.bytes > 0 && depth > 0) {
-    other = {ahead.at, smaller(64, (ahead.bytes + depth - 1) / depth)};
-    ahead = {};
-  }
+  Fetcher fetcher(ahead, panels * tiles * depth);
+  ahead = {};
+  if constexpr (kIsInitProduct<Init>) init.start(panels * tiles);
   for (int64_t i = 0; i < panels; ++i) {
     const int64_t at = block + NB * (backwards ? panels - 1 - i : i);
     const Element<S>* panel = b + at * block_stride;
     const char* here = reinterpret_cast<const char*>(panel);
     int64_t to_fetch = far && i + 1 < panels ? bytes : 0;
     Fetch next_panel = {here + (backwards ? -bytes : bytes), 64};
-    if (other.step == 0) other.at = here;
-    int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;  // of as equal heights as can be
-    for (int64_t row = 0; tiles > 0; --tiles) {
-      const int64_t height = (rows - row + tiles - 1) / tiles;
-      Fetch& fetch = to_fetch > 0 ? next_panel : other;
-      run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, at, panel, block_stride, segments, fetch, init,
-                                             finish);
+    int64_t left = tiles;  // of as equal heights as can be
+    for (int64_t row = 0; left > 0; --left) {
+      const int64_t height = (rows - row + left - 1) / left;
+      const bool next = to_fetch > 0;
+      run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, at, panel, block_stride, segments,
+                                             next ? next_panel : fetcher.take(depth, panel), init, finish);
       row += height;
-      fetch.at += segments.size() * fetch.step;
-      to_fetch -= segments.size() * next_panel.step;
+      if (next) {
+        next_panel.at += depth * next_panel.step;
+        to_fetch -= depth * next_panel.step;
+      }
     }
   }
   return block + panels * NB;
