@@ -288,7 +288,7 @@ class BackwardScan {
       variant_step(t, chained, rows, after, false);
     } else {
       place(t, rows, after, chained);
-      ahead_ = rows >= kFetchingRows ? saved_ahead(t) : Ahead();
+      next_saved_ = rows >= kFetchingRows ? saved_ahead(t) : Ahead();
       const Order order = step_order(layout_.batch_sizes[t], t);
       if (chained > 0) step(0, chained, order, true);
       if (chained < rows) step(chained, rows, order, false);
@@ -440,7 +440,7 @@ class BackwardScan {
                         dh.part[w] = whole_dh(first + at[w].row, at[w].block * kLanes<T>, sums->part[w]);
                       this->backward_cells(first, at, dh);
                     }},
-                    false, static_cast<NoSideTiles*>(nullptr), ahead_);
+                    false, static_cast<NoSideTiles*>(nullptr), next_saved_);
       return;
     }
     if constexpr (Cell::kHasCell) {  // only such cells can be projected
@@ -504,7 +504,7 @@ class BackwardScan {
   static constexpr int64_t kFarBytes = 2 << 20;
   ALWAYS_INLINE void prefetch_cell(int64_t r, int64_t unit) const {
     if constexpr (Cell::kSaved > 0) {
-      for (int i = 0; i < Cell::kSaved && ahead_.bytes == 0; ++i)
+      for (int i = 0; i < Cell::kSaved && next_saved_.bytes == 0; ++i)
         __builtin_prefetch(saved_rows_.get()[r] + i * padded_ + unit);
     } else {
       __builtin_prefetch(h_rows_.get()[r] + unit);
@@ -548,7 +548,7 @@ class BackwardScan {
   const Layout& layout_;
   const BackwardWeights<Cell, S>& weights_;
   const ChunkGrads<Cell, S>* now_ = nullptr;
-  Ahead ahead_;
+  Ahead next_saved_;
   const int direction_;
   const bool reverse_;
   const Slice slice_;

@@ -63,13 +63,13 @@ class ForwardScan {
         keep_(args.saved != nullptr && Cell::kSaved > 0),
         is_plain_(!short_ && has_plain_steps(layout_, args.sizes, args.resets.data)),
         gates_stride_((keep_ ? saved_ : G) * padded_),
-        ahead_(projects_ahead()),
+        projects_ahead_(projects_ahead()),
         least_joined_(least_joined()),
         chunk_rows_(chunk_rows()),
-        gates_(keep_ ? 0 : (1 + ahead_) * chunk_rows_ * gates_stride_),
+        gates_(keep_ ? 0 : (1 + projects_ahead_) * chunk_rows_ * gates_stride_),
         input_rows_(chunk_rows_),
         filled_up_(fill_up() ? chunk_rows_ * Sizes::padded(args.sizes.input) : 0),
-        gate_rows_((1 + ahead_) * chunk_rows_),
+        gate_rows_((1 + projects_ahead_) * chunk_rows_),
         c_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         hidden_gates_(short_ ? G * padded_ : 0),
         unprojected_(args.sizes.proj ? slice.size() * padded_ : 0, kReduced),
@@ -95,7 +95,7 @@ class ForwardScan {
     for (int64_t s = 0, next_end = 0; s < steps; end = next_end) {
       T* const* gates = gate_rows();
       chunk_steps_ = end - s;
-      if (ahead_) {
+      if (projects_ahead_) {
         next_end = plan_chunk(end);
         if constexpr (kTakesAlong) start_ahead();
       }
@@ -113,10 +113,10 @@ class ForwardScan {
           reset(t, rows, now);
           team_.meet(members_);
         }
+        if (joined_) fill_up_rows(place_rows(t, 0));
         if constexpr (cells::kIsVariant<Cell>) {
           variant_step(t, rows, gates, now, next);
         } else {
-          if (joined_) fill_up_rows(place_rows(t, 0));
           step(t, rows, gates, now, next);
         }
         team_.meet(members_);
@@ -128,7 +128,7 @@ class ForwardScan {
         std::swap(now, next);
       }
       if (args_.progress) __atomic_store_n(&args_.progress->steps, s, __ATOMIC_RELEASE);
-      if (!ahead_) next_end = plan_chunk(end);
+      if (!projects_ahead_) next_end = plan_chunk(end);
       project_inputs();
     }
     if constexpr (Cell::kHasCell)
@@ -181,7 +181,8 @@ class ForwardScan {
            layout_.rows == layout_.steps && (fill_up() || args_.input.to_next(layout_, reverse_) % kPack<S> == 0);
   }
 
-  /// Of a stack whose layers run at the same time: the one above waits for the first chunk, or for two if `ahead_`.
+  /// Of a stack whose layers run at the same time: the one above waits for the first chunk, or for two if
+  /// `projects_ahead_`.
   bool pipelined() const { return args_.progress || args_.below; }
 
   /// Whether step t computes its input gates itself, in one go with the recurrent product, and they never leave the
@@ -194,7 +195,7 @@ class ForwardScan {
   int64_t least_joined() const {
     constexpr int64_t kNear = 256 * 1024, kFar = 2 << 20, kFewInputs = 64;
     const int64_t never = layout_.batch + 1;
-    if (short_ || cells::kIsVariant<Cell> || weight_bytes() > kFar) return never;
+    if (short_ || cells::kIsNormed<Cell> || weight_bytes() > kFar) return never;
     // Few registers make a smaller tile of three gates than of the four vectors of a projection alone (measured).
     if (G == 3 && RNN_EXT_VECTOR_REGISTERS < 32) return args_.sizes.input <= kFewInputs ? 8 : never;
     return weight_bytes() <= kNear ? 2 : 8;
@@ -202,7 +203,7 @@ class ForwardScan {
 
   int64_t chunk_rows() const {
     if (layout_.steps > 0 && joins(layout_.steps - 1)) return slice_.size();
-    if (ahead_) {
+    if (projects_ahead_) {
       // The fewer rows, the better, but each chunk reads weight_ih again, which costs more where the weights come from
       // beyond the second-level cache (measured).
       constexpr int64_t kFar = 2 << 20;
@@ -260,11 +261,11 @@ class ForwardScan {
   /// The chunk of as many steps from s as it holds, of those that join or of those that do not, whose rows are placed.
   /// Returns the step after.
   int64_t plan_chunk(int64_t s) {
-    if (ahead_) turn_ ^= 1;
+    if (projects_ahead_) turn_ ^= 1;
     const S** inputs = input_rows_.get();
     T** gates = gate_rows();
     int64_t count = 0, end = layout_.steps;
-    if (ahead_) {
+    if (projects_ahead_) {
       // What is odd comes first: all other chunks have full tiles.
       const int64_t least = first_chunk_rows(), odd = end % least;
       const int64_t grown = larger(least, 2 * planned_ / least * least);
@@ -423,36 +424,28 @@ class ForwardScan {
       sums(r, block, acc);
     };
     const auto finish = cell(at);
-    const auto recurrent = [&](UnitBlocks blocks, const auto& init, bool tail, Ahead ahead) {
-      const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(now.operand(r * out_padded_)); };
+    const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(now.operand(r * out_padded_)); };
+    const auto recurrent = [&](UnitBlocks blocks, const auto& init, bool tail) {
       product<G, S>(rows, blocks.first, blocks.last, step_order(layout_.batch_sizes[t], t), a_row,
-                    weights_.hidden.get(), OneSegment{elements<S>(out_)}, init, finish, tail, &side_, ahead);
+                    weights_.hidden.get(), OneSegment{elements<S>(out_)}, init, finish, tail, &side_,
+                    gates_ahead(t, joined_ ? 1 : chunk_steps_));
     };
     if (short_) {
       run_short(rows, at, init, finish);
-    } else if (!joined_) {
-      recurrent(part_, init, tail_, gates_ahead(t, chunk_steps_));
+    } else if (joined_) {
+      join_inputs(t, rows, fetch_output, init, recurrent);
     } else {
-      with_input_product(at, fetch_output, inputs_ahead(t), [&](const auto& init) {
-        recurrent({part_.first, part_.last - tail_}, init, false, gates_ahead(t, 1));
-      });
-      if (tail_) {
-        const UnitBlocks tail = {part_.last - 1, part_.last};
-        PlainProduct<S> p = projection(rows);
-        p.first = tail.first;
-        p.last = tail.last;
-        plain_product(p);
-        deal_out_tail(rows);
-        recurrent(tail, init, true, {});
-      }
+      recurrent(part_, init, tail_);
     }
     if (args_.sizes.proj) project(t, rows, next);
   }
 
-  /// Calls fn(init) with what the sums of a step begin with that joins: its input gates, but for a tail.
-  void with_input_product(const StepRows& at, const auto& fetch_output, Ahead ahead, const auto& fn) const {
+  /// The step of some rows that are placed, by recurrent(blocks, init, tail): its sums begin with the inputs' product,
+  /// but a tail, which is another kind of block, with `init` once that is computed.
+  void join_inputs(int64_t t, int64_t rows, const auto& fetch_output, const auto& init, const auto& recurrent) {
     const T *bias = weights_.bias.get(), *split_bias = weights_.split_bias.get();
     const S* const* inputs = input_rows_.get();
+    T* const* gates = gate_rows();
     const int64_t padded = padded_, depth = elements<S>(args_.sizes.input);
     const auto begin = [&](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
       fetch_output(r, block);
@@ -461,12 +454,21 @@ class ForwardScan {
     const auto row = [&](int64_t r) ALWAYS_INLINE_LAMBDA { return reinterpret_cast<const Element<S>*>(inputs[r]); };
     const auto between = [&](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
       if constexpr (Cell::kSplit > 0) {  // whose input part the cell wants alone
-        store(at.gates[r] + (G - 1) * padded + block * kLanes<T>, acc[G - 1]);
+        store(gates[r] + (G - 1) * padded + block * kLanes<T>, acc[G - 1]);
         acc[G - 1] = load(split_bias + block * kLanes<T>);
       }
     };
-    fn(InitProduct<S, decltype(begin), decltype(row), decltype(between)>{
-        begin, row, between, weights_.input.get(), padded * depth, {depth}, ahead});
+    const InitProduct<S, decltype(begin), decltype(row), decltype(between)> inputs_first = {
+        begin, row, between, weights_.input.get(), padded * depth, {depth}, inputs_ahead(t)};
+    const UnitBlocks whole = {part_.first, part_.last - tail_}, tail = {whole.last, part_.last};
+    recurrent(whole, inputs_first, false);
+    if (!tail_) return;
+    PlainProduct<S> p = projection(rows);
+    p.first = tail.first;
+    p.last = tail.last;
+    plain_product(p);
+    deal_out_tail(rows);
+    recurrent(tail, init, true);
   }
 
   /// The inputs of the step that runs next, if they lie together.
@@ -629,7 +631,7 @@ class ForwardScan {
   const bool keep_;
   const bool is_plain_;
   const int64_t gates_stride_;
-  const bool ahead_;
+  const bool projects_ahead_;
   const int64_t least_joined_;
   const int64_t chunk_rows_;
   Buffer<T> gates_;  // [1 + ahead, chunk rows, G, padded H], where the input gates do not go straight to `saved`

@@ -302,16 +302,18 @@ ALWAYS_INLINE void row_product(const RowProduct<S, AnySegments>& p, int64_t bloc
 
 /// For rows 0..rows-1 and the blocks [block, blocks) of B: acc[G] = init(row, block), acc += A
 /// row . B block, finish(row, block, acc). `tail`: the last of these blocks is one. One row alone takes tiles of `side`
-/// along, as many as there are.
+/// along, as many as there are; where `init` is a product there are several.
 ///
 /// a_row(row) points at the row's element k = 0. kStrided: segments.stride counts, else it is 1.
 template <int G, class S, bool kStrided, class Row, class AnySegments, class Init, class Finish, class Side>
 ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
                            const Element<S>* b, const AnySegments& segments, const Init& init, const Finish& finish,
                            bool tail, Side* side, Ahead ahead) {
-  if (!kStrided && (order == Order::kRow || order == Order::kRowBackwards)) {
-    const RowProduct<S, AnySegments> row = {a_row(0), b, segments, order == Order::kRowBackwards};
-    return row_product<G>(row, block, blocks, init, finish, tail, side);
+  if constexpr (!kStrided && !kIsInitProduct<Init>) {
+    if (order == Order::kRow || order == Order::kRowBackwards) {
+      const RowProduct<S, AnySegments> row = {a_row(0), b, segments, order == Order::kRowBackwards};
+      return row_product<G>(row, block, blocks, init, finish, tail, side);
+    }
   }
   const bool backwards = order == Order::kRowsBackwards;
   if constexpr (G == 1) {

@@ -137,11 +137,15 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
     }
     // init and finish as those of product().
     const auto recurrent = [&](const auto& init, const auto& finish) ALWAYS_INLINE_LAMBDA {
-      if (!short_) {
-        return product<G, S>(
-            rows, part_.first, part_.last, step_order(layout_.batch_sizes[t], t), [=](int64_t r) { return inputs[r]; },
-            weights_.hidden.get(), OneSegment{out}, init, finish, tail_, &side_);
+      const auto packed = [&](UnitBlocks blocks, const auto& init, bool tail) {
+        product<G, S>(
+            rows, blocks.first, blocks.last, step_order(layout_.batch_sizes[t], t),
+            [=](int64_t r) { return inputs[r]; }, weights_.hidden.get(), OneSegment{out}, init, finish, tail, &side_);
+      };
+      if constexpr (!cells::kIsNormed<Cell>) {
+        if (joined_) return join_inputs(t, rows, [](int64_t, int64_t) {}, init, packed);
       }
+      if (!short_) return packed(part_, init, tail_);
       T* dots = hidden_gates_.get();
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t g = 0; g < G; ++g)
