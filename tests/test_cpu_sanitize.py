@@ -11,8 +11,9 @@ import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
-# Unoptimized: half the time to compile, and no access is optimized away.
+# Unoptimized, so that no access is optimized away, and not inlined: a tenth of the time to compile.
 FLAGS = ["-std=c++20", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
+FLAGS += ["-DRNN_EXT_OUT_OF_LINE"]
 
 
 def compiler() -> str:

@@ -253,8 +253,9 @@ def test_several_rows_do_not_depend_on_more(cell, dtype):
 
     With enough rows for the size of its weights it computes them itself, else they are there before it begins.
     """
-    # Rows of an odd number of inputs; a tail; whole panels; many weights, with a tail and without.
-    for inputs, hidden in ((3, 18), (40, 64), (67, 130), (1, 144)):
+    # Rows of an odd number of inputs; a tail; whole panels; so many weights of every cell in every dtype that few rows
+    # do and more do not, with a tail and without.
+    for inputs, hidden in ((3, 18), (40, 64), (67, 130), (3, 380)):
         problem = build(Case(cell, bidirectional=True, size=(4, 11, inputs, hidden))).to(dtype)
         for _ in instruction_sets():
             together = run(problem)
@@ -276,6 +277,27 @@ def test_steps_of_many_rows_and_of_few(cell, layout):
     flags = {"lengths": True, "resets": True} if layout != "packed" else {}
     for inputs, hidden in ((3, 18), (66, 132)):
         agree(build(Case(cell, layout, bidirectional=True, size=(23, 12, inputs, hidden), **flags)))
+    problem = build(Case(cell, layout, bidirectional=True, size=(23, 12, 3, 380), **flags)).to(torch.bfloat16)
+    with torch.no_grad():
+        expected = oracle(problem.to(torch.float64))
+        for _ in instruction_sets():
+            check_values(run(problem), expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("cell", "hidden"), [("rnn_tanh", 210), ("rnn_relu", 210), ("gru", 114), ("lstm", 98)])
+def test_threads_share_the_units_of_a_few_rows(cell, hidden):
+    """Too few to be cut into slices, enough for a step to compute its input gates itself; gru and lstm with a tail."""
+    torch.manual_seed(0)
+    problem = build(Case(cell, "dense", resets=True, size=(45, 3, 8, hidden))).to(torch.float32)
+    values, grads = gradients(run, problem)
+    expected, expected_grads = gradients(oracle, problem.to(torch.float64))
+    check_values(values, expected, torch.float32)
+    check_gradients(grads, expected_grads, torch.float32)
+    for threads in (2, 4):
+        torch.set_num_threads(threads)
+        again, again_grads = gradients(run, problem)
+        same_bits(again, values)
+        same_bits(again_grads, grads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 import pickle
@@ -13,6 +14,7 @@ import util
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 from util import (
+    CELLS,
     COMBINED,
     NORMS,
     Case,
@@ -23,6 +25,7 @@ from util import (
     check_values,
     cotangents,
     gradients,
+    instruction_sets,
     named,
     same_bits,
     sample,
@@ -194,6 +197,25 @@ def test_padding_is_not_read():
     dirty = gradients(lambda p: run(p, poisoned), problem, grad_of)
     same_bits(dirty[0], clean[0])
     same_bits(dirty[1], clean[1])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_several_rows_do_not_depend_on_more(cell):
+    """To the bit, whether a step computes its input gates itself or not: weights few or many, a tail or none."""
+    for inputs, hidden in ((3, 18), (5, 64), (3, 380)):
+        problem, masks = sample(Case(cell, bidirectional=True, size=(4, 11, inputs, hidden)), "masks", torch.float32)
+        masks = [None if mask is None else mask.to(torch.float32) for mask in masks]
+        for _ in instruction_sets():
+            together = run(problem, masks=masks)
+            for n in (2, 3, 7):
+                few = dataclasses.replace(
+                    problem,
+                    input=problem.input[:, :n],
+                    h_0=problem.h_0[:, :n],
+                    c_0=None if problem.c_0 is None else problem.c_0[:, :n],
+                )
+                some = [None if mask is None else mask[:, :n] for mask in masks]
+                same_bits(run(few, some), {name: t[:, :n] for name, t in together.items()})
 
 
 @pytest.mark.parametrize("size", [(12, 67, 61, 130), (40, 1, 61, 257)], ids=["slices", "teams"])

@@ -185,12 +185,12 @@ class ForwardScan {
   /// `projects_ahead_`.
   bool pipelined() const { return args_.progress || args_.below; }
 
-  /// Whether step t computes its input gates itself, in one go with the recurrent product, and they never leave the
-  /// registers. The sums are the same.
+  /// Whether step t computes its input gates itself, in one go with the recurrent product: they stay in the registers,
+  /// but for those of a split gate and of a tail. The sums are the same.
   bool joins(int64_t t) const { return slice_.active(layout_, t) >= least_joined_; }
 
-  /// From how many rows on. Each step reads weight_ih then, instead of each chunk, which costs few rows more than it
-  /// saves where the weights come from beyond the second-level cache, and many rows where they are larger still
+  /// From how many rows on a step joins. Each reads weight_ih then, instead of each chunk, which costs few rows more
+  /// than it saves where the weights come from beyond the second-level cache, and many rows where they are larger still
   /// (measured: two rows 0.91 to 0.98 times as fast with 2 MiB, four 0.72 with 32 MiB).
   int64_t least_joined() const {
     constexpr int64_t kNear = 256 * 1024, kFar = 2 << 20, kFewInputs = 64;
@@ -258,8 +258,8 @@ class ForwardScan {
     }
   }
 
-  /// The chunk of as many steps from s as it holds, of those that join or of those that do not, whose rows are placed.
-  /// Returns the step after.
+  /// The next chunk, from step s on: of steps that all join, or of as many that do not as it holds, whose rows are
+  /// placed. Returns the step after.
   int64_t plan_chunk(int64_t s) {
     if (projects_ahead_) turn_ ^= 1;
     const S** inputs = input_rows_.get();
@@ -632,12 +632,13 @@ class ForwardScan {
   const bool is_plain_;
   const int64_t gates_stride_;
   const bool projects_ahead_;
-  const int64_t least_joined_;
-  const int64_t chunk_rows_;
-  Buffer<T> gates_;  // [1 + ahead, chunk rows, G, padded H], where the input gates do not go straight to `saved`
+  const int64_t least_joined_;  // rows of a step that joins
+  const int64_t chunk_rows_;    // of a step, where all join
+  Buffer<T>
+      gates_;  // [1 + projects_ahead_, chunk rows, G, padded H], where the input gates do not go straight to `saved`
   Buffer<const S*> input_rows_;  // [chunk rows]
   Buffer<S> filled_up_;          // [chunk rows, padded I], where fill_up()
-  Buffer<T*> gate_rows_;         // [1 + ahead, chunk rows]
+  Buffer<T*> gate_rows_;         // [1 + projects_ahead_, chunk rows]
   Buffer<T> c_;                  // [slice, padded H]
   Buffer<T> hidden_gates_;       // [G, padded H], of one row, where weights are not packed
   Buffer<S> unprojected_;        // [slice, padded H]

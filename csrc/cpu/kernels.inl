@@ -11,8 +11,13 @@
 namespace rnn_ext::cpu::RNN_EXT_ISA {
 namespace {
 
+#if defined(RNN_EXT_OUT_OF_LINE)  // a compiler that instruments every access takes minutes for what is inlined so far
+#define ALWAYS_INLINE inline
+#define ALWAYS_INLINE_LAMBDA
+#else
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
+#endif
 #define NO_INLINE __attribute__((noinline))
 
 // GCC warns of vectors that lambdas in templates return, as if these were functions for others to call.

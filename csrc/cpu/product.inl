@@ -302,7 +302,7 @@ ALWAYS_INLINE void row_product(const RowProduct<S, AnySegments>& p, int64_t bloc
 
 /// For rows 0..rows-1 and the blocks [block, blocks) of B: acc[G] = init(row, block), acc += A
 /// row . B block, finish(row, block, acc). `tail`: the last of these blocks is one. One row alone takes tiles of `side`
-/// along, as many as there are; where `init` is a product there are several.
+/// along, as many as there are. Where `init` is a product there are several rows, and no tail.
 ///
 /// a_row(row) points at the row's element k = 0. kStrided: segments.stride counts, else it is 1.
 template <int G, class S, bool kStrided, class Row, class AnySegments, class Init, class Finish, class Side>
@@ -321,7 +321,7 @@ ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order or
     block = run_blocks<2, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish, ahead);
   }
   run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, backwards, a_row, b, segments, init, finish, ahead);
-  if constexpr (G > 1) {
+  if constexpr (G > 1 && !kIsInitProduct<Init>) {
     if (tail) run_tail<G, kStrided, S>(rows, blocks - 1, order, a_row, b, segments, init, finish);
   }
 }
