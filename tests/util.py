@@ -101,6 +101,11 @@ class Problem:
     def to(self, dtype: torch.dtype) -> Problem:
         return self.map(lambda t: t.detach().to(dtype))
 
+    def first_entries(self, count: int) -> Problem:
+        """The same with the first entries of the batch only, of a dense problem without lengths and resets."""
+        states = {name: None if t is None else t[:, :count] for name, t in (("h_0", self.h_0), ("c_0", self.c_0))}
+        return dataclasses.replace(self, input=self.input[:, :count], **states)
+
     def requiring(self, names: Iterable[str] | None = None) -> Problem:
         """Fresh leaves that require gradients: all, or those named."""
         chosen = set(self.leaves() if names is None else names)
