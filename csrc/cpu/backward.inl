@@ -31,6 +31,12 @@ class RowCursor {
   const Layout& layout_;
 };
 
+/// The output before a sequence's first step.
+template <class S>
+const S* initial_output(const BackwardArgs<S>& args, int direction, int64_t j) {
+  return args.h_0 + (direction * args.layout.batch + args.layout.entry(j)) * args.sizes.output();
+}
+
 /// The output before step t of this direction: null is a row of zeros.
 template <class S>
 const S* previous_output(const BackwardArgs<S>& args, int direction, int64_t t, int64_t j) {
@@ -40,7 +46,7 @@ const S* previous_output(const BackwardArgs<S>& args, int direction, int64_t t, 
   const bool first = reverse ? t + 1 >= layout.steps || j >= layout.batch_sizes[t + 1] : t == 0;
   const int64_t width = args.sizes.output();
   if (!first) return args.output.at(layout, reverse ? t + 1 : t - 1, j) + direction * width;
-  return args.h_0 ? args.h_0 + (direction * layout.batch + layout.entry(j)) * width : nullptr;
+  return args.h_0 ? initial_output(args, direction, j) : nullptr;
 }
 
 /// out = a * b, elementwise; out is padded to whole vectors.
@@ -229,7 +235,7 @@ class BackwardScan {
         after_rows_(slice.size(), true),
         gate_rows_(slice.size()),
         proj_rows_(args.sizes.proj ? slice.size() : 0),
-        cut_(slice.size()),
+        cut_(slice.size(), true),
         variant_(args, direction, slice) {
     for (int g = 0; g < Cell::kGates; ++g) hidden_segments_.offset[g] = Cell::hh_slot(g) * padded_ / kPack<S>;
     hidden_segments_.count = Cell::kGates;
@@ -307,11 +313,10 @@ class BackwardScan {
     const int64_t cell_step = args_.grad_cells.to_next(layout_, !reverse_);
     const bool has_grad = args_.grad_output.data, has_cell_grad = args_.grad_cells.data;
     const auto init = first_sum(0);
-    const Cellwise finish{[this]<int W>(const Place(&at)[W], const Wide<T, W>* sums) ALWAYS_INLINE_LAMBDA {
-      Wide<T, W> dh;
-#pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) dh.part[w] = whole_dh(0, at[w].block * kLanes<T>, sums->part[w], Cell::kDirectCarry);
-      backward_cells(0, at, dh);
+    const Cellwise finish{[this]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
+      Wide<T, R * B> dh = *sums;
+      add_dh(at, &dh, Cell::kDirectCarry);
+      backward_cells(at, dh);
     }};
     RowProduct<S, Segments> row = {nullptr, weights_.hidden.get(), hidden_segments_, false};
     const UnitBlocks part = out_part_;
@@ -344,18 +349,38 @@ class BackwardScan {
   /// cache still, comes while the product is computed. Rows are counted from `first`.
   auto first_sum(int64_t first) const {
     const bool far = layout_.rows * larger(saved_stride_, out_padded_) * int64_t(sizeof(T)) > kFarBytes;
-    return [this, first, far](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
-      *acc = V{};
-      if (far) prefetch_cell(first + r, block * kLanes<T>);
+    return [this, first, far]<int B>(Patch<1, B> of, V* acc) ALWAYS_INLINE_LAMBDA {
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) {
+        acc[b] = V{};
+        if (far) prefetch_cell(first + of.row, (of.block + b) * kLanes<T>);
+      }
     };
   }
 
-  /// What reaches h of row r: the recurrent product's sum, what skips the product if `carried`, and what comes from
-  /// outside.
-  ALWAYS_INLINE V whole_dh(int64_t r, int64_t unit, V sum, bool carried) const {
-    if (carried) sum += load(dh_.get() + r * out_padded_ + unit);
-    if (grad_output_rows_.get()) sum += load_part(grad_output_rows_.get()[r] + unit, out_ - unit);
-    return sum;
+  /// Makes of the recurrent product's sums all that reaches h: besides them what skips the product if `carried`, and
+  /// what comes from outside.
+  template <int R, int B>
+  ALWAYS_INLINE void add_dh(Patch<R, B> at, Wide<T, R * B>* sums, bool carried) const {
+    constexpr int n = kLanes<T>;
+    const int64_t unit = at.block * n, out_padded = out_padded_, rest = out_ - unit;
+    const S* const* grads = grad_output_rows_.get();
+    const T* dh = dh_.get();
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      V* sum = sums->part + r * B;
+      const int64_t row = at.row + r;
+      if (carried) {
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) sum[b] += load(dh + row * out_padded + unit + b * n);
+      }
+      if (grads) {
+        V grad[B];
+        load_vectors<B>(grad, grads[row] + unit, rest);
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) sum[b] += grad[b];
+      }
+    }
   }
 
   void write_grad_h_0(int64_t from, int64_t to) {
@@ -371,23 +396,31 @@ class BackwardScan {
 
   /// Where step t's rows find their previous states, and which rows get no gradient from the step after.
   void prepare(int64_t t, int64_t rows, int64_t after, int64_t chained) {
-    const int64_t before = reverse_ ? t + 1 : t - 1;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t j = slice_.first + r;
-      if constexpr (Cell::kDirectCarry) {
-        const S* h = previous_output(args_, direction_, t, j);
-        h_before_.get()[r] = h ? h : reinterpret_cast<const S*>(zeros_.get());
+    const int64_t before = reverse_ ? t + 1 : t - 1, first = slice_.first;
+    const bool any = before >= 0 && before < layout_.steps;
+    const int64_t going_on = any ? smaller(rows, slice_.active(layout_, before)) : 0;
+    if constexpr (Cell::kDirectCarry) {
+      const S** h_before = h_before_.get();
+      find_rows(h_before, args_.output, layout_, before, first, going_on, direction_ * out_);
+      for (int64_t r = going_on; r < rows; ++r)
+        h_before[r] = args_.h_0 ? initial_output(args_, direction_, first + r) : no_state();
+    }
+    if constexpr (Cell::kHasCell) {
+      const T** c_before = c_before_.get();
+      if (going_on > 0) space_rows(c_before, saved(before, 0) + cell_slot() * padded_, saved_stride_, going_on);
+      space_rows(c_before + going_on, c_0_.get() + going_on * padded_, padded_, rows - going_on);
+    }
+    for (int64_t r = 0; r < rows && args_.resets.data; ++r) {
+      if (begins(args_.resets, layout_, reverse_, t, first + r)) {
+        h_before_.get()[r] = no_state();
+        c_before_.get()[r] = zeros_.get();
       }
-      if constexpr (Cell::kHasCell) {
-        const bool first = reverse_ ? before >= layout_.steps || j >= layout_.batch_sizes[before] : t == 0;
-        c_before_.get()[r] = args_.resets.data && begins(args_.resets, layout_, reverse_, t, j) ? zeros_.get()
-                             : first ? c_0_.get() + r * padded_
-                                     : saved(before, r) + cell_slot() * padded_;
-      }
-      cut_.get()[r] = r < chained && args_.resets.data && begins(args_.resets, layout_, reverse_, after, j);
+      cut_.get()[r] = r < chained && begins(args_.resets, layout_, reverse_, after, first + r);
       if (cut_.get()[r]) clear(r);
     }
   }
+
+  const S* no_state() const { return reinterpret_cast<const S*>(zeros_.get()); }
 
   static constexpr int64_t cell_slot() {
     if constexpr (Cell::kHasCell) return Cell::kSavedCell;
@@ -402,19 +435,18 @@ class BackwardScan {
   /// Where step t's rows find what their cells need, and where their gate gradients go.
   void place(int64_t t, int64_t rows, int64_t after, int64_t chained) {
     const int64_t first = slice_.first;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t j = first + r;
-      gate_rows_.get()[r] = gate_grads(t, r);
-      if (r < chained) after_rows_.get()[r] = gate_grads(after, r);
-      if constexpr (Cell::kSaved > 0) {
-        saved_rows_.get()[r] = saved(t, r);
-      } else {
-        h_rows_.get()[r] = args_.output.at(layout_, t, j) + direction_ * out_;
-      }
-      if (args_.grad_output.data) grad_output_rows_.get()[r] = args_.grad_output.at(layout_, t, j) + direction_ * out_;
-      if (args_.grad_cells.data) grad_cell_rows_.get()[r] = args_.grad_cells.at(layout_, t, j) + direction_ * hidden_;
-      if (args_.sizes.proj) proj_rows_.get()[r] = proj_grads(t, r);
+    space_rows(gate_rows_.get(), gate_grads(t, 0), now_->stride, rows);
+    if (chained > 0) space_rows(after_rows_.get(), gate_grads(after, 0), now_->stride, chained);
+    if constexpr (Cell::kSaved > 0) {
+      space_rows(saved_rows_.get(), saved(t, 0), saved_stride_, rows);
+    } else {
+      find_rows(h_rows_.get(), args_.output, layout_, t, first, rows, direction_ * out_);
     }
+    if (args_.grad_output.data)
+      find_rows(grad_output_rows_.get(), args_.grad_output, layout_, t, first, rows, direction_ * out_);
+    if (args_.grad_cells.data)
+      find_rows(grad_cell_rows_.get(), args_.grad_cells, layout_, t, first, rows, direction_ * hidden_);
+    if (args_.sizes.proj) space_rows(proj_rows_.get(), proj_grads(t, 0), now_->proj_stride, rows);
   }
 
   /// Rows [first, last) of the step whose rows are in their places. `chained`: the gate gradients of the step after it
@@ -426,36 +458,49 @@ class BackwardScan {
     const auto init = first_sum(first);
     Segments segments = hidden_segments_;
     if (!chained) segments.count = 0;
-    const auto whole_dh = [this, chained](int64_t r, int64_t unit, V sum) ALWAYS_INLINE_LAMBDA {
-      return this->whole_dh(r, unit, cut_.get()[r] ? V{} : sum, Cell::kDirectCarry || !chained);
+    /// Of a patch whose rows are counted from `first`: all that reaches h, in `sums`.
+    const auto all_dh = [this, chained]<int R, int B>(Patch<R, B> at, Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
+      const bool* cut = cut_.get();
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        if (!cut[at.row + r]) continue;
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) sums->part[r * B + b] = V{};
+      }
+      this->add_dh(at, sums, Cell::kDirectCarry || !chained);
     };
     const int64_t proj = args_.sizes.proj;
     if (proj == 0) {
       product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.get(), segments, init,
-                    Cellwise{[this, first, &whole_dh]<int W>(const Place(&at)[W], const Wide<T, W>* sums)
+                    Cellwise{[this, first, &all_dh]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums)
                                  ALWAYS_INLINE_LAMBDA {
-                      Wide<T, W> dh;
-#pragma GCC unroll 8
-                      for (int w = 0; w < W; ++w)
-                        dh.part[w] = whole_dh(first + at[w].row, at[w].block * kLanes<T>, sums->part[w]);
-                      this->backward_cells(first, at, dh);
+                      at.row += first;
+                      Wide<T, R * B> dh = *sums;
+                      all_dh(at, &dh);
+                      this->backward_cells(at, dh);
                     }},
                     false, static_cast<NoSideTiles*>(nullptr), next_saved_);
       return;
     }
     if constexpr (Cell::kHasCell) {  // only such cells can be projected
       product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.get(), segments, init,
-                    [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
-                      const int64_t unit = block * kLanes<T>;
-                      store_operand(proj_rows_.get()[first + r] + unit, whole_dh(first + r, unit, *acc), out_ - unit);
+                    [&]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
+                      at.row += first;
+                      Wide<T, R * B> dh = *sums;
+                      all_dh(at, &dh);
+                      const int64_t unit = at.block * kLanes<T>;
+#pragma GCC unroll 4
+                      for (int r = 0; r < R; ++r)
+                        store_padded<B>(proj_rows_.get()[at.row + r] + unit, dh.part + r * B, out_ - unit);
                     });
       product<1, S>(
           last - first, hidden_part_.first, hidden_part_.last, order,
           [&](int64_t r) { return reinterpret_cast<const Element<S>*>(proj_rows_.get()[first + r]); },
           weights_.proj.get(), OneSegment{elements<S>(proj)}, init,
-          Cellwise{
-              [&]<int W>(const Place(&at)[W], const Wide<T, W>* sums)
-                  ALWAYS_INLINE_LAMBDA { backward_cells(first, at, *sums); }});
+          Cellwise{[&]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
+            at.row += first;
+            backward_cells(at, *sums);
+          }});
     }
   }
 
@@ -464,26 +509,32 @@ class BackwardScan {
   template <class GateGrads>
   void add_recurrent(int64_t first, int64_t last, Order order, const GateGrads& gate_grads);
 
-  /// The cell at some places, whose rows are counted from `first`.
-  template <int W>
-  ALWAYS_INLINE void backward_cells(int64_t first, const Place (&at)[W], const Wide<T, W>& dh) {
-    using Vs = Wide<T, W>;
+  template <int R, int B>
+  ALWAYS_INLINE void backward_cells(Patch<R, B> at, const Wide<T, R * B>& dh) {
+    using Vs = Wide<T, R * B>;
+    constexpr int n = kLanes<T>;
     Vs kept[Cell::kSaved + 1], h = {}, h_before = {}, c_before = {}, dc = {}, dgates[Cell::kGradGates];
-    const int64_t hidden = hidden_, padded = padded_, out_padded = out_padded_;
-#pragma GCC unroll 8
-    for (int w = 0; w < W; ++w) {
-      const int64_t r = first + at[w].row, unit = at[w].block * kLanes<T>, rest = hidden - unit;
+    const int64_t padded = padded_, out_padded = out_padded_, unit = at.block * n, rest = hidden_ - unit;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const int64_t row = at.row + r;
+      const int i = r * B;
       if constexpr (Cell::kSaved > 0) {
-        const T* from = saved_rows_.get()[r] + unit;
-        for (int i = 0; i < Cell::kSaved; ++i) kept[i].part[w] = load(from + i * padded);
+        const T* from = saved_rows_.get()[row] + unit;
+        for (int s = 0; s < Cell::kSaved; ++s) load_vectors<B>(kept[s].part + i, from + s * padded, kWhole);
       } else {
-        h.part[w] = load_part(h_rows_.get()[r] + unit, rest);
+        load_vectors<B>(h.part + i, h_rows_.get()[row] + unit, rest);
       }
-      if constexpr (Cell::kDirectCarry) h_before.part[w] = load_part(h_before_.get()[r] + unit, rest);
+      if constexpr (Cell::kDirectCarry) load_vectors<B>(h_before.part + i, h_before_.get()[row] + unit, rest);
       if constexpr (Cell::kHasCell) {
-        c_before.part[w] = load(c_before_.get()[r] + unit);
-        dc.part[w] = load(dc_.get() + r * padded + unit);
-        if (grad_cell_rows_.get()) dc.part[w] += load_part(grad_cell_rows_.get()[r] + unit, rest);
+        load_vectors<B>(c_before.part + i, c_before_.get()[row] + unit, kWhole);
+        load_vectors<B>(dc.part + i, dc_.get() + row * padded + unit, kWhole);
+        if (grad_cell_rows_.get()) {
+          V grad[B];
+          load_vectors<B>(grad, grad_cell_rows_.get()[row] + unit, rest);
+#pragma GCC unroll 4
+          for (int b = 0; b < B; ++b) dc.part[i + b] += grad[b];
+        }
       }
     }
     const Vs direct = Cell::template backward<Math<T, Vs>>(kept, h, h_before, c_before, dh, dc, dgates);
@@ -491,13 +542,13 @@ class BackwardScan {
     S* const* const gate_rows = gate_rows_.get();
     T* const dc_rows = dc_.get();
     T* const dh_rows = dh_.get();
-#pragma GCC unroll 8
-    for (int w = 0; w < W; ++w) {
-      const int64_t r = first + at[w].row, unit = at[w].block * kLanes<T>, rest = hidden - unit;
-      S* to = gate_rows[r] + unit;
-      for (int g = 0; g < Cell::kGradGates; ++g) store_operand(to + g * padded, dgates[g].part[w], rest);
-      if constexpr (Cell::kHasCell) store(dc_rows + r * padded + unit, dc.part[w]);
-      if constexpr (Cell::kDirectCarry) store(dh_rows + r * out_padded + unit, direct.part[w]);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const int64_t row = at.row + r;
+      S* to = gate_rows[row] + unit;
+      for (int g = 0; g < Cell::kGradGates; ++g) store_padded<B>(to + g * padded, dgates[g].part + r * B, rest);
+      if constexpr (Cell::kHasCell) store_padded<B>(dc_rows + row * padded + unit, dc.part + r * B, rest);
+      if constexpr (Cell::kDirectCarry) store_padded<B>(dh_rows + row * out_padded + unit, direct.part + r * B, rest);
     }
   }
 

@@ -156,13 +156,16 @@ class ForwardScan {
       }
     }
     /// h, which is no more precise than what the caller sees of it, so that both go on from the same state.
-    /// `count`: how many numbers of its row are left.
-    ALWAYS_INLINE void set(int64_t at, V value, int64_t count) const {
+    /// B vectors of a row of which `count` numbers are left.
+    template <int B>
+    ALWAYS_INLINE void set(int64_t at, const V* value, int64_t count) const {
       if constexpr (kReduced) {
-        store_operand(reduced + at, value, count);
-        value = load(reduced + at);
+        store_padded<B>(reduced + at, value, count);
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) store(h + at + b * kLanes<T>, load(reduced + at + b * kLanes<T>));
+      } else {
+        store_padded<B>(h + at, value, count);
       }
-      store(h + at, value);
     }
   };
 
@@ -236,14 +239,10 @@ class ForwardScan {
   /// Step t's rows as numbers `count` and following: where their inputs are and their gates go. Returns the number
   /// after them.
   int64_t place_rows(int64_t t, int64_t count) {
-    const S** inputs = input_rows_.get();
-    T** gates = gate_rows();
-    const int64_t rows = slice_.active(layout_, t);
-    for (int64_t j = slice_.first; j < slice_.first + rows; ++j, ++count) {
-      inputs[count] = args_.input.at(layout_, t, j);
-      gates[count] = gates_at(layout_.offsets[t] + j, count);
-    }
-    return count;
+    const int64_t rows = slice_.active(layout_, t), first = slice_.first;
+    find_rows(input_rows_.get() + count, args_.input, layout_, t, first, rows, 0);
+    space_rows(gate_rows() + count, gates_at(layout_.offsets[t] + first, count), gates_stride_, rows);
+    return count + rows;
   }
 
   void fill_up_rows(int64_t count) {
@@ -410,18 +409,21 @@ class ForwardScan {
   void step(int64_t t, int64_t rows, T* const* gates, State now, State next) {
     S** outputs = output_rows_.get();
     S** cells = cell_rows_.get();
-    for (int64_t r = 0; r < rows; ++r) {
-      outputs[r] = args_.output.at(layout_, t, slice_.first + r) + direction_ * out_;
-      if (Cell::kHasCell && cells) cells[r] = args_.cells.at(layout_, t, slice_.first + r) + direction_ * hidden_;
-    }
+    find_rows(outputs, args_.output, layout_, t, slice_.first, rows, direction_ * out_);
+    if (Cell::kHasCell && cells) find_rows(cells, args_.cells, layout_, t, slice_.first, rows, direction_ * hidden_);
     const StepRows at = {gates, outputs, cells, now, next};
     const auto sums = first_sums(at);
-    const auto fetch_output = [&](int64_t r, int64_t block) ALWAYS_INLINE_LAMBDA {
-      if (block % (64 / RNN_EXT_VECTOR_BYTES) == 0) __builtin_prefetch(outputs[r] + block * kLanes<T>, 1);
+    const auto fetch_output = [&]<int B>(Patch<1, B> to) ALWAYS_INLINE_LAMBDA {
+      constexpr int kBlocksOfLine = 64 / RNN_EXT_VECTOR_BYTES;
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) {
+        const int64_t block = to.block + b;
+        if (block % kBlocksOfLine == 0) __builtin_prefetch(outputs[to.row] + block * kLanes<T>, 1);
+      }
     };
-    const auto init = [&](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
-      fetch_output(r, block);
-      sums(r, block, acc);
+    const auto init = [&]<int B>(Patch<1, B> of, V* acc) ALWAYS_INLINE_LAMBDA {
+      fetch_output(of);
+      sums(of, acc);
     };
     const auto finish = cell(at);
     const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(now.operand(r * out_padded_)); };
@@ -447,15 +449,23 @@ class ForwardScan {
     const S* const* inputs = input_rows_.get();
     T* const* gates = gate_rows();
     const int64_t padded = padded_, depth = elements<S>(args_.sizes.input);
-    const auto begin = [&](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
-      fetch_output(r, block);
-      for (int g = 0; g < G; ++g) acc[g] = load(bias + g * padded + block * kLanes<T>);
+    const auto begin = [&]<int B>(Patch<1, B> of, V* acc) ALWAYS_INLINE_LAMBDA {
+      fetch_output(of);
+      const T* from = bias + of.block * kLanes<T>;
+#pragma GCC unroll 16
+      for (int v = 0; v < B * G; ++v) acc[v] = load(from + v % G * padded + v / G * kLanes<T>);
     };
     const auto row = [&](int64_t r) ALWAYS_INLINE_LAMBDA { return reinterpret_cast<const Element<S>*>(inputs[r]); };
-    const auto between = [&](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
+    const auto between = [&]<int B>(Patch<1, B> of, V* acc) ALWAYS_INLINE_LAMBDA {
       if constexpr (Cell::kSplit > 0) {  // whose input part the cell wants alone
-        store(gates[r] + (G - 1) * padded + block * kLanes<T>, acc[G - 1]);
-        acc[G - 1] = load(split_bias + block * kLanes<T>);
+        const int64_t unit = of.block * kLanes<T>;
+        T* to = gates[of.row] + (G - 1) * padded + unit;
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) {
+          V& sum = acc[b * G + G - 1];
+          store(to + b * kLanes<T>, sum);
+          sum = load(split_bias + unit + b * kLanes<T>);
+        }
       }
     };
     const InitProduct<S, decltype(begin), decltype(row), decltype(between)> inputs_first = {
@@ -519,25 +529,36 @@ class ForwardScan {
 
   /// What the sums of a step begin with. Reads `at` anew whenever it is called, as cell() does.
   auto first_sums(const StepRows& at) const {
-    return [this, &at](int64_t r, int64_t block, V* acc) ALWAYS_INLINE_LAMBDA {
-      const T* from = at.gates[r] + block * kLanes<T>;
-      for (int g = 0; g < G; ++g)
-        acc[g] = load(g < G - Cell::kSplit ? from + g * padded_ : weights_.split_bias.get() + block * kLanes<T>);
+    return [this, &at]<int B>(Patch<1, B> of, V* acc) ALWAYS_INLINE_LAMBDA {
+      const int64_t unit = of.block * kLanes<T>, padded = padded_;
+      const T *from = at.gates[of.row] + unit, *split_bias = weights_.split_bias.get() + unit;
+#pragma GCC unroll 16
+      for (int v = 0; v < B * G; ++v) {
+        const int64_t g = v % G, b = v / G * kLanes<T>;
+        acc[v] = load(g < G - Cell::kSplit ? from + g * padded + b : split_bias + b);
+      }
     };
   }
 
   /// What becomes of the sums of a step: the cell.
   auto cell(const StepRows& at) {
-    return Cellwise{[this, &at]<int W>(const Place(&places)[W], const Wide<T, W>* sums) ALWAYS_INLINE_LAMBDA {
-      using Vs = Wide<T, W>;
+    return Cellwise{[this, &at]<int R, int B>(Patch<R, B> patch, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
+      using Vs = Wide<T, R * B>;
+      constexpr int n = kLanes<T>;
       Vs split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
-      const int64_t hidden = hidden_, padded = padded_, out_padded = out_padded_;
-#pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) {
-        const int64_t row = places[w].row, unit = places[w].block * kLanes<T>;
-        if constexpr (Cell::kSplit > 0) split[0].part[w] = load(at.gates[row] + unit + (G - 1) * padded);
-        if constexpr (Cell::kDirectCarry) h_prev.part[w] = load(at.now.h + row * out_padded + unit);
-        if constexpr (Cell::kHasCell) state.part[w] = load(c_.get() + row * padded + unit);
+      const int64_t padded = padded_, out_padded = out_padded_, unit = patch.block * n, rest = hidden_ - unit;
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const int64_t row = patch.row + r;
+        const T* gates = at.gates[row] + unit + (G - 1) * padded;
+        const T *h = at.now.h + row * out_padded + unit, *c = c_.get() + row * padded + unit;
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) {
+          const int i = r * B + b;
+          if constexpr (Cell::kSplit > 0) split[0].part[i] = load(gates + b * n);
+          if constexpr (Cell::kDirectCarry) h_prev.part[i] = load(h + b * n);
+          if constexpr (Cell::kHasCell) state.part[i] = load(c + b * n);
+        }
       }
       const Vs h = Cell::template forward<Math<T, Vs>>(sums, split, h_prev, state, saved);
       // Read before the stores, which the compiler must take for stores to these as well.
@@ -548,23 +569,25 @@ class ForwardScan {
       S* const* const cells = at.cells;
       T* const* const gates = at.gates;
       const bool keep = keep_;
-#pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) {
-        const int64_t row = places[w].row, unit = places[w].block * kLanes<T>, rest = hidden - unit;
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const int64_t row = patch.row + r;
+        const V* h_row = h.part + r * B;
         if (unprojected) {
-          store_operand(unprojected + row * padded + unit, h.part[w], rest);
+          store_padded<B>(unprojected + row * padded + unit, h_row, rest);
         } else {
-          next.set(row * out_padded + unit, h.part[w], rest);
-          store_part(outputs[row] + unit, h.part[w], rest);
+          next.template set<B>(row * out_padded + unit, h_row, rest);
+          store_vectors<B>(outputs[row] + unit, h_row, rest);
         }
         if constexpr (Cell::kHasCell) {
-          store(c + row * padded + unit, state.part[w]);
-          if (cells) store_part(cells[row] + unit, state.part[w], rest);
+          const V* c_row = state.part + r * B;
+          store_padded<B>(c + row * padded + unit, c_row, rest);
+          if (cells) store_vectors<B>(cells[row] + unit, c_row, rest);
         }
         if (keep) {
           T* to = gates[row] + unit;
-          for (int i = 0; i < Cell::kSaved; ++i) store(to + i * padded, saved[i].part[w]);
-          if (unprojected) store(to + Cell::kSaved * padded, h.part[w]);
+          for (int i = 0; i < Cell::kSaved; ++i) store_padded<B>(to + i * padded, saved[i].part + r * B, rest);
+          if (unprojected) store_padded<B>(to + Cell::kSaved * padded, h_row, rest);
         }
       }
     }};
@@ -578,9 +601,9 @@ class ForwardScan {
                  at.now.operand(r * out_padded_));
       for (int64_t block = 0; block < blocks_of<T>(hidden_); ++block) {
         V acc[1][G];
-        init(r, block, acc[0]);
+        init(Patch<1, 1>{r, block}, acc[0]);
         for (int g = 0; g < G; ++g) acc[0][g] += load(hidden_gates_.get() + g * padded_ + block * kLanes<T>);
-        finish_cells<1, 1, G>(0, r, block, acc, finish);
+        finish_patch<1, 1, G>(r, block, acc, finish);
       }
     }
   }
@@ -607,8 +630,10 @@ class ForwardScan {
     }
     for (int64_t r = 0; r < rows; ++r) {
       if constexpr (kReduced) {
-        for (int64_t i = 0; i < out_; i += kLanes<T>)
-          next.set(r * out_padded_ + i, load_part(next.h + r * out_padded_ + i, out_ - i), out_ - i);
+        for (int64_t i = 0; i < out_; i += kLanes<T>) {
+          const V h = load_part(next.h + r * out_padded_ + i, out_ - i);
+          next.template set<1>(r * out_padded_ + i, &h, out_ - i);
+        }
       }
       copy_row(args_.output.at(layout_, t, slice_.first + r) + direction_ * out_, next.operand(r * out_padded_), out_);
     }

@@ -111,8 +111,8 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Elemen
   }
 }
 
-/// An `init` of product() that is a product itself: acc[G] = begin(row, block), acc += row(row) . block of its own B,
-/// and between(row, block, acc) before the other product is added. Fetches what is `ahead`.
+/// An `init` of product() that is a product itself: acc = begin(patch), acc += row(row) . blocks of its own B, and
+/// between(patch, acc) before the other product is added. Fetches what is `ahead`.
 template <class S, class Begin, class Row, class Between>
 struct InitProduct {
   const Begin& begin;
@@ -129,7 +129,10 @@ struct InitProduct {
     ahead = {};
   }
 
-  ALWAYS_INLINE void operator()(int64_t r, int64_t block, Vec<Compute<S>>* acc) const { begin(r, block, acc); }
+  template <int B>
+  ALWAYS_INLINE void operator()(Patch<1, B> at, Vec<Compute<S>>* acc) const {
+    begin(at, acc);
+  }
 
   template <int MR, int NB, int G>
   ALWAYS_INLINE void add(Vec<Compute<S>> (&acc)[MR][NB * G], int64_t first_row, int64_t first_block) const {
@@ -140,10 +143,7 @@ struct InitProduct {
     for (int m = 0; m < MR; ++m) a[m] = row(first_row + m);
     multiply_add<MR, NB, G, false, S>(acc, a, panel, segments, fetcher.take(segments.length, panel.b));
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-      for (int n = 0; n < NB; ++n) between(first_row + m, first_block + n, &acc[m][n * G]);
-    }
+    for (int m = 0; m < MR; ++m) between(Patch<1, NB>{first_row + m, first_block}, acc[m]);
   }
 };
 template <class Init>
@@ -170,8 +170,7 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
     a[m] = a_row(first_row + m);
-#pragma GCC unroll 4
-    for (int n = 0; n < NB; ++n) init(first_row + m, first_block + n, &acc[m][n * G]);
+    init(Patch<1, NB>{first_row + m, first_block}, acc[m]);
   }
   if constexpr (kIsInitProduct<Init>) init.template add<MR, NB, G>(acc, first_row, first_block);
   multiply_add<MR, NB, G, kStrided, S>(acc, a, Panel<G, Element<S>>{b, block_stride}, segments, fetch);
@@ -181,7 +180,7 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
 #pragma GCC unroll 16
     for (int v = 0; v < NB * G; ++v) sums[m * NB + v / G][v % G] = acc[m][v];
   }
-  finish_tile<MR * NB, NB, G>(first_row, first_block, sums, finish);
+  finish_tile<MR, NB, G>(first_row, first_block, sums, finish);
 }
 
 template <int MR, int NB, int G, bool kStrided, class S, class Row, class AnySegments, class Init, class Finish>
@@ -243,48 +242,28 @@ constexpr bool has_tail(int64_t gates, int64_t units) {
   return gates > 1 && gates <= 4 && rest > 0 && rest <= kLanes<T> / 4;
 }
 
-template <int G, class S, bool kStrided = false, class Row, class AnySegments, class Init, class Finish,
-          class Side = NoSideTiles>
-void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row, const Element<S>* b,
-             const AnySegments& segments, const Init& init, const Finish& finish, bool tail = false,
-             Side* side = nullptr, Ahead ahead = {});
-
-/// The tail, block number `block`: as a product of one gate, whose sums are dealt out to the gates.
-template <int G, bool kStrided, class S, class Row, class AnySegments, class Init, class Finish>
-ALWAYS_INLINE void run_tail(int64_t rows, int64_t block, Order order, const Row& a_row, const Element<S>* b,
-                            const AnySegments& segments, const Init& init, const Finish& finish) {
+/// The tail, block number `block`, by run(b, init, finish): as a product of one gate, whose sums are dealt out to the
+/// gates.
+template <int G, class S, class Init, class Finish, class Run>
+ALWAYS_INLINE void run_tail(int64_t block, const Element<S>* b, int64_t depth, const Init& init, const Finish& finish,
+                            const Run& run) {
   using T = Compute<S>;
   using V = Vec<T>;
-  constexpr auto kGates = std::make_integer_sequence<int, G>();
-  const auto nothing = [](int64_t, int64_t, V* acc) { *acc = V{}; };
-  const auto run = [&](const auto& deal_out) ALWAYS_INLINE_LAMBDA {
-    const int64_t one_gate = segments.size() * kLanes<Element<S>>;
-    product<1, S, kStrided>(rows, block, block + 1, order, a_row, b + block * (G - 1) * one_gate, segments, nothing,
-                            deal_out);
-  };
-  if constexpr (kIsCellwise<Finish>) {
-    run(Cellwise{[&]<int W>(const Place(&at)[W], const Wide<T, W>* sums) ALWAYS_INLINE_LAMBDA {
-      Wide<T, W> all[G];
+  const auto nothing = [](Patch<1, 1>, V* acc) { *acc = V{}; };
+  const Cellwise deal_out{[&]<int R>(Patch<R, 1> at, const Wide<T, R>* sums) ALWAYS_INLINE_LAMBDA {
+    Wide<T, R> all[G];
 #pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) {
-        V acc[G], sum[G];
-        init(at[w].row, at[w].block, acc);
-        quarters<G, T>(sums->part[w], sum, kGates);
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) all[g].part[w] = acc[g] + sum[g];
-      }
-      finish(at, all);
-    }});
-  } else {
-    run([&](int64_t r, int64_t at, const V* sums) ALWAYS_INLINE_LAMBDA {
+    for (int r = 0; r < R; ++r) {
       V acc[G], sum[G];
-      init(r, at, acc);
-      quarters<G, T>(*sums, sum, kGates);
+      init(Patch<1, 1>{at.row + r, at.block}, acc);
+      quarters<G, T>(sums->part[r], sum, std::make_integer_sequence<int, G>());
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) acc[g] += sum[g];
-      finish(r, at, acc);
-    });
-  }
+      for (int g = 0; g < G; ++g) all[g].part[r] = acc[g] + sum[g];
+    }
+    finish(at, all);
+  }};
+  // Which are all counted as of one gate now, from where the tail is block number `block`.
+  run(b + block * (G - 1) * depth * kLanes<Element<S>>, nothing, deal_out);
 }
 
 /// product() of one row.
@@ -293,22 +272,26 @@ ALWAYS_INLINE void row_product(const RowProduct<S, AnySegments>& p, int64_t bloc
                                const Finish& finish, bool tail, Side* side) {
   run_row_blocks<kRowBlocks<G>, G>(p, block, blocks - tail, init, finish, side);
   if constexpr (G > 1) {
-    if (tail)
-      run_tail<G, false, S>(
-          1, blocks - 1, p.backwards ? Order::kRowBackwards : Order::kRow, [&](int64_t) { return p.a; }, p.b,
-          p.segments, init, finish);
+    if (!tail) return;
+    const auto run = [&](const Element<S>* b, const auto& init, const auto& finish) ALWAYS_INLINE_LAMBDA {
+      const RowProduct<S, AnySegments> one_gate = {p.a, b, p.segments, p.backwards};
+      run_row_blocks<1, 1>(one_gate, blocks - 1, blocks, init, finish, static_cast<NoSideTiles*>(nullptr));
+    };
+    run_tail<G, S>(blocks - 1, p.b, p.segments.size(), init, finish, run);
   }
 }
 
-/// For rows 0..rows-1 and the blocks [block, blocks) of B: acc[G] = init(row, block), acc += A
-/// row . B block, finish(row, block, acc). `tail`: the last of these blocks is one. One row alone takes tiles of `side`
-/// along, as many as there are. Where `init` is a product there are several rows, and no tail.
+/// For rows 0..rows-1 and the blocks [block, blocks) of B: acc[B * G] = init(Patch<1, B>), acc += A row . B blocks,
+/// finish(Patch<R, B>, sums), which are a Wide of the patch's places for each of the G gates. `tail`: the last of these
+/// blocks is one. One row alone takes tiles of `side` along, as many as there are. Where `init` is a product there are
+/// several rows, and no tail.
 ///
 /// a_row(row) points at the row's element k = 0. kStrided: segments.stride counts, else it is 1.
-template <int G, class S, bool kStrided, class Row, class AnySegments, class Init, class Finish, class Side>
+template <int G, class S, bool kStrided = false, class Row, class AnySegments, class Init, class Finish,
+          class Side = NoSideTiles>
 ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
                            const Element<S>* b, const AnySegments& segments, const Init& init, const Finish& finish,
-                           bool tail, Side* side, Ahead ahead) {
+                           bool tail = false, Side* side = nullptr, Ahead ahead = {}) {
   if constexpr (!kStrided && !kIsInitProduct<Init>) {
     if (order == Order::kRow || order == Order::kRowBackwards) {
       const RowProduct<S, AnySegments> row = {a_row(0), b, segments, order == Order::kRowBackwards};
@@ -322,7 +305,11 @@ ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order or
   }
   run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, backwards, a_row, b, segments, init, finish, ahead);
   if constexpr (G > 1 && !kIsInitProduct<Init>) {
-    if (tail) run_tail<G, kStrided, S>(rows, blocks - 1, order, a_row, b, segments, init, finish);
+    if (!tail) return;
+    const auto run = [&](const Element<S>* b, const auto& init, const auto& finish) ALWAYS_INLINE_LAMBDA {
+      run_blocks<1, 1, kStrided, S>(rows, blocks - 1, blocks, backwards, a_row, b, segments, init, finish, ahead);
+    };
+    run_tail<G, S>(blocks - 1, b, segments.size(), init, finish, run);
   }
 }
 
@@ -454,14 +441,26 @@ NO_INLINE void plain_product(const PlainProduct<S>& p) {
   product<1, S, kStrided>(
       p.rows, p.first, p.last < 0 ? blocks_of<T>(p.columns) : p.last, p.order,
       [&](int64_t r) { return reinterpret_cast<const Element<S>*>(p.a[r]); }, p.b, p.segments,
-      [&](int64_t r, int64_t block, V* acc) {
-        const int64_t column = block * kLanes<T>;
-        *acc = p.bias ? load(p.bias + column) : V{};
-        if (p.accumulate || p.fetch_c) __builtin_prefetch(p.c[r] + column, 1);
+      [&]<int B>(Patch<1, B> at, V* acc) {
+        const int64_t column = at.block * kLanes<T>;
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) acc[b] = p.bias ? load(p.bias + column + b * kLanes<T>) : V{};
+        if (!p.accumulate && !p.fetch_c) return;
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) __builtin_prefetch(p.c[at.row] + column + b * kLanes<T>, 1);
       },
-      [&](int64_t r, int64_t block, const V* acc) {
-        const int64_t column = block * kLanes<T>, rest = p.columns - column;
+      [&]<int B>(Patch<1, B> at, const Wide<T, B>* sums) {
+        const int64_t column = at.block * kLanes<T>, rest = p.columns - column;
+        T* c = p.c[at.row] + column;
         // Added at the end, not started from: so that A B + C does not depend on which of two summands came first.
-        store_part(p.c[r] + column, p.accumulate ? load_part(p.c[r] + column, rest) + *acc : *acc, rest);
+        V sum[B];
+        if (p.accumulate) {
+          load_vectors<B>(sum, c, rest);
+#pragma GCC unroll 4
+          for (int b = 0; b < B; ++b) sum[b] += sums->part[b];
+          store_vectors<B>(c, sum, rest);
+        } else {
+          store_vectors<B>(c, sums->part, rest);
+        }
       });
 }

@@ -130,8 +130,7 @@ ALWAYS_INLINE void multiply_tile(const Product& p, int64_t block, Vec<Compute<ty
   const int64_t stride = p.template block_stride<G>();
   const Element<S>* b = p.b + block * stride;
   Vec<Compute<S>> acc[NB * G];
-#pragma GCC unroll 4
-  for (int n = 0; n < NB; ++n) init(0, block + n, &acc[n * G]);
+  init(Patch<1, NB>{0, block}, acc);
   if (p.backwards) {
     multiply_add_row<true, kSets, NB, G, S>(acc, p.a, b, stride, p.segments, side);
   } else {
@@ -151,7 +150,7 @@ NO_INLINE void run_row(const Product& p, int64_t first_block, const Init& init, 
     NoSideTile none;
     multiply_tile<NB, G>(p, first_block + tile, sums + tile, init, none);
   }
-  finish_tile<Tiles * NB, NB * Tiles, G>(0, first_block, sums, finish);
+  finish_tile<1, Tiles * NB, G>(0, first_block, sums, finish);
 }
 
 /// One tile of NB blocks, with tiles of side products.
@@ -160,7 +159,7 @@ NO_INLINE void run_row_beside(const Product& p, int64_t first_block, const Init&
                               Side& side) {
   Vec<Compute<typename Product::Storage>> sums[NB][G];
   with_side_tile(side, [&](auto& tile) ALWAYS_INLINE_LAMBDA { multiply_tile<NB, G>(p, first_block, sums, init, tile); });
-  finish_tile<NB, NB, G>(0, first_block, sums, finish);
+  finish_tile<1, NB, G>(0, first_block, sums, finish);
 }
 
 /// So many tiles from a block on.

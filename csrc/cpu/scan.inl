@@ -55,6 +55,25 @@ inline Slice slice_of(const Layout& layout, int64_t index, int64_t count) {
   return {layout.batch * index / count, layout.batch * (index + 1) / count};
 }
 
+/// Rows at equal distances.
+template <class To, class T>
+ALWAYS_INLINE void space_rows(To** rows, T* first, int64_t distance, int64_t count) {
+  for (int64_t r = 0; r < count; ++r) rows[r] = first + r * distance;
+}
+
+/// Where the rows [first, first + count) of step t lie, `offset` numbers into them.
+template <class To, class T>
+ALWAYS_INLINE void find_rows(To** rows, const Sequence<T>& sequence, const Layout& layout, int64_t t, int64_t first,
+                             int64_t count, int64_t offset) {
+  if (count == 0) return;
+  if (layout.order && !layout.packed) {
+    T* step = sequence.data + t * sequence.step + offset;
+    for (int64_t r = 0; r < count; ++r) rows[r] = step + layout.order[first + r] * sequence.row;
+  } else {
+    space_rows(rows, sequence.at(layout, t, first) + offset, sequence.row, count);
+  }
+}
+
 /// Does an independent sequence begin between step t and the one that this direction ran before it?
 inline bool begins(const Sequence<const bool>& resets, const Layout& layout, bool reverse, int64_t t, int64_t j) {
   if (!reverse) return *resets.at(layout, t, j);

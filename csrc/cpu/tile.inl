@@ -54,12 +54,20 @@ struct UnitBlocks {
   int64_t first, last;
 };
 
-/// One block of units of one row.
-struct Place {
-  int64_t row, block;
+/// Some blocks of units of some rows that follow each other: a tile, or a part of one.
+template <int R, int B>
+struct Patch {
+  int64_t row, block;  // the first of each
+
+  /// Calls fn(row, block, i) for its places, i counting them row by row.
+  template <class Fn>
+  ALWAYS_INLINE void each(const Fn& fn) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < R * B; ++i) fn(row + i / B, block + i % B, i);
+  }
 };
 
-/// Marks a function for finished tiles that runs a cell: it takes several places of a tile at once.
+/// Marks a function for finished tiles that runs a cell: so much code that it is not repeated for each part of a tile.
 template <class Fn>
 struct Cellwise : Fn {};
 template <class Fn>
@@ -72,29 +80,29 @@ constexpr bool kIsCellwise<Cellwise<Fn>> = true;
 /// The most places a cell is run for at once: as many as fill the latency of its instructions (measured).
 constexpr int kMostCells = 4;
 
-template <int W, int NB, int G, class V, class Finish>
-ALWAYS_INLINE void finish_cells(int first, int64_t row, int64_t block, const V (*sums)[G], const Finish& finish) {
-  Place at[W];
-  Wide<std::remove_cvref_t<decltype(sums[0][0][0])>, W> sum[G];
+template <int R, int B, int G, class V, class Finish>
+ALWAYS_INLINE void finish_patch(int64_t row, int64_t block, const V (*sums)[G], const Finish& finish) {
+  Wide<std::remove_cvref_t<decltype(sums[0][0][0])>, R * B> sum[G];
 #pragma GCC unroll 8
-  for (int w = 0; w < W; ++w) {
-    at[w] = {row + (first + w) / NB, block + (first + w) % NB};
+  for (int i = 0; i < R * B; ++i) {
 #pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) sum[g].part[w] = sums[first + w][g];
+    for (int g = 0; g < G; ++g) sum[g].part[i] = sums[i][g];
   }
-  finish(at, sum);
+  finish(Patch<R, B>{row, block}, sum);
 }
 
-/// Finishes `Count` places: NB blocks of each row.
-template <int Count, int NB, int G, class V, class Finish>
-ALWAYS_INLINE void finish_tile(int64_t row, int64_t block, const V (&sums)[Count][G], const Finish& finish) {
+/// Finishes a tile of R rows by B blocks, whole rows at a time, so that what a row needs is found once.
+template <int R, int B, int G, class V, class Finish>
+ALWAYS_INLINE void finish_tile(int64_t row, int64_t block, const V (&sums)[R * B][G], const Finish& finish) {
+  static_assert(B <= kMostCells);
   if constexpr (!kIsCellwise<Finish>) {
-#pragma GCC unroll 32
-    for (int i = 0; i < Count; ++i) finish(row + i / NB, block + i % NB, sums[i]);
+#pragma GCC unroll 8
+    for (int m = 0; m < R; ++m) finish_patch<1, B, G>(row + m, block, sums + m * B, finish);
   } else {
-    constexpr int kTimes = (Count + kMostCells - 1) / kMostCells, W = (Count + kTimes - 1) / kTimes;
+    constexpr int kMost = kMostCells / B, kTimes = (R + kMost - 1) / kMost, kRows = (R + kTimes - 1) / kTimes;
+    constexpr int kRest = R % kRows;
 #pragma GCC unroll 1
-    for (int i = 0; i + W <= Count; i += W) finish_cells<W, NB, G>(i, row, block, sums, finish);
-    if constexpr (Count % W) finish_cells<Count % W, NB, G>(Count - Count % W, row, block, sums, finish);
+    for (int m = 0; m + kRows <= R; m += kRows) finish_patch<kRows, B, G>(row + m, block, sums + m * B, finish);
+    if constexpr (kRest > 0) finish_patch<kRest, B, G>(row + R - kRest, block, sums + (R - kRest) * B, finish);
   }
 }

@@ -143,7 +143,7 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
             [=](int64_t r) { return inputs[r]; }, weights_.hidden.get(), OneSegment{out}, init, finish, tail, &side_);
       };
       if constexpr (!cells::kIsNormed<Cell>) {
-        if (joined_) return join_inputs(t, rows, [](int64_t, int64_t) {}, init, packed);
+        if (joined_) return join_inputs(t, rows, [](const auto&) {}, init, packed);
       }
       if (!short_) return packed(part_, init, tail_);
       T* dots = hidden_gates_.get();
@@ -152,10 +152,10 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
           dot_rows(dots + g * padded, static_cast<const T*>(nullptr),
                    args_.weights[direction_].weight_hh + g * hidden * out, hidden, out, inputs[r]);
         for (int64_t block = 0; block < blocks_of<T>(hidden); ++block) {
-          V acc[G];
-          init(r, block, acc);
-          for (int g = 0; g < G; ++g) acc[g] += load(dots + g * padded + block * kLanes<T>);
-          finish(r, block, acc);
+          V acc[1][G];
+          init(Patch<1, 1>{r, block}, acc[0]);
+          for (int g = 0; g < G; ++g) acc[0][g] += load(dots + g * padded + block * kLanes<T>);
+          finish_patch<1, 1, G>(r, block, acc, finish);
         }
       }
     };
@@ -191,11 +191,13 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
       for (int64_t r = 0; r < rows; ++r)
         products[r] = keep_ ? gates[r] + Cell::kNormHh * padded : variant_.hidden_gates.get() + r * G * padded;
       recurrent(
-          [](int64_t, int64_t, V* acc) {
-            for (int g = 0; g < G; ++g) acc[g] = V{};
+          []<int B>(Patch<1, B>, V* acc) {
+            for (int v = 0; v < B * G; ++v) acc[v] = V{};
           },
-          [=](int64_t r, int64_t block, const V* acc) {
-            for (int g = 0; g < G; ++g) store(products[r] + g * padded + block * kLanes<T>, acc[g]);
+          [=]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) {
+            at.each([&](int64_t r, int64_t block, int i) ALWAYS_INLINE_LAMBDA {
+              for (int g = 0; g < G; ++g) store(products[r] + g * padded + block * kLanes<T>, sums[g].part[i]);
+            });
           });
       const auto& norm = variant_.norm;
       T *fresh = variant_.c.get(), *o = variant_.o.get();
@@ -240,23 +242,32 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
       using Base = typename Cell::Base;
       const T* split_bias = weights_.split_bias.get();
       recurrent(
-          [=](int64_t r, int64_t block, V* acc) {
-            const T* from = gates[r] + block * kLanes<T>;
-            for (int g = 0; g < G; ++g)
-              acc[g] = load(g < G - Cell::kSplit ? from + g * padded : split_bias + block * kLanes<T>);
+          [=]<int B>(Patch<1, B> at, V* acc) {
+            for (int v = 0; v < B * G; ++v) {
+              const int64_t g = v % G, unit = (at.block + v / G) * kLanes<T>;
+              acc[v] = load(g < G - Cell::kSplit ? gates[at.row] + g * padded + unit : split_bias + unit);
+            }
           },
-          [&](int64_t r, int64_t block, const V* acc) ALWAYS_INLINE_LAMBDA {
-            const int64_t unit = block * kLanes<T>;
-            T* row = gates[r] + unit;
-            V split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
-            if constexpr (Cell::kSplit > 0) split[0] = load(row + (G - 1) * padded);
-            if constexpr (Base::kDirectCarry) h_prev = load(now + r * out_padded_ + unit);
-            if constexpr (Cell::kHasCell) state = load(c_.get() + r * padded + unit);
-            const V h = Base::template forward<Math<T>>(acc, split, h_prev, state, saved);
-            const V left = leave(r, unit, h, state);
-            if constexpr (Cell::kSaved > Base::kSaved) saved[Base::kSaved] = Cell::kHasCell ? left : h;
-            for (int i = 0; i < Cell::kSaved && keep_; ++i) store(row + i * padded, saved[i]);
-          });
+          Cellwise{[&]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
+            using Vs = Wide<T, R * B>;
+            Vs split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
+            at.each([&](int64_t r, int64_t block, int i) ALWAYS_INLINE_LAMBDA {
+              const int64_t unit = block * kLanes<T>;
+              if constexpr (Cell::kSplit > 0) split[0].part[i] = load(gates[r] + (G - 1) * padded + unit);
+              if constexpr (Base::kDirectCarry) h_prev.part[i] = load(now + r * out_padded_ + unit);
+              if constexpr (Cell::kHasCell) state.part[i] = load(c_.get() + r * padded + unit);
+            });
+            const Vs h = Base::template forward<Math<T, Vs>>(sums, split, h_prev, state, saved);
+            at.each([&](int64_t r, int64_t block, int i) ALWAYS_INLINE_LAMBDA {
+              const int64_t unit = block * kLanes<T>;
+              [[maybe_unused]] const V left = leave(r, unit, h.part[i], state.part[i]);
+              if (!keep_) return;
+              T* row = gates[r] + unit;
+              for (int s = 0; s < Base::kSaved; ++s) store(row + s * padded, saved[s].part[i]);
+              if constexpr (Cell::kSaved > Base::kSaved)
+                store(row + Base::kSaved * padded, Cell::kHasCell ? left : h.part[i]);
+            });
+          }});
     }
     if (!projected) return;
     project(t, rows, after_step);

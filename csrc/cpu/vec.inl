@@ -227,20 +227,45 @@ class Four<S, true> {
 };
 #endif
 
-/// store, of a row of which `count` numbers are left and which goes into a product. Where a number and its neighbour
-/// make one element, the one past the last has a weight of zero, but must be finite all the same.
-template <class S>
-ALWAYS_INLINE void store_operand(S* to, Vec<float> v, int64_t count)
-  requires(kPack<S> > 1)
-{
-  store(to, v);
-  if (count < kLanes<float>) to[count] = S{};
+/// As a count of numbers: all there can be.
+constexpr int64_t kWhole = int64_t(1) << 62;
+
+/// B vectors of a row of which `count` numbers are left: whether all of them are is asked once. The lanes past the last
+/// are zeros.
+template <int B, class From, class V>
+ALWAYS_INLINE void load_vectors(V* v, const From* p, int64_t count) {
+  constexpr int n = kLanes<Compute<From>>;
+  if (count >= B * n) {
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) v[b] = load(p + b * n);
+  } else {
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) v[b] = load_part(p + b * n, count - b * n);
+  }
 }
-template <class T>
-ALWAYS_INLINE void store_operand(T* to, std::type_identity_t<Vec<T>> v, int64_t /*count*/)
-  requires(kPack<T> == 1)
-{
-  store(to, v);
+
+template <int B, class To, class V>
+ALWAYS_INLINE void store_vectors(To* p, const V* v, int64_t count) {
+  constexpr int n = kLanes<Compute<To>>;
+  if (count >= B * n) {
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) store(p + b * n, v[b]);
+  } else {
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) store_part(p + b * n, v[b], count - b * n);
+  }
+}
+
+/// The same of a row that has room for whole vectors. Where a number and its neighbour make one element of a product,
+/// the one past the last has a weight of zero, but must be finite all the same.
+template <int B, class To, class V>
+ALWAYS_INLINE void store_padded(To* p, const V* v, int64_t count) {
+  constexpr int n = kLanes<Compute<To>>;
+#pragma GCC unroll 4
+  for (int b = 0; b < B; ++b) store(p + b * n, v[b]);
+  if constexpr (kPack<To> > 1) {
+    if (count < B * n) p[count] = To{};
+  }
 }
 
 /// Copy a row, rounding where the types differ.
