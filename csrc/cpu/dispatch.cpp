@@ -5,6 +5,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "cells/cells.h"
 #include "cpu/kernels.h"
 #include "cpu/subnormal.h"
@@ -42,9 +46,21 @@ const Level* best() {
 
 const Level* current = best();
 
+#if defined(RNN_EXT_X86_KERNELS)
+/// The family of an x86 processor as its maker counts them.
+int family() {
+  unsigned eax = 0, ebx, ecx, edx;
+  __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+  const int base = int(eax >> 8 & 15), extended = int(eax >> 20 & 255);
+  return base == 15 ? base + extended : base;
+}
+#endif
+
 Tuning chosen = [] {
 #if defined(RNN_EXT_X86_KERNELS)
+  constexpr int kZen5 = 26;  // from which on AMD's load and multiply two vectors of 64 bytes a cycle, as Intel's do
   if (__builtin_cpu_is("intel")) return Tuning{2, true};
+  if (__builtin_cpu_is("amd") && family() >= kZen5) return Tuning{2, false};
 #endif
   return Tuning{1, false};
 }();

@@ -179,7 +179,7 @@ struct Tuning {
   bool fetch_panels;  // product.inl asks for weights beyond the second-level cache before it needs them
 };
 
-/// As measured for the maker of the processor.
+/// As measured on processors of its kind.
 const Tuning& tuning();
 
 /// Choose otherwise, for tests.

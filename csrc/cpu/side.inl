@@ -20,8 +20,8 @@ class SideTiles {
  public:
   static constexpr int kRows = R;
   /// A tile of two vectors needs fewer loads, one of a single vector fewer instructions (loads are part of its
-  /// multiply-adds). Measured: two are 4 to 13 % faster on a Xeon, which loads two vectors a cycle and waits for the
-  /// loads of both products, and 4 to 6 % slower on Zen 4, which multiplies one a cycle.
+  /// multiply-adds). Measured: two are 4 to 13 % faster on a Xeon and 2 to 8 % on Zen 5, which load two vectors a cycle
+  /// and wait for the loads of both products, and 4 to 6 % slower on Zen 4, which multiplies one a cycle.
   static constexpr int kMostVectors = RNN_EXT_VECTOR_REGISTERS < 32 || kPack<S> > 1 ? 1 : 2;
 
   void add(const SideProduct<S>& product) {
