@@ -372,9 +372,9 @@ def test_side_products_of_any_width(cell, size, set_tuning):
         problem = build(Case(cell, size=size, state=False)).to(dtype)
         with torch.no_grad():
             expected = oracle(problem.to(torch.float64))
-            set_tuning(1, False)
+            set_tuning(side_vectors=1)
             narrow = run(problem)
-            set_tuning(2, False)
+            set_tuning(side_vectors=2)
             wide = run(problem)
         check_values(narrow, expected, dtype)
         same_bits(wide, narrow)
@@ -384,18 +384,19 @@ def test_side_products_of_any_width(cell, size, set_tuning):
 @pytest.mark.parametrize("batch", [2, 7, 31])  # tiles too low to fetch; fewer and more than the next panel takes
 @pytest.mark.parametrize("cell", CELLS)
 def test_weights_beyond_the_second_level_cache(cell, batch, hidden, set_tuning):
-    """Fetched ahead or not, which a processor may want or not."""
+    """Fetched ahead or not, and a step's input gates computed with it or before, as suits the processor."""
     torch.manual_seed(0)
     problem = build(Case(cell, lengths=True, size=(3, batch, hidden + 1, hidden))).to(torch.float32)
-    set_tuning(1, False)
+    set_tuning()
     values, grads = gradients(run, problem)
     expected, expected_grads = gradients(oracle, problem.to(torch.float64))
     check_values(values, expected, torch.float32)
     check_gradients(grads, expected_grads, torch.float32)
-    set_tuning(1, True)
-    again, again_grads = gradients(run, problem)
-    same_bits(again, values)
-    same_bits(again_grads, grads)
+    for other in ({"fetch_panels": True}, {"joins_far": True}):
+        set_tuning(**other)
+        again, again_grads = gradients(run, problem)
+        same_bits(again, values)
+        same_bits(again_grads, grads)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

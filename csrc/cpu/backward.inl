@@ -43,9 +43,9 @@ const S* previous_output(const BackwardArgs<S>& args, int direction, int64_t t, 
   const Layout& layout = args.layout;
   const bool reverse = direction == 1;
   if (args.resets.data && begins(args.resets, layout, reverse, t, j)) return nullptr;
-  const bool first = reverse ? t + 1 >= layout.steps || j >= layout.batch_sizes[t + 1] : t == 0;
-  const int64_t width = args.sizes.output();
-  if (!first) return args.output.at(layout, reverse ? t + 1 : t - 1, j) + direction * width;
+  const int64_t before = step_after(layout, !reverse, t, 1);
+  if (before >= 0 && j < layout.batch_sizes[before])
+    return args.output.at(layout, before, j) + direction * args.sizes.output();
   return args.h_0 ? initial_output(args, direction, j) : nullptr;
 }
 
@@ -285,9 +285,8 @@ class BackwardScan {
  private:
   void run_step(int64_t t, int64_t rows, const ChunkGrads<Cell, S>& now) {
     now_ = &now;
-    const int64_t after = reverse_ ? t - 1 : t + 1;  // the step this direction ran next
-    const bool last = reverse_ ? t == 0 : after == layout_.steps;
-    const int64_t chained = last ? 0 : smaller(rows, slice_.active(layout_, after));
+    const int64_t after = step_after(layout_, reverse_, t, 1);  // the step this direction ran next
+    const int64_t chained = after < 0 ? 0 : smaller(rows, slice_.active(layout_, after));
     prepare(t, rows, after, chained);
     if constexpr (cells::kIsVariant<Cell>) {
       variant_step(t, 0, chained, after, true);
@@ -340,8 +339,8 @@ class BackwardScan {
 
   /// What forward left for the step that is next.
   Ahead saved_ahead(int64_t t) const {
-    const int64_t next = reverse_ ? t + 1 : t - 1;
-    if (Cell::kSaved == 0 || !alone_ || next < 0 || next >= layout_.steps) return {};
+    const int64_t next = step_after(layout_, !reverse_, t, 1);
+    if (Cell::kSaved == 0 || !alone_ || next < 0) return {};
     return {saved(next, 0), slice_.active(layout_, next) * saved_stride_ * int64_t(sizeof(T))};
   }
 
@@ -396,9 +395,8 @@ class BackwardScan {
 
   /// Where step t's rows find their previous states, and which rows get no gradient from the step after.
   void prepare(int64_t t, int64_t rows, int64_t after, int64_t chained) {
-    const int64_t before = reverse_ ? t + 1 : t - 1, first = slice_.first;
-    const bool any = before >= 0 && before < layout_.steps;
-    const int64_t going_on = any ? smaller(rows, slice_.active(layout_, before)) : 0;
+    const int64_t before = step_after(layout_, !reverse_, t, 1), first = slice_.first;
+    const int64_t going_on = before < 0 ? 0 : smaller(rows, slice_.active(layout_, before));
     if constexpr (Cell::kDirectCarry) {
       const S** h_before = h_before_.get();
       find_rows(h_before, args_.output, layout_, before, first, going_on, direction_ * out_);

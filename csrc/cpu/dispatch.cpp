@@ -59,10 +59,10 @@ int family() {
 Tuning chosen = [] {
 #if defined(RNN_EXT_X86_KERNELS)
   constexpr int kZen5 = 26;  // from which on AMD's load and multiply two vectors of 64 bytes a cycle, as Intel's do
-  if (__builtin_cpu_is("intel")) return Tuning{2, true};
-  if (__builtin_cpu_is("amd") && family() >= kZen5) return Tuning{2, false};
+  if (__builtin_cpu_is("intel")) return Tuning{2, true, false};
+  if (__builtin_cpu_is("amd") && family() >= kZen5) return Tuning{2, false, true};
 #endif
-  return Tuning{1, false};
+  return Tuning{1, false, false};
 }();
 
 /// Threads beyond the first cost waking them, some 50 us if they sleep: below this many multiply-adds of the forward
@@ -95,7 +95,10 @@ bool set_capability(const char* name) {
 
 const Tuning& tuning() { return chosen; }
 
-void set_tuning(const Tuning& tuning) { chosen = {tuning.side_vectors == 2 ? 2 : 1, tuning.fetch_panels}; }
+void set_tuning(const Tuning& tuning) {
+  chosen = tuning;
+  chosen.side_vectors = tuning.side_vectors == 2 ? 2 : 1;
+}
 
 int saved_values(CellKind cell, bool projected, Variant variant) {
   if (variant == Variant::kLayerNorm) return cells::LayerNormLstm::kSaved + projected;

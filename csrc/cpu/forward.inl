@@ -97,7 +97,7 @@ class ForwardScan {
       chunk_steps_ = end - s;
       if (projects_ahead_) {
         next_end = plan_chunk(end);
-        if constexpr (kTakesAlong) start_ahead();
+        start_ahead();
       }
       if constexpr (!cells::kIsVariant<Cell>) {
         if (is_plain_) {
@@ -138,6 +138,7 @@ class ForwardScan {
 
  private:
   static constexpr int64_t kChunkBytes = 256 * 1024;  // input gates that stay in the second-level cache until used
+  static constexpr int64_t kFarWeights = 2 << 20;     // of which that cache keeps few
   static constexpr int64_t kPipelineSteps = 12;       // of a chunk of a stack whose layers run at the same time
 
   static constexpr bool kReduced = ForwardStates<S>::kReduced;
@@ -192,37 +193,6 @@ class ForwardScan {
   /// but for those of a split gate and of a tail. The sums are the same.
   bool joins(int64_t t) const { return slice_.active(layout_, t) >= least_joined_; }
 
-  /// From how many rows on a step joins. Each reads weight_ih then, instead of each chunk, which costs few rows more
-  /// than it saves where the weights come from beyond the second-level cache, and many rows where they are larger still
-  /// (measured: two rows 0.91 to 0.98 times as fast with 2 MiB, four 0.72 with 32 MiB).
-  int64_t least_joined() const {
-    constexpr int64_t kNear = 256 * 1024, kFar = 2 << 20, kFewInputs = 64;
-    const int64_t never = layout_.batch + 1;
-    if (short_ || cells::kIsNormed<Cell> || weight_bytes() > kFar) return never;
-    // Few registers make a smaller tile of three gates than of the four vectors of a projection alone (measured).
-    if (G == 3 && RNN_EXT_VECTOR_REGISTERS < 32) return args_.sizes.input <= kFewInputs ? 8 : never;
-    return weight_bytes() <= kNear ? 2 : 8;
-  }
-
-  int64_t chunk_rows() const {
-    if (layout_.steps > 0 && joins(layout_.steps - 1)) return slice_.size();
-    if (projects_ahead_) {
-      // The fewer rows, the better, but each chunk reads weight_ih again, which costs more where the weights come from
-      // beyond the second-level cache (measured).
-      constexpr int64_t kFar = 2 << 20;
-      return (pipelined() ? 1 : weight_bytes() >= kFar ? 8 : 2) * kSideRows<G>;
-    }
-    return larger(slice_.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))));
-  }
-
-  /// Rows of the first chunk if all of its tiles are full. No step takes it along, so that it should be small and those
-  /// after it grow to chunk_rows_; but not where even the third-level cache has no room for the weights that more
-  /// chunks would read again (measured).
-  int64_t first_chunk_rows() const {
-    constexpr int64_t kFarther = 16 << 20;
-    return weight_bytes() >= kFarther ? chunk_rows_ : smaller(chunk_rows_, 2 * kSideRows<G>);
-  }
-
   /// Of the weights of so many columns, packed; of weight_ih and weight_hh.
   int64_t weight_bytes(int64_t columns) const {
     return G * padded_ * elements<S>(columns) * int64_t(sizeof(Element<S>));
@@ -236,153 +206,12 @@ class ForwardScan {
                  : gates_.get() + (turn_ * chunk_rows_ + row_of_chunk) * gates_stride_;
   }
 
-  /// Step t's rows as numbers `count` and following: where their inputs are and their gates go. Returns the number
-  /// after them.
-  int64_t place_rows(int64_t t, int64_t count) {
-    const int64_t rows = slice_.active(layout_, t), first = slice_.first;
-    find_rows(input_rows_.get() + count, args_.input, layout_, t, first, rows, 0);
-    space_rows(gate_rows() + count, gates_at(layout_.offsets[t] + first, count), gates_stride_, rows);
-    return count + rows;
-  }
-
-  void fill_up_rows(int64_t count) {
-    if (!fill_up()) return;
-    const S** inputs = input_rows_.get();
-    const int64_t width = Sizes::padded(args_.sizes.input);
-    for (int64_t r = 0; r < count; ++r) {
-      S* row = filled_up_.get() + r * width;
-      std::memcpy(row, inputs[r], size_t(args_.sizes.input) * sizeof(S));
-      std::memset(row + args_.sizes.input, 0, sizeof(S));
-      inputs[r] = row;
-    }
-  }
-
-  /// The next chunk, from step s on: of steps that all join, or of as many that do not as it holds, whose rows are
-  /// placed. Returns the step after.
-  int64_t plan_chunk(int64_t s) {
-    if (projects_ahead_) turn_ ^= 1;
-    const S** inputs = input_rows_.get();
-    T** gates = gate_rows();
-    int64_t count = 0, end = layout_.steps;
-    if (projects_ahead_) {
-      // What is odd comes first: all other chunks have full tiles.
-      const int64_t least = first_chunk_rows(), odd = end % least;
-      const int64_t grown = larger(least, 2 * planned_ / least * least);
-      end = smaller(end, s == 0 ? (odd ? odd : least) : s + smaller(chunk_rows_, grown));
-    } else if (args_.progress) {
-      end = smaller(end, s + kPipelineSteps);
-    }
-    if (args_.below) wait_until([&] { return __atomic_load_n(&args_.below->steps, __ATOMIC_ACQUIRE) >= end; });
-    if (is_plain_ && s < end) {
-      const S* input = args_.input.at(layout_, time(s), 0);
-      const int64_t to_next = args_.input.to_next(layout_, reverse_);
-      T* gate_row = gates_at(layout_.offsets[time(s)], 0);
-      const int64_t to_next_row = keep_ && reverse_ ? -gates_stride_ : gates_stride_;
-      end = smaller(end, s + chunk_rows_);
-      for (; s < end; ++s, ++count, input += to_next, gate_row += to_next_row) {
-        inputs[count] = input;
-        gates[count] = gate_row;
-      }
-    }
-    joined_ = s < end && joins(time(s));
-    for (; s < end; ++s) {
-      const int64_t t = time(s);
-      if (joins(t) != joined_) break;
-      if (joined_) continue;
-      if (count + slice_.active(layout_, t) > chunk_rows_) break;
-      count = place_rows(t, count);
-    }
-    planned_ = count;
-    fill_up_rows(count);
-    return s;
-  }
-
   const T* input_bias() const { return cells::kIsNormed<Cell> ? nullptr : weights_.bias.get(); }
 
   /// The blocks of gate g that this member projects; a tail is one of gate 0.
   UnitBlocks projected_blocks(int g) const {
     const int64_t first = g * (padded_ / kLanes<T>);
     return {first + part_.first, first + part_.last - (tail_ && g > 0)};
-  }
-
-  /// Let the steps to come take along the projection of the planned chunk.
-  void start_ahead()
-    requires kTakesAlong
-  {
-    if (planned_ == 0) return;  // the last chunk has no next
-    const S* const* inputs = input_rows_.get();
-    T* const* gates = gate_rows();
-    SideProduct<S> p;
-    p.rows = planned_;
-    p.depth = elements<S>(args_.sizes.input);
-    p.a = reinterpret_cast<const Element<S>*>(inputs[0]);
-    p.a_stride = (inputs[1] - inputs[0]) / kPack<S>;
-    p.c = gates[0];
-    p.c_stride = gates[1] - gates[0];
-    p.b = weights_.input.get();
-    p.bias = input_bias();
-    for (int g = 0; g < G; ++g) {
-      p.blocks = projected_blocks(g);
-      side_.add(p);
-    }
-    started_ = true;
-  }
-
-  /// The input gates of the planned chunk, as far as no step has computed them.
-  void project_inputs() {
-    if (started_) {
-      if constexpr (kTakesAlong) side_.finish();
-      started_ = false;
-    } else {
-      project_rows();
-    }
-    if (tail_) deal_out_tail(planned_);
-  }
-
-  void deal_out_tail(int64_t rows) {
-    T* const* gates = gate_rows();
-    for (int64_t r = 0; r < rows; ++r) {
-      T* row = gates[r] + (part_.last - 1) * kLanes<T>;
-      V parts[G];
-      quarters<G, T>(load(row), parts, std::make_integer_sequence<int, G>());
-      for (int g = 0; g < G; ++g) store(row + g * padded_, parts[g]);
-    }
-  }
-
-  void project_rows() {
-    if (short_) {
-      const T* bias = input_bias();
-      T* const* gates = gate_rows();
-      const Weights<const S>& w = args_.weights[direction_];
-      for (int64_t r = 0; r < planned_; ++r) {
-        for (int64_t g = 0; g < G; ++g)
-          dot_rows(gates[r] + g * padded_, bias ? bias + g * padded_ : nullptr,
-                   w.weight_ih + g * hidden_ * args_.sizes.input, hidden_, args_.sizes.input, input_rows_.get()[r]);
-      }
-      return;
-    }
-    PlainProduct<S> p = projection(planned_);
-    if (members_ == 1 && !tail_) return plain_product(p);
-    for (int g = 0; g < G; ++g) {
-      const UnitBlocks blocks = projected_blocks(g);
-      p.first = blocks.first;
-      p.last = blocks.last;
-      plain_product(p);
-    }
-  }
-
-  /// Of the first rows that are placed.
-  PlainProduct<S> projection(int64_t rows) const {
-    PlainProduct<S> p;
-    p.rows = rows;
-    p.columns = G * padded_;
-    p.a = input_rows_.get();
-    p.c = gate_rows();
-    p.b = weights_.input.get();
-    p.segments.length = elements<S>(args_.sizes.input);
-    p.bias = input_bias();
-    p.fetch_c = keep_;
-    return p;
   }
 
   void reset(int64_t t, int64_t rows, State now) {
@@ -397,6 +226,21 @@ class ForwardScan {
   }
 
   void variant_step(int64_t t, int64_t rows, T* const* gates, State before_step, State after_step);
+
+  // See inputs.inl.
+  int64_t least_joined() const;
+  int64_t chunk_rows() const;
+  int64_t first_chunk_rows() const;
+  int64_t plan_chunk(int64_t s);
+  int64_t place_rows(int64_t t, int64_t count);
+  void fill_up_rows(int64_t count);
+  void start_ahead();
+  void project_inputs();
+  void project_rows();
+  PlainProduct<S> projection(int64_t rows) const;
+  void deal_out_tail(int64_t rows);
+  void join_inputs(int64_t t, int64_t rows, const auto& fetch_output, const auto& init, const auto& recurrent);
+  Ahead inputs_ahead(int64_t t) const;
 
   /// Where a step finds its rows and where they go.
   struct StepRows {
@@ -442,60 +286,10 @@ class ForwardScan {
     if (args_.sizes.proj) project(t, rows, next);
   }
 
-  /// The step of some rows that are placed, by recurrent(blocks, init, tail): its sums begin with the inputs' product,
-  /// but a tail, which is another kind of block, with `init` once that is computed.
-  void join_inputs(int64_t t, int64_t rows, const auto& fetch_output, const auto& init, const auto& recurrent) {
-    const T *bias = weights_.bias.get(), *split_bias = weights_.split_bias.get();
-    const S* const* inputs = input_rows_.get();
-    T* const* gates = gate_rows();
-    const int64_t padded = padded_, depth = elements<S>(args_.sizes.input);
-    const auto begin = [&]<int B>(Patch<1, B> of, V* acc) ALWAYS_INLINE_LAMBDA {
-      fetch_output(of);
-      const T* from = bias + of.block * kLanes<T>;
-#pragma GCC unroll 16
-      for (int v = 0; v < B * G; ++v) acc[v] = load(from + v % G * padded + v / G * kLanes<T>);
-    };
-    const auto row = [&](int64_t r) ALWAYS_INLINE_LAMBDA { return reinterpret_cast<const Element<S>*>(inputs[r]); };
-    const auto between = [&]<int B>(Patch<1, B> of, V* acc) ALWAYS_INLINE_LAMBDA {
-      if constexpr (Cell::kSplit > 0) {  // whose input part the cell wants alone
-        const int64_t unit = of.block * kLanes<T>;
-        T* to = gates[of.row] + (G - 1) * padded + unit;
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) {
-          V& sum = acc[b * G + G - 1];
-          store(to + b * kLanes<T>, sum);
-          sum = load(split_bias + unit + b * kLanes<T>);
-        }
-      }
-    };
-    const InitProduct<S, decltype(begin), decltype(row), decltype(between)> inputs_first = {
-        begin, row, between, weights_.input.get(), padded * depth, {depth}, inputs_ahead(t)};
-    const UnitBlocks whole = {part_.first, part_.last - tail_}, tail = {whole.last, part_.last};
-    recurrent(whole, inputs_first, false);
-    if (!tail_) return;
-    PlainProduct<S> p = projection(rows);
-    p.first = tail.first;
-    p.last = tail.last;
-    plain_product(p);
-    deal_out_tail(rows);
-    recurrent(tail, init, true);
-  }
-
-  /// The inputs of the step that runs next, if they lie together.
-  Ahead inputs_ahead(int64_t t) const {
-    const int64_t next = reverse_ ? t - 1 : t + 1, width = args_.sizes.input;
-    const bool whole = slice_.size() == layout_.batch;
-    if (next < 0 || next >= layout_.steps || args_.input.row != width || (layout_.order && !whole)) return {};
-    const S* first =
-        layout_.order ? args_.input.data + next * args_.input.step : args_.input.at(layout_, next, slice_.first);
-    const int64_t rows = layout_.order ? layout_.batch : slice_.active(layout_, next);
-    return {first, rows * width * int64_t(sizeof(S))};
-  }
-
   /// Where the gates of the step go that so many steps later runs, if they are kept.
   Ahead gates_ahead(int64_t t, int64_t steps) const {
-    const int64_t later = reverse_ ? t - steps : t + steps;
-    if (!keep_ || members_ > 1 || later < 0 || later >= layout_.steps) return {};
+    const int64_t later = step_after(layout_, reverse_, t, steps);
+    if (!keep_ || members_ > 1 || later < 0) return {};
     return {gates_at(layout_.offsets[later] + slice_.first, 0),
             slice_.active(layout_, later) * gates_stride_ * int64_t(sizeof(T))};
   }
@@ -678,71 +472,3 @@ class ForwardScan {
   Side side_;
   VariantForward<Cell, S> variant_;
 };
-
-template <class Cell, class S>
-void forward(const ForwardArgs<S>& args, const Executor& executor) {
-  const int directions = args.sizes.directions;
-  using Packed = ForwardWeights<cells::Plain<Cell>, S>;
-  const bool pack = uses_packed_weights(args.layout);
-  Both<Packed> own;
-  const Packed* weights[2] = {};
-  parallel(executor, directions, [&](int64_t d) {
-    const bool given = pack && args.packed[d];
-    if (!given) own.item[d] = new Packed(args.weights[d], args.sizes, pack);
-    weights[d] = given ? static_cast<const Packed*>(args.packed[d]) : own.item[d];
-  });
-  const int64_t slices = count_slices(args.layout, args.sizes, Cell::kGates, sizeof(S), executor);
-  const auto scan = [&](int d, Slice slice, ForwardStates<S>& states, Team& team, int member, int members) {
-    ForwardScan<Cell, S>(args, *weights[d], d, slice, states, team, member, members).run();
-  };
-  const int members = cells::kIsNormed<Cell> ? 1 : team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
-  if (members == 1) {
-    return parallel(executor, directions * slices, [&](int64_t task) {
-      const int d = int(task / slices);
-      const Slice slice = slice_of(args.layout, task % slices, slices);
-      ForwardStates<S> states(args, d, slice);
-      Team alone;
-      scan(d, slice, states, alone, 0, 1);
-    });
-  }
-  const Slice whole = slice_of(args.layout, 0, 1);
-  Both<ForwardStates<S>> states;
-  Team teams[2];
-  for (int d = 0; d < directions; ++d) states.item[d] = new ForwardStates<S>(args, d, whole);
-  run_teams(executor, directions, members,
-            [&](int d, int member, int actual) { scan(d, whole, *states.item[d], teams[d], member, actual); });
-}
-
-/// One layer of a stack, ready to run.
-template <class Cell, class S>
-struct StackLayer {
-  using Packed = ForwardWeights<Cell, S>;
-  explicit StackLayer(const ForwardArgs<S>& args)
-      : own(args.packed[0] ? nullptr : new Packed(args.weights[0], args.sizes, uses_packed_weights(args.layout))),
-        states(args, 0, slice_of(args.layout, 0, 1)),
-        scan(args, args.packed[0] ? static_cast<const Packed&>(*args.packed[0]) : *own, 0, slice_of(args.layout, 0, 1),
-             states, alone, 0, 1) {}
-  const std::unique_ptr<Packed> own;
-  ForwardStates<S> states;
-  Team alone;
-  ForwardScan<Cell, S> scan;
-};
-
-template <class Cell, class S>
-void forward_stack(const ForwardArgs<S>* args, int count, const Executor& executor) {
-  struct Stack {
-    explicit Stack(int count) : count(count), layers(count, true) {}
-    ~Stack() {
-      for (int k = 0; k < count; ++k) delete layers.get()[k];
-    }
-    void run(int thread, int threads) const {
-      for (int k = thread; k < count; k += threads) layers.get()[k]->scan.run();
-    }
-    const int count;
-    Buffer<StackLayer<Cell, S>*> layers;
-  } stack(count);
-  for (int k = 0; k < count; ++k) stack.layers.get()[k] = new StackLayer<Cell, S>(args[k]);
-  executor.run_team(
-      int(smaller(executor.threads, count)),
-      [](void* context, int thread, int threads) { static_cast<const Stack*>(context)->run(thread, threads); }, &stack);
-}

@@ -31,6 +31,8 @@ namespace {
 #include "cpu/scan.inl"
 #include "cpu/forward_weights.inl"
 #include "cpu/forward.inl"
+#include "cpu/inputs.inl"
+#include "cpu/forward_pass.inl"
 #include "cpu/backward.inl"
 #include "cpu/backward_pass.inl"
 #include "cpu/variants.inl"

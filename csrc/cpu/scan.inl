@@ -74,6 +74,12 @@ ALWAYS_INLINE void find_rows(To** rows, const Sequence<T>& sequence, const Layou
   }
 }
 
+/// The step that a direction runs `steps` after step t; -1: none.
+inline int64_t step_after(const Layout& layout, bool reverse, int64_t t, int64_t steps) {
+  const int64_t after = reverse ? t - steps : t + steps;
+  return after < layout.steps ? larger(after, -1) : -1;
+}
+
 /// Does an independent sequence begin between step t and the one that this direction ran before it?
 inline bool begins(const Sequence<const bool>& resets, const Layout& layout, bool reverse, int64_t t, int64_t j) {
   if (!reverse) return *resets.at(layout, t, j);

@@ -1,0 +1,69 @@
+// Forward of a layer and of a stack of layers: the scans of forward.inl, shared out among threads.
+
+template <class Cell, class S>
+void forward(const ForwardArgs<S>& args, const Executor& executor) {
+  const int directions = args.sizes.directions;
+  using Packed = ForwardWeights<cells::Plain<Cell>, S>;
+  const bool pack = uses_packed_weights(args.layout);
+  Both<Packed> own;
+  const Packed* weights[2] = {};
+  parallel(executor, directions, [&](int64_t d) {
+    const bool given = pack && args.packed[d];
+    if (!given) own.item[d] = new Packed(args.weights[d], args.sizes, pack);
+    weights[d] = given ? static_cast<const Packed*>(args.packed[d]) : own.item[d];
+  });
+  const int64_t slices = count_slices(args.layout, args.sizes, Cell::kGates, sizeof(S), executor);
+  const auto scan = [&](int d, Slice slice, ForwardStates<S>& states, Team& team, int member, int members) {
+    ForwardScan<Cell, S>(args, *weights[d], d, slice, states, team, member, members).run();
+  };
+  const int members = cells::kIsNormed<Cell> ? 1 : team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
+  if (members == 1) {
+    return parallel(executor, directions * slices, [&](int64_t task) {
+      const int d = int(task / slices);
+      const Slice slice = slice_of(args.layout, task % slices, slices);
+      ForwardStates<S> states(args, d, slice);
+      Team alone;
+      scan(d, slice, states, alone, 0, 1);
+    });
+  }
+  const Slice whole = slice_of(args.layout, 0, 1);
+  Both<ForwardStates<S>> states;
+  Team teams[2];
+  for (int d = 0; d < directions; ++d) states.item[d] = new ForwardStates<S>(args, d, whole);
+  run_teams(executor, directions, members,
+            [&](int d, int member, int actual) { scan(d, whole, *states.item[d], teams[d], member, actual); });
+}
+
+/// One layer of a stack, ready to run.
+template <class Cell, class S>
+struct StackLayer {
+  using Packed = ForwardWeights<Cell, S>;
+  explicit StackLayer(const ForwardArgs<S>& args)
+      : own(args.packed[0] ? nullptr : new Packed(args.weights[0], args.sizes, uses_packed_weights(args.layout))),
+        states(args, 0, slice_of(args.layout, 0, 1)),
+        scan(args, args.packed[0] ? static_cast<const Packed&>(*args.packed[0]) : *own, 0, slice_of(args.layout, 0, 1),
+             states, alone, 0, 1) {}
+  const std::unique_ptr<Packed> own;
+  ForwardStates<S> states;
+  Team alone;
+  ForwardScan<Cell, S> scan;
+};
+
+template <class Cell, class S>
+void forward_stack(const ForwardArgs<S>* args, int count, const Executor& executor) {
+  struct Stack {
+    explicit Stack(int count) : count(count), layers(count, true) {}
+    ~Stack() {
+      for (int k = 0; k < count; ++k) delete layers.get()[k];
+    }
+    void run(int thread, int threads) const {
+      for (int k = thread; k < count; k += threads) layers.get()[k]->scan.run();
+    }
+    const int count;
+    Buffer<StackLayer<Cell, S>*> layers;
+  } stack(count);
+  for (int k = 0; k < count; ++k) stack.layers.get()[k] = new StackLayer<Cell, S>(args[k]);
+  executor.run_team(
+      int(smaller(executor.threads, count)),
+      [](void* context, int thread, int threads) { static_cast<const Stack*>(context)->run(thread, threads); }, &stack);
+}

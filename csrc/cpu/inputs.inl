@@ -1,0 +1,240 @@
+// The input gates of the scan forward: computed for a chunk of timesteps before they run, beside the steps of the chunk
+// before it (side.inl), or by each step itself, in one go with its recurrent product.
+
+/// From how many rows on a step joins. Each reads weight_ih then, instead of each chunk, which costs few rows more
+/// than it saves where the weights come from beyond the second-level cache, and many rows where they are larger still
+/// (measured on Zen 4: two rows 0.91 to 0.98 times as fast with 2 MiB, four 0.72 with 32 MiB; on Zen 5 GRU and LSTM
+/// 1.02 to 1.08 from 12 rows on with 4 to 19 MiB, 1.00 to 0.81 beyond, RNN 0.99).
+template <class Cell, class S>
+int64_t ForwardScan<Cell, S>::least_joined() const {
+  constexpr int64_t kNear = 256 * 1024, kFarther = 20 << 20, kFewInputs = 64;
+  const int64_t never = layout_.batch + 1;
+  const int64_t most = G > 1 && tuning().joins_far ? kFarther : kFarWeights;
+  if (short_ || cells::kIsNormed<Cell> || weight_bytes() > most) return never;
+  // Few registers make a smaller tile of three gates than of the four vectors of a projection alone (measured).
+  if (G == 3 && RNN_EXT_VECTOR_REGISTERS < 32) return args_.sizes.input <= kFewInputs ? 8 : never;
+  return weight_bytes() <= kNear ? 2 : weight_bytes() <= kFarWeights ? 8 : 12;
+}
+
+template <class Cell, class S>
+int64_t ForwardScan<Cell, S>::chunk_rows() const {
+  if (layout_.steps > 0 && joins(layout_.steps - 1)) return slice_.size();
+  if (projects_ahead_) {
+    // The fewer rows, the better, but each chunk reads weight_ih again, which costs more where the weights come from
+    // beyond the second-level cache (measured).
+    return (pipelined() ? 1 : weight_bytes() >= kFarWeights ? 8 : 2) * kSideRows<G>;
+  }
+  return larger(slice_.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))));
+}
+
+/// Rows of the first chunk if all of its tiles are full. No step takes it along, so that it should be small and those
+/// after it grow to chunk_rows_; but not where even the third-level cache has no room for the weights that more
+/// chunks would read again (measured).
+template <class Cell, class S>
+int64_t ForwardScan<Cell, S>::first_chunk_rows() const {
+  constexpr int64_t kFarther = 16 << 20;
+  return weight_bytes() >= kFarther ? chunk_rows_ : smaller(chunk_rows_, 2 * kSideRows<G>);
+}
+
+/// Step t's rows as numbers `count` and following: where their inputs are and their gates go. Returns the number
+/// after them.
+template <class Cell, class S>
+int64_t ForwardScan<Cell, S>::place_rows(int64_t t, int64_t count) {
+  const int64_t rows = slice_.active(layout_, t), first = slice_.first;
+  find_rows(input_rows_.get() + count, args_.input, layout_, t, first, rows, 0);
+  space_rows(gate_rows() + count, gates_at(layout_.offsets[t] + first, count), gates_stride_, rows);
+  return count + rows;
+}
+
+template <class Cell, class S>
+void ForwardScan<Cell, S>::fill_up_rows(int64_t count) {
+  if (!fill_up()) return;
+  const S** inputs = input_rows_.get();
+  const int64_t width = Sizes::padded(args_.sizes.input);
+  for (int64_t r = 0; r < count; ++r) {
+    S* row = filled_up_.get() + r * width;
+    std::memcpy(row, inputs[r], size_t(args_.sizes.input) * sizeof(S));
+    std::memset(row + args_.sizes.input, 0, sizeof(S));
+    inputs[r] = row;
+  }
+}
+
+/// The next chunk, from step s on: of steps that all join, or of as many that do not as it holds, whose rows are
+/// placed. Returns the step after.
+template <class Cell, class S>
+int64_t ForwardScan<Cell, S>::plan_chunk(int64_t s) {
+  if (projects_ahead_) turn_ ^= 1;
+  const S** inputs = input_rows_.get();
+  T** gates = gate_rows();
+  int64_t count = 0, end = layout_.steps;
+  if (projects_ahead_) {
+    // What is odd comes first: all other chunks have full tiles.
+    const int64_t least = first_chunk_rows(), odd = end % least;
+    const int64_t grown = larger(least, 2 * planned_ / least * least);
+    end = smaller(end, s == 0 ? (odd ? odd : least) : s + smaller(chunk_rows_, grown));
+  } else if (args_.progress) {
+    end = smaller(end, s + kPipelineSteps);
+  }
+  if (args_.below) wait_until([&] { return __atomic_load_n(&args_.below->steps, __ATOMIC_ACQUIRE) >= end; });
+  if (is_plain_ && s < end) {
+    const S* input = args_.input.at(layout_, time(s), 0);
+    const int64_t to_next = args_.input.to_next(layout_, reverse_);
+    T* gate_row = gates_at(layout_.offsets[time(s)], 0);
+    const int64_t to_next_row = keep_ && reverse_ ? -gates_stride_ : gates_stride_;
+    end = smaller(end, s + chunk_rows_);
+    for (; s < end; ++s, ++count, input += to_next, gate_row += to_next_row) {
+      inputs[count] = input;
+      gates[count] = gate_row;
+    }
+  }
+  joined_ = s < end && joins(time(s));
+  for (; s < end; ++s) {
+    const int64_t t = time(s);
+    if (joins(t) != joined_) break;
+    if (joined_) continue;
+    if (count + slice_.active(layout_, t) > chunk_rows_) break;
+    count = place_rows(t, count);
+  }
+  planned_ = count;
+  fill_up_rows(count);
+  return s;
+}
+
+/// Let the steps to come take along the projection of the planned chunk.
+template <class Cell, class S>
+void ForwardScan<Cell, S>::start_ahead() {
+  if constexpr (kTakesAlong) {
+    if (planned_ == 0) return;  // the last chunk has no next
+    const S* const* inputs = input_rows_.get();
+    T* const* gates = gate_rows();
+    SideProduct<S> p;
+    p.rows = planned_;
+    p.depth = elements<S>(args_.sizes.input);
+    p.a = reinterpret_cast<const Element<S>*>(inputs[0]);
+    p.a_stride = (inputs[1] - inputs[0]) / kPack<S>;
+    p.c = gates[0];
+    p.c_stride = gates[1] - gates[0];
+    p.b = weights_.input.get();
+    p.bias = input_bias();
+    for (int g = 0; g < G; ++g) {
+      p.blocks = projected_blocks(g);
+      side_.add(p);
+    }
+    started_ = true;
+  }
+}
+
+/// The input gates of the planned chunk, as far as no step has computed them.
+template <class Cell, class S>
+void ForwardScan<Cell, S>::project_inputs() {
+  if (planned_ == 0) return;
+  if (started_) {
+    if constexpr (kTakesAlong) side_.finish();
+    started_ = false;
+  } else {
+    project_rows();
+  }
+  if (tail_) deal_out_tail(planned_);
+}
+
+template <class Cell, class S>
+void ForwardScan<Cell, S>::project_rows() {
+  if (short_) {
+    const T* bias = input_bias();
+    T* const* gates = gate_rows();
+    const Weights<const S>& w = args_.weights[direction_];
+    for (int64_t r = 0; r < planned_; ++r) {
+      for (int64_t g = 0; g < G; ++g)
+        dot_rows(gates[r] + g * padded_, bias ? bias + g * padded_ : nullptr,
+                 w.weight_ih + g * hidden_ * args_.sizes.input, hidden_, args_.sizes.input, input_rows_.get()[r]);
+    }
+    return;
+  }
+  PlainProduct<S> p = projection(planned_);
+  if (members_ == 1 && !tail_) return plain_product(p);
+  for (int g = 0; g < G; ++g) {
+    const UnitBlocks blocks = projected_blocks(g);
+    p.first = blocks.first;
+    p.last = blocks.last;
+    plain_product(p);
+  }
+}
+
+/// Of the first rows that are placed.
+template <class Cell, class S>
+PlainProduct<S> ForwardScan<Cell, S>::projection(int64_t rows) const {
+  PlainProduct<S> p;
+  p.rows = rows;
+  p.columns = G * padded_;
+  p.a = input_rows_.get();
+  p.c = gate_rows();
+  p.b = weights_.input.get();
+  p.segments.length = elements<S>(args_.sizes.input);
+  p.bias = input_bias();
+  p.fetch_c = keep_;
+  return p;
+}
+
+template <class Cell, class S>
+void ForwardScan<Cell, S>::deal_out_tail(int64_t rows) {
+  T* const* gates = gate_rows();
+  for (int64_t r = 0; r < rows; ++r) {
+    T* row = gates[r] + (part_.last - 1) * kLanes<T>;
+    V parts[G];
+    quarters<G, T>(load(row), parts, std::make_integer_sequence<int, G>());
+    for (int g = 0; g < G; ++g) store(row + g * padded_, parts[g]);
+  }
+}
+
+/// The step of some rows that are placed, by recurrent(blocks, init, tail): its sums begin with the inputs' product,
+/// but a tail, which is another kind of block, with `init` once that is computed.
+template <class Cell, class S>
+void ForwardScan<Cell, S>::join_inputs(int64_t t, int64_t rows, const auto& fetch_output, const auto& init,
+                                       const auto& recurrent) {
+  const T *bias = weights_.bias.get(), *split_bias = weights_.split_bias.get();
+  const S* const* inputs = input_rows_.get();
+  T* const* gates = gate_rows();
+  const int64_t padded = padded_, depth = elements<S>(args_.sizes.input);
+  const auto begin = [&]<int B>(Patch<1, B> of, V* acc) ALWAYS_INLINE_LAMBDA {
+    fetch_output(of);
+    const T* from = bias + of.block * kLanes<T>;
+#pragma GCC unroll 16
+    for (int v = 0; v < B * G; ++v) acc[v] = load(from + v % G * padded + v / G * kLanes<T>);
+  };
+  const auto row = [&](int64_t r) ALWAYS_INLINE_LAMBDA { return reinterpret_cast<const Element<S>*>(inputs[r]); };
+  const auto between = [&]<int B>(Patch<1, B> of, V* acc) ALWAYS_INLINE_LAMBDA {
+    if constexpr (Cell::kSplit > 0) {  // whose input part the cell wants alone
+      const int64_t unit = of.block * kLanes<T>;
+      T* to = gates[of.row] + (G - 1) * padded + unit;
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) {
+        V& sum = acc[b * G + G - 1];
+        store(to + b * kLanes<T>, sum);
+        sum = load(split_bias + unit + b * kLanes<T>);
+      }
+    }
+  };
+  const InitProduct<S, decltype(begin), decltype(row), decltype(between)> inputs_first = {
+      begin, row, between, weights_.input.get(), padded * depth, {depth}, inputs_ahead(t)};
+  const UnitBlocks whole = {part_.first, part_.last - tail_}, tail = {whole.last, part_.last};
+  recurrent(whole, inputs_first, false);
+  if (!tail_) return;
+  PlainProduct<S> p = projection(rows);
+  p.first = tail.first;
+  p.last = tail.last;
+  plain_product(p);
+  deal_out_tail(rows);
+  recurrent(tail, init, true);
+}
+
+/// The inputs of the step that runs next, if they lie together.
+template <class Cell, class S>
+Ahead ForwardScan<Cell, S>::inputs_ahead(int64_t t) const {
+  const int64_t next = step_after(layout_, reverse_, t, 1), width = args_.sizes.input;
+  const bool whole = slice_.size() == layout_.batch;
+  if (next < 0 || args_.input.row != width || (layout_.order && !whole)) return {};
+  const S* first =
+      layout_.order ? args_.input.data + next * args_.input.step : args_.input.at(layout_, next, slice_.first);
+  const int64_t rows = layout_.order ? layout_.batch : slice_.active(layout_, next);
+  return {first, rows * width * int64_t(sizeof(S))};
+}
