@@ -31,7 +31,7 @@ class RowCursor {
   const Layout& layout_;
 };
 
-/// The output before a sequence's first step.
+/// The output before a sequence's first step, where args.h_0 is given.
 template <class S>
 const S* initial_output(const BackwardArgs<S>& args, int direction, int64_t j) {
   return args.h_0 + (direction * args.layout.batch + args.layout.entry(j)) * args.sizes.output();
@@ -456,7 +456,6 @@ class BackwardScan {
     const auto init = first_sum(first);
     Segments segments = hidden_segments_;
     if (!chained) segments.count = 0;
-    /// Of a patch whose rows are counted from `first`: all that reaches h, in `sums`.
     const auto all_dh = [this, chained]<int R, int B>(Patch<R, B> at, Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
       const bool* cut = cut_.get();
 #pragma GCC unroll 4

@@ -35,29 +35,37 @@ struct Statistics {
 template <int kParts, int kRows, class T>
 ALWAYS_INLINE void statistics(Statistics<T> (&found)[kRows], const T* const (&rows)[kRows], int64_t hidden,
                               int64_t padded) {
-  Vec<T> sum[kRows][kParts] = {}, squares[kRows][kParts] = {};
+  using V = Vec<T>;
   const T share = T(1) / T(kParts * hidden);
-  for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
-    for (int r = 0; r < kRows; ++r)
-      for (int p = 0; p < kParts; ++p) sum[r][p] += first_lanes<T>(load(rows[r] + p * padded + unit), hidden - unit);
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int p = 1; p < kParts; ++p) sum[r][0] += sum[r][p];
-    found[r].mean = lane_sum<T>(sum[r][0]) * share;
-  }
-  for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
-    for (int r = 0; r < kRows; ++r) {
-      for (int p = 0; p < kParts; ++p) {
-        const Vec<T> d = first_lanes<T>(load(rows[r] + p * padded + unit) - found[r].mean, hidden - unit);
-        squares[r][p] = fma(d, d, squares[r][p]);
+  // Calls fn(r, p, values, count) for all values.
+  const auto for_all = [&](const auto& fn) ALWAYS_INLINE_LAMBDA {
+    const auto vectors = [&](int64_t unit, int64_t count) ALWAYS_INLINE_LAMBDA {
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kParts; ++p) fn(r, p, load(rows[r] + p * padded + unit), count);
       }
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int p = 1; p < kParts; ++p) squares[r][0] += squares[r][p];
-    const double variance = double(lane_sum<T>(squares[r][0]) * share);
-    found[r].rstd = T(1 / __builtin_sqrt(variance + cells::LayerNorm::kEps));
-  }
+    };
+    int64_t unit = 0;
+    for (; unit + kLanes<T> <= hidden; unit += kLanes<T>) vectors(unit, kWhole);
+    if (unit < hidden) vectors(unit, hidden - unit);
+  };
+  const auto total = [](V(&parts)[kParts]) ALWAYS_INLINE_LAMBDA {
+#pragma GCC unroll 4
+    for (int p = 1; p < kParts; ++p) parts[0] += parts[p];
+    return lane_sum<T>(parts[0]);
+  };
+  V sum[kRows][kParts] = {}, squares[kRows][kParts] = {};
+  for_all([&](int r, int p, V x, int64_t count) ALWAYS_INLINE_LAMBDA { sum[r][p] += first_lanes<T>(x, count); });
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r) found[r].mean = total(sum[r]) * share;
+  for_all([&](int r, int p, V x, int64_t count) ALWAYS_INLINE_LAMBDA {
+    const V d = first_lanes<T>(x - found[r].mean, count);
+    squares[r][p] = fma(d, d, squares[r][p]);
+  });
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r)
+    found[r].rstd = T(1 / __builtin_sqrt(double(total(squares[r]) * share) + cells::LayerNorm::kEps));
 }
 
 /// One direction's scales and shifts in padded rows; zeros past their ends.
