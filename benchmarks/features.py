@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnn_ext
-from rnn_ext import ops
+from rnn_ext.bench import machine
 
 RESULTS = Path(__file__).parent / "results" / "features.md"
 LAYERS = {"RNN": rnn_ext.RNN, "GRU": rnn_ext.GRU, "LSTM": rnn_ext.LSTM}
@@ -237,11 +236,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    about = machine()
     lines = [
         "# What the options cost",
         "",
-        f"`python benchmarks/features.py`, one thread, float32, torch {torch.__version__}, {platform.machine()} with "
-        f"{ops.cpu_capability()}; least processor time of interleaved repeats.",
+        f"`python benchmarks/features.py`, one thread, float32, {about['processor']}, our kernels for "
+        f"{about['instructions']}, torch {torch.__version__}; least processor time of interleaved repeats.",
         "",
         "| comparison | option (ms) | plain (ms) | ratio | target |",
         "|---|---:|---:|---:|---:|",

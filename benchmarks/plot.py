@@ -67,7 +67,8 @@ def _peer_mark(axis: Any, at: float, place: int) -> None:
 def _value(axis: Any, at: float, place: int, text: str, bold: bool = False) -> None:
     weight = "bold" if bold else "normal"
     offset = {"xytext": (5, 0), "textcoords": "offset points"}
-    axis.annotate(text, (at, place), **offset, va="center", fontsize=7.5, color=INK, fontweight=weight)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # in front of the line at 100 %
+    axis.annotate(text, (at, place), **offset, va="center", fontsize=7.5, color=INK, fontweight=weight, bbox=box)
 
 
 PEER_HANDLE = Line2D(
