@@ -380,8 +380,8 @@ def test_side_products_of_any_width(cell, size, set_tuning):
         same_bits(wide, narrow)
 
 
-@pytest.mark.parametrize("hidden", [512, 459])  # a whole number of panels; some blocks beyond them
-@pytest.mark.parametrize("batch", [2, 7, 31])  # tiles too low to fetch; fewer and more than the next panel takes
+@pytest.mark.parametrize("hidden", [512, 459, 386])  # a whole number of panels; some blocks beyond them; a tail
+@pytest.mark.parametrize("batch", [2, 7, 31])  # tiles too low to fetch; fewer than a panel takes; more: steps join
 @pytest.mark.parametrize("cell", CELLS)
 def test_weights_beyond_the_second_level_cache(cell, batch, hidden, set_tuning):
     """Fetched ahead or not, and a step's input gates computed with it or before, as suits the processor."""

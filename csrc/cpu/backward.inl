@@ -410,8 +410,8 @@ class BackwardScan {
     }
     for (int64_t r = 0; r < rows && args_.resets.data; ++r) {
       if (begins(args_.resets, layout_, reverse_, t, first + r)) {
-        h_before_.get()[r] = no_state();
-        c_before_.get()[r] = zeros_.get();
+        if constexpr (Cell::kDirectCarry) h_before_.get()[r] = no_state();
+        if constexpr (Cell::kHasCell) c_before_.get()[r] = zeros_.get();
       }
       cut_.get()[r] = r < chained && begins(args_.resets, layout_, reverse_, after, first + r);
       if (cut_.get()[r]) clear(r);

@@ -338,21 +338,17 @@ class ForwardScan {
   auto cell(const StepRows& at) {
     return Cellwise{[this, &at]<int R, int B>(Patch<R, B> patch, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
       using Vs = Wide<T, R * B>;
-      constexpr int n = kLanes<T>;
       Vs split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
-      const int64_t padded = padded_, out_padded = out_padded_, unit = patch.block * n, rest = hidden_ - unit;
+      const int64_t padded = padded_, out_padded = out_padded_, unit = patch.block * kLanes<T>;
+      const int64_t rest = hidden_ - unit;
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const int64_t row = patch.row + r;
-        const T* gates = at.gates[row] + unit + (G - 1) * padded;
-        const T *h = at.now.h + row * out_padded + unit, *c = c_.get() + row * padded + unit;
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) {
-          const int i = r * B + b;
-          if constexpr (Cell::kSplit > 0) split[0].part[i] = load(gates + b * n);
-          if constexpr (Cell::kDirectCarry) h_prev.part[i] = load(h + b * n);
-          if constexpr (Cell::kHasCell) state.part[i] = load(c + b * n);
-        }
+        const int i = r * B;
+        if constexpr (Cell::kSplit > 0)
+          load_vectors<B>(split[0].part + i, at.gates[row] + unit + (G - 1) * padded, kWhole);
+        if constexpr (Cell::kDirectCarry) load_vectors<B>(h_prev.part + i, at.now.h + row * out_padded + unit, kWhole);
+        if constexpr (Cell::kHasCell) load_vectors<B>(state.part + i, c_.get() + row * padded + unit, kWhole);
       }
       const Vs h = Cell::template forward<Math<T, Vs>>(sums, split, h_prev, state, saved);
       // Read before the stores, which the compiler must take for stores to these as well.

@@ -7,13 +7,15 @@
 /// 1.02 to 1.08 from 12 rows on with 4 to 19 MiB, 1.00 to 0.81 beyond, RNN 0.99).
 template <class Cell, class S>
 int64_t ForwardScan<Cell, S>::least_joined() const {
-  constexpr int64_t kNear = 256 * 1024, kFarther = 20 << 20, kFewInputs = 64;
+  constexpr int64_t kNear = 256 * 1024, kMostJoined = 20 << 20, kFewInputs = 64;
   const int64_t never = layout_.batch + 1;
-  const int64_t most = G > 1 && tuning().joins_far ? kFarther : kFarWeights;
+  const int64_t most = G > 1 && tuning().joins_far ? kMostJoined : kFarWeights;
   if (short_ || cells::kIsNormed<Cell> || weight_bytes() > most) return never;
   // Few registers make a smaller tile of three gates than of the four vectors of a projection alone (measured).
-  if (G == 3 && RNN_EXT_VECTOR_REGISTERS < 32) return args_.sizes.input <= kFewInputs ? 8 : never;
-  return weight_bytes() <= kNear ? 2 : weight_bytes() <= kFarWeights ? 8 : 12;
+  constexpr bool kSmallTile = G == 3 && RNN_EXT_VECTOR_REGISTERS < 32;
+  if (kSmallTile && args_.sizes.input > kFewInputs) return never;
+  if (weight_bytes() > kFarWeights) return 12;
+  return weight_bytes() <= kNear && !kSmallTile ? 2 : 8;
 }
 
 template <class Cell, class S>

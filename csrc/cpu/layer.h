@@ -177,7 +177,7 @@ bool set_capability(const char* name);
 struct Tuning {
   int side_vectors;   // how wide the tiles of side.inl are, 1 or 2
   bool fetch_panels;  // product.inl asks for weights beyond the second-level cache before it needs them
-  bool joins_far;     // steps of forward.inl compute their input gates themselves even where the weights lie there
+  bool joins_far;     // steps of an LSTM or GRU compute their input gates themselves, see inputs.inl, with such weights
 };
 
 /// As measured on processors of its kind.

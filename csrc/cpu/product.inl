@@ -307,7 +307,8 @@ ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order or
   if constexpr (G > 1 && !kIsInitProduct<Init>) {
     if (!tail) return;
     const auto run = [&](const Element<S>* b, const auto& init, const auto& finish) ALWAYS_INLINE_LAMBDA {
-      run_blocks<1, 1, kStrided, S>(rows, blocks - 1, blocks, backwards, a_row, b, segments, init, finish, ahead);
+      Ahead nothing;
+      run_blocks<1, 1, kStrided, S>(rows, blocks - 1, blocks, backwards, a_row, b, segments, init, finish, nothing);
     };
     run_tail<G, S>(blocks - 1, b, segments.size(), init, finish, run);
   }
