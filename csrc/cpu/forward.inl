@@ -121,9 +121,8 @@ class ForwardScan {
         }
         team_.meet(members_);
         if (!joined_) gates += rows;
-        const int64_t stay = reverse_        ? (t > 0 ? layout_.batch_sizes[t] : 0)
-                             : t + 1 < steps ? layout_.batch_sizes[t + 1]
-                                             : 0;
+        const int64_t after = step_after(layout_, reverse_, t, 1);
+        const int64_t stay = after < 0 ? 0 : smaller(layout_.batch_sizes[t], layout_.batch_sizes[after]);
         write_h_n(next, stay, layout_.batch_sizes[t]);
         std::swap(now, next);
       }

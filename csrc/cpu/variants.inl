@@ -248,34 +248,28 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
       }
     } else {
       using Base = typename Cell::Base;
-      const T* split_bias = weights_.split_bias.get();
-      recurrent(
-          [=]<int B>(Patch<1, B> at, V* acc) {
-            for (int v = 0; v < B * G; ++v) {
-              const int64_t g = v % G, unit = (at.block + v / G) * kLanes<T>;
-              acc[v] = load(g < G - Cell::kSplit ? gates[at.row] + g * padded + unit : split_bias + unit);
-            }
-          },
-          Cellwise{[&]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
-            using Vs = Wide<T, R * B>;
-            Vs split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
-            at.each([&](int64_t r, int64_t block, int i) ALWAYS_INLINE_LAMBDA {
-              const int64_t unit = block * kLanes<T>;
-              if constexpr (Cell::kSplit > 0) split[0].part[i] = load(gates[r] + (G - 1) * padded + unit);
-              if constexpr (Base::kDirectCarry) h_prev.part[i] = load(now + r * out_padded_ + unit);
-              if constexpr (Cell::kHasCell) state.part[i] = load(c_.get() + r * padded + unit);
-            });
-            const Vs h = Base::template forward<Math<T, Vs>>(sums, split, h_prev, state, saved);
-            at.each([&](int64_t r, int64_t block, int i) ALWAYS_INLINE_LAMBDA {
-              const int64_t unit = block * kLanes<T>;
-              [[maybe_unused]] const V left = leave(r, unit, h.part[i], state.part[i]);
-              if (!keep_) return;
-              T* row = gates[r] + unit;
-              for (int s = 0; s < Base::kSaved; ++s) store(row + s * padded, saved[s].part[i]);
-              if constexpr (Cell::kSaved > Base::kSaved)
-                store(row + Base::kSaved * padded, Cell::kHasCell ? left : h.part[i]);
-            });
-          }});
+      const StepRows rows_of_step = {gates, nullptr, nullptr, before_step, after_step};
+      recurrent(first_sums(rows_of_step),
+                Cellwise{[&]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
+                  using Vs = Wide<T, R * B>;
+                  Vs split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
+                  at.each([&](int64_t r, int64_t block, int i) ALWAYS_INLINE_LAMBDA {
+                    const int64_t unit = block * kLanes<T>;
+                    if constexpr (Cell::kSplit > 0) split[0].part[i] = load(gates[r] + (G - 1) * padded + unit);
+                    if constexpr (Base::kDirectCarry) h_prev.part[i] = load(now + r * out_padded_ + unit);
+                    if constexpr (Cell::kHasCell) state.part[i] = load(c_.get() + r * padded + unit);
+                  });
+                  const Vs h = Base::template forward<Math<T, Vs>>(sums, split, h_prev, state, saved);
+                  at.each([&](int64_t r, int64_t block, int i) ALWAYS_INLINE_LAMBDA {
+                    const int64_t unit = block * kLanes<T>;
+                    [[maybe_unused]] const V left = leave(r, unit, h.part[i], state.part[i]);
+                    if (!keep_) return;
+                    T* row = gates[r] + unit;
+                    for (int s = 0; s < Base::kSaved; ++s) store(row + s * padded, saved[s].part[i]);
+                    if constexpr (Cell::kSaved > Base::kSaved)
+                      store(row + Base::kSaved * padded, Cell::kHasCell ? left : h.part[i]);
+                  });
+                }});
     }
     if (!projected) return;
     project(t, rows, after_step);
