@@ -93,7 +93,7 @@ struct Chunk {
 /// The chunks of one direction, in the order backward walks them. They do not depend on the number of threads.
 class Chunks {
  public:
-  static constexpr int64_t kRows = 256;  // at least: their gate gradients should stay in the cache, but amortise passes
+  static constexpr int64_t kRows = 384;  // at least: their gate gradients should stay in the cache, but amortise passes
 
   Chunks(const Layout& layout, bool reverse) : layout_(layout), reverse_(reverse), next_(reverse ? 0 : layout.steps) {}
 

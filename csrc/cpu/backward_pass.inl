@@ -29,39 +29,6 @@ void input_gradient(const BackwardArgs<S>& args, const BackwardWeights<Cell, S>&
   plain_product(p);
 }
 
-/// Columns [first, first + columns) of grad [parts * height, width] += A^T B over the rows of a chunk. A's part p is
-/// the `height` columns of A, whose rows are elements, from a + offset[p].
-template <class S, class Row>
-void weight_gradient(Compute<S>* grad, int64_t width, int64_t first, int64_t columns, const Element<S>* a,
-                     int64_t stride, int parts, const int64_t* offset, int64_t height, int64_t rows, bool accumulate,
-                     const Row& b_row) {
-  constexpr int64_t kPiece = 256;  // rows whose B stays in the second-level cache and whose column of A in the first
-  Buffer<Element<S>> packed(elements<S>(smaller(kPiece, larger(rows, 1))) * blocks_of<Compute<S>>(columns) *
-                            kLanes<Element<S>>);
-  Buffer<const S*> a_columns(height);
-  Buffer<Compute<S>*> to(height);
-  PlainProduct<S> p;
-  p.rows = height;
-  p.columns = columns;
-  p.a = a_columns.get();
-  p.c = to.get();
-  p.b = packed.get();
-  p.segments.stride = stride;
-  for (int64_t begin = 0; begin < rows; begin += kPiece) {
-    const int64_t count = smaller(kPiece, rows - begin);
-    pack_rows<S>(packed.get(), b_row, count, first, columns);
-    p.segments.length = elements<S>(count);
-    p.accumulate = accumulate || begin > 0;
-    for (int part = 0; part < parts; ++part) {
-      for (int64_t m = 0; m < height; ++m) {
-        a_columns.get()[m] = reinterpret_cast<const S*>(a + elements<S>(begin) * stride + offset[part] + m);
-        to.get()[m] = grad + (part * height + m) * width + first;
-      }
-      plain_product<S, true>(p);
-    }
-  }
-}
-
 /// Adds the rows of N vectors up, one after another, on top of what `sums` holds.
 template <int N, class T, class S>
 ALWAYS_INLINE void add_columns(T* sums, const S* from, int64_t stride, int64_t rows) {
@@ -76,74 +43,124 @@ ALWAYS_INLINE void add_columns(T* sums, const S* from, int64_t stride, int64_t r
   for (int i = 0; i < N; ++i) store(sums + i * kLanes<T>, sum[i]);
 }
 
-/// What the gradients of one direction's parameters are made of.
-enum class Part { kWeightIh, kWeightHh, kWeightHr, kBias };
-
 /// The sums over a chunk's rows that the gradients of the biases and of layer normalisation consist of.
 template <class T>
 void norm_sums(const BackwardArgs<T>& args, const ChunkGrads<cells::LayerNormLstm, T>& grads, int direction, T* sums);
 template <class T>
 void write_norm_sums(const Weights<T>& to, const T* sums, int64_t hidden, int64_t padded);
 
-/// Adds a chunk's share of some columns of one weight's gradient, or of the sum of the gate gradients for the biases.
+/// The gradients of one direction's parameters, a chunk's share at a time. Each task has gradients of its own.
 template <class Cell, class S>
-void weight_task(const BackwardArgs<S>& args, const ChunkGrads<Cell, S>& grads, int direction, Part part, int64_t first,
-                 int64_t columns, bool accumulate, Compute<S>* bias_sum) {
+class ParameterGradients {
   using T = Compute<S>;
-  const Sizes& sizes = args.sizes;
-  const Layout& layout = args.layout;
-  const Weights<T>& to = args.grad_weights[direction];
-  const int64_t padded = sizes.padded(), rows = grads.chunk.rows;
-  int64_t offset[4] = {0, 0, 0, 0};
-  RowCursor cursor(layout, grads.chunk.row);  // rows are asked for in order
-  if (part == Part::kWeightIh) {
-    for (int g = 0; g < Cell::kGates; ++g) offset[g] = Cell::ih_slot(g) * padded;
-    const auto row = [&](int64_t) -> const S* {
-      const S* at = args.input.at(layout, cursor.t, cursor.j);
+
+ public:
+  ParameterGradients(const BackwardArgs<S>& args, const ChunkGrads<Cell, S>& grads, int direction)
+      : args_(args),
+        grads_(grads),
+        to_(args.grad_weights[direction]),
+        direction_(direction),
+        input_(to_.weight_ih, Cell::kGates, args.sizes.hidden, args.sizes.input),
+        hidden_(to_.weight_hh, Cell::kGates, args.sizes.hidden, args.sizes.output()),
+        proj_(to_.weight_hr, 1, args.sizes.proj, args.sizes.hidden),
+        bias_tasks_(to_.bias_ih || to_.bias_hh || to_.weight_norm_ih || to_.weight_norm_hh || to_.weight_norm_c ||
+                    to_.bias_norm_c),
+        bias_sums_(grads.stride, true) {}
+
+  int64_t tasks() const { return input_.tasks() + hidden_.tasks() + proj_.tasks() + bias_tasks_; }
+
+  /// `begin`: the chunk is the first.
+  void run(int64_t task, bool begin) {
+    if (task < input_.tasks()) return add_input(task, begin);
+    task -= input_.tasks();
+    if (task < hidden_.tasks()) return add_hidden(task, begin);
+    task -= hidden_.tasks();
+    if (task < proj_.tasks()) return add_proj(task, begin);
+    add_biases();
+  }
+
+  void finish() {
+    const bool any = args_.layout.rows > 0;
+    input_.finish(any);
+    hidden_.finish(any);
+    proj_.finish(any);
+    const int64_t hidden = args_.sizes.hidden, padded = args_.sizes.padded();
+    const size_t bytes = size_t(hidden) * sizeof(T);
+    if constexpr (cells::kIsNormed<Cell>) write_norm_sums(to_, bias_sums_.get(), hidden, padded);
+    for (int g = 0; g < Cell::kGates && !cells::kIsNormed<Cell>; ++g) {
+      if (to_.bias_ih) std::memcpy(to_.bias_ih + g * hidden, bias_sums_.get() + Cell::ih_slot(g) * padded, bytes);
+      if (to_.bias_hh) std::memcpy(to_.bias_hh + g * hidden, bias_sums_.get() + Cell::hh_slot(g) * padded, bytes);
+    }
+  }
+
+ private:
+  void add_input(int64_t task, bool begin) {
+    int64_t offset[Cell::kGates];
+    for (int g = 0; g < Cell::kGates; ++g) offset[g] = Cell::ih_slot(g) * args_.sizes.padded();
+    RowCursor cursor(args_.layout, grads_.chunk.row);
+    input_.add(task, grads_.gate_columns(), grads_.stride, offset, grads_.chunk.rows, begin, [&](int64_t) -> const S* {
+      const S* at = args_.input.at(args_.layout, cursor.t, cursor.j);
       cursor.next();
       return at;
-    };
-    weight_gradient<S>(to.weight_ih, sizes.input, first, columns, grads.gate_columns(), grads.stride, Cell::kGates,
-                       offset, sizes.hidden, rows, accumulate, row);
-  } else if (part == Part::kWeightHh) {
-    for (int g = 0; g < Cell::kGates; ++g) offset[g] = Cell::hh_slot(g) * padded;
-    Buffer<S> masked(cells::kIsVariant<Cell> && args.masks.hidden ? Sizes::padded(sizes.output()) : 0);
-    const auto row = [&](int64_t) -> const S* {
-      const S* at = previous_output(args, direction, cursor.t, cursor.j);
+    });
+  }
+
+  void add_hidden(int64_t task, bool begin) {
+    const int64_t width = args_.sizes.output();
+    int64_t offset[Cell::kGates];
+    for (int g = 0; g < Cell::kGates; ++g) offset[g] = Cell::hh_slot(g) * args_.sizes.padded();
+    RowCursor cursor(args_.layout, grads_.chunk.row);
+    Buffer<S> masked(cells::kIsVariant<Cell> && args_.masks.hidden ? Sizes::padded(width) : 0);
+    hidden_.add(task, grads_.gate_columns(), grads_.stride, offset, grads_.chunk.rows, begin, [&](int64_t) -> const S* {
+      const S* at = previous_output(args_, direction_, cursor.t, cursor.j);
       if constexpr (cells::kIsVariant<Cell>) {
-        if (args.masks.hidden && at) {
-          const int64_t entry = direction * layout.batch + layout.entry(cursor.j);
-          multiply_rows(masked.get(), at, args.masks.hidden + entry * sizes.output(), sizes.output());
+        if (args_.masks.hidden && at) {
+          const int64_t entry = direction_ * args_.layout.batch + args_.layout.entry(cursor.j);
+          multiply_rows(masked.get(), at, args_.masks.hidden + entry * width, width);
           at = masked.get();
         }
       }
       cursor.next();
       return at;
-    };
-    weight_gradient<S>(to.weight_hh, sizes.output(), first, columns, grads.gate_columns(), grads.stride, Cell::kGates,
-                       offset, sizes.hidden, rows, accumulate, row);
-  } else if (part == Part::kWeightHr) {
-    const int64_t stride = saved_values(args.cell, true, args.variant) * padded;
-    const T* unprojected = args.saved + (direction * layout.rows + grads.chunk.row) * stride + Cell::kSaved * padded;
-    const auto row = [&](int64_t) {
+    });
+  }
+
+  void add_proj(int64_t task, bool begin) {
+    const int64_t padded = args_.sizes.padded(), stride = saved_values(args_.cell, true, args_.variant) * padded;
+    const T* unprojected =
+        args_.saved + (direction_ * args_.layout.rows + grads_.chunk.row) * stride + Cell::kSaved * padded;
+    const int64_t offset[1] = {0};
+    proj_.add(task, grads_.proj_columns(), grads_.proj_stride, offset, grads_.chunk.rows, begin, [&](int64_t) {
       const T* at = unprojected;
       unprojected += stride;
       return at;
-    };
-    weight_gradient<S>(to.weight_hr, sizes.hidden, first, columns, grads.proj_columns(), grads.proj_stride, 1, offset,
-                       sizes.proj, rows, accumulate, row);
-  } else if constexpr (cells::kIsNormed<Cell>) {
-    norm_sums(args, grads, direction, bias_sum);
-  } else {
-    constexpr int kTogether = 4;
-    for (int slot = 0; slot < Cell::kGradGates; ++slot) {
-      int64_t u = slot * padded, end = u + blocks_of<T>(sizes.hidden) * kLanes<T>;
-      for (; u + kTogether * kLanes<T> <= end; u += kTogether * kLanes<T>)
-        add_columns<kTogether>(bias_sum + u, grads.gates.get() + u, grads.stride, rows);
-      for (; u < end; u += kLanes<T>) add_columns<1>(bias_sum + u, grads.gates.get() + u, grads.stride, rows);
+    });
+  }
+
+  void add_biases() {
+    if constexpr (cells::kIsNormed<Cell>) {
+      norm_sums(args_, grads_, direction_, bias_sums_.get());
+    } else {
+      constexpr int kTogether = 4;
+      const int64_t padded = args_.sizes.padded(), rows = grads_.chunk.rows;
+      T* sums = bias_sums_.get();
+      for (int slot = 0; slot < Cell::kGradGates; ++slot) {
+        int64_t u = slot * padded, end = u + blocks_of<T>(args_.sizes.hidden) * kLanes<T>;
+        for (; u + kTogether * kLanes<T> <= end; u += kTogether * kLanes<T>)
+          add_columns<kTogether>(sums + u, grads_.gates.get() + u, grads_.stride, rows);
+        for (; u < end; u += kLanes<T>) add_columns<1>(sums + u, grads_.gates.get() + u, grads_.stride, rows);
+      }
     }
   }
-}
+
+  const BackwardArgs<S>& args_;
+  const ChunkGrads<Cell, S>& grads_;
+  const Weights<T>& to_;
+  const int direction_;
+  WeightGradient<S> input_, hidden_, proj_;
+  const int64_t bias_tasks_;
+  Buffer<T> bias_sums_;  // [gate gradients, padded H]
+};
 
 /// Backward of one direction, a chunk at a time.
 template <class Cell, class S>
@@ -160,18 +177,11 @@ class BackwardPass {
         scans_(slices * members),
         slices_(slices),
         members_(members),
-        bias_sum_(grads_.stride, true) {
+        parameters_(args, grads_, direction) {
     for (int64_t i = 0; i < slices * members; ++i) {
       const Slice slice = slice_of(args.layout, i / members, slices);
       scans_.get()[i] = new BackwardScan<Cell, S>(args, weights_, direction, slice, int(i % members), members);
     }
-    const Weights<T>& to = args.grad_weights[direction];
-    const auto pieces = [](const T* grad, int64_t width) { return grad ? (width + kColumns - 1) / kColumns : 0; };
-    tasks_[0] = pieces(to.weight_ih, args.sizes.input);
-    tasks_[1] = pieces(to.weight_hh, args.sizes.output());
-    tasks_[2] = pieces(to.weight_hr, args.sizes.hidden);
-    tasks_[3] =
-        to.bias_ih || to.bias_hh || to.weight_norm_ih || to.weight_norm_hh || to.weight_norm_c || to.bias_norm_c;
   }
   ~BackwardPass() {
     for (int64_t i = 0; i < slices_ * members_; ++i) delete scans_.get()[i];
@@ -198,47 +208,23 @@ class BackwardPass {
 
   int64_t product_tasks() const {
     const int64_t input = args_.grad_input.data ? (grads_.chunk.rows + kInputRows - 1) / kInputRows : 0;
-    return tasks_[0] + tasks_[1] + tasks_[2] + tasks_[3] + input;
+    return parameters_.tasks() + input;
   }
 
   void run_product(int64_t task, T* input_apart, bool accumulate_input) {
-    const int64_t widths[] = {args_.sizes.input, args_.sizes.output(), args_.sizes.hidden, 1};
-    for (int part = 0; part < 4; ++part) {
-      if (task < tasks_[part]) {
-        const int64_t first = task * kColumns;
-        return weight_task<Cell>(args_, grads_, direction_, Part(part), first, smaller(kColumns, widths[part] - first),
-                                 count_ > 1, bias_sum_.get());
-      }
-      task -= tasks_[part];
-    }
-    const int64_t first = task * kInputRows;
+    if (task < parameters_.tasks()) return parameters_.run(task, count_ == 1);
+    const int64_t first = (task - parameters_.tasks()) * kInputRows;
     input_gradient<Cell>(args_, weights_, grads_, input_apart, accumulate_input, first,
                          smaller(grads_.chunk.rows, first + kInputRows));
   }
 
   void finish() {
     for (int64_t i = 0; i < slices_ * members_; ++i) scans_.get()[i]->finish();
-    const Weights<T>& to = args_.grad_weights[direction_];
-    const int64_t hidden = args_.sizes.hidden, padded = args_.sizes.padded();
-    const size_t bytes = size_t(hidden) * sizeof(T);
-    if constexpr (cells::kIsNormed<Cell>) write_norm_sums(to, bias_sum_.get(), hidden, padded);
-    for (int g = 0; g < Cell::kGates && !cells::kIsNormed<Cell>; ++g) {
-      if (to.bias_ih) std::memcpy(to.bias_ih + g * hidden, bias_sum_.get() + Cell::ih_slot(g) * padded, bytes);
-      if (to.bias_hh) std::memcpy(to.bias_hh + g * hidden, bias_sum_.get() + Cell::hh_slot(g) * padded, bytes);
-    }
-    if (args_.layout.rows > 0) return;
-    const int64_t gates = Cell::kGates * hidden;  // no chunk has written the weights' gradients
-    const auto clear = [](T* grad, int64_t size) {
-      if (grad) std::memset(grad, 0, size_t(size) * sizeof(T));
-    };
-    clear(to.weight_ih, gates * args_.sizes.input);
-    clear(to.weight_hh, gates * args_.sizes.output());
-    clear(to.weight_hr, args_.sizes.proj * hidden);
+    parameters_.finish();
   }
 
  private:
-  static constexpr int64_t kColumns = 4 * kLanes<T>;  // of one task: the width of a register tile
-  static constexpr int64_t kInputRows = 48;           // of one task: a few heights of a register tile
+  static constexpr int64_t kInputRows = 48;  // of one task: a few heights of a register tile
 
   const BackwardArgs<S>& args_;
   const int direction_;
@@ -249,8 +235,7 @@ class BackwardPass {
   const int64_t slices_;
   const int members_;
   Team team_;
-  Buffer<T> bias_sum_;  // [gate gradients, padded H]
-  int64_t tasks_[4];    // weight_ih, weight_hh, weight_hr, biases
+  ParameterGradients<Cell, S> parameters_;
   int64_t count_ = 0;
 };
 

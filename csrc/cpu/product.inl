@@ -65,6 +65,15 @@ struct PanelByGate {
   ALWAYS_INLINE void next() { b += kLanes<E>; }
 };
 
+/// The same from the rows of a matrix as it is.
+template <class E>
+struct PanelOfRows {
+  const E* b;
+  int64_t stride;
+  ALWAYS_INLINE const E* vector(int v) const { return b + v * kLanes<E>; }
+  ALWAYS_INLINE void next() { b += stride; }
+};
+
 template <int MR, int NB, int G, bool kStrided, class S, class AnyPanel, class AnySegments>
 ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Element<S>* const (&a)[MR], AnyPanel panel,
                                 const AnySegments& segments, Fetch fetch) {
@@ -154,17 +163,16 @@ constexpr bool kIsInitProduct<InitProduct<S, Begin, Row, Between>> = true;
 /// Rows of a tile whose accumulators (rows x vectors) stay in the registers beside the fewer of a column of inputs and
 /// a row of weights, and one of the others; of a tile that is taller than wide two, lest the compiler spill (measured).
 constexpr int tile_rows(int vectors) {
-  if (vectors == 1) return 4;  // a tail, or a column too narrow for a full tile: not worth the code of more
   const auto registers = [=](int rows) { return rows * vectors + (rows > vectors ? vectors + 2 : rows + 1); };
   int rows = 1;
   while (rows < 8 && registers(rows + 1) <= RNN_EXT_VECTOR_REGISTERS) ++rows;
   return rows;
 }
 
-template <int MR, int NB, int G, bool kStrided, class S, class Row, class AnySegments, class Init, class Finish>
-NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
-                        int64_t block_stride, const AnySegments& segments, Fetch fetch, const Init& init,
-                        const Finish& finish) {
+template <int MR, int NB, int G, bool kStrided, class S, class Row, class AnyPanel, class AnySegments, class Init,
+          class Finish>
+NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block, AnyPanel panel,
+                        const AnySegments& segments, Fetch fetch, const Init& init, const Finish& finish) {
   Vec<Compute<S>> acc[MR][NB * G];
   const Element<S>* a[MR];
 #pragma GCC unroll 8
@@ -173,7 +181,7 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
     init(Patch<1, NB>{first_row + m, first_block}, acc[m]);
   }
   if constexpr (kIsInitProduct<Init>) init.template add<MR, NB, G>(acc, first_row, first_block);
-  multiply_add<MR, NB, G, kStrided, S>(acc, a, Panel<G, Element<S>>{b, block_stride}, segments, fetch);
+  multiply_add<MR, NB, G, kStrided, S>(acc, a, panel, segments, fetch);
   Vec<Compute<S>> sums[MR * NB][G];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -183,16 +191,16 @@ NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block
   finish_tile<MR, NB, G>(first_row, first_block, sums, finish);
 }
 
-template <int MR, int NB, int G, bool kStrided, class S, class Row, class AnySegments, class Init, class Finish>
-ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, int64_t first_block, const Element<S>* b,
-                            int64_t block_stride, const AnySegments& segments, Fetch fetch, const Init& init,
-                            const Finish& finish) {
+template <int MR, int NB, int G, bool kStrided, class S, class Row, class AnyPanel, class AnySegments, class Init,
+          class Finish>
+ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, int64_t first_block, AnyPanel panel,
+                            const AnySegments& segments, Fetch fetch, const Init& init, const Finish& finish) {
   if constexpr (MR > 1) {
     if (rows < MR)
-      return run_rows<MR - 1, NB, G, kStrided, S>(rows, a_row, first_row, first_block, b, block_stride, segments, fetch,
-                                                  init, finish);
+      return run_rows<MR - 1, NB, G, kStrided, S>(rows, a_row, first_row, first_block, panel, segments, fetch, init,
+                                                  finish);
   }
-  run_tile<MR, NB, G, kStrided, S>(a_row, first_row, first_block, b, block_stride, segments, fetch, init, finish);
+  run_tile<MR, NB, G, kStrided, S>(a_row, first_row, first_block, panel, segments, fetch, init, finish);
 }
 
 /// The blocks [block, blocks), NB of them at a time, a panel, as far as that goes; returns the first that is left. The
@@ -222,8 +230,8 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
     for (int64_t row = 0; left > 0; --left) {
       const int64_t height = (rows - row + left - 1) / left;
       const bool next = to_fetch > 0;
-      run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, at, panel, block_stride, segments,
-                                             next ? next_panel : fetcher.take(depth, panel), init, finish);
+      run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, at, Panel<G, Element<S>>{panel, block_stride},
+                                             segments, next ? next_panel : fetcher.take(depth, panel), init, finish);
       row += height;
       if (next) {
         next_panel.at += depth * next_panel.step;
@@ -300,7 +308,11 @@ ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order or
   }
   const bool backwards = order == Order::kRowsBackwards;
   if constexpr (G == 1) {
-    block = run_blocks<4, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish, ahead);
+    // Not one block alone, if that can be helped: for so few sums there are too many loads.
+    const int64_t left = blocks - block, rest = left % 4 == 1 && left > 4 ? 5 : left % 4;
+    block =
+        run_blocks<4, 1, kStrided, S>(rows, block, blocks - rest, backwards, a_row, b, segments, init, finish, ahead);
+    block = run_blocks<3, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish, ahead);
     block = run_blocks<2, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish, ahead);
   }
   run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, backwards, a_row, b, segments, init, finish, ahead);
@@ -435,33 +447,72 @@ struct PlainProduct {
   Order order = Order::kRows;
 };
 
+/// What its sums begin with.
+template <class S>
+ALWAYS_INLINE auto begin_plain(const PlainProduct<S>& p) {
+  using T = Compute<S>;
+  return [&p]<int B>(Patch<1, B> at, Vec<T>* acc) ALWAYS_INLINE_LAMBDA {
+    const int64_t column = at.block * kLanes<T>;
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) acc[b] = p.bias ? load(p.bias + column + b * kLanes<T>) : Vec<T>{};
+    if (!p.accumulate && !p.fetch_c) return;
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) __builtin_prefetch(p.c[at.row] + column + b * kLanes<T>, 1);
+  };
+}
+
+/// Where they go.
+template <class S>
+ALWAYS_INLINE auto finish_plain(const PlainProduct<S>& p) {
+  using T = Compute<S>;
+  return [&p]<int B>(Patch<1, B> at, const Wide<T, B>* sums) ALWAYS_INLINE_LAMBDA {
+    const int64_t column = at.block * kLanes<T>, rest = p.columns - column;
+    T* c = p.c[at.row] + column;
+    // Added at the end, not started from: so that A B + C does not depend on which of two summands came first.
+    Vec<T> sum[B];
+    if (p.accumulate) {
+      load_vectors<B>(sum, c, rest);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) sum[b] += sums->part[b];
+      store_vectors<B>(c, sum, rest);
+    } else {
+      store_vectors<B>(c, sums->part, rest);
+    }
+  };
+}
+
+template <class S>
+ALWAYS_INLINE auto row_of(const PlainProduct<S>& p) {
+  return [&p](int64_t r) { return reinterpret_cast<const Element<S>*>(p.a[r]); };
+}
+
 template <class S, bool kStrided = false>
 NO_INLINE void plain_product(const PlainProduct<S>& p) {
-  using T = Compute<S>;
-  using V = Vec<T>;
-  product<1, S, kStrided>(
-      p.rows, p.first, p.last < 0 ? blocks_of<T>(p.columns) : p.last, p.order,
-      [&](int64_t r) { return reinterpret_cast<const Element<S>*>(p.a[r]); }, p.b, p.segments,
-      [&]<int B>(Patch<1, B> at, V* acc) {
-        const int64_t column = at.block * kLanes<T>;
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) acc[b] = p.bias ? load(p.bias + column + b * kLanes<T>) : V{};
-        if (!p.accumulate && !p.fetch_c) return;
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) __builtin_prefetch(p.c[at.row] + column + b * kLanes<T>, 1);
-      },
-      [&]<int B>(Patch<1, B> at, const Wide<T, B>* sums) {
-        const int64_t column = at.block * kLanes<T>, rest = p.columns - column;
-        T* c = p.c[at.row] + column;
-        // Added at the end, not started from: so that A B + C does not depend on which of two summands came first.
-        V sum[B];
-        if (p.accumulate) {
-          load_vectors<B>(sum, c, rest);
-#pragma GCC unroll 4
-          for (int b = 0; b < B; ++b) sum[b] += sums->part[b];
-          store_vectors<B>(c, sum, rest);
-        } else {
-          store_vectors<B>(c, sums->part, rest);
-        }
-      });
+  product<1, S, kStrided>(p.rows, p.first, p.last < 0 ? blocks_of<Compute<S>>(p.columns) : p.last, p.order, row_of(p),
+                          p.b, p.segments, begin_plain(p), finish_plain(p));
+}
+
+template <int NB, class S>
+ALWAYS_INLINE int64_t run_blocks_of_rows(const PlainProduct<S>& p, int64_t b_stride, int64_t block) {
+  constexpr int kMaxRows = tile_rows(NB);
+  const int64_t tiles = (p.rows + kMaxRows - 1) / kMaxRows;
+  for (; block + NB <= blocks_of<Compute<S>>(p.columns); block += NB) {
+    const PanelOfRows<Element<S>> panel = {p.b + block * kLanes<Element<S>>, b_stride};
+    for (int64_t row = 0, left = tiles; left > 0; --left) {
+      const int64_t height = (p.rows - row + left - 1) / left;
+      run_rows<kMaxRows, NB, 1, true, S>(height, row_of(p), row, block, panel, p.segments, Fetch{}, begin_plain(p),
+                                         finish_plain(p));
+      row += height;
+    }
+  }
+  return block;
+}
+
+/// A strided plain product whose B is not packed: consecutive k lie `b_stride` elements apart, with room for whole
+/// vectors.
+template <class S>
+NO_INLINE void product_of_rows(const PlainProduct<S>& p, int64_t b_stride) {
+  int64_t block = run_blocks_of_rows<4>(p, b_stride, 0);
+  block = run_blocks_of_rows<2>(p, b_stride, block);
+  run_blocks_of_rows<1>(p, b_stride, block);
 }
