@@ -1,29 +1,20 @@
 // The scan over time, forward.
 
-/// What the members of a team share: the states after the last two steps, [slice, padded P], and as the recurrent
-/// product wants them too, where that is another type.
+/// What the members of a team share: the states after the last two steps, [slice, padded P]. They are no more precise
+/// than what the caller sees of them, so that both go on from the same.
 template <class S>
 struct ForwardStates {
-  using T = Compute<S>;
-  static constexpr bool kReduced = !std::is_same_v<S, T>;
-
   ForwardStates(const ForwardArgs<S>& args, int direction, Slice slice)
       : stride(Sizes::padded(args.sizes.output())),
-        h{Buffer<T>(slice.size() * stride, true), Buffer<T>(slice.size() * stride, true)},
-        reduced{Buffer<S>(kReduced ? slice.size() * stride : 0, true),
-                Buffer<S>(kReduced ? slice.size() * stride : 0, true)} {
+        h{Buffer<S>(slice.size() * stride, true), Buffer<S>(slice.size() * stride, true)} {
     if (!args.h_0) return;
     const int64_t out = args.sizes.output();
     const S* h_0 = args.h_0 + args.layout.batch * direction * out;
-    for (int i = 0; i < 2; ++i) {
-      read_states(h[i].get(), stride, h_0, out, args.layout, slice);
-      if constexpr (kReduced) read_states(reduced[i].get(), stride, h_0, out, args.layout, slice);
-    }
+    for (int i = 0; i < 2; ++i) read_states(h[i].get(), stride, h_0, out, args.layout, slice);
   }
 
   const int64_t stride;
-  Buffer<T> h[2];
-  Buffer<S> reduced[2];
+  Buffer<S> h[2];
 };
 
 /// What the scan of a variant has besides; see variants.inl.
@@ -73,6 +64,7 @@ class ForwardScan {
         c_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         hidden_gates_(short_ ? G * padded_ : 0),
         unprojected_(args.sizes.proj ? slice.size() * padded_ : 0, kReduced),
+        projected_(args.sizes.proj && kReduced ? slice.size() * out_padded_ : 0),
         projected_rows_(args.sizes.proj ? slice.size() : 0),
         output_rows_(slice.size()),
         cell_rows_(args.cells.data ? slice.size() : 0),
@@ -82,11 +74,10 @@ class ForwardScan {
     const int64_t states = layout_.batch * direction_;
     if (Cell::kHasCell && args_.c_0)
       read_states(c_.get(), padded_, args_.c_0 + states * hidden_, hidden_, layout_, slice_);
-    State now = {states_.h[0].get(), states_.reduced[0].get()};
-    State next = {states_.h[1].get(), states_.reduced[1].get()};
-    const auto write_h_n = [&](const State& state, int64_t from, int64_t to) {
+    S *now = states_.h[0].get(), *next = states_.h[1].get();
+    const auto write_h_n = [&](const S* h, int64_t from, int64_t to) {
       if (member_ == 0)
-        write_states(args_.h_n + states * out_, out_, state.h, out_padded_, layout_, slice_, from, to, 0, out_);
+        write_states(args_.h_n + states * out_, out_, h, out_padded_, layout_, slice_, from, to, 0, out_);
     };
     const int64_t steps = layout_.steps;
     write_h_n(now, steps ? layout_.batch_sizes[0] : 0, layout_.batch);
@@ -140,34 +131,9 @@ class ForwardScan {
   static constexpr int64_t kFarWeights = 2 << 20;     // of which that cache keeps few
   static constexpr int64_t kPipelineSteps = 12;       // of a chunk of a stack whose layers run at the same time
 
-  static constexpr bool kReduced = ForwardStates<S>::kReduced;
+  static constexpr bool kReduced = !std::is_same_v<S, T>;
   static constexpr bool kTakesAlong = kSidePays<G>;
   using Side = std::conditional_t<kTakesAlong, SideTiles<S, kSideRows<G>>, NoSideTiles>;
-
-  struct State {
-    T* h;
-    S* reduced;
-
-    const S* operand(int64_t at) const {
-      if constexpr (kReduced) {
-        return reduced + at;
-      } else {
-        return h + at;
-      }
-    }
-    /// h, which is no more precise than what the caller sees of it, so that both go on from the same state.
-    /// B vectors of a row of which `count` numbers are left.
-    template <int B>
-    ALWAYS_INLINE void set(int64_t at, const V* value, int64_t count) const {
-      if constexpr (kReduced) {
-        store_padded<B>(reduced + at, value, count);
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) store(h + at + b * kLanes<T>, load(reduced + at + b * kLanes<T>));
-      } else {
-        store_padded<B>(h + at, value, count);
-      }
-    }
-  };
 
   /// Rows of an odd number of inputs do not consist of whole elements.
   bool fill_up() const { return args_.sizes.input % kPack<S> != 0; }
@@ -213,18 +179,15 @@ class ForwardScan {
     return {first + part_.first, first + part_.last - (tail_ && g > 0)};
   }
 
-  void reset(int64_t t, int64_t rows, State now) {
+  void reset(int64_t t, int64_t rows, S* now) {
     for (int64_t r = 0; r < rows; ++r) {
       if (!begins(args_.resets, layout_, reverse_, t, slice_.first + r)) continue;
-      if (member_ == 0) {
-        std::memset(now.h + r * out_padded_, 0, size_t(out_) * sizeof(T));
-        if (kReduced) std::memset(now.reduced + r * out_padded_, 0, size_t(out_) * sizeof(S));
-      }
+      if (member_ == 0) std::memset(now + r * out_padded_, 0, size_t(out_) * sizeof(S));
       if (Cell::kHasCell) std::memset(c_.get() + r * padded_, 0, size_t(hidden_) * sizeof(T));
     }
   }
 
-  void variant_step(int64_t t, int64_t rows, T* const* gates, State before_step, State after_step);
+  void variant_step(int64_t t, int64_t rows, T* const* gates, S* now, S* next);
 
   // See inputs.inl.
   int64_t least_joined() const;
@@ -246,10 +209,10 @@ class ForwardScan {
     T* const* gates;
     S* const* outputs;
     S* const* cells;  // null: nowhere
-    State now, next;
+    S *now, *next;
   };
 
-  void step(int64_t t, int64_t rows, T* const* gates, State now, State next) {
+  void step(int64_t t, int64_t rows, T* const* gates, S* now, S* next) {
     S** outputs = output_rows_.get();
     S** cells = cell_rows_.get();
     find_rows(outputs, args_.output, layout_, t, slice_.first, rows, direction_ * out_);
@@ -269,7 +232,7 @@ class ForwardScan {
       sums(of, acc);
     };
     const auto finish = cell(at);
-    const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(now.operand(r * out_padded_)); };
+    const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(now + r * out_padded_); };
     const auto recurrent = [&](UnitBlocks blocks, const auto& init, bool tail) {
       product<G, S>(rows, blocks.first, blocks.last, step_order(layout_.batch_sizes[t], t), a_row,
                     weights_.hidden.get(), OneSegment{elements<S>(out_)}, init, finish, tail, &side_,
@@ -293,7 +256,7 @@ class ForwardScan {
             slice_.active(layout_, later) * gates_stride_ * int64_t(sizeof(T))};
   }
 
-  int64_t run_plain_steps(int64_t s, int64_t end, T* const* gates, State& now, State& next) {
+  int64_t run_plain_steps(int64_t s, int64_t end, T* const* gates, S*& now, S*& next) {
     const bool with_cells = Cell::kHasCell && args_.cells.data;
     S* output = args_.output.at(layout_, time(s), 0) + direction_ * out_;
     S* cells = with_cells ? args_.cells.at(layout_, time(s), 0) + direction_ * hidden_ : nullptr;
@@ -306,7 +269,7 @@ class ForwardScan {
     const UnitBlocks part = part_;
     const bool tail = tail_;
     for (; s < end; ++s) {
-      row.a = reinterpret_cast<const Element<S>*>(at.now.operand(0));
+      row.a = reinterpret_cast<const Element<S>*>(at.now);
       row.backwards = is_backwards(time(s));
       row_product<G>(row, part.first, part.last, init, finish, tail, &side_);
       team_.meet(members_);
@@ -346,14 +309,14 @@ class ForwardScan {
         const int i = r * B;
         if constexpr (Cell::kSplit > 0)
           load_vectors<B>(split[0].part + i, at.gates[row] + unit + (G - 1) * padded, kWhole);
-        if constexpr (Cell::kDirectCarry) load_vectors<B>(h_prev.part + i, at.now.h + row * out_padded + unit, kWhole);
+        if constexpr (Cell::kDirectCarry) load_vectors<B>(h_prev.part + i, at.now + row * out_padded + unit, kWhole);
         if constexpr (Cell::kHasCell) load_vectors<B>(state.part + i, c_.get() + row * padded + unit, kWhole);
       }
       const Vs h = Cell::template forward<Math<T, Vs>>(sums, split, h_prev, state, saved);
       // Read before the stores, which the compiler must take for stores to these as well.
       S* const unprojected = unprojected_.get();
       T* const c = c_.get();
-      const State next = at.next;
+      S* const next = at.next;
       S* const* const outputs = at.outputs;
       S* const* const cells = at.cells;
       T* const* const gates = at.gates;
@@ -365,7 +328,7 @@ class ForwardScan {
         if (unprojected) {
           store_padded<B>(unprojected + row * padded + unit, h_row, rest);
         } else {
-          next.template set<B>(row * out_padded + unit, h_row, rest);
+          store_padded<B>(next + row * out_padded + unit, h_row, rest);
           store_vectors<B>(outputs[row] + unit, h_row, rest);
         }
         if constexpr (Cell::kHasCell) {
@@ -386,8 +349,7 @@ class ForwardScan {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t g = 0; g < G; ++g)
         dot_rows(hidden_gates_.get() + g * padded_, static_cast<const T*>(nullptr),
-                 args_.weights[direction_].weight_hh + g * hidden_ * out_, hidden_, out_,
-                 at.now.operand(r * out_padded_));
+                 args_.weights[direction_].weight_hh + g * hidden_ * out_, hidden_, out_, at.now + r * out_padded_);
       for (int64_t block = 0; block < blocks_of<T>(hidden_); ++block) {
         V acc[1][G];
         init(Patch<1, 1>{r, block}, acc[0]);
@@ -397,14 +359,18 @@ class ForwardScan {
     }
   }
 
-  void project(int64_t t, int64_t rows, State next) {
+  void project(int64_t t, int64_t rows, S* next) {
     for (int64_t r = 0; r < rows; ++r) {
       input_rows_.get()[r] = unprojected_.get() + r * padded_;
-      projected_rows_.get()[r] = next.h + r * out_padded_;
+      if constexpr (kReduced) {
+        projected_rows_.get()[r] = projected_.get() + r * out_padded_;
+      } else {
+        projected_rows_.get()[r] = next + r * out_padded_;
+      }
     }
     if (short_) {
       for (int64_t r = 0; r < rows; ++r)
-        dot_rows(next.h + r * out_padded_, static_cast<const T*>(nullptr), args_.weights[direction_].weight_hr, out_,
+        dot_rows(projected_rows_.get()[r], static_cast<const T*>(nullptr), args_.weights[direction_].weight_hr, out_,
                  hidden_, unprojected_.get() + r * padded_);
     } else {
       PlainProduct<S> p;
@@ -418,13 +384,8 @@ class ForwardScan {
       plain_product(p);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      if constexpr (kReduced) {
-        for (int64_t i = 0; i < out_; i += kLanes<T>) {
-          const V h = load_part(next.h + r * out_padded_ + i, out_ - i);
-          next.template set<1>(r * out_padded_ + i, &h, out_ - i);
-        }
-      }
-      copy_row(args_.output.at(layout_, t, slice_.first + r) + direction_ * out_, next.operand(r * out_padded_), out_);
+      if constexpr (kReduced) copy_row(next + r * out_padded_, projected_rows_.get()[r], out_);
+      copy_row(args_.output.at(layout_, t, slice_.first + r) + direction_ * out_, next + r * out_padded_, out_);
     }
   }
 
@@ -456,6 +417,7 @@ class ForwardScan {
   Buffer<T> c_;                  // [slice, padded H]
   Buffer<T> hidden_gates_;       // [G, padded H], of one row, where weights are not packed
   Buffer<S> unprojected_;        // [slice, padded H]
+  Buffer<T> projected_;          // [slice, padded P], before it is rounded to h, if it is
   Buffer<T*> projected_rows_;    // [slice]
   Buffer<S*> output_rows_;       // [slice], where a step goes
   Buffer<S*> cell_rows_;         // [slice], where its cell states go, if anywhere

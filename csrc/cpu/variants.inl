@@ -126,10 +126,8 @@ struct VariantForward<Cell, T, true> {
 };
 
 template <class Cell, class S>
-void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates, State before_step, State after_step) {
+void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates, S* now, S* next) {
   if constexpr (cells::kIsVariant<Cell>) {
-    const T* now = before_step.h;
-    T* next = after_step.h;
     const bool projected = args_.sizes.proj != 0;
     const int64_t hidden = hidden_, padded = padded_, out = out_;
     const Masks<T>& masks = args_.masks;
@@ -248,7 +246,7 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
       }
     } else {
       using Base = typename Cell::Base;
-      const StepRows rows_of_step = {gates, nullptr, nullptr, before_step, after_step};
+      const StepRows rows_of_step = {gates, nullptr, nullptr, now, next};
       recurrent(first_sums(rows_of_step),
                 Cellwise{[&]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
                   using Vs = Wide<T, R * B>;
@@ -272,7 +270,7 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
                 }});
     }
     if (!projected) return;
-    project(t, rows, after_step);
+    project(t, rows, next);
     for (int64_t r = 0; r < rows && masks.zoneout_h.data; ++r) {
       const int64_t j = slice_.first + r;
       const T* keep = masks.zoneout_h.at(layout_, t, j) + direction_ * out;
