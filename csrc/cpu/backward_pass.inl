@@ -86,19 +86,27 @@ class ParameterGradients {
     proj_.finish(any);
     const int64_t hidden = args_.sizes.hidden, padded = args_.sizes.padded();
     const size_t bytes = size_t(hidden) * sizeof(T);
-    if constexpr (cells::kIsNormed<Cell>) write_norm_sums(to_, bias_sums_.get(), hidden, padded);
-    for (int g = 0; g < Cell::kGates && !cells::kIsNormed<Cell>; ++g) {
-      if (to_.bias_ih) std::memcpy(to_.bias_ih + g * hidden, bias_sums_.get() + Cell::ih_slot(g) * padded, bytes);
-      if (to_.bias_hh) std::memcpy(to_.bias_hh + g * hidden, bias_sums_.get() + Cell::hh_slot(g) * padded, bytes);
+    if constexpr (cells::kIsNormed<Cell>) {
+      write_norm_sums(to_, bias_sums_.get(), hidden, padded);
+    } else {
+      for (int g = 0; g < Cell::kGates; ++g) {
+        if (to_.bias_ih) std::memcpy(to_.bias_ih + g * hidden, bias_sums_.get() + Cell::ih_slot(g) * padded, bytes);
+        if (to_.bias_hh) std::memcpy(to_.bias_hh + g * hidden, bias_sums_.get() + Cell::hh_slot(g) * padded, bytes);
+      }
     }
   }
 
  private:
-  void add_input(int64_t task, bool begin) {
+  /// `slot(g)`: the gate gradients of gate g.
+  void add_gates(WeightGradient<S>& to, int64_t task, bool begin, int (*slot)(int), const auto& b_row) {
     int64_t offset[Cell::kGates];
-    for (int g = 0; g < Cell::kGates; ++g) offset[g] = Cell::ih_slot(g) * args_.sizes.padded();
+    for (int g = 0; g < Cell::kGates; ++g) offset[g] = slot(g) * args_.sizes.padded();
+    to.add(task, grads_.gate_columns(), grads_.stride, offset, grads_.chunk.rows, begin, b_row);
+  }
+
+  void add_input(int64_t task, bool begin) {
     RowCursor cursor(args_.layout, grads_.chunk.row);
-    input_.add(task, grads_.gate_columns(), grads_.stride, offset, grads_.chunk.rows, begin, [&](int64_t) -> const S* {
+    add_gates(input_, task, begin, Cell::ih_slot, [&](int64_t) -> const S* {
       const S* at = args_.input.at(args_.layout, cursor.t, cursor.j);
       cursor.next();
       return at;
@@ -107,11 +115,9 @@ class ParameterGradients {
 
   void add_hidden(int64_t task, bool begin) {
     const int64_t width = args_.sizes.output();
-    int64_t offset[Cell::kGates];
-    for (int g = 0; g < Cell::kGates; ++g) offset[g] = Cell::hh_slot(g) * args_.sizes.padded();
     RowCursor cursor(args_.layout, grads_.chunk.row);
     Buffer<S> masked(cells::kIsVariant<Cell> && args_.masks.hidden ? Sizes::padded(width) : 0);
-    hidden_.add(task, grads_.gate_columns(), grads_.stride, offset, grads_.chunk.rows, begin, [&](int64_t) -> const S* {
+    add_gates(hidden_, task, begin, Cell::hh_slot, [&](int64_t) -> const S* {
       const S* at = previous_output(args_, direction_, cursor.t, cursor.j);
       if constexpr (cells::kIsVariant<Cell>) {
         if (args_.masks.hidden && at) {

@@ -14,7 +14,7 @@ struct ForwardStates {
   }
 
   const int64_t stride;
-  Buffer<S> h[2];
+  Buffer<S> h[2];  // the neighbour of an odd P's last number, see store_padded, stays zero
 };
 
 /// What the scan of a variant has besides; see variants.inl.
@@ -63,7 +63,7 @@ class ForwardScan {
         gate_rows_((1 + projects_ahead_) * chunk_rows_),
         c_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         hidden_gates_(short_ ? G * padded_ : 0),
-        unprojected_(args.sizes.proj ? slice.size() * padded_ : 0, kReduced),
+        unprojected_(args.sizes.proj ? slice.size() * padded_ : 0),
         projected_(args.sizes.proj && kReduced ? slice.size() * out_padded_ : 0),
         projected_rows_(args.sizes.proj ? slice.size() : 0),
         output_rows_(slice.size()),

@@ -4,8 +4,8 @@
 // B is packed in blocks of G vectors: [block][k][G][lanes], but for a tail. A is read element by element and broadcast;
 // k counts elements, see Element.
 
-/// Where consecutive k are rows of a matrix no hardware prefetcher follows: how many k before its use a line is
-/// fetched.
+/// Where consecutive k of A are rows of a matrix, which no hardware prefetcher follows: how many k before its use a
+/// line is fetched. (Rows of B are several lines, and fetching them gained nothing.)
 constexpr int64_t kAhead = 24;
 
 /// What a tile fetches for later: a line, or part of one, with each k.
@@ -72,6 +72,31 @@ struct PanelOfRows {
   int64_t stride;
   ALWAYS_INLINE const E* vector(int v) const { return b + v * kLanes<E>; }
   ALWAYS_INLINE void next() { b += stride; }
+};
+
+/// B, packed as above.
+template <class E>
+struct PackedB {
+  static constexpr bool kPacked = true;
+  const E* b;
+  template <int G>
+  ALWAYS_INLINE Panel<G, E> panel(int64_t block, int64_t depth) const {
+    const int64_t stride = depth * G * kLanes<E>;
+    return {b + block * stride, stride};
+  }
+};
+
+/// B as it is, with room for whole vectors; its rows lie `stride` elements apart.
+template <class E>
+struct PlainB {
+  static constexpr bool kPacked = false;
+  const E* b;
+  int64_t stride;
+  template <int G>
+  ALWAYS_INLINE PanelOfRows<E> panel(int64_t block, int64_t /*depth*/) const {
+    static_assert(G == 1);
+    return {b + block * kLanes<E>, stride};
+  }
 };
 
 template <int MR, int NB, int G, bool kStrided, class S, class AnyPanel, class AnySegments>
@@ -205,33 +230,33 @@ ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, i
 
 /// The blocks [block, blocks), NB of them at a time, a panel, as far as that goes; returns the first that is left. The
 /// first call that has a panel fetches what is `ahead`.
-template <int NB, int G, bool kStrided, class S, class Row, class AnySegments, class Init, class Finish>
+template <int NB, int G, bool kStrided, class S, class Row, class AnyB, class AnySegments, class Init, class Finish>
 ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bool backwards, const Row& a_row,
-                                 const Element<S>* b, const AnySegments& segments, const Init& init,
-                                 const Finish& finish, Ahead& ahead) {
+                                 const AnyB& b, const AnySegments& segments, const Init& init, const Finish& finish,
+                                 Ahead& ahead) {
   constexpr int kMaxRows = tile_rows(NB * G);
-  const int64_t depth = segments.size(), block_stride = depth * G * kLanes<Element<S>>, panels = (blocks - block) / NB;
+  const int64_t depth = segments.size(), panels = (blocks - block) / NB, tiles = (rows + kMaxRows - 1) / kMaxRows;
   if (panels <= 0) return block;
-  const int64_t bytes = NB * block_stride * int64_t(sizeof(Element<S>)), tiles = (rows + kMaxRows - 1) / kMaxRows;
+  const int64_t bytes = NB * G * depth * kLanes<Element<S>> * int64_t(sizeof(Element<S>));
   // Weights that the second-level cache does not keep from one step to the next would be waited for by each panel's
   // first tile: while a panel is multiplied, its first tiles fetch the next (those of too few rows in name only).
   constexpr int64_t kFar = 768 * 1024;
-  const bool far = panels * bytes > kFar && tuning().fetch_panels;
+  const bool far = AnyB::kPacked && panels * bytes > kFar && tuning().fetch_panels;
   Fetcher fetcher(ahead, panels * tiles * depth);
   ahead = {};
   if constexpr (kIsInitProduct<Init>) init.start(panels * tiles);
   for (int64_t i = 0; i < panels; ++i) {
     const int64_t at = block + NB * (backwards ? panels - 1 - i : i);
-    const Element<S>* panel = b + at * block_stride;
-    const char* here = reinterpret_cast<const char*>(panel);
+    const auto panel = b.template panel<G>(at, depth);
+    const char* here = reinterpret_cast<const char*>(panel.b);
     int64_t to_fetch = far && i + 1 < panels ? bytes : 0;
     Fetch next_panel = {here + (backwards ? -bytes : bytes), 64};
     int64_t left = tiles;  // of as equal heights as can be
     for (int64_t row = 0; left > 0; --left) {
       const int64_t height = (rows - row + left - 1) / left;
       const bool next = to_fetch > 0;
-      run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, at, Panel<G, Element<S>>{panel, block_stride},
-                                             segments, next ? next_panel : fetcher.take(depth, panel), init, finish);
+      run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, at, panel, segments,
+                                             next ? next_panel : fetcher.take(depth, panel.b), init, finish);
       row += height;
       if (next) {
         next_panel.at += depth * next_panel.step;
@@ -240,6 +265,22 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
     }
   }
   return block + panels * NB;
+}
+
+/// The blocks [block, blocks) of a product of one gate, in panels as wide as can be. Not one block alone, if that can
+/// be helped: so few sums wait for each other, and need as many loads.
+template <bool kStrided, class S, class Row, class AnyB, class AnySegments, class Init, class Finish>
+ALWAYS_INLINE void run_panels(int64_t rows, int64_t block, int64_t blocks, bool backwards, const Row& a_row,
+                              const AnyB& b, const AnySegments& segments, const Init& init, const Finish& finish,
+                              Ahead& ahead) {
+  const int64_t left = blocks - block, rest = left % 4 == 1 && left > 4 ? 5 : left % 4;
+  const auto run = [&]<int NB>(int64_t end) ALWAYS_INLINE_LAMBDA {
+    block = run_blocks<NB, 1, kStrided, S>(rows, block, end, backwards, a_row, b, segments, init, finish, ahead);
+  };
+  run.template operator()<4>(blocks - rest);
+  run.template operator()<3>(blocks);
+  run.template operator()<2>(blocks);
+  run.template operator()<1>(blocks);
 }
 
 /// Whether the units past the last whole block are so few that the weights of all their gates go into one vector, a
@@ -307,20 +348,19 @@ ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order or
     }
   }
   const bool backwards = order == Order::kRowsBackwards;
+  const PackedB<Element<S>> packed = {b};
   if constexpr (G == 1) {
-    // Not one block alone, if that can be helped: for so few sums there are too many loads.
-    const int64_t left = blocks - block, rest = left % 4 == 1 && left > 4 ? 5 : left % 4;
-    block =
-        run_blocks<4, 1, kStrided, S>(rows, block, blocks - rest, backwards, a_row, b, segments, init, finish, ahead);
-    block = run_blocks<3, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish, ahead);
-    block = run_blocks<2, 1, kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish, ahead);
+    run_panels<kStrided, S>(rows, block, blocks, backwards, a_row, packed, segments, init, finish, ahead);
+  } else {
+    run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, backwards, a_row, packed, segments, init, finish, ahead);
   }
-  run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, backwards, a_row, b, segments, init, finish, ahead);
   if constexpr (G > 1 && !kIsInitProduct<Init>) {
     if (!tail) return;
     const auto run = [&](const Element<S>* b, const auto& init, const auto& finish) ALWAYS_INLINE_LAMBDA {
+      const PackedB<Element<S>> of_tail = {b};
       Ahead nothing;
-      run_blocks<1, 1, kStrided, S>(rows, blocks - 1, blocks, backwards, a_row, b, segments, init, finish, nothing);
+      run_blocks<1, 1, kStrided, S>(rows, blocks - 1, blocks, backwards, a_row, of_tail, segments, init, finish,
+                                    nothing);
     };
     run_tail<G, S>(blocks - 1, b, segments.size(), init, finish, run);
   }
@@ -437,7 +477,8 @@ struct PlainProduct {
   int64_t columns = 0;
   const S* const* a = nullptr;     // [rows]
   Compute<S>* const* c = nullptr;  // [rows], of `columns` elements each
-  const Element<S>* b = nullptr;   // packed, [columns / lanes][k][lanes]
+  const Element<S>* b = nullptr;   // packed, [columns / lanes][k][lanes]; or
+  int64_t b_stride = 0;            // not 0: as it is, see PlainB; of a strided product
   Segments segments;
   int64_t first = 0;                 // blocks of columns, and
   int64_t last = -1;                 // the end of them; -1: of all
@@ -447,29 +488,25 @@ struct PlainProduct {
   Order order = Order::kRows;
 };
 
-/// What its sums begin with.
-template <class S>
-ALWAYS_INLINE auto begin_plain(const PlainProduct<S>& p) {
+template <class S, bool kStrided = false>
+NO_INLINE void plain_product(const PlainProduct<S>& p) {
   using T = Compute<S>;
-  return [&p]<int B>(Patch<1, B> at, Vec<T>* acc) ALWAYS_INLINE_LAMBDA {
+  using V = Vec<T>;
+  const int64_t last = p.last < 0 ? blocks_of<T>(p.columns) : p.last;
+  const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(p.a[r]); };
+  const auto init = [&]<int B>(Patch<1, B> at, V* acc) ALWAYS_INLINE_LAMBDA {
     const int64_t column = at.block * kLanes<T>;
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) acc[b] = p.bias ? load(p.bias + column + b * kLanes<T>) : Vec<T>{};
+    for (int b = 0; b < B; ++b) acc[b] = p.bias ? load(p.bias + column + b * kLanes<T>) : V{};
     if (!p.accumulate && !p.fetch_c) return;
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) __builtin_prefetch(p.c[at.row] + column + b * kLanes<T>, 1);
   };
-}
-
-/// Where they go.
-template <class S>
-ALWAYS_INLINE auto finish_plain(const PlainProduct<S>& p) {
-  using T = Compute<S>;
-  return [&p]<int B>(Patch<1, B> at, const Wide<T, B>* sums) ALWAYS_INLINE_LAMBDA {
+  const auto finish = [&]<int B>(Patch<1, B> at, const Wide<T, B>* sums) ALWAYS_INLINE_LAMBDA {
     const int64_t column = at.block * kLanes<T>, rest = p.columns - column;
     T* c = p.c[at.row] + column;
     // Added at the end, not started from: so that A B + C does not depend on which of two summands came first.
-    Vec<T> sum[B];
+    V sum[B];
     if (p.accumulate) {
       load_vectors<B>(sum, c, rest);
 #pragma GCC unroll 4
@@ -479,40 +516,12 @@ ALWAYS_INLINE auto finish_plain(const PlainProduct<S>& p) {
       store_vectors<B>(c, sums->part, rest);
     }
   };
-}
-
-template <class S>
-ALWAYS_INLINE auto row_of(const PlainProduct<S>& p) {
-  return [&p](int64_t r) { return reinterpret_cast<const Element<S>*>(p.a[r]); };
-}
-
-template <class S, bool kStrided = false>
-NO_INLINE void plain_product(const PlainProduct<S>& p) {
-  product<1, S, kStrided>(p.rows, p.first, p.last < 0 ? blocks_of<Compute<S>>(p.columns) : p.last, p.order, row_of(p),
-                          p.b, p.segments, begin_plain(p), finish_plain(p));
-}
-
-template <int NB, class S>
-ALWAYS_INLINE int64_t run_blocks_of_rows(const PlainProduct<S>& p, int64_t b_stride, int64_t block) {
-  constexpr int kMaxRows = tile_rows(NB);
-  const int64_t tiles = (p.rows + kMaxRows - 1) / kMaxRows;
-  for (; block + NB <= blocks_of<Compute<S>>(p.columns); block += NB) {
-    const PanelOfRows<Element<S>> panel = {p.b + block * kLanes<Element<S>>, b_stride};
-    for (int64_t row = 0, left = tiles; left > 0; --left) {
-      const int64_t height = (p.rows - row + left - 1) / left;
-      run_rows<kMaxRows, NB, 1, true, S>(height, row_of(p), row, block, panel, p.segments, Fetch{}, begin_plain(p),
-                                         finish_plain(p));
-      row += height;
+  if constexpr (kStrided) {
+    if (p.b_stride > 0) {
+      const PlainB<Element<S>> b = {p.b, p.b_stride};
+      Ahead nothing;
+      return run_panels<true, S>(p.rows, p.first, last, false, a_row, b, p.segments, init, finish, nothing);
     }
   }
-  return block;
-}
-
-/// A strided plain product whose B is not packed: consecutive k lie `b_stride` elements apart, with room for whole
-/// vectors.
-template <class S>
-NO_INLINE void product_of_rows(const PlainProduct<S>& p, int64_t b_stride) {
-  int64_t block = run_blocks_of_rows<4>(p, b_stride, 0);
-  block = run_blocks_of_rows<2>(p, b_stride, block);
-  run_blocks_of_rows<1>(p, b_stride, block);
+  product<1, S, kStrided>(p.rows, p.first, last, p.order, a_row, p.b, p.segments, init, finish);
 }
