@@ -98,7 +98,7 @@ class ParameterGradients {
 
  private:
   /// `slot(g)`: the gate gradients of gate g.
-  void add_gates(WeightGradient<S>& to, int64_t task, bool begin, int (*slot)(int), const auto& b_row) {
+  void add_gates(WeightGradient<S>& to, int64_t task, bool begin, const auto& slot, const auto& b_row) {
     int64_t offset[Cell::kGates];
     for (int g = 0; g < Cell::kGates; ++g) offset[g] = slot(g) * args_.sizes.padded();
     to.add(task, grads_.gate_columns(), grads_.stride, offset, grads_.chunk.rows, begin, b_row);
@@ -106,29 +106,33 @@ class ParameterGradients {
 
   void add_input(int64_t task, bool begin) {
     RowCursor cursor(args_.layout, grads_.chunk.row);
-    add_gates(input_, task, begin, Cell::ih_slot, [&](int64_t) -> const S* {
-      const S* at = args_.input.at(args_.layout, cursor.t, cursor.j);
-      cursor.next();
-      return at;
-    });
+    add_gates(
+        input_, task, begin, [](int g) { return Cell::ih_slot(g); },
+        [&](int64_t) -> const S* {
+          const S* at = args_.input.at(args_.layout, cursor.t, cursor.j);
+          cursor.next();
+          return at;
+        });
   }
 
   void add_hidden(int64_t task, bool begin) {
     const int64_t width = args_.sizes.output();
     RowCursor cursor(args_.layout, grads_.chunk.row);
     Buffer<S> masked(cells::kIsVariant<Cell> && args_.masks.hidden ? Sizes::padded(width) : 0);
-    add_gates(hidden_, task, begin, Cell::hh_slot, [&](int64_t) -> const S* {
-      const S* at = previous_output(args_, direction_, cursor.t, cursor.j);
-      if constexpr (cells::kIsVariant<Cell>) {
-        if (args_.masks.hidden && at) {
-          const int64_t entry = direction_ * args_.layout.batch + args_.layout.entry(cursor.j);
-          multiply_rows(masked.get(), at, args_.masks.hidden + entry * width, width);
-          at = masked.get();
-        }
-      }
-      cursor.next();
-      return at;
-    });
+    add_gates(
+        hidden_, task, begin, [](int g) { return Cell::hh_slot(g); },
+        [&](int64_t) -> const S* {
+          const S* at = previous_output(args_, direction_, cursor.t, cursor.j);
+          if constexpr (cells::kIsVariant<Cell>) {
+            if (args_.masks.hidden && at) {
+              const int64_t entry = direction_ * args_.layout.batch + args_.layout.entry(cursor.j);
+              multiply_rows(masked.get(), at, args_.masks.hidden + entry * width, width);
+              at = masked.get();
+            }
+          }
+          cursor.next();
+          return at;
+        });
   }
 
   void add_proj(int64_t task, bool begin) {
