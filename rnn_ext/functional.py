@@ -521,7 +521,7 @@ def _masks(
 
     lead, hidden = input.shape[:-1], weights[0].shape[0] // 4
     if zoneout_h and zoneout_h == zoneout_c and features == hidden:  # a call costs more than a small layer's numbers
-        return hidden_mask, *keep(zoneout_h, 2, *lead, directions * hidden)
+        return hidden_mask, *keep(zoneout_h, 2, *lead, directions * hidden).unbind()
     return hidden_mask, keep(zoneout_h, *lead, directions * features), keep(zoneout_c, *lead, directions * hidden)
 
 

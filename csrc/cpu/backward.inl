@@ -72,13 +72,22 @@ struct BackwardWeights {
   Buffer<Element<S>> proj;    // [H / lanes][P][lanes]
 
  private:
-  /// Each gate begins with an element of its own.
+  /// Each gate begins with an element of its own. A few blocks at a time: of powers of two, all begin in the same set
+  /// of the first-level cache.
   static void pack(Element<S>* to, const S* weight, int64_t hidden, int64_t width) {
-    const int64_t depth = elements<S>(hidden) * kPack<S>;
-    const auto row = [&](int64_t k) {
-      return k % depth < hidden ? weight + (k / depth * hidden + k % depth) * width : nullptr;
-    };
-    pack_rows<S>(to, row, Cell::kGates * depth, 0, width);
+    constexpr int64_t kColumns = 4 * kLanes<Compute<S>>;
+    const int64_t depth = elements<S>(hidden) * kPack<S>, packed_depth = Cell::kGates * elements<S>(hidden);
+    for (int64_t first = 0; first < width; first += kColumns) {
+      const S* next = weight;
+      int64_t unit = 0;
+      const auto row = [&](int64_t) -> const S* {
+        const S* at = unit < hidden ? next : nullptr;
+        if (at) next += width;
+        if (++unit == depth) unit = 0;
+        return at;
+      };
+      pack_rows<S>(to + first * packed_depth, row, Cell::kGates * depth, first, smaller(kColumns, width - first));
+    }
   }
 };
 

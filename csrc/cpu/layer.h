@@ -175,7 +175,7 @@ bool set_capability(const char* name);
 
 /// What processors that run the same kernels do better one way or the other. Results do not depend on it.
 struct Tuning {
-  int side_vectors;   // how wide the tiles of side.inl are, 1 or 2
+  int side_vectors;   // how many vectors it multiplies a cycle, 1 or 2: the width of the tiles of side.inl
   bool fetch_panels;  // product.inl asks for weights beyond the second-level cache before it needs them
   bool joins_far;     // steps of an LSTM or GRU compute their input gates themselves, see inputs.inl, with such weights
 };
