@@ -221,6 +221,8 @@ def step(
 def random_mask(shape: Sequence[int], p: float, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A float32 or float64 tensor of `value` with probability p, else 0, drawn with torch's generator."""
     if device.type == "cpu" and is_available():  # torch.rand would take longer than a small layer
+        if not (torch.compiler.is_compiling() or has_torch_function((None,))):  # as in _is_traced
+            return _fast_random_mask(shape, p, value, dtype == torch.float64)
         seed = torch.randint(-(2**63), 2**63 - 1, (), device="cpu")
         return torch.ops.rnn_ext.random_mask.default(seed, shape, p, value, dtype)
     uniform = torch.rand(shape, dtype=dtype, device=device)
@@ -493,6 +495,7 @@ if is_available():
     from rnn_ext._C import extended_layer as _fast_extended_layer
     from rnn_ext._C import layer as _fast_layer
     from rnn_ext._C import plain_forward
+    from rnn_ext._C import random_mask as _fast_random_mask
     from rnn_ext._C import stack as _fast_stack
     from rnn_ext._C import step as _fast_step
 

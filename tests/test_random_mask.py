@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from util import instruction_sets
 
 from rnn_ext import ops
@@ -56,6 +57,16 @@ def test_frequencies_and_independence():
     assert torch.equal(draw(1, 7, 9), draw(1, 63).view(7, 9))
 
 
+class Calls(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
 def test_from_torchs_generator():
     """The same seed, the same mask; vmap's randomness; state restored by whoever restores torch's."""
 
@@ -67,6 +78,10 @@ def test_from_torchs_generator():
     assert set(first.unique().tolist()) == {0, 2} and not torch.equal(first, second)
     torch.set_rng_state(state)
     assert torch.equal(mask(), second)
+    torch.set_rng_state(state)
+    with Calls() as calls:  # what Python looks at takes another way
+        assert torch.equal(mask(), second)
+    assert torch.ops.rnn_ext.random_mask.default in calls.seen
     of = {r: torch.vmap(lambda x: x + mask(), randomness=r)(torch.zeros(3, 1)) for r in ("same", "different")}
     assert torch.equal(of["same"][0], of["same"][1]) and not torch.equal(of["different"][0], of["different"][1])
     with pytest.raises(RuntimeError, match="randomness"):

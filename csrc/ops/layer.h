@@ -101,4 +101,7 @@ struct LayerShape {
   void order_by(const at::Tensor& lengths);
 };
 
+/// rnn_ext::random_mask, in float64 or float32, with a seed from torch's generator on the CPU.
+at::Tensor draw_mask(const std::vector<int64_t>& size, double p, double value, bool wide);
+
 }  // namespace rnn_ext::ops

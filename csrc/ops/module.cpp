@@ -140,6 +140,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("computes_bfloat16", &rnn_ext::cpu::computes_bfloat16, "Whether it multiplies bfloat16: else it is converted.");
   m.def("layer", torch::wrap_pybind_function_no_gil(&layer), "torch.ops.rnn_ext.layer.");
   m.def("extended_layer", torch::wrap_pybind_function_no_gil(&extended_layer), "The same with masks and recompute.");
+  m.def("random_mask", torch::wrap_pybind_function_no_gil(&rnn_ext::ops::draw_mask),
+        "torch.ops.rnn_ext.random_mask with a seed of torch's generator, in float64 or float32.");
   if (PyModule_AddFunctions(m.ptr(), rnn_ext::ops::plain_forward) < 0) throw pybind11::error_already_set();
   m.def("step", torch::wrap_pybind_function_no_gil(&step), "The same for one timestep; see rnn_ext.ops.step.");
   m.def("stack", torch::wrap_pybind_function_no_gil(&rnn_ext::ops::stack), "Several layers; see rnn_ext.ops.stack.");

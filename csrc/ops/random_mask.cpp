@@ -1,9 +1,14 @@
 // Masks for dropout and zoneout on the CPU, many times faster than torch draws them. The seed is a tensor, so that
 // whoever handles torch's generator (vmap, compile, checkpoint) handles these too.
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/randint.h>
 #include <torch/library.h>
 
+#include <limits>
+
 #include "cpu/layer.h"
+#include "ops/layer.h"
 
 namespace rnn_ext::ops {
 namespace {
@@ -25,4 +30,15 @@ at::Tensor random_mask_cpu(const at::Tensor& seed, at::IntArrayRef size, double 
 TORCH_LIBRARY_IMPL(rnn_ext, CPU, m) { m.impl("random_mask", &random_mask_cpu); }
 
 }  // namespace
+
+at::Tensor draw_mask(const std::vector<int64_t>& size, double p, double value, bool wide) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("rnn_ext::random_mask", "")
+          .typed<at::Tensor(const at::Tensor&, c10::SymIntArrayRef, double, double, at::ScalarType)>();
+  constexpr int64_t most = std::numeric_limits<int64_t>::max();
+  const at::Tensor seed = at::randint(-most - 1, most, {}, at::kLong);
+  return op.call(seed, c10::fromIntArrayRefSlow(size), p, value, wide ? at::kDouble : at::kFloat);
+}
+
 }  // namespace rnn_ext::ops
