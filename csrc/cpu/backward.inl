@@ -2,33 +2,53 @@
 // product and chained from step to step; then, while they are in the cache, their share of the gradients of input,
 // weights and biases, as products over all rows of the chunk. So no gradient of all gates at all timesteps ever exists.
 
-/// Walks the rows (t, j) of a layout in their internal order.
-class RowCursor {
+/// Rows that lie at even distances; `first` null: of zeros.
+template <class T>
+struct EvenRows {
+  T* first;
+  int64_t distance, count;
+};
+
+/// Row (t, j) of a sequence, and those after it in the layout's internal order as far as they lie evenly.
+template <class T>
+EvenRows<T> rows_from(const Sequence<T>& sequence, const Layout& layout, int64_t t, int64_t j) {
+  if (is_one_sequence(layout)) return {sequence.at(layout, t, 0), sequence.to_next(layout, false), layout.steps - t};
+  return {sequence.at(layout, t, j), sequence.row, layout.order && !layout.packed ? 1 : layout.batch_sizes[t] - j};
+}
+
+/// Walks the rows of a layout in their internal order, from number `row` on. find(t, j): EvenRows that begin with one.
+template <class Find>
+class RowReader {
  public:
-  RowCursor(const Layout& layout, int64_t row) : layout_(layout) {
+  RowReader(const Layout& layout, int64_t row, const Find& find) : layout_(layout), find_(find) {
     int64_t low = 0, high = layout.steps;  // the last step that starts at or before `row`
     while (low + 1 < high) {
       const int64_t middle = (low + high) / 2;
       (layout.offsets[middle] <= row ? low : high) = middle;
     }
-    t = low;
-    j = layout.steps ? row - layout.offsets[low] : 0;
-    settle();
+    t_ = low;
+    j_ = layout.steps ? row - layout.offsets[low] : 0;
   }
-  void next() {
-    ++j;
-    settle();
+
+  ALWAYS_INLINE auto next() {
+    if (taken_ == rows_.count) find_more();
+    return rows_.first + taken_++ * rows_.distance;
   }
-  int64_t t, j;
+  /// The j of the row that was next, where find() finds one at a time.
+  int64_t j() const { return j_; }
 
  private:
-  void settle() {
-    while (t < layout_.steps && j >= layout_.batch_sizes[t]) {
-      ++t;
-      j = 0;
-    }
+  NO_INLINE void find_more() {
+    j_ += rows_.count;
+    for (; t_ < layout_.steps && j_ >= layout_.batch_sizes[t_]; ++t_) j_ -= layout_.batch_sizes[t_];
+    rows_ = find_(t_, j_);
+    taken_ = 0;
   }
+
   const Layout& layout_;
+  const Find& find_;
+  int64_t t_, j_, taken_ = 0;
+  decltype(std::declval<Find>()(0, 0)) rows_ = {nullptr, 0, 0};
 };
 
 /// The output before a sequence's first step, where args.h_0 is given.
@@ -37,16 +57,25 @@ const S* initial_output(const BackwardArgs<S>& args, int direction, int64_t j) {
   return args.h_0 + (direction * args.layout.batch + args.layout.entry(j)) * args.sizes.output();
 }
 
-/// The output before step t of this direction: null is a row of zeros.
+/// The outputs before a row's step: those of the step before; before a sequence's first step, its initial state.
 template <class S>
-const S* previous_output(const BackwardArgs<S>& args, int direction, int64_t t, int64_t j) {
+EvenRows<const S> previous_outputs(const BackwardArgs<S>& args, int direction, int64_t t, int64_t j) {
   const Layout& layout = args.layout;
   const bool reverse = direction == 1;
-  if (args.resets.data && begins(args.resets, layout, reverse, t, j)) return nullptr;
-  const int64_t before = step_after(layout, !reverse, t, 1);
-  if (before >= 0 && j < layout.batch_sizes[before])
-    return args.output.at(layout, before, j) + direction * args.sizes.output();
-  return args.h_0 ? initial_output(args, direction, j) : nullptr;
+  const int64_t before = step_after(layout, !reverse, t, 1), out = args.sizes.output();
+  const int64_t rows = is_one_sequence(layout) ? layout.steps - t : layout.batch_sizes[t] - j;
+  EvenRows<const S> found = {nullptr, 0, 1};
+  if (args.resets.data && begins(args.resets, layout, reverse, t, j)) return found;
+  if (before >= 0 && j < layout.batch_sizes[before]) {
+    found = rows_from(args.output, layout, before, j);
+    found.first += direction * out;
+  } else if (args.h_0) {
+    found = {initial_output(args, direction, j), out, layout.order ? 1 : layout.batch_sizes[t] - j};
+  } else {
+    found.count = layout.batch_sizes[t] - j;
+  }
+  found.count = args.resets.data ? 1 : smaller(found.count, rows);
+  return found;
 }
 
 /// out = a * b, elementwise; out is padded to whole vectors.

@@ -9,12 +9,11 @@ void input_gradient(const BackwardArgs<S>& args, const BackwardWeights<Cell, S>&
   const Layout& layout = args.layout;
   Buffer<const S*> a(last - first);
   Buffer<Compute<S>*> c(last - first);
-  RowCursor cursor(layout, grads.chunk.row + first);
-  for (int64_t r = 0; r < last - first; ++r, cursor.next()) {
-    a.get()[r] = grads.gates.get() + (first + r) * grads.stride;
-    c.get()[r] = apart ? apart + (grads.chunk.row + first + r) * args.sizes.input
-                       : args.grad_input.at(layout, cursor.t, cursor.j);
-  }
+  const auto find = [&](int64_t t, int64_t j) { return rows_from(args.grad_input, layout, t, j); };
+  RowReader reader(layout, grads.chunk.row + first, find);
+  space_rows(a.get(), grads.gates.get() + first * grads.stride, grads.stride, last - first);
+  if (apart) space_rows(c.get(), apart + (grads.chunk.row + first) * args.sizes.input, args.sizes.input, last - first);
+  for (int64_t r = 0; r < last - first && !apart; ++r) c.get()[r] = reader.next();
   PlainProduct<S> p;
   p.rows = last - first;
   p.columns = args.sizes.input;
@@ -105,32 +104,33 @@ class ParameterGradients {
   }
 
   void add_input(int64_t task, bool begin) {
-    RowCursor cursor(args_.layout, grads_.chunk.row);
-    add_gates(
-        input_, task, begin, [](int g) { return Cell::ih_slot(g); },
-        [&](int64_t) -> const S* {
-          const S* at = args_.input.at(args_.layout, cursor.t, cursor.j);
-          cursor.next();
-          return at;
-        });
+    const auto find = [&](int64_t t, int64_t j) { return rows_from(args_.input, args_.layout, t, j); };
+    RowReader reader(args_.layout, grads_.chunk.row, find);
+    add_gates(input_, task, begin, [](int g) { return Cell::ih_slot(g); }, [&](int64_t) { return reader.next(); });
   }
 
   void add_hidden(int64_t task, bool begin) {
     const int64_t width = args_.sizes.output();
-    RowCursor cursor(args_.layout, grads_.chunk.row);
-    Buffer<S> masked(cells::kIsVariant<Cell> && args_.masks.hidden ? Sizes::padded(width) : 0);
+    const T* masks = nullptr;
+    if constexpr (cells::kIsVariant<Cell>) masks = args_.masks.hidden;
+    Buffer<S> masked(masks ? Sizes::padded(width) : 0);
+    const auto find = [&](int64_t t, int64_t j) {
+      auto found = previous_outputs(args_, direction_, t, j);
+      if (masks) found.count = 1;
+      return found;
+    };
+    RowReader reader(args_.layout, grads_.chunk.row, find);
     add_gates(
         hidden_, task, begin, [](int g) { return Cell::hh_slot(g); },
         [&](int64_t) -> const S* {
-          const S* at = previous_output(args_, direction_, cursor.t, cursor.j);
+          const S* at = reader.next();
           if constexpr (cells::kIsVariant<Cell>) {
-            if (args_.masks.hidden && at) {
-              const int64_t entry = direction_ * args_.layout.batch + args_.layout.entry(cursor.j);
-              multiply_rows(masked.get(), at, args_.masks.hidden + entry * width, width);
+            if (masks && at) {
+              const int64_t entry = direction_ * args_.layout.batch + args_.layout.entry(reader.j());
+              multiply_rows(masked.get(), at, masks + entry * width, width);
               at = masked.get();
             }
           }
-          cursor.next();
           return at;
         });
   }
@@ -301,9 +301,10 @@ void backward(const BackwardArgs<S>& args, const Executor& executor) {
   Buffer<T> apart(args.grad_input.data ? rows * width : 0);
   walk<Cell, S>(args, executor, 0, 2, apart.get(), false);
   if (!args.grad_input.data) return;
-  RowCursor cursor(args.layout, 0);
-  for (int64_t r = 0; r < rows; ++r, cursor.next()) {
-    T* to = args.grad_input.at(args.layout, cursor.t, cursor.j);
+  const auto find = [&](int64_t t, int64_t j) { return rows_from(args.grad_input, args.layout, t, j); };
+  RowReader reader(args.layout, 0, find);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* to = reader.next();
     const T* from = apart.get() + r * width;
     for (int64_t i = 0; i < width; i += kLanes<T>)
       store_part(to + i, load_part(to + i, width - i) + load_part(from + i, width - i), width - i);

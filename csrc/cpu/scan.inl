@@ -86,9 +86,12 @@ inline bool begins(const Sequence<const bool>& resets, const Layout& layout, boo
   return t + 1 < layout.steps && j < layout.batch_sizes[t + 1] && *resets.at(layout, t + 1, j);
 }
 
+/// Of one row in every step.
+inline bool is_one_sequence(const Layout& layout) { return layout.batch == 1 && layout.rows == layout.steps; }
+
 /// One sequence, whose steps all have the same to do: of small layers the time is in finding out what.
 inline bool has_plain_steps(const Layout& layout, const Sizes& sizes, const bool* resets) {
-  return layout.batch == 1 && layout.rows == layout.steps && !resets && !sizes.proj;
+  return is_one_sequence(layout) && !resets && !sizes.proj;
 }
 
 /// Copy state rows between the caller's [N, width] and a padded buffer whose first row is the slice's.
