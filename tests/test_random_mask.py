@@ -67,7 +67,7 @@ class Calls(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_from_torchs_generator():
+def test_from_torchs_generator(monkeypatch):
     """The same seed, the same mask; vmap's randomness; state restored by whoever restores torch's."""
 
     def mask() -> Tensor:
@@ -78,6 +78,10 @@ def test_from_torchs_generator():
     assert set(first.unique().tolist()) == {0, 2} and not torch.equal(first, second)
     torch.set_rng_state(state)
     assert torch.equal(mask(), second)
+    torch.set_rng_state(state)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randint", None)
+        assert torch.equal(mask(), second)  # by the binding
     torch.set_rng_state(state)
     with Calls() as calls:  # what Python looks at takes another way
         assert torch.equal(mask(), second)

@@ -2,21 +2,21 @@
 // product and chained from step to step; then, while they are in the cache, their share of the gradients of input,
 // weights and biases, as products over all rows of the chunk. So no gradient of all gates at all timesteps ever exists.
 
-/// Rows that lie at even distances; `first` null: of zeros.
+/// Rows that are evenly spaced; `first` null: rows of zeros.
 template <class T>
 struct EvenRows {
   T* first;
   int64_t distance, count;
 };
 
-/// Row (t, j) of a sequence, and those after it in the layout's internal order as far as they lie evenly.
+/// Row (t, j) of a sequence, and those after it in the layout's internal order as far as they are evenly spaced.
 template <class T>
 EvenRows<T> rows_from(const Sequence<T>& sequence, const Layout& layout, int64_t t, int64_t j) {
   if (is_one_sequence(layout)) return {sequence.at(layout, t, 0), sequence.to_next(layout, false), layout.steps - t};
   return {sequence.at(layout, t, j), sequence.row, layout.order && !layout.packed ? 1 : layout.batch_sizes[t] - j};
 }
 
-/// Walks the rows of a layout in their internal order, from number `row` on. find(t, j): EvenRows that begin with one.
+/// Walks the rows of a layout in their internal order, from number `row` on. find(t, j): EvenRows from row (t, j) on.
 template <class Find>
 class RowReader {
  public:

@@ -12,8 +12,11 @@ void input_gradient(const BackwardArgs<S>& args, const BackwardWeights<Cell, S>&
   const auto find = [&](int64_t t, int64_t j) { return rows_from(args.grad_input, layout, t, j); };
   RowReader reader(layout, grads.chunk.row + first, find);
   space_rows(a.get(), grads.gates.get() + first * grads.stride, grads.stride, last - first);
-  if (apart) space_rows(c.get(), apart + (grads.chunk.row + first) * args.sizes.input, args.sizes.input, last - first);
-  for (int64_t r = 0; r < last - first && !apart; ++r) c.get()[r] = reader.next();
+  if (apart) {
+    space_rows(c.get(), apart + (grads.chunk.row + first) * args.sizes.input, args.sizes.input, last - first);
+  } else {
+    for (int64_t r = 0; r < last - first; ++r) c.get()[r] = reader.next();
+  }
   PlainProduct<S> p;
   p.rows = last - first;
   p.columns = args.sizes.input;

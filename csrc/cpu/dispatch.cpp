@@ -99,7 +99,7 @@ const Tuning& tuning() { return chosen; }
 
 void set_tuning(const Tuning& tuning) {
   chosen = tuning;
-  chosen.side_vectors = tuning.side_vectors == 2 ? 2 : 1;
+  chosen.vectors_a_cycle = tuning.vectors_a_cycle == 2 ? 2 : 1;
 }
 
 int saved_values(CellKind cell, bool projected, Variant variant) {

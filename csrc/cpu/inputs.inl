@@ -16,12 +16,11 @@ int64_t ForwardScan<Cell, S>::least_joined() const {
   if (kSmallTile && args_.sizes.input > kFewInputs) return never;
   if (weight_bytes() > kFarWeights) return 12;
   if (weight_bytes() > kNear || kSmallTile) return 8;
-  // A tile of few rows has few sums, which wait for each other where two could be computed a cycle. Those of a chunk's
-  // input gates are many (measured on Zen 5: two rows 1.01 to 1.24 times as fast, but with a single input 0.95 to 1.01;
-  // three rows 1.01 to 1.09 beyond the first-level cache, below it 0.97 to 1.03).
-  constexpr int64_t kFirstCache = 32 * 1024;
-  if (tuning().side_vectors == 1 || args_.sizes.input <= kLanes<T>) return 2;
-  return weight_bytes() <= kFirstCache ? 3 : 4;
+  // A tile of few rows has few sums, which wait for each other where two could be begun a cycle. Those of a chunk's
+  // input gates are many (measured on Zen 5: two rows 1.01 to 1.24 times as fast with 20 inputs or more, 0.95 to 1.01
+  // with one; three rows 1.01 to 1.09 where the weights are not in the first-level cache, else 0.97 to 1.03).
+  if (tuning().vectors_a_cycle == 1 || args_.sizes.input <= kLanes<T>) return 2;
+  return weight_bytes() <= kFirstCacheWeights ? 3 : 4;
 }
 
 template <class Cell, class S>

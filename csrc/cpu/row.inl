@@ -2,6 +2,9 @@
 // the cache and for the step before it. It can take along the tiles of another product meanwhile, one that is ready:
 // the side product.
 
+/// Bytes of weights that the first-level cache keeps beside what else a step reads.
+constexpr int64_t kFirstCacheWeights = 32 * 1024;
+
 /// Blocks of a tile of one row: few enough vectors to leave registers for a tile of a side product of as many.
 template <int G>
 constexpr int kRowBlocks = G == 1                                    ? 4
@@ -191,9 +194,8 @@ ALWAYS_INLINE void run_row_blocks(const Product& p, int64_t block, int64_t block
                                   const Finish& finish, Side* side) {
   const int64_t tiles = in_units_of<NB>(blocks - block);
   // Weights from beyond the first cache come while a cell is run, if it is run for one tile at a time (measured).
-  constexpr int64_t kFirstCache = 32 * 1024;
   constexpr int kTiles = kIsCellwise<Finish> && G > 1 ? kMostCells / NB : 1;
-  bool together = kTiles > 1 && tiles * NB * p.template block_stride<G>() * int64_t(sizeof(*p.b)) <= kFirstCache;
+  bool together = kTiles > 1 && tiles * NB * p.template block_stride<G>() * int64_t(sizeof(*p.b)) <= kFirstCacheWeights;
   if constexpr (!std::is_same_v<Side, NoSideTiles>) together = together && !(side && side->more());
   if (together) {
     run_row_tiles<kTiles, NB, G>(p, block, tiles, init, finish, side);

@@ -53,7 +53,7 @@ class SideTiles {
   SideProduct<S> products_[4];
   int count_ = 0, at_ = 0;
   int64_t row_ = 0, block_ = 0;
-  const int vectors_ = tuning().side_vectors < kMostVectors ? tuning().side_vectors : kMostVectors;
+  const int vectors_ = tuning().vectors_a_cycle < kMostVectors ? tuning().vectors_a_cycle : kMostVectors;
 };
 
 /// The tile at hand, and after it the next: `Vectors` are those of the tiles.

@@ -102,6 +102,6 @@ struct LayerShape {
 };
 
 /// rnn_ext::random_mask, in float64 or float32, with a seed from torch's generator on the CPU.
-at::Tensor draw_mask(const std::vector<int64_t>& size, double p, double value, bool wide);
+at::Tensor draw_mask(c10::SymIntArrayRef size, double p, double value, bool wide);
 
 }  // namespace rnn_ext::ops

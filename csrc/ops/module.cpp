@@ -127,15 +127,15 @@ PYBIND11_MODULE(_C, m) {
       "tuning",
       [] {
         const rnn_ext::cpu::Tuning& chosen = rnn_ext::cpu::tuning();
-        return std::make_tuple(chosen.side_vectors, chosen.fetch_panels, chosen.joins_far);
+        return std::make_tuple(chosen.vectors_a_cycle, chosen.fetch_panels, chosen.joins_far);
       },
       "The Tuning of csrc/cpu/layer.h.");
   m.def(
       "set_tuning",
-      [](int side_vectors, bool fetch_panels, bool joins_far) {
-        rnn_ext::cpu::set_tuning({side_vectors, fetch_panels, joins_far});
+      [](int vectors_a_cycle, bool fetch_panels, bool joins_far) {
+        rnn_ext::cpu::set_tuning({vectors_a_cycle, fetch_panels, joins_far});
       },
-      pybind11::arg("side_vectors") = 1, pybind11::arg("fetch_panels") = false, pybind11::arg("joins_far") = false,
+      pybind11::arg("vectors_a_cycle") = 1, pybind11::arg("fetch_panels") = false, pybind11::arg("joins_far") = false,
       "Choose otherwise, for tests.");
   m.def("computes_bfloat16", &rnn_ext::cpu::computes_bfloat16, "Whether it multiplies bfloat16: else it is converted.");
   m.def("layer", torch::wrap_pybind_function_no_gil(&layer), "torch.ops.rnn_ext.layer.");

@@ -31,14 +31,14 @@ TORCH_LIBRARY_IMPL(rnn_ext, CPU, m) { m.impl("random_mask", &random_mask_cpu); }
 
 }  // namespace
 
-at::Tensor draw_mask(const std::vector<int64_t>& size, double p, double value, bool wide) {
+at::Tensor draw_mask(c10::SymIntArrayRef size, double p, double value, bool wide) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("rnn_ext::random_mask", "")
           .typed<at::Tensor(const at::Tensor&, c10::SymIntArrayRef, double, double, at::ScalarType)>();
   constexpr int64_t most = std::numeric_limits<int64_t>::max();
-  const at::Tensor seed = at::randint(-most - 1, most, {}, at::kLong);
-  return op.call(seed, c10::fromIntArrayRefSlow(size), p, value, wide ? at::kDouble : at::kFloat);
+  const at::Tensor seed = at::randint(-most - 1, most, {}, at::TensorOptions(at::kCPU).dtype(at::kLong));
+  return op.call(seed, size, p, value, wide ? at::kDouble : at::kFloat);
 }
 
 }  // namespace rnn_ext::ops
