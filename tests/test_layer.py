@@ -32,7 +32,7 @@ from util import (
 from rnn_ext import ops
 
 if ops.is_available():
-    from rnn_ext import _C
+    pass
 
 # L, N, I, H: each in turn through sizes that end inside and on the edge of vectors and tiles, then together.
 SWEEP = [
@@ -96,37 +96,6 @@ def test_reduced_precision(cell, proj, layout, dtype):
             if name.startswith("weight"):
                 bias.mul_(0.25)
     agree(problem, dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_activations(dtype):
-    """Of every bfloat16 that is no subnormal: a few units in the last place.
-
-    In bfloat16 they are computed to 7e-5, so that few are rounded to the neighbour: where they are curved, 0.5 %.
-    """
-    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    x = torch.cat([x[~(x.abs() < 1.2e-38)], torch.zeros(1)]).to(dtype)
-    ones = torch.ones(16, 1, dtype=dtype)
-    for cell, gates, activation in (("rnn_tanh", 1, torch.tanh), ("gru", 3, torch.sigmoid)):
-        # Of gru the update gate alone has weights: h = z h_0, as the new gate is tanh(0). Infinity times 0 is NaN.
-        if gates == 3:
-            tiny = (-740, -700) if dtype == torch.float64 else (-104, -87)  # whose sigmoid is subnormal
-            x = x[~x.isinf() & ~((x > tiny[0]) & (x < tiny[1]))]
-        weight_ih = ones if gates == 1 else torch.cat([ones * 0, ones, ones * 0])
-        weights = [weight_ih, torch.zeros(16 * gates, 16, dtype=dtype)]
-        expected = activation(x.double()).to(dtype)
-        for _ in instruction_sets():
-            h_0 = torch.ones(1, len(x), 16, dtype=dtype)
-            output = ops.layer(x.reshape(1, -1, 1), h_0, None, weights, cell)[0][0]
-            assert torch.equal(output.isnan().all(1), x.isnan()), cell
-            actual, wanted = output[~x.isnan()], expected[~x.isnan(), None].expand(-1, 16)
-            if dtype == torch.bfloat16:
-                off = actual.view(torch.int16).int() - wanted.contiguous().view(torch.int16).int()
-                assert off.abs().max() <= 1, cell
-                curved = (x[~x.isnan()].abs() > 0.05) & (x[~x.isnan()].abs() < 8)
-                assert (off[curved] != 0).double().mean() < 0.008, cell
-            else:
-                torch.testing.assert_close(actual, wanted, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -382,71 +351,6 @@ def test_same_bits_each_time(cell):
         same_bits(again_grads, grads)
 
 
-@pytest.fixture
-def set_tuning():
-    chosen = _C.tuning()
-    yield _C.set_tuning
-    _C.set_tuning(*chosen)
-
-
-@pytest.mark.parametrize(
-    "size",  # blocks: even, odd, with a tail, partly filled; so many weights that chunks are longer
-    [(71, 1, 130, 64), (71, 1, 130, 80), (71, 1, 130, 100), (71, 1, 130, 113), (150, 1, 530, 529)],
-    ids=str,
-)
-@pytest.mark.parametrize("cell", CELLS)
-def test_side_products_of_any_width(cell, size, set_tuning):
-    """The input gates of one sequence, computed beside its steps by tiles as they suit another processor too."""
-    torch.manual_seed(0)
-    for threads, dtype in ((1, torch.float32), (2, torch.float64)):
-        torch.set_num_threads(threads)
-        problem = build(Case(cell, size=size, state=False)).to(dtype)
-        with torch.no_grad():
-            expected = oracle(problem.to(torch.float64))
-            set_tuning(vectors_a_cycle=1)
-            narrow = run(problem)
-            set_tuning(vectors_a_cycle=2)
-            wide = run(problem)
-        check_values(narrow, expected, dtype)
-        same_bits(wide, narrow)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
-def test_steps_of_two_and_three_rows(cell, dtype, set_tuning):
-    """With their input gates or after them, as suits the processor: the same bits. Blocks by twos, one left, a tail."""
-    for hidden in (33, 64, 98):
-        for batch in (2, 3):
-            problem = build(Case(cell, bidirectional=True, size=(12, batch, 40, hidden))).to(dtype)
-            for _ in instruction_sets():
-                set_tuning(vectors_a_cycle=1)
-                values, grads = gradients(run, problem)
-                check_values(values, oracle(problem.to(torch.float64)), dtype)
-                set_tuning(vectors_a_cycle=2)
-                again, again_grads = gradients(run, problem)
-                same_bits(again, values)
-                same_bits(again_grads, grads)
-
-
-@pytest.mark.parametrize("hidden", [512, 459, 386])  # a whole number of panels; some blocks beyond them; a tail
-@pytest.mark.parametrize("batch", [2, 7, 31])  # tiles too low to fetch; fewer than a panel takes; more: steps join
-@pytest.mark.parametrize("cell", CELLS)
-def test_weights_beyond_the_second_level_cache(cell, batch, hidden, set_tuning):
-    """Fetched ahead or not, and a step's input gates computed with it or before, as suits the processor."""
-    torch.manual_seed(0)
-    problem = build(Case(cell, lengths=True, size=(3, batch, hidden + 1, hidden))).to(torch.float32)
-    set_tuning()
-    values, grads = gradients(run, problem)
-    expected, expected_grads = gradients(oracle, problem.to(torch.float64))
-    check_values(values, expected, torch.float32)
-    check_gradients(grads, expected_grads, torch.float32)
-    for other in ({"fetch_panels": True}, {"joins_far": True}):
-        set_tuning(**other)
-        again, again_grads = gradients(run, problem)
-        same_bits(again, values)
-        same_bits(again_grads, grads)
-
-
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cell", CELLS)
@@ -510,27 +414,54 @@ def test_strange_magnitudes(cell, dtype):
         util.check(grads, expected_grads, 1e-10, 0.0, "gradient of")
 
 
+def every_bfloat16():
+    """Those that are no subnormal numbers, infinities and NaN among them."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    return torch.cat([x[~(x.abs() < 1.2e-38)], torch.zeros(1, dtype=torch.bfloat16)])
+
+
+def elementary_functions(x):
+    """tanh and sigmoid of x, read off cells whose weights let one number through.
+
+    h of an RNN, and c of an LSTM whose c_0 is 1; to its other gates infinity times 0 is NaN.
+    """
+    x = x.view(1, -1, 1)
+    one, forget = x.new_ones(1, 1), x.new_tensor([[0.0], [1.0], [0.0], [0.0]])
+    tanh, *_ = ops.layer(x, None, None, [one, x.new_zeros(1, 1)], cell="rnn_tanh")
+    states = [torch.zeros_like(x), torch.ones_like(x)]
+    _, _, sigmoid, _ = ops.layer(x, *states, [forget, x.new_zeros(4, 1)], cell="lstm")
+    return tanh.flatten(), sigmoid.flatten()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_elementary_functions(dtype):
-    """tanh and sigmoid to a few units in the last place everywhere, and relative to their value near zero.
-
-    Read off cells whose weights let one number through: h of an RNN, and c of an LSTM whose c_0 is 1.
-    """
+    """tanh and sigmoid to a few units in the last place everywhere, and relative to their value near zero."""
     x = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-1, 1, 997), torch.logspace(-30, 2, 500)])
-    x = torch.cat([x, -x]).to(dtype).view(1, -1, 1)
-    eps = torch.finfo(dtype).eps
-    forget = torch.tensor([[0.0], [1.0], [0.0], [0.0]], dtype=dtype)
+    x = torch.cat([x, -x, every_bfloat16()]).to(dtype)
+    close = {"rtol": 4 * torch.finfo(dtype).eps, "equal_nan": True}
+    tiny, wanted, finite = torch.finfo(dtype).tiny, x.double().sigmoid(), ~x.isinf()
+    near_zero = finite & (wanted < 1.4 * tiny)  # near the smallest normal number it may be zero
     for _ in instruction_sets():
-        tanh, *_ = ops.layer(
-            x, None, None, [torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)], cell="rnn_tanh"
-        )
-        torch.testing.assert_close(tanh.double(), x.double().tanh(), rtol=4 * eps, atol=0)
-        states = [torch.zeros_like(x), torch.ones_like(x)]
-        _, _, sigmoid, _ = ops.layer(x, *states, [forget, torch.zeros(4, 1, dtype=dtype)], cell="lstm")
-        # Near the smallest normal number it may be zero.
-        torch.testing.assert_close(
-            sigmoid.double(), x.double().sigmoid(), rtol=4 * eps, atol=2 * torch.finfo(dtype).tiny
-        )
+        tanh, sigmoid = (y.double() for y in elementary_functions(x))
+        torch.testing.assert_close(tanh, x.double().tanh(), atol=0, **close)
+        others = finite & ~near_zero
+        torch.testing.assert_close(sigmoid[others], wanted[others], atol=0, **close)
+        torch.testing.assert_close(sigmoid[near_zero], wanted[near_zero], atol=2 * tiny, **close)
+
+
+def test_elementary_functions_of_bfloat16():
+    """To 7e-5, so that few are rounded to the neighbour: where they are curved, 0.5 %."""
+    x = every_bfloat16()
+    for _ in instruction_sets():
+        for actual, function in zip(elementary_functions(x), (torch.tanh, torch.sigmoid), strict=True):
+            assert torch.equal(actual.isnan(), x.isnan() | (x.isinf() & (function is torch.sigmoid)))
+            # sigmoid is subnormal between these.
+            kept = ~actual.isnan() & ((function is torch.tanh) | ~((x > -104) & (x < -87)))
+            wanted = function(x[kept].double()).to(torch.bfloat16)
+            off = actual[kept].view(torch.int16).int() - wanted.view(torch.int16).int()
+            assert off.abs().max() <= 1
+            curved = (x[kept].abs() > 0.05) & (x[kept].abs() < 8)
+            assert (off[curved] != 0).double().mean() < 0.008
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -1,0 +1,77 @@
+"""``Tuning`` (csrc/cpu/layer.h) changes no result: both choices of each on every processor, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from util import CELLS, Case, build, check_gradients, check_values, gradients, instruction_sets, oracle, run, same_bits
+
+from rnn_ext import ops
+
+if ops.is_available():
+    from rnn_ext import _C
+
+
+@pytest.fixture
+def set_tuning():
+    chosen = _C.tuning()
+    yield _C.set_tuning
+    _C.set_tuning(*chosen)
+
+
+@pytest.mark.parametrize(
+    "size",  # blocks: even, odd, with a tail, partly filled; so many weights that chunks are longer
+    [(71, 1, 130, 64), (71, 1, 130, 80), (71, 1, 130, 100), (71, 1, 130, 113), (150, 1, 530, 529)],
+    ids=str,
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_side_products_of_any_width(cell, size, set_tuning):
+    """The input gates of one sequence, computed beside its steps by tiles as they suit another processor too."""
+    torch.manual_seed(0)
+    for threads, dtype in ((1, torch.float32), (2, torch.float64)):
+        torch.set_num_threads(threads)
+        problem = build(Case(cell, size=size, state=False)).to(dtype)
+        with torch.no_grad():
+            expected = oracle(problem.to(torch.float64))
+            set_tuning(vectors_a_cycle=1)
+            narrow = run(problem)
+            set_tuning(vectors_a_cycle=2)
+            wide = run(problem)
+        check_values(narrow, expected, dtype)
+        same_bits(wide, narrow)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_steps_of_two_and_three_rows(cell, dtype, set_tuning):
+    """With their input gates or after them, as suits the processor: the same bits. Blocks by twos, one left, a tail."""
+    for hidden in (33, 64, 98):
+        for batch in (2, 3):
+            problem = build(Case(cell, bidirectional=True, size=(12, batch, 40, hidden))).to(dtype)
+            for _ in instruction_sets():
+                set_tuning(vectors_a_cycle=1)
+                values, grads = gradients(run, problem)
+                check_values(values, oracle(problem.to(torch.float64)), dtype)
+                set_tuning(vectors_a_cycle=2)
+                again, again_grads = gradients(run, problem)
+                same_bits(again, values)
+                same_bits(again_grads, grads)
+
+
+@pytest.mark.parametrize("hidden", [512, 459, 386])  # a whole number of panels; some blocks beyond them; a tail
+@pytest.mark.parametrize("batch", [2, 7, 31])  # tiles too low to fetch; fewer than a panel takes; more: steps join
+@pytest.mark.parametrize("cell", CELLS)
+def test_weights_beyond_the_second_level_cache(cell, batch, hidden, set_tuning):
+    """Fetched ahead or not, and a step's input gates computed with it or before, as suits the processor."""
+    torch.manual_seed(0)
+    problem = build(Case(cell, lengths=True, size=(3, batch, hidden + 1, hidden))).to(torch.float32)
+    set_tuning()
+    values, grads = gradients(run, problem)
+    expected, expected_grads = gradients(oracle, problem.to(torch.float64))
+    check_values(values, expected, torch.float32)
+    check_gradients(grads, expected_grads, torch.float32)
+    for other in ({"fetch_panels": True}, {"joins_far": True}):
+        set_tuning(**other)
+        again, again_grads = gradients(run, problem)
+        same_bits(again, values)
+        same_bits(again_grads, grads)
