@@ -1,6 +1,6 @@
-// What one core can do at best: multiply-adds from registers, and reading an array that lies in some level of cache.
-// Compiled by ceilings.py; C interface, no dependencies. Every function tries for about `seconds` and returns
-// the best rate, in flops or bytes per second.
+// What one core can do: multiply-adds from registers, and reading an array that lies in some level of cache. Compiled
+// by ceilings.py; C interface, no dependencies. Functions named rate try for about `seconds` and return the best rate,
+// in flops or bytes per second; the others do the same work a fixed number of times, for the caller to time.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -61,6 +61,9 @@ struct Kernels {
   void (*fma)();
   void (*read)(const char*, const char*);
   int lanes;
+  void (*dot)();  // of bfloat16, or null
+
+  double flops() const { return 2.0 * lanes * kChains * double(kRounds); }  // of a call of fma; of dot twice as many
 };
 
 /// Whether RNN_EXT_CPU_CAPABILITY, which holds our kernels to fewer instructions than there are, allows these.
@@ -71,42 +74,54 @@ bool allowed(const char* name) {
 
 Kernels kernels() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && allowed("avx512")) return {fma_avx512, read_avx512, 16};
+  if (__builtin_cpu_supports("avx512f") && allowed("avx512"))
+    return {fma_avx512, read_avx512, 16, __builtin_cpu_supports("avx512bf16") ? dot_bfloat16 : nullptr};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && allowed("avx2"))
-    return {fma_avx2, read_avx2, 8};
+    return {fma_avx2, read_avx2, 8, nullptr};
 #endif
-  return {fma_baseline, read_baseline, 4};
+  return {fma_baseline, read_baseline, 4, nullptr};
+}
+
+/// data: `bytes` bytes, a multiple of 4096, aligned to a cache line; from its end to its start a page at a time, so that
+/// what was read last by a pass the other way, and is still in a faster cache, comes first.
+void read_once(const Kernels& k, const char* data, int64_t bytes, bool back) {
+  if (!back) return k.read(data, data + bytes);
+  constexpr int64_t kPage = 4096;
+  for (int64_t at = bytes - kPage; at >= 0; at -= kPage) k.read(data + at, data + at + kPage);
 }
 
 }  // namespace
 
 extern "C" double fma_rate(double seconds) {
   const Kernels k = kernels();
-  return best_rate(seconds, 2.0 * k.lanes * kChains * kRounds, k.fma);
+  return best_rate(seconds, k.flops(), k.fma);
 }
 
-/// bfloat16 products summed in float32; 0 where the processor has no instruction for it.
+/// The same where products are of bfloat16 and summed in float32; 0 where the processor has no instruction for it.
 extern "C" double bfloat16_rate(double seconds) {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512bf16") && allowed("avx512"))
-    return best_rate(seconds, 4.0 * 16 * kChains * kRounds, dot_bfloat16);
-#endif
-  return seconds * 0;
+  const Kernels k = kernels();
+  return k.dot ? best_rate(seconds, 2 * k.flops(), k.dot) : 0.;
 }
 
-/// data: `bytes` bytes, a multiple of 4096, aligned to a cache line. Read over and over in the same order, or zigzag:
-/// to the end and back, a page at a time, so that what was read last, and is still in a faster cache, comes first.
+/// Returns how many flops it has done; none of bfloat16 where the processor has no instruction for them.
+extern "C" double multiply_add(int bfloat16, int64_t times) {
+  const Kernels k = kernels();
+  const auto work = bfloat16 ? k.dot : k.fma;
+  if (!work) return 0;
+  for (int64_t i = 0; i < times; ++i) work();
+  return k.flops() * (bfloat16 ? 2 : 1) * double(times);
+}
+
 extern "C" double read_rate(const char* data, int64_t bytes, int zigzag, double seconds) {
   const Kernels k = kernels();
-  constexpr int64_t kPage = 4096;
   bool back = false;
   return best_rate(seconds, double(bytes), [&] {
-    if (!zigzag) return k.read(data, data + bytes);
-    const int64_t pages = bytes / kPage;
-    for (int64_t i = 0; i < pages; ++i) {
-      const char* page = data + (back ? pages - 1 - i : i) * kPage;
-      k.read(page, page + kPage);
-    }
-    back = !back;
+    read_once(k, data, bytes, back);
+    back = zigzag && !back;
   });
+}
+
+extern "C" void read_array(const char* data, int64_t bytes, int zigzag, int64_t times) {
+  const Kernels k = kernels();
+  for (int64_t i = 0; i < times; ++i) read_once(k, data, bytes, zigzag && i % 2);
 }

@@ -1,6 +1,7 @@
 """What this machine can do at best, measured, and the floor that follows for the time of a layer.
 
-Measured on one core, by ceilings.cpp where there is a C++ compiler and else, less sharply, by torch's own kernels:
+Measured on one core at its best moment (:func:`measure`), by ceilings.cpp where there is a C++ compiler and else, less
+sharply, by torch's own kernels:
 
 - ``flops``: multiply-adds from registers, two flops each; ``bfloat16_flops``: the same for products of bfloat16 summed
   in float32, where the processor has an instruction for them.
@@ -10,6 +11,10 @@ Measured on one core, by ceilings.cpp where there is a C++ compiler and else, le
   with the activations of csrc; by cells.cpp, and only where that can be compiled.
 - ``call``: seconds that torch takes for a module that multiplies two numbers, in inference, and with the gradients of
   three: what is left of a call when a layer costs nothing. (A layer has five or more.)
+
+The clock of a core changes from minute to minute, and what others read takes from its share of the last level of cache.
+So the multiply-adds and the reads that a layer's floor consists of are also timed in turns with the layer, as its peers
+are (:func:`beside`), and the medians stand in the place of ``flops`` and ``read`` for its floor.
 
 The model of the floor. A timestep of one direction needs ``2 G H I`` flops for the input projection and ``2 G H H`` for
 the recurrent product per sequence, its cell for ``H`` units, and has to read the recurrent weights, ``G H H`` values,
@@ -34,6 +39,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import functools
 import itertools
 import math
 import os
@@ -43,6 +49,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +62,7 @@ SOURCE = Path(__file__).with_name("ceilings.cpp")
 CELL_SOURCE = SOURCE.with_name("cells.cpp")
 CSRC = SOURCE.parents[1] / "csrc"
 PAGE = 4096
+BURST, BURST_BYTES = 128, 1 << 22  # calls of a multiply-add kernel and bytes read, each a fraction of a millisecond
 SIZES = sorted([PAGE << k for k in range(16)] + [3 * PAGE << k for k in range(14)])  # 4 KiB to 128 MiB
 
 
@@ -75,32 +83,49 @@ CELL_FLAGS = {
 }
 
 
-def compile_source(source: Path, folder: str, *flags: str) -> ctypes.CDLL | None:
-    """A source file beside this one as a library, None without a compiler that can make it."""
-    command = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
-    handle, library = tempfile.mkstemp(".so", dir=folder)
-    os.close(handle)
+def compiler() -> str:
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "c++"
+
+
+@functools.cache
+def compile_source(command: str, source: Path, *flags: str) -> ctypes.CDLL | None:
+    """A source file beside this one as a library, None where the compiler cannot make it."""
     always = ["-O3", "-std=c++20", "-shared", "-fPIC"]
-    try:
-        subprocess.run([*command, *always, *flags, str(source), "-o", library], check=True, capture_output=True)
-        return ctypes.CDLL(library)
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = str(Path(folder) / source.with_suffix(".so").name)
+        try:
+            words = [*shlex.split(command), *always, *flags, str(source), "-o", library]
+            subprocess.run(words, check=True, capture_output=True)
+            return ctypes.CDLL(library)
+        except (OSError, subprocess.CalledProcessError):
+            return None
 
 
-def compile_library(folder: str) -> ctypes.CDLL | None:
+def compile_library() -> ctypes.CDLL | None:
     """ceilings.cpp."""
-    loaded = compile_source(SOURCE, folder)
+    loaded = compile_source(compiler(), SOURCE)
     if loaded is None:
         return None
-    for function in (loaded.fma_rate, loaded.bfloat16_rate):
-        function.restype, function.argtypes = ctypes.c_double, [ctypes.c_double]
-    loaded.read_rate.restype = ctypes.c_double
-    loaded.read_rate.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double]
+    for rate in (loaded.fma_rate, loaded.bfloat16_rate):
+        rate.restype, rate.argtypes = ctypes.c_double, [ctypes.c_double]
+    loaded.multiply_add.restype, loaded.multiply_add.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_int64]
+    array = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    loaded.read_rate.restype, loaded.read_rate.argtypes = ctypes.c_double, [*array, ctypes.c_double]
+    loaded.read_array.restype, loaded.read_array.argtypes = None, [*array, ctypes.c_int64]
     return loaded
 
 
-def measure_cells(seconds: float, folder: str) -> dict[str, dict[str, dict[str, float]]]:
+def array_of(size: int) -> torch.Tensor:
+    """Memory for so many bytes from a cache line on; written, as untouched pages are all the same one."""
+    return torch.ones(size // 4 + 16)
+
+
+def start_of(data: torch.Tensor) -> int:
+    """Where the first whole cache line of it begins."""
+    return -(-data.data_ptr() // 64) * 64
+
+
+def measure_cells(seconds: float) -> dict[str, dict[str, dict[str, float]]]:
     """Seconds of a cell for one hidden unit and timestep, by dtype, direction and cell, as far as they can be had."""
     result: dict[str, dict[str, dict[str, float]]] = {}
     for dtype in ("float32", "bfloat16"):
@@ -109,7 +134,7 @@ def measure_cells(seconds: float, folder: str) -> dict[str, dict[str, dict[str, 
         vector_bytes, registers, target = CELL_FLAGS[ops.cpu_capability(), dtype]
         defines = [f"-DRNN_EXT_VECTOR_BYTES={vector_bytes}", f"-DRNN_EXT_VECTOR_REGISTERS={registers}"]
         flags = ["-ffp-contract=off", f"-I{CSRC}", *target.split(), *defines]
-        library = compile_source(CELL_SOURCE, folder, *flags)
+        library = compile_source(compiler(), CELL_SOURCE, *flags)
         if library is None:
             continue
         library.cell_rate.restype = ctypes.c_double
@@ -128,20 +153,62 @@ def measure(seconds: float = 3.0, largest: int = SIZES[-1]) -> dict[str, Any]:
     sizes = [size for size in SIZES if size <= largest]
     each = seconds / (2 * len(sizes) + 8)
     call = {mode: call_seconds(mode == "training", each) for mode in ("forward", "training")}
-    data = torch.ones(sizes[-1] // 4 + 16)  # written: untouched pages are all the same one
-    with tempfile.TemporaryDirectory() as folder:
-        library = compile_library(folder)
-        if library is None:
-            return {**_measure_with_torch(sizes, each, data), "call": call}
-        start = -(-data.data_ptr() // 64) * 64
-        return {
-            "method": SOURCE.name,
-            "flops": library.fma_rate(2 * each),
-            "bfloat16_flops": library.bfloat16_rate(2 * each),
-            "read": {size: max(library.read_rate(start, size, order, each) for order in (0, 1)) for size in sizes},
-            "cells": measure_cells(2 * each, folder),
-            "call": call,
-        }
+    data = array_of(sizes[-1])
+    start = start_of(data)
+    library = compile_library()
+    if library is None:
+        return {**_measure_with_torch(sizes, each, data), "call": call}
+    return {
+        "method": SOURCE.name,
+        "flops": library.fma_rate(2 * each),
+        "bfloat16_flops": library.bfloat16_rate(2 * each),
+        "read": {size: max(library.read_rate(start, size, order, each) for order in (0, 1)) for size in sizes},
+        "cells": measure_cells(2 * each),
+        "call": call,
+    }
+
+
+class Beside(NamedTuple):
+    """Work to be timed in turns with a layer."""
+
+    ceiling: str  # whose rate it is
+    amount: float  # flops or bytes of a call
+    run: Callable[[], object]
+
+
+def beside(case: Case, threads: int = 1) -> dict[str, Beside]:
+    """What the floor of a layer consists of, by names for its turns; nothing without a compiler.
+
+    Multiply-adds of the layer's kind, and reads of as many bytes as its recurrent weights have, of which each thread
+    has its part; of both orders the better counts.
+    """
+    library = compile_library()
+    if library is None:
+        return {}
+    half = case.dtype == "bfloat16" and library.multiply_add(1, 1) > 0
+    size = max(1, round(weight_bytes(case) / threads / PAGE)) * PAGE
+    data = array_of(size)
+    times = 2 * max(1, BURST_BYTES // size // 2)  # even: back and forth ends where it began
+
+    def multiply() -> float:
+        return library.multiply_add(half, BURST)
+
+    def read(order: int) -> None:
+        library.read_array(start_of(data), size, order, times)
+
+    return {
+        "multiply-adds": Beside("bfloat16_flops" if half else "flops", multiply(), multiply),
+        "reads": Beside("read", times * size, lambda: read(0)),
+        "reads back and forth": Beside("read", times * size, lambda: read(1)),
+    }
+
+
+def rates(work: dict[str, Beside], seconds: dict[str, float]) -> dict[str, Any]:
+    """Ceilings out of the times of :func:`beside`, to be put in the place of those that :func:`measure` found."""
+    found: dict[str, float] = {}
+    for name, one in work.items():
+        found[one.ceiling] = max(found.get(one.ceiling, 0), one.amount / seconds[name])
+    return found
 
 
 class OneOp(torch.nn.Module):
@@ -215,8 +282,15 @@ def better(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def weight_bytes(case: Case) -> int:
+    """Of the recurrent weights of one direction of a layer."""
+    return case.gates * case.hidden_size**2 * case.torch_dtype.itemsize
+
+
 def read_rate(ceilings: dict[str, Any], size: float) -> float:
     """Bytes per second for an array of so many bytes, between the sizes measured along the logarithm of the size."""
+    if not isinstance(ceilings["read"], dict):  # of this size, out of `rates`
+        return ceilings["read"]
     read = sorted((int(at), rate) for at, rate in ceilings["read"].items())  # JSON makes strings of the sizes
     sizes = [at for at, _ in read]
     place = bisect.bisect_left(sizes, size)
@@ -238,7 +312,6 @@ def levels(ceilings: dict[str, Any], caches: dict[str, int]) -> dict[str, float]
 
 def floor(case: Case, training: bool, ceilings: dict[str, Any], threads: int = 1) -> Floor:
     """The shortest time that the model in the module's docstring allows."""
-    itemsize = case.torch_dtype.itemsize
     flops = ceilings["flops"]
     if case.dtype == "bfloat16":
         flops = ceilings["bfloat16_flops"] or flops
@@ -247,8 +320,8 @@ def floor(case: Case, training: bool, ceilings: dict[str, Any], threads: int = 1
     flops *= threads
     alive = case.batch_sizes
     width = case.gates * case.hidden_size
-    weight_bytes = width * case.hidden_size * itemsize / threads
-    reading = weight_bytes / read_rate(ceilings, weight_bytes)  # each thread its part, at the same time
+    part = weight_bytes(case) / threads  # all threads read theirs at the same time
+    reading = part / read_rate(ceilings, part)
     # Of float64 an activation costs at least what two vectors of float32 do.
     per_unit = ceilings["cells"].get("bfloat16" if case.dtype == "bfloat16" else "float32", {})
     passes = ("forward", "backward") if training else ("forward",)

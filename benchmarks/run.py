@@ -9,8 +9,9 @@ In each row all contestants compute the same thing, which is checked before the 
 many pinned cores as there are threads. With one thread the clock is the time that the process has had the core, so that
 it may be shared with others (the results say how much it was). Each number of threads has a process of its own, because
 most peers settle theirs once. The ceilings of the machine are measured in the same process, before the first row and
-after the last, and each row is given its floor (see ceilings.py). The medians, their quartiles and everything that was
-left out, with the reason, go to the JSON file.
+after the last, those that a row's floor depends on most also in turns with its contestants, and each row is given its
+floor (see ceilings.py). The medians, their quartiles and everything that was left out, with the reason, go to the JSON
+file.
 
 Modes: "forward" is inference; "training" is a forward and a backward pass with the gradients of the input and of all
 parameters; "step" is a whole training step of a model, with loss and optimizer.
@@ -236,6 +237,7 @@ def measure_row(row: Row, threads: int, seconds: float, ceilings: dict[str, Any]
         "differences": {},
         "left_out": {},
         "floor": None,
+        "rates": {},
         "cpu_share": None,
     }
     left_out: dict[str, str] = result["left_out"]
@@ -244,8 +246,6 @@ def measure_row(row: Row, threads: int, seconds: float, ceilings: dict[str, Any]
         if problem:
             left_out["everybody"] = problem
             return result
-        if row.section != "call":  # there a floor of a microsecond says nothing
-            result["floor"] = floor_of(row.case, row.mode, ceilings, threads)
         result["auto"] = auto_backend(row.case, row.mode == "training")
     tolerance = bench.TOLERANCE[row.case.dtype if row.case else "float32"]
     with contextlib.nullcontext() if row.mode != "forward" else torch.inference_mode():
@@ -270,9 +270,14 @@ def measure_row(row: Row, threads: int, seconds: float, ceilings: dict[str, Any]
                 left_out[contestant.name] = f"wrong: {apart:.1e} from torch.nn, as a share of the largest value"
         if runs:
             start, cpu = time.perf_counter(), time.process_time()
-            times = bench.interleave(runs, seconds, threads)
+            has_floor = row.case and row.section != "call"  # there a floor of a microsecond says nothing
+            beside = ceiling.beside(row.case, threads) if has_floor else {}
+            times = bench.interleave(runs | {name: work.run for name, work in beside.items()}, seconds, threads)
             result["cpu_share"] = (time.process_time() - cpu) / (time.perf_counter() - start)
-            result["times"] = {name: dataclasses.asdict(timing) for name, timing in times.items()}
+            result["times"] = {name: dataclasses.asdict(times[name]) for name in runs}
+            result["rates"] = ceiling.rates(beside, {name: times[name].median for name in beside})
+            if has_floor:
+                result["floor"] = floor_of(row.case, row.mode, ceilings | result["rates"], threads)
     return result
 
 
@@ -338,7 +343,7 @@ def measure(rows: list[str], threads: int, seconds: float) -> dict[str, Any]:
         if result["floor"]:
             case = result["case"]
             case = Case(**{**case, "lengths": case["lengths"] and tuple(case["lengths"])})
-            result["floor"] = floor_of(case, result["mode"], final, threads)
+            result["floor"] = floor_of(case, result["mode"], final | result["rates"], threads)
     return {"rows": results, "ceilings": final, "cores": cores, "versions": versions}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,10 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         half = f" ({ceilings['bfloat16_flops'] / 1e9:.0f} in bfloat16)" if ceilings["bfloat16_flops"] else ""
         yield f"- Ceilings of a core, measured beside the rows with {threads} thread(s): {ceilings['flops'] / 1e9:.0f}"
         yield f"  GFLOP/s{half}; reading {reads} GB/s; a call that does nothing {call} (inference, with backward)."
+        turns = [row["rates"]["flops"] / 1e9 for row in rows_of(result, threads) if "flops" in row["rates"]]
+        if turns:
+            low, middle, high = min(turns), statistics.median(turns), max(turns)
+            yield f"  In turns with the rows: {middle:.0f} GFLOP/s in the median, {low:.0f} to {high:.0f}."
         for dtype, ways in ceilings["cells"].items():
             costs = (f"{cell.upper()} {' and '.join(f'{1e9 * ways[way][cell]:.2f}' for way in ways)}" for cell in CELLS)
             yield f"  A cell alone, forward and backward, in {dtype}: {', '.join(costs)} ns a unit."
@@ -60,9 +65,9 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"- Other work was running, load {about['load'][0]:.1f}: rows with several threads are not to be trusted."
     yield ""
     yield "Medians ± half of the middle 50 %. Speed-ups are the time of the other / the time of rnn_ext: below 1 is a"
-    yield "loss. The floor is what flops, cells, reading the weights and a call allow at best (benchmarks/ceilings.py)."
-    yield "A * marks rows during which other processes had the core for more than 3 % of the time, which is not counted"
-    yield "but leaves its traces in the caches."
+    yield "loss. The floor is what a call, cells, and flops and reads of the weights, both timed beside the row, allow"
+    yield "(benchmarks/ceilings.py). A * marks rows during which other processes had the core for more than 3 % of the"
+    yield "time, which is not counted but leaves its traces in the caches."
     yield ""
     found = losses(result)
     compared = sum(len(list(filter(is_peer, row["times"]))) for row in result["rows"])
@@ -77,7 +82,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield from targets.lines(result)
     for section, title in SECTIONS.items():
         for threads in result["ceilings"]:
-            rows = [row for row in result["rows"] if row["section"] == section and str(row["threads"]) == threads]
+            rows = [row for row in rows_of(result, threads) if row["section"] == section]
             if rows:
                 yield ""
                 yield f"## {title}; {threads} thread(s)"
@@ -101,6 +106,10 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         yield ""
         for row, name, why in missing:
             yield f"- {_name(row)}, {row['threads']} thread(s): {name}: {why}"
+
+
+def rows_of(result: dict[str, Any], threads: str) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if str(row["threads"]) == threads]
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,7 +206,35 @@ def test_ceilings_without_a_compiler(monkeypatch):
     assert found["flops"] > 0
     assert found["read"]
     assert found["cells"] == {}
+    assert ceilings.beside(SMALL) == {}
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("hidden", [3, 300])
+def test_work_beside_a_layer(hidden, dtype, threads):
+    """Its flops and bytes, by what they replace: of each thread's part of the weights in whole pages."""
+    import ceilings
+
+    work = ceilings.beside(Case("gru", 2, 3, 4, hidden, dtype=dtype), threads)
+    if shutil.which(ceilings.compiler().split()[0]) is None:
+        pytest.skip("there is no compiler")
+    multiply, *reads = work.values()
+    assert multiply.ceiling == ("bfloat16_flops" if dtype == "bfloat16" and multiply.run() else "flops")
+    assert multiply.run() == multiply.amount > 0
+    assert [read.ceiling for read in reads] == ["read", "read"]
+    part = 3 * hidden**2 * (4 if dtype == "float32" else 2) / threads
+    for read in reads:
+        read.run()
+        passes = read.amount / (4096 * max(1, round(part / 4096)))
+        assert passes % 2 == 0
+        assert 2**20 < read.amount < 2**23
+
+    for times in (1.0, 4.0), (4.0, 1.0):  # the better counts
+        seconds = dict(zip(work, (2.0, *times), strict=True))
+        assert ceilings.rates(work, seconds) == {multiply.ceiling: multiply.amount / 2, "read": reads[0].amount}
+    assert ceilings.rates({}, {}) == {}
 
 
 def test_floor():
@@ -214,6 +243,7 @@ def test_floor():
     assert ceilings.read_rate(CEILINGS, 1) == 2e11
     assert ceilings.read_rate(CEILINGS, 2**40) == 1e10
     assert ceilings.read_rate(CEILINGS, 2**16) == pytest.approx(1.5e11)  # half way between 2^12 and 2^20
+    assert ceilings.read_rate(CEILINGS | {"read": 3e9}, 2**16) == 3e9
 
     many = Case("lstm", 64, 10, 128, 128)
     flops = 2 * 64 * 10 * 4 * 128 * (128 + 128)
@@ -273,7 +303,12 @@ def test_contestants_agree(section, monkeypatch):
     assert "rnn_ext" in result["times"]
     assert any(name.startswith("torch.nn") for name in result["times"])
     assert not any("wrong" in why for why in result["left_out"].values())
-    assert result["floor"] is None or result["floor"]["seconds"] > 0
+    if row.case is not None and section != "call":
+        assert all(rate > 0 for rate in result["rates"].values())
+        assert result["floor"] == run.floor_of(row.case, row.mode, CEILINGS | result["rates"], 1)
+        assert result["floor"]["seconds"] > 0
+    else:
+        assert result["floor"] is None
     assert run.describe(result)
 
 
@@ -399,6 +434,7 @@ def made_up():
             "differences": {},
             "left_out": {"JAX": "it crashed"} if section == "ragged" else {},
             "floor": {"seconds": 5e-4, "bound": "bandwidth", "in_turn": 8e-4} if section == "grid" else None,
+            "rates": {"flops": 5e10 + 1e10 * threads, "read": 1e10} if section == "grid" else {},
             "cpu_share": 0.5 if section == "hidden" else 1.0,
         }
 
@@ -439,6 +475,7 @@ def test_table_shows_losses():
     assert "over torch.nn padded" in text
     assert "JAX: it crashed" in text
     assert "GRU N=1 L=8 I=4 H=2 *" in text  # disturbed
+    assert "turns with the rows: 60 GFLOP/s in the median, 60 to 60." in text
     assert "| GRU | 2 KiB | 2 KiB | - | - |" in text
 
 
