@@ -493,6 +493,11 @@ def test_targets():
     assert f"{what} | 0 of 1 | GRU N=1 L=8 I=4 H=512 | 0.80 | 1.60 |" in text
     # 2 ms and torch.nn 1 ms, the worst of two rows; the other is twice as fast as torch.nn
     assert "| any row | forward | torch.nn | 1 | 1 of 2 | RNN N=1 L=8 H=4 | 0.50 | 2.00 |" in text
+    # and all that fall short, where the other is half as fast too
+    slower = made_up()
+    slower["rows"][0]["times"]["rnn_ext"]["median"] = 4e-3
+    found = [line for line in targets.lines(slower) if line.startswith("| any row | forward") and "0 of 2" in line]
+    assert [line.split(" | ")[5] for line in found] == ["LSTM N=1 L=8 H=4", "RNN N=1 L=8 H=4"]
     # 1 ms, packed 30 ms, padded 2 ms
     ragged = "| packed, both directions | forward + backward"
     assert f"{ragged} | torch.nn | 20 | 1 of 1 | {SMALL} | 30.00 | met |" in text
