@@ -1,4 +1,4 @@
-"""Large memory goes from one call to the next (csrc/cpu/memory.h)."""
+"""Memory goes from one call to the next (csrc/cpu/memory.h)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import pickle
 import resource
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ if ops.is_available():
     from rnn_ext import _C
 
 LIMIT = 128 * 2**20
+SMALL_LIMIT = 256 * 2**10  # of a thread
 SAVED = 5 * 4  # bytes that an LSTM keeps of each unit and row for backward
 
 
@@ -97,10 +100,70 @@ def test_so_are_its_pieces():
     assert 0 < _C.idle_memory() <= 64 * piece * SAVED // 4
 
 
-def test_small_and_oversized_memory_does_not_wait():
+def small_layer(hidden=16):
+    return rnn_ext.GRU(1, hidden, backend="custom"), torch.zeros(2, 1, 1)
+
+
+def in_a_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_small_memory_waits_with_its_thread():
+    layer, input = small_layer()
+    layer(input)
+    waiting = _C.idle_memory()
+    assert 0 < waiting < SMALL_LIMIT
+    layer(input)
+    assert _C.idle_memory() == waiting
+
+    def elsewhere():
+        before = _C.idle_memory()
+        layer(input)
+        return before, _C.idle_memory()
+
+    assert in_a_thread(elsewhere) == (0, waiting)
+    assert _C.idle_memory() == waiting
+
+
+def test_small_memory_that_waits_is_bounded():
+    most = 0
+    for hidden in range(8, 500, 4):  # each with sizes of its own, 2 MiB together
+        layer, input = small_layer(hidden)
+        with torch.no_grad():
+            layer(input)
+        most = max(most, _C.idle_memory())
+    assert SMALL_LIMIT / 2 < most <= SMALL_LIMIT
+
+
+def test_threads_leave_none_behind():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def work():
+        for _ in range(2):
+            layer(input)
+        return _C.idle_memory()
+
+    layer, input = small_layer(200)
+    with torch.inference_mode():
+        left = in_a_thread(work)
+        threads = 32 * 2**20 // left
+        for _ in range(20):
+            in_a_thread(work)
+        before = resident()
+        for _ in range(threads):
+            in_a_thread(work)
+    assert resident() - before < 8 * 2**20
+
+
+def test_memory_between_small_and_large_and_oversized_memory_does_not_wait():
     layer, input = layer_and_input()
     layer(input[:4])
-    assert _C.idle_memory() == 0
+    assert _C.idle_memory() < SMALL_LIMIT
     held = [layer(torch.zeros(length, 16, 64))[0] for length in range(60, 300, 20)]
     del held
     waiting = _C.idle_memory()
@@ -116,7 +179,8 @@ def test_small_and_oversized_memory_does_not_wait():
 def test_what_waits_does_not_grow(batch):
     layer, input = rnn_ext.GRU(1, 1, backend="custom"), torch.zeros(1, batch, 1)
     with torch.no_grad():
-        layer(input)
+        for _ in range(2):  # from the second on the packed weights are kept
+            layer(input)
         waiting = _C.idle_memory()
         for _ in range(5):
             layer(input)

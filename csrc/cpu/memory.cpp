@@ -9,6 +9,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace rnn_ext::cpu {
 namespace {
@@ -17,6 +18,7 @@ constexpr size_t kLine = 64;
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kMostIdle = size_t(128) << 20;
 constexpr int kMostPieces = 64;
+constexpr size_t kMostSmall = size_t(256) << 10;
 
 // A sanitizer is to see who uses memory that is not theirs any more.
 #if defined(__SANITIZE_ADDRESS__)
@@ -34,7 +36,46 @@ constexpr bool kKeeps = true;
 /// What lies before the memory that is handed out.
 struct alignas(kLine) Block {
   size_t bytes;  // of that memory
+  Block* next;   // of SmallBlocks
 };
+
+/// The small blocks that wait with a thread, by their size in lines; the last to come back first, which may be in a
+/// cache.
+class SmallBlocks {
+ public:
+  ~SmallBlocks() {
+    drop();
+    gone = true;
+  }
+  Block* take(size_t bytes) {
+    Block*& first = list(bytes);
+    if (!first) return nullptr;
+    bytes_ -= bytes;
+    return std::exchange(first, first->next);
+  }
+  void add(Block* block) {
+    if (bytes_ + block->bytes > kMostSmall) drop();
+    block->next = std::exchange(list(block->bytes), block);
+    bytes_ += block->bytes;
+  }
+  void drop() {
+    for (Block*& first : lists_) {
+      while (first) std::free(std::exchange(first, first->next));
+    }
+    bytes_ = 0;
+  }
+  size_t bytes() const { return bytes_; }
+
+  static thread_local bool gone;  // the thread ends, and what it destroys now still gives memory back
+
+ private:
+  Block*& list(size_t bytes) { return lists_[bytes / kLine - 1]; }
+
+  Block* lists_[kSmall / kLine] = {};
+  size_t bytes_ = 0;
+};
+thread_local bool SmallBlocks::gone = false;
+thread_local SmallBlocks small_blocks;
 
 /// The blocks that wait, the last to come back at the end. No function of it allocates or throws: memory is given back
 /// in destructors.
@@ -100,8 +141,9 @@ Block* take_idle(size_t bytes) {
 void* take_memory(size_t bytes) {
   Block* block = nullptr;
   if (bytes <= SIZE_MAX / 2) {
-    const size_t whole = (bytes + kLine - 1) / kLine * kLine;
+    const size_t whole = bytes ? (bytes + kLine - 1) / kLine * kLine : kLine;
     if (whole >= kPooled) block = take_idle(whole);
+    if (whole <= kSmall && !SmallBlocks::gone) block = small_blocks.take(whole);
     if (!block) block = allocate(whole);
     if (!block) {
       drop_idle_memory();
@@ -116,6 +158,7 @@ void* take_memory(size_t bytes) {
 void give_memory(void* data) {
   if (!data) return;
   Block* block = static_cast<Block*>(data) - 1;
+  if (kKeeps && block->bytes <= kSmall && !SmallBlocks::gone) return small_blocks.add(block);
   if (!kKeeps || block->bytes < kPooled || block->bytes > kMostIdle) return std::free(block);
   Block* dropped[kMostPieces];  // freed without the lock
   int count = 0;
@@ -129,10 +172,11 @@ void give_memory(void* data) {
 
 int64_t idle_memory() {
   const std::lock_guard<std::mutex> lock(idle->mutex);
-  return int64_t(idle->bytes);
+  return int64_t(idle->bytes + small_blocks.bytes());
 }
 
 void drop_idle_memory() {
+  small_blocks.drop();
   Block* dropped[kMostPieces];  // freed without the lock
   int count = 0;
   {
