@@ -31,9 +31,6 @@ from util import (
 
 from rnn_ext import ops
 
-if ops.is_available():
-    pass
-
 # L, N, I, H: each in turn through sizes that end inside and on the edge of vectors and tiles, then together.
 SWEEP = [
     *((3, 2, 5, size) for size in SIZES),
