@@ -82,8 +82,8 @@ Kernels kernels() {
   return {fma_baseline, read_baseline, 4, nullptr};
 }
 
-/// data: `bytes` bytes, a multiple of 4096, aligned to a cache line; from its end to its start a page at a time, so that
-/// what was read last by a pass the other way, and is still in a faster cache, comes first.
+/// data: `bytes` bytes, a multiple of 4096, aligned to a cache line; from its end to its start a page at a time, so
+/// that what was read last by a pass the other way, and is still in a faster cache, comes first.
 void read_once(const Kernels& k, const char* data, int64_t bytes, bool back) {
   if (!back) return k.read(data, data + bytes);
   constexpr int64_t kPage = 4096;
