@@ -55,7 +55,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rnn_ext import ops
+from rnn_ext import _C, ops
 from rnn_ext.bench import CELLS, Case
 
 SOURCE = Path(__file__).with_name("ceilings.cpp")
@@ -128,7 +128,7 @@ def start_of(data: torch.Tensor) -> int:
 def measure_cells(seconds: float) -> dict[str, dict[str, dict[str, float]]]:
     """Seconds of a cell for one hidden unit and timestep, by dtype, direction and cell, as far as they can be had."""
     result: dict[str, dict[str, dict[str, float]]] = {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16") if _C.computes_bfloat16() else ("float32",):
         if (ops.cpu_capability(), dtype) not in CELL_FLAGS:
             continue
         vector_bytes, registers, target = CELL_FLAGS[ops.cpu_capability(), dtype]
@@ -312,18 +312,15 @@ def levels(ceilings: dict[str, Any], caches: dict[str, int]) -> dict[str, float]
 
 def floor(case: Case, training: bool, ceilings: dict[str, Any], threads: int = 1) -> Floor:
     """The shortest time that the model in the module's docstring allows."""
-    flops = ceilings["flops"]
-    if case.dtype == "bfloat16":
-        flops = ceilings["bfloat16_flops"] or flops
-    elif case.dtype == "float64":
-        flops = flops / 2
+    half = case.dtype == "bfloat16" and ceilings["bfloat16_flops"] > 0
+    flops = ceilings["bfloat16_flops"] if half else ceilings["flops"] / (2 if case.dtype == "float64" else 1)
     flops *= threads
     alive = case.batch_sizes
     width = case.gates * case.hidden_size
     part = weight_bytes(case) / threads  # all threads read theirs at the same time
     reading = part / read_rate(ceilings, part)
     # Of float64 an activation costs at least what two vectors of float32 do.
-    per_unit = ceilings["cells"].get("bfloat16" if case.dtype == "bfloat16" else "float32", {})
+    per_unit = ceilings["cells"].get("bfloat16" if half else "float32", {})
     passes = ("forward", "backward") if training else ("forward",)
     cell = sum(per_unit[way][case.cell] for way in passes if per_unit) * (2 if case.dtype == "float64" else 1)
     products = [2 * rows * width * case.hidden_size / flops for rows in alive]

@@ -205,10 +205,11 @@ def all_rows() -> list[Row]:
         *rows("stack", [Case(c, 1, 128, h, h, num_layers=2) for c in CELLS for h in (64, 128, 256)], all_threads=True),
         *rows("ragged", [classifier, dataclasses.replace(classifier, cell="gru")], all_threads=True),
         *[Row("model", None, "step", name, models, True) for name in steps],
-        *rows("call", [Case(cell, 1, 1, 64, 64) for cell in CELLS], calls),
+        *rows("call", [Case(cell, 1, 1, h, h) for cell in CELLS for h in (64, 512)], calls),
         *rows(
             "dtype",
-            [Case(c, n, t, h, h, dtype="bfloat16") for c in CELLS for n, t, h in (shapes[1], shapes[4], shapes[6])],
+            [Case(c, n, t, h, h, dtype="bfloat16") for c in CELLS for n, t, h in (shapes[1], shapes[4], shapes[6])]
+            + [Case(c, 1, 1, 512, 512, dtype=dtype) for c in CELLS for dtype in ("bfloat16", "float16")],
             dtypes,
         ),
         *rows("length", [Case("lstm", 8, t, 64, 64, lengths=ragged(8, t // 8, t)) for t in lengths]),

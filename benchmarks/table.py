@@ -28,7 +28,7 @@ SECTIONS = {
     "ragged": "Packed, lengths differ",
     "model": "Whole training steps of two models",
     "call": "One timestep of one sequence: what a call costs",
-    "dtype": "bfloat16",
+    "dtype": "bfloat16 and float16",
     "length": "Cost against L (packed, L / 8 to L timesteps)",
     "batch": "Cost against N",
     "hidden": "Cost against H",

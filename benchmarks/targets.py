@@ -30,6 +30,10 @@ def _batched(*cells: str, low: int = 1) -> Callable[[dict[str, Any]], bool]:
     return lambda case: case["cell"] in cells and case["batch"] >= 8 and case["hidden_size"] >= low
 
 
+def _of(dtype: str, rows: Callable[[dict[str, Any]], bool] = lambda case: True) -> Callable[[dict[str, Any]], bool]:
+    return lambda case: case["dtype"] == dtype and rows(case)
+
+
 def _both(what: str, section: str, over: str, wanted: tuple[float, float], rows: Any = Target._field_defaults["rows"]):
     return [
         Target(what, section, mode, over, want, rows)
@@ -49,11 +53,12 @@ TARGETS = [
     *_both("RNN and GRU, N >= 8", "grid", BEST, (1.2, 1.3), _batched("rnn", "gru")),
     *_both("LSTM, N >= 8", "grid", BEST, (1, 1.15), _batched("lstm")),
     Target("LSTM, N >= 8, H >= 256", "grid", "forward", PEAK, 0.9, _batched("lstm", low=256)),
+    *_both("a call of one timestep", "call", TORCH, (2, 2), _single(*ALL, high=64)),
     *_both("packed, both directions", "ragged", TORCH, (3, 20)),
     Target("packed, both directions", "ragged", "training", PADDED, 3),
-    Target("bfloat16, N = 1", "dtype", "forward", FLOAT32, 1.9, _single(*ALL)),
-    Target("bfloat16, N >= 8", "dtype", "forward", FLOAT32, 1.8, _batched(*ALL)),
-    Target("bfloat16", "dtype", "training", FLOAT32, 1.5),
+    Target("bfloat16, N = 1", "dtype", "forward", FLOAT32, 1.9, _of("bfloat16", _single(*ALL))),
+    Target("bfloat16, N >= 8", "dtype", "forward", FLOAT32, 1.8, _of("bfloat16", _batched(*ALL))),
+    Target("bfloat16", "dtype", "training", FLOAT32, 1.5, _of("bfloat16")),
     Target("regressor (seed)", "model", "step", TORCH, 4),
     Target("classifier (seed)", "model", "step", TORCH, 15),
     *_both("any row", "grid", TORCH, (1, 1)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 
-import numpy
 import pytest
 import torch
 from test_modules import ours, randn
@@ -33,8 +32,9 @@ def kept(module, input):
 
 def zero_bit(module):
     """The last bit of the last number."""
-    weight = module.weight_hh_l0.detach().numpy()
-    weight.view(numpy.int64 if weight.itemsize == 8 else numpy.int32)[-1, -1] ^= 1 << 20
+    weight = module.weight_hh_l0.detach()
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]
+    weight.view(bits).numpy()[-1, -1] ^= 1 << (5 * weight.itemsize)
 
 
 def swap(module):
@@ -64,12 +64,12 @@ CHANGES = {
     "swapped rows": swap,
     "load_state_dict": lambda m: m.load_state_dict(other(m)),
     "assigned": lambda m: m.load_state_dict(other(m), assign=True),
-    "moved and back": lambda m: m.to(torch.float64 if m.weight_ih_l0.dtype == torch.float32 else torch.float32),
+    "another dtype": lambda m: m.to(torch.float32 if m.weight_ih_l0.dtype == torch.float64 else torch.float64),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_no_change_goes_unnoticed(change, dtype):
     module, input = ours("lstm", INPUTS, H, bidirectional=True, dtype=dtype), randn(L, N, INPUTS, dtype=dtype)
     before = kept(module, input)
@@ -81,7 +81,7 @@ def test_no_change_goes_unnoticed(change, dtype):
     with torch.enable_grad():  # a call that trains packs anew
         want = module(input)[0].detach()
     assert torch.equal(after, want)
-    assert not torch.equal(before, after.to(dtype))
+    assert not torch.equal(before.to(after.dtype), after)
 
 
 def test_an_optimizer_is_noticed():
@@ -97,8 +97,9 @@ def test_an_optimizer_is_noticed():
     [("rnn_tanh", {}), ("gru", {}), ("lstm", {}), ("gru", {"zoneout": 0.2}), ("lstm", {"layer_norm": True})],
     ids=str,
 )
-def test_kept_weights_compute_the_same(cell, options):
-    module, input = ours(cell, INPUTS, H, **options).eval(), randn(L, N, INPUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_kept_weights_compute_the_same(dtype, cell, options):
+    module, input = ours(cell, INPUTS, H, dtype=dtype, **options).eval(), randn(L, N, INPUTS, dtype=dtype)
     with torch.no_grad():
         first, *others = [module(input)[0] for _ in range(4)]
     assert _C.cached_weights_count() == 1
@@ -143,6 +144,32 @@ def test_threads_share_them():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_dtype_that_is_converted_is_converted_once(dtype):
+    """And what is packed of it for a variant, which may be of another dtype, is not taken for its own."""
+    plain = ours("gru", INPUTS, H, dtype=dtype)
+    zoneout = ours("gru", INPUTS, H, dtype=dtype, zoneout=0.2).eval()
+    for name, parameter in plain.named_parameters():
+        setattr(zoneout, name, parameter)
+    input = randn(L, N, INPUTS, dtype=dtype)
+    want = plain(input)[0].detach(), zoneout(input)[0].detach()
+    for _ in range(2):
+        assert torch.equal(kept(plain, input), want[0])
+        assert torch.equal(kept(zoneout, input), want[1])
+    assert _C.cached_weights_count() == (2 if dtype == torch.bfloat16 and _C.computes_bfloat16() else 1)
+
+
+def test_weights_that_are_no_single_piece_are_not_kept():
+    """They are copied for each call."""
+    module, input = ours("lstm", INPUTS, H), randn(L, N, INPUTS)
+    weights = [w.detach() for w in module._flat_weights]
+    weights[1] = weights[1].t().contiguous().t()
+    with torch.no_grad():
+        results = [ops.layer(input, None, None, weights, cell="lstm")[0] for _ in range(3)]
+    assert all(torch.equal(r, module(input)[0]) for r in results)
+    assert _C.cached_weights_count() == 0
 
 
 def test_capabilities_do_not_share_them():

@@ -1,7 +1,6 @@
 // Chooses the instruction set at run time.
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
@@ -20,22 +19,34 @@ struct Level {
   const char* name;
   const Kernels<float>* float_kernels;
   const Kernels<double>* double_kernels;
+  const Kernels<BFloat16>* bfloat16_kernels;
+  const Kernels<Float16>* float16_kernels;
   void (*digest)(Digest*, const void*, size_t);
   bool (*supported)();
 };
 
+#if defined(RNN_EXT_X86_KERNELS)
+/// Not every compiler knows it by its name.
+bool supports_f16c() {
+  unsigned eax, ebx, ecx = 0, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 const Level kLevels[] = {
 // best first
 #if defined(RNN_EXT_X86_KERNELS)
-    {"avx512", &avx512::kFloat, &avx512::kDouble, &avx512::add_to_digest,
+    {"avx512", &avx512::kFloat, &avx512::kDouble, &avx512::kWidenedBFloat16, &avx512::kWidenedFloat16,
+     &avx512::add_to_digest,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {"avx2", &avx2::kFloat, &avx2::kDouble, &avx2::add_to_digest,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx2", &avx2::kFloat, &avx2::kDouble, &avx2::kWidenedBFloat16, &avx2::kWidenedFloat16, &avx2::add_to_digest,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c(); }},
 #endif
-    {"baseline", &baseline::kFloat, &baseline::kDouble, &baseline::add_to_digest, [] { return true; }},
+    {"baseline", &baseline::kFloat, &baseline::kDouble, &baseline::kWidenedBFloat16, &baseline::kWidenedFloat16,
+     &baseline::add_to_digest, [] { return true; }},
 };
 
 const Level* best() {
@@ -131,11 +142,13 @@ const Kernels<S>& kernels() {
     return *current->float_kernels;
   } else if constexpr (std::is_same_v<S, double>) {
     return *current->double_kernels;
+  } else if constexpr (std::is_same_v<S, Float16>) {
+    return *current->float16_kernels;
   } else {
 #if defined(RNN_EXT_X86_KERNELS)
     if (computes_bfloat16()) return avx512_bf16::kBFloat16;
 #endif
-    throw std::logic_error("rnn_ext: this instruction set does not compute in bfloat16");
+    return *current->bfloat16_kernels;
   }
 }
 
@@ -146,12 +159,35 @@ bool uses_packed_weights(const Layout& layout) {
 }
 
 template <class S>
+bool computes_forward(const Layout& layout) {
+  if constexpr (sizeof(S) > 2) {
+    return true;
+  } else {
+    return kernels<S>().backward || (kernels<S>().forward && !uses_packed_weights(layout));
+  }
+}
+template bool computes_forward<float>(const Layout&);
+template bool computes_forward<double>(const Layout&);
+template bool computes_forward<BFloat16>(const Layout&);
+template bool computes_forward<Float16>(const Layout&);
+
+template <class S>
+bool packs_weights(const Layout& layout) {
+  return kernels<S>().pack && uses_packed_weights(layout);
+}
+template bool packs_weights<float>(const Layout&);
+template bool packs_weights<double>(const Layout&);
+template bool packs_weights<BFloat16>(const Layout&);
+template bool packs_weights<Float16>(const Layout&);
+
+template <class S>
 std::unique_ptr<PackedWeights> pack_weights(CellKind cell, const Sizes& sizes, const Weights<const S>& weights) {
   return kernels<S>().pack(cell, sizes, weights);
 }
 template std::unique_ptr<PackedWeights> pack_weights(CellKind, const Sizes&, const Weights<const float>&);
 template std::unique_ptr<PackedWeights> pack_weights(CellKind, const Sizes&, const Weights<const double>&);
 template std::unique_ptr<PackedWeights> pack_weights(CellKind, const Sizes&, const Weights<const BFloat16>&);
+template std::unique_ptr<PackedWeights> pack_weights(CellKind, const Sizes&, const Weights<const Float16>&);
 
 void add_to_digest(Digest* digest, const void* data, size_t bytes) { current->digest(digest, data, bytes); }
 
@@ -208,6 +244,7 @@ void layer_backward(const BackwardArgs<S>& args, const Executor& executor) {
 template void layer_forward(const ForwardArgs<float>&, const Executor&);
 template void layer_forward(const ForwardArgs<double>&, const Executor&);
 template void layer_forward(const ForwardArgs<BFloat16>&, const Executor&);
+template void layer_forward(const ForwardArgs<Float16>&, const Executor&);
 template void stack_forward(ForwardArgs<float>*, int, const Executor&);
 template void stack_forward(ForwardArgs<double>*, int, const Executor&);
 template void stack_forward(ForwardArgs<BFloat16>*, int, const Executor&);

@@ -49,7 +49,7 @@ class ForwardScan {
         out_(args.sizes.output()),
         out_padded_(Sizes::padded(out_)),
         saved_(saved_values(args.cell, args.sizes.proj != 0, args.variant)),
-        short_(!uses_packed_weights(args.layout)),
+        short_(kOnlyWidened<S> || !uses_packed_weights(args.layout)),
         tail_(!short_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
         is_plain_(!short_ && has_plain_steps(layout_, args.sizes, args.resets.data)),
@@ -90,7 +90,7 @@ class ForwardScan {
         next_end = plan_chunk(end);
         start_ahead();
       }
-      if constexpr (!cells::kIsVariant<Cell>) {
+      if constexpr (!cells::kIsVariant<Cell> && !kOnlyWidened<S>) {
         if (is_plain_) {
           s = run_plain_steps(s, end, gates, now, next);
           if (s == steps) write_h_n(now, 0, 1);
@@ -132,7 +132,7 @@ class ForwardScan {
   static constexpr int64_t kPipelineSteps = 12;       // of a chunk of a stack whose layers run at the same time
 
   static constexpr bool kReduced = !std::is_same_v<S, T>;
-  static constexpr bool kTakesAlong = kSidePays<G>;
+  static constexpr bool kTakesAlong = kSidePays<G> && !kOnlyWidened<S>;
   using Side = std::conditional_t<kTakesAlong, SideTiles<S, kSideRows<G>>, NoSideTiles>;
 
   /// Rows of an odd number of inputs do not consist of whole elements.
@@ -232,18 +232,20 @@ class ForwardScan {
       sums(of, acc);
     };
     const auto finish = cell(at);
-    const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(now + r * out_padded_); };
-    const auto recurrent = [&](UnitBlocks blocks, const auto& init, bool tail) {
-      product<G, S>(rows, blocks.first, blocks.last, step_order(layout_.batch_sizes[t], t), a_row,
-                    weights_.hidden.get(), OneSegment{elements<S>(out_)}, init, finish, tail, &side_,
-                    gates_ahead(t, joined_ ? 1 : chunk_steps_));
-    };
     if (short_) {
       run_short(rows, at, init, finish);
-    } else if (joined_) {
-      join_inputs(t, rows, fetch_output, init, recurrent);
-    } else {
-      recurrent(part_, init, tail_);
+    } else if constexpr (!kOnlyWidened<S>) {
+      const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(now + r * out_padded_); };
+      const auto recurrent = [&](UnitBlocks blocks, const auto& init, bool tail) {
+        product<G, S>(rows, blocks.first, blocks.last, step_order(layout_.batch_sizes[t], t), a_row,
+                      weights_.hidden.get(), OneSegment{elements<S>(out_)}, init, finish, tail, &side_,
+                      gates_ahead(t, joined_ ? 1 : chunk_steps_));
+      };
+      if (joined_) {
+        join_inputs(t, rows, fetch_output, init, recurrent);
+      } else {
+        recurrent(part_, init, tail_);
+      }
     }
     if (args_.sizes.proj) project(t, rows, next);
   }
@@ -372,7 +374,7 @@ class ForwardScan {
       for (int64_t r = 0; r < rows; ++r)
         dot_rows(projected_rows_.get()[r], static_cast<const T*>(nullptr), args_.weights[direction_].weight_hr, out_,
                  hidden_, unprojected_.get() + r * padded_);
-    } else {
+    } else if constexpr (!kOnlyWidened<S>) {
       PlainProduct<S> p;
       p.rows = rows;
       p.columns = out_;

@@ -4,7 +4,7 @@ template <class Cell, class S>
 void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const int directions = args.sizes.directions;
   using Packed = ForwardWeights<cells::Plain<Cell>, S>;
-  const bool pack = uses_packed_weights(args.layout);
+  const bool pack = !kOnlyWidened<S> && uses_packed_weights(args.layout);
   Both<Packed> own;
   const Packed* weights[2] = {};
   parallel(executor, directions, [&](int64_t d) {
@@ -16,7 +16,8 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const auto scan = [&](int d, Slice slice, ForwardStates<S>& states, Team& team, int member, int members) {
     ForwardScan<Cell, S>(args, *weights[d], d, slice, states, team, member, members).run();
   };
-  const int members = cells::kIsNormed<Cell> ? 1 : team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
+  const bool shared = pack && !cells::kIsNormed<Cell>;
+  const int members = shared ? team_size(args.layout, args.sizes, Cell::kGates, executor, slices) : 1;
   if (members == 1) {
     return parallel(executor, directions * slices, [&](int64_t task) {
       const int d = int(task / slices);

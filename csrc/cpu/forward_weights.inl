@@ -12,9 +12,10 @@ struct ForwardWeights : PackedWeights {
         split_bias(s.padded(), true) {
     const int64_t gate_blocks = s.padded() / kLanes<T>;
     for (int64_t g = 0; g < Cell::kGates; ++g) {
-      if (pack) {
-        pack_gates(input.get() + g * gate_blocks * elements<S>(s.input) * kLanes<T>,
-                   w.weight_ih + g * s.hidden * s.input, 1, s.hidden, s.input, gate_blocks);
+      if constexpr (!kOnlyWidened<S>) {
+        if (pack)
+          pack_gates(input.get() + g * gate_blocks * elements<S>(s.input) * kLanes<T>,
+                     w.weight_ih + g * s.hidden * s.input, 1, s.hidden, s.input, gate_blocks);
       }
       if (!w.bias_ih) continue;
       const bool split = g >= Cell::kGates - Cell::kSplit;
@@ -25,10 +26,9 @@ struct ForwardWeights : PackedWeights {
         if (split) store(split_bias.get() + u, hidden_bias);
       }
     }
-    if (!pack) return;
-    if (has_tail<T>(Cell::kGates, s.hidden)) join_tail(w, s);
-    pack_gates(hidden.get(), w.weight_hh, Cell::kGates, s.hidden, s.output(), blocks_of<T>(s.hidden));
-    if (s.proj) pack_gates(proj.get(), w.weight_hr, 1, s.proj, s.hidden, blocks_of<T>(s.proj));
+    if constexpr (!kOnlyWidened<S>) {
+      if (pack) pack_recurrent(w, s);
+    }
   }
 
   Buffer<Element<S>> input;   // [G * padded H / lanes][I][lanes]; a tail is the first gate's last block
@@ -38,6 +38,12 @@ struct ForwardWeights : PackedWeights {
   Buffer<T> split_bias;       // [padded H]: bias_hh of the split gate
 
  private:
+  void pack_recurrent(const Weights<const S>& w, const Sizes& s) {
+    if (has_tail<T>(Cell::kGates, s.hidden)) join_tail(w, s);
+    pack_gates(hidden.get(), w.weight_hh, Cell::kGates, s.hidden, s.output(), blocks_of<T>(s.hidden));
+    if (s.proj) pack_gates(proj.get(), w.weight_hr, 1, s.proj, s.hidden, blocks_of<T>(s.proj));
+  }
+
   void join_tail(const Weights<const S>& w, const Sizes& s) {
     const int64_t first = s.hidden / kLanes<T> * kLanes<T>;
     pack_tail(input.get() + first * elements<S>(s.input), w.weight_ih, Cell::kGates, s.hidden, s.input);

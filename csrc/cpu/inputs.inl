@@ -157,13 +157,15 @@ void ForwardScan<Cell, S>::project_rows() {
     }
     return;
   }
-  PlainProduct<S> p = projection(planned_);
-  if (members_ == 1 && !tail_) return plain_product(p);
-  for (int g = 0; g < G; ++g) {
-    const UnitBlocks blocks = projected_blocks(g);
-    p.first = blocks.first;
-    p.last = blocks.last;
-    plain_product(p);
+  if constexpr (!kOnlyWidened<S>) {
+    PlainProduct<S> p = projection(planned_);
+    if (members_ == 1 && !tail_) return plain_product(p);
+    for (int g = 0; g < G; ++g) {
+      const UnitBlocks blocks = projected_blocks(g);
+      p.first = blocks.first;
+      p.last = blocks.last;
+      plain_product(p);
+    }
   }
 }
 

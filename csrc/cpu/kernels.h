@@ -22,19 +22,21 @@ namespace rnn_ext::cpu {
 /// How many pieces to cut the batch into: as many as there are threads to spare. `itemsize`: bytes of a weight.
 int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor);
 
-/// The kernels for one storage type.
+/// The kernels for one storage type. Where numbers are only widened, of whole layers those of computes_forward() alone.
 template <class S>
 struct Kernels {
-  std::unique_ptr<PackedWeights> (*pack)(CellKind, const Sizes&, const Weights<const S>&);
   void (*forward)(const ForwardArgs<S>&, const Executor&);
-  void (*forward_stack)(const ForwardArgs<S>*, int, const Executor&);
-  void (*backward)(const BackwardArgs<S>&, const Executor&);
+  std::unique_ptr<PackedWeights> (*pack)(CellKind, const Sizes&, const Weights<const S>&) = nullptr;
+  void (*forward_stack)(const ForwardArgs<S>*, int, const Executor&) = nullptr;
+  void (*backward)(const BackwardArgs<S>&, const Executor&) = nullptr;
   void (*random_mask)(uint64_t, double, S, S*, int64_t) = nullptr;
 };
 
 namespace baseline {
 extern const Kernels<float> kFloat;
 extern const Kernels<double> kDouble;
+extern const Kernels<BFloat16> kWidenedBFloat16;
+extern const Kernels<Float16> kWidenedFloat16;
 void add_to_digest(Digest* digest, const void* data, size_t bytes);
 }  // namespace baseline
 #if defined(__x86_64__)
@@ -42,11 +44,15 @@ void add_to_digest(Digest* digest, const void* data, size_t bytes);
 namespace avx2 {
 extern const Kernels<float> kFloat;
 extern const Kernels<double> kDouble;
+extern const Kernels<BFloat16> kWidenedBFloat16;
+extern const Kernels<Float16> kWidenedFloat16;
 void add_to_digest(Digest* digest, const void* data, size_t bytes);
 }  // namespace avx2
 namespace avx512 {
 extern const Kernels<float> kFloat;
 extern const Kernels<double> kDouble;
+extern const Kernels<BFloat16> kWidenedBFloat16;
+extern const Kernels<Float16> kWidenedFloat16;
 void add_to_digest(Digest* digest, const void* data, size_t bytes);
 }  // namespace avx512
 namespace avx512_bf16 {

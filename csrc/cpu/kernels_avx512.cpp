@@ -13,6 +13,7 @@
 #define RNN_EXT_ISA avx512
 #define RNN_EXT_VECTOR_BYTES 64
 #define RNN_EXT_VECTOR_REGISTERS 32
+#define RNN_EXT_WIDENS_FLOAT16
 
 #include "cpu/kernels.inl"
 

@@ -5,6 +5,7 @@
 #define RNN_EXT_VECTOR_BYTES 16
 #if defined(__aarch64__)
 #define RNN_EXT_VECTOR_REGISTERS 32
+#define RNN_EXT_WIDENS_FLOAT16
 #else
 #define RNN_EXT_VECTOR_REGISTERS 15  // of 16: a product needs one before it is added
 #endif

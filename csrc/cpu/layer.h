@@ -1,6 +1,7 @@
 // All timesteps of one recurrent layer, both directions, on the CPU: the interface between csrc/ops and the kernels.
-// Nothing here knows torch. S is what tensors are stored in: float, double or, where computes_bfloat16(), BFloat16;
-// sums, cell states and gradients are of type Compute<S>. Every array is dense in its last dimension.
+// Nothing here knows torch. S is what tensors are stored in: float, double or, as far as computes_forward() and
+// computes_bfloat16() say so, 16 bits; sums, cell states and gradients are of type Compute<S>. Every array is dense in
+// its last dimension.
 //
 // L timesteps, N batch entries, I input size, H hidden size, P size of the output (H without projection), G gates,
 // D directions, T = rows: how many (timestep, entry) pairs exist.
@@ -17,12 +18,21 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+/// IEEE 754's binary16.
+struct Float16 {
+  uint16_t bits;
+};
+
 template <class S>
 struct ComputeOf {
   using type = S;
 };
 template <>
 struct ComputeOf<BFloat16> {
+  using type = float;
+};
+template <>
+struct ComputeOf<Float16> {
   using type = float;
 };
 template <class S>
@@ -189,8 +199,18 @@ void set_tuning(const Tuning& tuning);
 /// Whether the instruction set in use multiplies BFloat16.
 bool computes_bfloat16();
 
-/// Whether a layer of this layout uses packed weights.
+/// Whether layer_forward takes a layer of this layout as it is stored: all but 16 bits, and these where the instruction
+/// set multiplies them, or where it widens them and each weight is used for few rows only. All else, and what
+/// layer_backward and pack_weights are given, must be converted to float.
+template <class S>
+bool computes_forward(const Layout& layout);
+
+/// Whether a layer of this layout uses packed weights, unless it is stored in 16 bits that are only widened.
 bool uses_packed_weights(const Layout& layout);
+
+/// Whether such a layer, stored in S, does.
+template <class S>
+bool packs_weights(const Layout& layout);
 
 template <class S>
 std::unique_ptr<PackedWeights> pack_weights(CellKind cell, const Sizes& sizes, const Weights<const S>& weights);

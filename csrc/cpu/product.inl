@@ -437,12 +437,16 @@ NO_INLINE void dot_rows(T* out, const T* init, const S* weight, int64_t rows, in
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) row[i] = weight + (m + i < rows ? m + i : rows - 1) * depth;
     int64_t k = 0;
-    for (; k + n <= depth; k += n) {
-      const Vec<T> v = load(x + k);
+    for (; k + 2 * n <= depth; k += 2 * n) {
+      Vec<T> v[2], w[2];
+      load_two(x + k, v[0], v[1]);
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) acc[i] = fma(v, load(row[i] + k), acc[i]);
+      for (int i = 0; i < n; ++i) {
+        load_two(row[i] + k, w[0], w[1]);
+        acc[i] = fma(v[1], w[1], fma(v[0], w[0], acc[i]));
+      }
     }
-    if (k < depth) {
+    for (; k < depth; k += n) {
       const Vec<T> v = load_part(x + k, depth - k);
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) acc[i] = fma(v, load_part(row[i] + k, depth - k), acc[i]);

@@ -96,23 +96,115 @@ ALWAYS_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
-#if defined(RNN_EXT_BFLOAT16)
-ALWAYS_INLINE Vec<float> widen(__m256i bits) { return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16); }
-/// The 16-bit patterns of 16 values, rounded where they are floats; lanes from `count` are zero.
-ALWAYS_INLINE __m256i bits_of(Vec<float> v) { return (__m256i)_mm512_cvtneps_pbh(v); }
-ALWAYS_INLINE __m256i bits_part(const BFloat16* p, int64_t count) {
-  return count >= kLanes<float> ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
-                                : _mm256_maskz_loadu_epi16(first_lanes<__mmask16>(count), p);
-}
-ALWAYS_INLINE __m256i bits_part(const float* p, int64_t count) { return bits_of(load_part(p, count)); }
+/// The bits of as many 16-bit numbers as there are floats in a vector.
+typedef uint16_t Bits16 __attribute__((vector_size(RNN_EXT_VECTOR_BYTES / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
 
-ALWAYS_INLINE Vec<float> load(const BFloat16* p) { return widen(bits_part(p, kLanes<float>)); }
-ALWAYS_INLINE Vec<float> load_part(const BFloat16* p, int64_t count) { return widen(bits_part(p, count)); }
-ALWAYS_INLINE void store(BFloat16* p, Vec<float> v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits_of(v)); }
-ALWAYS_INLINE void store_part(BFloat16* p, Vec<float> v, int64_t count) {
-  count >= kLanes<float> ? store(p, v) : _mm256_mask_storeu_epi16(p, first_lanes<__mmask16>(count), bits_of(v));
-}
+/// 16-bit numbers as floats, and floats rounded to them, to the nearest and the even one of two.
+template <class S>
+struct Convert;
+template <>
+struct Convert<BFloat16> {
+#if RNN_EXT_VECTOR_BYTES == 64  // GCC makes halves and quarters of a general conversion
+  ALWAYS_INLINE static Vec<float> widen(Bits16 v) {
+    return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
+  }
+#elif RNN_EXT_VECTOR_BYTES == 32
+  ALWAYS_INLINE static Vec<float> widen(Bits16 v) {
+    return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
+  }
+#else
+  ALWAYS_INLINE static Vec<float> widen(Bits16 v) { return (Vec<float>)(__builtin_convertvector(v, Bits32) << 16); }
 #endif
+#if defined(RNN_EXT_BFLOAT16)
+  ALWAYS_INLINE static Bits16 narrow(Vec<float> v) { return (Bits16)_mm512_cvtneps_pbh(v); }
+#else
+  ALWAYS_INLINE static Bits16 narrow(Vec<float> v) {
+    const Bits32 bits = (Bits32)v;
+    const Bits32 rounded = bits + (0x7fff + (bits >> 16 & 1));
+    const Bits32 quiet = bits | 0x400000;  // a NaN whose last digits are cut off stays one
+    return __builtin_convertvector((v == v ? rounded : quiet) >> 16, Bits16);
+  }
+#endif
+};
+#if defined(RNN_EXT_WIDENS_FLOAT16)
+template <>
+struct Convert<Float16> {
+#if RNN_EXT_VECTOR_BYTES == 64
+  ALWAYS_INLINE static Vec<float> widen(Bits16 v) { return _mm512_cvtph_ps((__m256i)v); }
+  ALWAYS_INLINE static Bits16 narrow(Vec<float> v) { return (Bits16)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+#elif RNN_EXT_VECTOR_BYTES == 32
+  ALWAYS_INLINE static Vec<float> widen(Bits16 v) { return _mm256_cvtph_ps((__m128i)v); }
+  ALWAYS_INLINE static Bits16 narrow(Vec<float> v) { return (Bits16)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+  ALWAYS_INLINE static Vec<float> widen(Bits16 v) { return (Vec<float>)vcvt_f32_f16((float16x4_t)v); }
+  ALWAYS_INLINE static Bits16 narrow(Vec<float> v) { return (Bits16)vcvt_f16_f32((float32x4_t)v); }
+#endif
+};
+#endif
+
+template <class S>
+concept Stored16 = std::is_same_v<S, BFloat16> || std::is_same_v<S, Float16>;
+
+/// The bits of `count` numbers, rounded where they are floats; zeros behind them.
+template <Stored16 S>
+ALWAYS_INLINE Bits16 bits_part(const S* p, int64_t count) {
+  Bits16 bits = {};
+  if (count >= kLanes<float>) {
+    __builtin_memcpy(&bits, p, sizeof(bits));
+  } else {
+#if RNN_EXT_VECTOR_BYTES == 64
+    bits = (Bits16)_mm256_maskz_loadu_epi16(first_lanes<__mmask16>(count), p);
+#else
+    for (int64_t i = 0; i < count; ++i) bits[i] = p[i].bits;
+#endif
+  }
+  return bits;
+}
+template <Stored16 S>
+ALWAYS_INLINE Bits16 bits_part(const float* p, int64_t count) {
+  return Convert<S>::narrow(load_part(p, count));
+}
+
+template <Stored16 S>
+ALWAYS_INLINE Vec<float> load_part(const S* p, int64_t count) {
+  return Convert<S>::widen(bits_part(p, count));
+}
+template <Stored16 S>
+ALWAYS_INLINE Vec<float> load(const S* p) {
+  return load_part(p, kLanes<float>);
+}
+template <Stored16 S>
+ALWAYS_INLINE void store_part(S* p, Vec<float> v, int64_t count) {
+  const Bits16 bits = Convert<S>::narrow(v);
+  if (count >= kLanes<float>) {
+    __builtin_memcpy(static_cast<void*>(p), &bits, sizeof(bits));
+  } else {
+#if RNN_EXT_VECTOR_BYTES == 64
+    _mm256_mask_storeu_epi16(p, first_lanes<__mmask16>(count), (__m256i)bits);
+#else
+    for (int64_t i = 0; i < count; ++i) p[i].bits = bits[i];
+#endif
+  }
+}
+template <Stored16 S>
+ALWAYS_INLINE void store(S* p, Vec<float> v) {
+  store_part(p, v, kLanes<float>);
+}
+
+/// Two vectors of numbers that follow each other, in an order that only a sum over all of them does not see.
+template <class S>
+ALWAYS_INLINE void load_two(const S* p, Vec<Compute<S>>& a, Vec<Compute<S>>& b) {
+  if constexpr (std::is_same_v<S, BFloat16>) {  // the even ones and the odd ones: widened by one instruction each
+    Bits32 bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    a = (Vec<float>)(bits << 16);
+    b = (Vec<float>)(bits & 0xffff0000);
+  } else {
+    a = load(p);
+    b = load(p + kLanes<Compute<S>>);
+  }
+}
 
 /// What the operands of a matrix product are made of: numbers of the storage type S or, where the processor multiplies
 /// and adds them two at a time, pairs of them that follow each other in k.
@@ -131,6 +223,15 @@ struct ElementOf<BFloat16> {
 #endif
 template <class S>
 using Element = typename ElementOf<S>::type;
+
+/// Numbers that are widened when they are read: a product with weights as they are takes them, none with packed ones.
+#if defined(RNN_EXT_BFLOAT16)
+template <class S>
+constexpr bool kOnlyWidened = std::is_same_v<S, Float16>;
+#else
+template <class S>
+constexpr bool kOnlyWidened = Stored16<S>;
+#endif
 
 /// How many elements hold `size` numbers; the last one may be filled up with a zero.
 template <class S>
@@ -171,8 +272,8 @@ struct Operand<BFloat16> {
 template <class From>
 ALWAYS_INLINE void store_pairs(Pair* to, const From* low, const From* high, int64_t count) {
   const __m512i zero = _mm512_setzero_si512();
-  const __m512i a = low ? _mm512_cvtepu16_epi32(bits_part(low, count)) : zero;
-  const __m512i b = high ? _mm512_cvtepu16_epi32(bits_part(high, count)) : zero;
+  const __m512i a = low ? _mm512_cvtepu16_epi32((__m256i)bits_part<BFloat16>(low, count)) : zero;
+  const __m512i b = high ? _mm512_cvtepu16_epi32((__m256i)bits_part<BFloat16>(high, count)) : zero;
   _mm512_storeu_si512(to, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
 }
 #endif

@@ -1,5 +1,5 @@
-// The layer op on the CPU: hands tensors to csrc/cpu. float16, and bfloat16 where the processor does not multiply it,
-// is converted to float32 and back.
+// The layer op on the CPU: hands tensors to csrc/cpu. What its kernels do not take of float16 and bfloat16 is converted
+// to float32 and back.
 #include <ATen/Parallel.h>
 #include <pthread.h>
 #include <torch/library.h>
@@ -69,24 +69,39 @@ cpu::Executor executor() {
   return executor;
 }
 
-/// What the kernels store sequences, states and weights in, and what they sum, keep for backward and return gradients
-/// in.
-at::ScalarType storage_type(const at::Tensor& input, cpu::Variant variant) {
-  const at::ScalarType type = input.scalar_type();
-  const bool multiplied = cpu::computes_bfloat16() && variant == cpu::Variant::kPlain;
-  const bool converted = type == at::kHalf || (type == at::kBFloat16 && !multiplied);
-  return converted ? at::kFloat : type;
-}
+/// What the kernels sum, keep for backward and return gradients in.
 at::ScalarType compute_type(const at::Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-/// Calls fn(S()) with the type S of csrc/cpu for a storage type.
-template <class Fn>
+/// What the kernels store sequences, states and weights in, forward
+at::ScalarType forward_type(const at::Tensor& input, cpu::Variant variant, const cpu::Layout& layout) {
+  const at::ScalarType type = input.scalar_type();
+  const bool plain = variant == cpu::Variant::kPlain;
+  if (type == at::kBFloat16 && plain && cpu::computes_forward<cpu::BFloat16>(layout)) return type;
+  if (type == at::kHalf && plain && cpu::computes_forward<cpu::Float16>(layout)) return type;
+  return compute_type(input);
+}
+/// and backward.
+at::ScalarType backward_type(const at::Tensor& input, cpu::Variant variant) {
+  const bool is_bfloat16 = input.scalar_type() == at::kBFloat16 && variant == cpu::Variant::kPlain;
+  return is_bfloat16 && cpu::computes_bfloat16() ? at::kBFloat16 : compute_type(input);
+}
+
+template <class S>
+constexpr at::ScalarType kScalarType = at::kFloat;
+template <>
+constexpr at::ScalarType kScalarType<double> = at::kDouble;
+template <>
+constexpr at::ScalarType kScalarType<cpu::BFloat16> = at::kBFloat16;
+template <>
+constexpr at::ScalarType kScalarType<cpu::Float16> = at::kHalf;
+
+/// Calls fn(S()) with that one of the types S of csrc/cpu that a storage type stands for.
+template <class... S, class Fn>
 void with_storage(at::ScalarType type, const Fn& fn) {
-  if (type == at::kDouble) return fn(double());
-  if (type == at::kBFloat16) return fn(cpu::BFloat16());
-  fn(float());
+  const bool found = ((type == kScalarType<S> && (fn(S()), true)) || ...);
+  TORCH_INTERNAL_ASSERT(found, "no kernels for tensors of ", type);
 }
 
 template <class T>
@@ -201,20 +216,18 @@ class ForwardCall {
               const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& resets,
               const OptionalTensors& masks, const LayerOptions& options, bool save)
       : shape(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options),
-        dtype(storage_type(input, shape.variant)),
+        dtype(forward_type(input, shape.variant, shape.layout())),
         input_(input),
         resets_(resets),
-        given_weights_(weights.vec()),
         x_(prepare_sequence(input, dtype)),
         h_0_(prepare(h_0, dtype)),
         c_0_(prepare(c_0, dtype)),
         masks_(masks, dtype),
         ends_(lengths.has_value()),
-        save_(save) {
+        save_(save),
+        weights_(weights.vec()) {
     const auto like = input.options().dtype(dtype);
     const cpu::Sizes& sizes = shape.sizes;
-    weights_.reserve(weights.size());
-    for (const at::Tensor& weight : weights) weights_.push_back(prepare(weight, dtype));
     const auto new_sequence = [&](int64_t features) { return empty(shape.sequence_sizes(features), like); };
     output = new_sequence(sizes.directions * sizes.output());
     cells_ = options.cell_states ? new_sequence(sizes.directions * sizes.hidden) : empty({0}, like);
@@ -248,13 +261,9 @@ class ForwardCall {
     args.c_n = shape.cell.has_cell ? data<S>(c_n_) : nullptr;
     args.saved = save_ ? data<cpu::Compute<S>>(saved_) : nullptr;
     for (int d = 0; d < shape.sizes.directions; ++d) {
+      if (!save_ && cpu::packs_weights<S>(args.layout)) args.packed[d] = find_packed<S>(d);
+      prepare_weights(weights_, d, args.packed[d] != nullptr);
       args.weights[d] = named_weights<const S>(weights_, shape, d);
-      if (save_ || !cpu::uses_packed_weights(args.layout)) continue;
-      const int hh = shape.index(d, LayerShape::kWeightHh), ih = shape.index(d, LayerShape::kWeightIh);
-      const auto as_given = [&](int i) { return weights_[i].is_same(given_weights_[i]); };
-      if (!as_given(hh) || !as_given(ih)) continue;  // converted for this call alone
-      packed_[d] = cached_weights(args.cell, shape.sizes, args.weights[d], weights_[hh]);
-      args.packed[d] = packed_[d].get();
     }
     return args;
   }
@@ -269,9 +278,33 @@ class ForwardCall {
   at::Tensor output;
 
  private:
+  /// The packed weights of a direction, if they are kept; as long as this object lives.
+  template <class S>
+  const cpu::PackedWeights* find_packed(int d) {
+    const auto all = at::TensorList(weights_).slice(d * shape.weights_per_direction, shape.weights_per_direction);
+    for (const at::Tensor& weight : all)
+      if (!weight.is_contiguous()) return nullptr;
+    packed_[d] = cached_weights(shape.cell.kind, shape.sizes, all, dtype, [&] {
+      std::vector<at::Tensor> prepared = weights_;
+      prepare_weights(prepared, d, false);
+      return cpu::pack_weights(shape.cell.kind, shape.sizes, named_weights<const S>(prepared, shape, d));
+    });
+    return packed_[d].get();
+  }
+
+  /// Those of a direction; what is packed the kernels do not look at.
+  void prepare_weights(std::vector<at::Tensor>& weights, int d, bool packed) const {
+    for (int i = 0; i < LayerShape::kWeights; ++i) {
+      const int at = shape.index(d, LayerShape::Weight(i));
+      if (at < 0) continue;
+      const bool is_bias = i == LayerShape::kBiasIh || i == LayerShape::kBiasHh;
+      const bool is_normed = i >= LayerShape::kWeightNormIh || (is_bias && shape.variant == cpu::Variant::kLayerNorm);
+      weights[at] = packed && !is_normed ? at::Tensor() : prepare(weights[at], dtype);
+    }
+  }
+
   const at::Tensor input_;
   const OptionalTensor resets_;
-  const std::vector<at::Tensor> given_weights_;
   const at::Tensor x_;
   const OptionalTensor h_0_, c_0_;
   const PreparedMasks masks_;
@@ -287,7 +320,8 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
                       bool bidirectional, bool batch_first, bool cell_states, bool save, bool /*recompute*/) {
   ForwardCall call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
                    {cell, bidirectional, batch_first, cell_states}, save);
-  with_storage(call.dtype, [&](auto storage) { cpu::layer_forward(call.args<decltype(storage)>(), executor()); });
+  with_storage<float, double, cpu::BFloat16, cpu::Float16>(
+      call.dtype, [&](auto storage) { cpu::layer_forward(call.args<decltype(storage)>(), executor()); });
   return call.result();
 }
 
@@ -300,7 +334,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
                               bool cell_states, const c10::List<bool>& output_mask) {
   const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
                          {cell, bidirectional, batch_first, cell_states});
-  const at::ScalarType dtype = storage_type(input, shape.variant);
+  const at::ScalarType dtype = backward_type(input, shape.variant);
   const auto options = input.options().dtype(compute_type(input));
   const cpu::Sizes& sizes = shape.sizes;
   TORCH_CHECK(output_mask.size() == 3 + weights.size(), "expected output_mask of ", 3 + weights.size(), " values, got ",
@@ -337,7 +371,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     if (output_mask.get(3 + i)) dw[i] = empty(weights[i].sizes(), options);
   }
 
-  with_storage(dtype, [&](auto storage) {
+  with_storage<float, double, cpu::BFloat16>(dtype, [&](auto storage) {
     using scalar_t = decltype(storage);
     using compute_t = cpu::Compute<scalar_t>;
     cpu::BackwardArgs<scalar_t> args;
@@ -385,8 +419,6 @@ bool pipelines(const at::Tensor& input, int64_t batch, const StackWeights& weigh
   const CellInfo cell = cell_info(options.cell);
   const at::Tensor &weight_ih = weights[0][0], &weight_hh = weights[0][1];
   if (weight_ih.dim() != 2 || weight_hh.dim() != 2 || weight_ih.size(1) == 0) return false;
-  // The next layer reads the output as the caller sees it, rounded: not what the kernels would hand on.
-  if (storage_type(input, cpu::Variant::kPlain) != input.scalar_type()) return false;
   cpu::Sizes sizes;
   sizes.input = weight_ih.size(1);
   sizes.hidden = weight_ih.size(0) / cell.gates;
@@ -395,6 +427,8 @@ bool pipelines(const at::Tensor& input, int64_t batch, const StackWeights& weigh
   layout.batch = batch;
   layout.rows = input.numel() / sizes.input;
   layout.steps = std::max<int64_t>(1, layout.rows / batch);
+  // The next layer reads the output as the caller sees it, rounded: not what the kernels would hand on.
+  if (forward_type(input, cpu::Variant::kPlain, layout) != input.scalar_type()) return false;
   return cpu::pipelines(cell.kind, sizes, layout, int64_t(weights.size()), input.element_size(), threads);
 }
 
@@ -409,7 +443,7 @@ std::vector<LayerResult> pipelined_forward(const at::Tensor& input, const StackS
     calls.emplace_back(k ? calls.back().output : input, h_0[k], c_0[k], weights[k], batch_sizes, lengths, resets,
                        OptionalTensors(), own, save[k]);
   }
-  with_storage(calls[0].dtype, [&](auto storage) {
+  with_storage<float, double, cpu::BFloat16>(calls[0].dtype, [&](auto storage) {
     std::vector<cpu::ForwardArgs<decltype(storage)>> args;
     for (ForwardCall& call : calls) args.push_back(call.args<decltype(storage)>());
     cpu::stack_forward(args.data(), int(args.size()), executor());

@@ -7,8 +7,6 @@
 #include <new>
 #include <vector>
 
-#include "cells/cells.h"
-
 namespace rnn_ext::ops {
 namespace {
 
@@ -18,7 +16,7 @@ struct Key {
   const char* capability;  // a literal: packed for one instruction set only
   cpu::CellKind cell;
   int64_t input, hidden, proj;
-  size_t item;
+  at::ScalarType given, stored;
   bool operator==(const Key&) const = default;
 };
 
@@ -47,30 +45,28 @@ Entry* find(const Key& key) {
   return &entries.back();
 }
 
-template <class S>
-cpu::Digest digest_of(cpu::CellKind cell, const cpu::Sizes& sizes, const cpu::Weights<const S>& w) {
-  const int64_t rows = cells::kGatesOf[int(cell)] * sizes.hidden;
+cpu::Digest digest_of(at::TensorList weights) {
   cpu::Digest digest;
-  const auto add = [&](const S* data, int64_t size) {
-    if (data) cpu::add_to_digest(&digest, data, size_t(size) * sizeof(S));
-  };
-  add(w.weight_ih, rows * sizes.input);
-  add(w.weight_hh, rows * sizes.output());
-  add(w.bias_ih, rows);
-  add(w.bias_hh, rows);
-  add(w.weight_hr, sizes.proj * sizes.hidden);
+  for (const at::Tensor& weight : weights) cpu::add_to_digest(&digest, weight.const_data_ptr(), weight.nbytes());
   return digest;
 }
 
 }  // namespace
 
-template <class S>
-std::shared_ptr<const cpu::PackedWeights> cached_weights(cpu::CellKind cell, const cpu::Sizes& sizes,
-                                                         const cpu::Weights<const S>& weights,
-                                                         const at::Tensor& weight_hh) {
-  const Key key{weights.weight_hh, weights.weight_ih, cpu::capability(), cell,
-                sizes.input,       sizes.hidden,      sizes.proj,        sizeof(S)};
-  const cpu::Digest digest = digest_of(cell, sizes, weights);
+std::shared_ptr<const cpu::PackedWeights> cached_weights(
+    cpu::CellKind cell, const cpu::Sizes& sizes, at::TensorList weights, at::ScalarType stored,
+    c10::function_ref<std::unique_ptr<cpu::PackedWeights>()> pack) {
+  const at::Tensor &weight_ih = weights[0], &weight_hh = weights[1];
+  const Key key{weight_hh.const_data_ptr(),
+                weight_ih.const_data_ptr(),
+                cpu::capability(),
+                cell,
+                sizes.input,
+                sizes.hidden,
+                sizes.proj,
+                weight_hh.scalar_type(),
+                stored};
+  const cpu::Digest digest = digest_of(weights);
   {
     const std::lock_guard<std::mutex> lock(mutex);
     Entry* entry = find(key);
@@ -84,20 +80,12 @@ std::shared_ptr<const cpu::PackedWeights> cached_weights(cpu::CellKind cell, con
     }
     if (entry->packed) return entry->packed;
   }
-  std::shared_ptr<const cpu::PackedWeights> packed = cpu::pack_weights(cell, sizes, weights);
+  const std::shared_ptr<const cpu::PackedWeights> packed = pack();
   const std::lock_guard<std::mutex> lock(mutex);
   Entry* entry = find(key);
   if (entry && entry->digest == digest) entry->packed = packed;
   return packed;
 }
-
-template std::shared_ptr<const cpu::PackedWeights> cached_weights(cpu::CellKind, const cpu::Sizes&,
-                                                                  const cpu::Weights<const float>&, const at::Tensor&);
-template std::shared_ptr<const cpu::PackedWeights> cached_weights(cpu::CellKind, const cpu::Sizes&,
-                                                                  const cpu::Weights<const double>&, const at::Tensor&);
-template std::shared_ptr<const cpu::PackedWeights> cached_weights(cpu::CellKind, const cpu::Sizes&,
-                                                                  const cpu::Weights<const cpu::BFloat16>&,
-                                                                  const at::Tensor&);
 
 int64_t cached_weights_count() {
   const std::lock_guard<std::mutex> lock(mutex);

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/FunctionRef.h>
 
 #include <memory>
 
@@ -9,15 +11,14 @@
 
 namespace rnn_ext::ops {
 
-/// The weights of one direction, packed; null if they are not worth keeping yet. They are recognised by where they lie
-/// and compared by a digest of what they hold, so that no way of changing them goes unnoticed: not in place, not
-/// through
-/// `.data` and not by another process. Kept from the second call with the same values on, as long as the storage of
-/// weight_hh lives; any thread may call.
-template <class S>
+/// The weights of one direction, packed by `pack`; null if they are not worth keeping yet. They are recognised by where
+/// they lie and compared by a digest of what they hold, so that no way of changing them goes unnoticed: not in place,
+/// not through `.data` and not by another process. Kept from the second call with the same values on, as long as the
+/// storage of weight_hh lives; any thread may call.
+/// weights: as the caller has them, weight_ih and weight_hh first, each in one piece. stored: what `pack` is given.
 std::shared_ptr<const cpu::PackedWeights> cached_weights(cpu::CellKind cell, const cpu::Sizes& sizes,
-                                                         const cpu::Weights<const S>& weights,
-                                                         const at::Tensor& weight_hh);
+                                                         at::TensorList weights, at::ScalarType stored,
+                                                         c10::function_ref<std::unique_ptr<cpu::PackedWeights>()> pack);
 
 /// How many packed weights are kept, and forget them all; for tests.
 int64_t cached_weights_count();

@@ -1,0 +1,115 @@
+"""Tensors of 16 bits on the CPU: computed in float32, and read as they lie where each weight is used for few rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from util import CELLS, LAYOUTS, Case, agree, build, check_values, instruction_sets, oracle, run
+
+from rnn_ext import ops
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 8)])
+def test_every_layout(cell, proj, layout, dtype):
+    """Storage in 16 bits, accumulation and cell state in 32: close to exact arithmetic on the same 16-bit numbers."""
+    flags = {"lengths": True, "resets": True} if layout != "packed" else {}
+    problem = build(Case(cell, layout, True, proj=proj, size=(31, 5, 9, 17), **flags)).to(dtype)
+    if cell == "rnn_relu":
+        # Keep pre-activations off zero, where rounding decides whether a unit passes a gradient or none.
+        for name, bias in problem.weights.items():
+            if name.startswith("bias_ih"):
+                bias.copy_(torch.where(torch.arange(17) % 2 == 0, 4.0, -4.0))
+            if name.startswith("weight"):
+                bias.mul_(0.25)
+    agree(problem, dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_sums_are_of_float32(cell):
+    """A sum of 4,096 products of 0.01 comes out wrong if it is accumulated in 16 bits; input and hidden part alike."""
+    for inputs, hidden in ((4096, 1), (1, 4096)):
+        if hidden == 4096 and cell != "rnn_tanh":
+            continue  # one cell is enough for the larger product
+        problem = build(Case(cell, size=(1, 1, inputs, hidden)))
+        problem = problem.map(lambda t: torch.full_like(t, 0.01)).to(torch.bfloat16)
+        with torch.no_grad():
+            check(run(problem), oracle(problem.to(torch.float64)))
+
+
+def check(actual, expected):
+    # One rounding of a result to bfloat16 (4e-3), no more: values here are around 0.4 to 1.
+    for name, want in expected.items():
+        torch.testing.assert_close(actual[name].double(), want.double(), rtol=4e-3, atol=1e-4)
+
+
+# L, N, I, H of at most four rows: 1, less and more than one vector or two of every width, with and without a rest.
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1, 1, 1), (1, 1, 129, 65), (1, 3, 33, 16), (2, 2, 31, 33), (4, 1, 64, 40), (1, 4, 7, 130), (3, 1, 9, 7)],
+    ids=lambda size: "x".join(map(str, size)),
+)
+def test_few_rows(size, dtype):
+    """Forward, with and without what backward needs; h goes on rounded, as the output shows it."""
+    for cell, layout in zip(CELLS, ("packed", "dense", "batch_first", "dense"), strict=True):
+        for proj in (0, (size[3] + 1) // 2) if cell == "lstm" and size[3] > 1 else (0,):
+            flags = {} if layout == "packed" else {"lengths": True, "resets": True}
+            problem = build(Case(cell, layout, True, proj=proj, size=size, **flags)).to(dtype)
+            expected = oracle(problem.to(torch.float64))
+            for _ in instruction_sets():
+                with torch.no_grad():
+                    actual = run(problem)
+                check_values(actual, expected, dtype)
+                kept = run(problem.requiring())
+                assert all(t.dtype == dtype and torch.equal(t, kept[name]) for name, t in actual.items())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 1, 33, 65), (2, 2, 31, 33), (4, 1, 64, 40)], ids=lambda size: "x".join(map(str, size))
+)
+def test_gradients_of_few_rows(size, dtype):
+    for cell in ("rnn_tanh", "gru", "lstm"):
+        agree(build(Case(cell, "dense", True, size=size)).to(dtype), dtype)
+
+
+def identity(dtype, inputs: int) -> list[torch.Tensor]:
+    """An RNN of one unit that sums up its inputs."""
+    return [torch.ones(1, inputs, dtype=dtype), torch.zeros(1, 1, dtype=dtype)]
+
+
+def of_one_step(rows: torch.Tensor) -> torch.Tensor:
+    """relu(sum of each row), four rows a call: as many as weights are used as they lie for."""
+    weights = identity(rows.dtype, rows.shape[1])
+    parts = [ops.layer(part.unsqueeze(0), None, None, weights, cell="rnn_relu")[0].flatten() for part in rows.split(4)]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_number_is_read_and_written(dtype):
+    """All that are not negative, the smallest and the largest among them, infinity and NaN."""
+    numbers = torch.arange(0, 1 << 15, dtype=torch.int16).view(dtype)
+    if dtype == torch.bfloat16:  # float32 has no room below its own smallest normal number: taken for 0
+        numbers = numbers[(numbers == 0) | ~(numbers < torch.finfo(torch.float32).tiny)]
+    for _ in instruction_sets():
+        found = of_one_step(numbers.unsqueeze(1)[::3])
+        torch.testing.assert_close(found, numbers[::3], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_results_are_rounded_to_the_nearest(dtype):
+    """To the even one of two; what is too large for float16 is infinite."""
+    generator = torch.Generator().manual_seed(3)
+    large, small = (torch.rand(600, generator=generator) * 4).to(dtype), torch.rand(600, generator=generator)
+    ulp = torch.finfo(dtype).eps * 2.0 ** torch.floor(torch.log2(large.double()))
+    small[:300] = 0.5  # of a unit in the last place: ties
+    rows = torch.stack([large, (small * ulp).to(dtype)], 1)
+    rows[-1] = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).max])
+    expected = (rows[:, 0].float() + rows[:, 1].float()).to(dtype)
+    assert torch.isinf(expected[-1])
+    for _ in instruction_sets():
+        assert torch.equal(of_one_step(rows), expected)
