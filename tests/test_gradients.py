@@ -23,6 +23,7 @@ from util import (
     check_values,
     cotangents,
     gradients,
+    instruction_sets,
     matrix,
     oracle,
     run,
@@ -251,6 +252,26 @@ def test_nan_reaches_the_gradients_of_its_own_row_only(cell):
         {name: clean[name][:, others] for name in ("input", "h_0")},
     )
     assert torch.isnan(grads["input"][:, 1]).any()
+
+
+# L, N, I, H: weights in whole vectors, with a rest, and less than one; more rows than are taken to be few.
+@pytest.mark.parametrize(
+    "size", [(1, 1, 64, 32), (1, 2, 70, 69), (1, 1, 3, 5), (3, 1, 33, 16), (1, 6, 20, 17)], ids=str
+)
+@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 19), ("lstm", 32)])
+def test_few_rows(cell, proj, size):
+    """Backward packs no weight that it multiplies few rows by, or none: by what is asked for, with each kernel."""
+    if proj >= size[3]:
+        proj = 0
+    for state, bidirectional in itertools.product((True, False), repeat=2):
+        problem = build(Case(cell, "dense", bidirectional, proj=proj, state=state, size=size))
+        names = list(problem.leaves())
+        for wrt in (names, names[1:], [*problem.weights], ["input"], ["h_0"] if state else names):
+            expected, expected_grads = gradients(oracle, problem, wrt=wrt)
+            for _ in instruction_sets():
+                actual, grads = gradients(run, problem, wrt=wrt)
+                check_values(actual, expected)
+                check_gradients(grads, expected_grads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])

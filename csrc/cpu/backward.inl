@@ -85,28 +85,54 @@ void multiply_rows(T* out, const T* a, const T* b, int64_t columns) {
     store(out + i, load_part(a + i, columns - i) * load_part(b + i, columns - i));
 }
 
-/// One direction's weights as the backward passes want them: rows of the weight are rows of B.
+/// A weight [G*H, width] that backward multiplies by: its rows are rows of B. For so few rows of A that packing would
+/// cost more than it saves, its whole blocks of columns are taken as they are, and only what is left of a block packed.
 template <class Cell, class S>
-struct BackwardWeights {
-  BackwardWeights(const Weights<const S>& w, const Sizes& s, bool with_input)
-      : hidden(Cell::kGates * elements<S>(s.hidden) * Sizes::padded(s.output())),
-        input(with_input ? Cell::kGates * elements<S>(s.hidden) * Sizes::padded(s.input) : 0),
-        proj(s.proj ? elements<S>(s.proj) * s.padded() : 0) {
-    pack(hidden.get(), w.weight_hh, s.hidden, s.output());
-    if (with_input) pack(input.get(), w.weight_ih, s.hidden, s.input);
-    if (s.proj) pack_rows<S>(proj.get(), [&](int64_t k) { return w.weight_hr + k * s.hidden; }, s.proj, 0, s.hidden);
+class BackwardWeight {
+  using T = Compute<S>;
+
+ public:
+  BackwardWeight(const S* weight, int64_t hidden, int64_t width, bool wanted, bool few)
+      : plain_(wanted && few && kPack<S> == 1 ? weight : nullptr),
+        width_(width),
+        apart_(plain_ ? in_units_of<kLanes<T>>(width) : 0),
+        packed_(wanted ? Cell::kGates * elements<S>(hidden) * (blocks_of<T>(width) - apart_) * kLanes<T> : 0) {
+    if (packed_.get()) pack(packed_.get(), weight, hidden, width, apart_ * kLanes<T>);
   }
-  Buffer<Element<S>> hidden;  // [P / lanes][G*H][lanes]
-  Buffer<Element<S>> input;   // [I / lanes][G*H][lanes]
-  Buffer<Element<S>> proj;    // [H / lanes][P][lanes]
+
+  /// For products that multiply by packed weights only: null where it was said not to be wanted.
+  const Element<S>* packed() const { return packed_.get(); }
+
+  /// Of a product whose B this is.
+  void multiply(PlainProduct<S>& p) const {
+    if constexpr (kPack<S> == 1) {
+      if (plain_) {
+        const int64_t first = p.first, last = p.last < 0 ? blocks_of<T>(width_) : p.last;
+        p.b = plain_;
+        p.b_stride = width_;
+        p.last = smaller(last, apart_);
+        plain_product<S, true>(p);
+        p.first = larger(first, apart_) - apart_;
+        p.last = last - apart_;
+        p.b_stride = 0;
+      }
+    }
+    if (p.last >= 0 && p.first >= p.last) return;
+    Buffer<T*> c(apart_ > 0 ? p.rows : 0);
+    for (int64_t r = 0; r < p.rows && apart_ > 0; ++r) c.get()[r] = p.c[r] + apart_ * kLanes<T>;
+    if (apart_ > 0) p.c = c.get();
+    p.columns -= apart_ * kLanes<T>;
+    p.b = packed_.get();
+    plain_product(p);
+  }
 
  private:
-  /// Each gate begins with an element of its own. A few blocks at a time: of powers of two, all begin in the same set
-  /// of the first-level cache.
-  static void pack(Element<S>* to, const S* weight, int64_t hidden, int64_t width) {
-    constexpr int64_t kColumns = 4 * kLanes<Compute<S>>;
+  /// The columns from `begin` on. Each gate begins with an element of its own. A few blocks at a time: of powers of
+  /// two, all begin in the same set of the first-level cache.
+  static void pack(Element<S>* to, const S* weight, int64_t hidden, int64_t width, int64_t begin) {
+    constexpr int64_t kColumns = 4 * kLanes<T>;
     const int64_t depth = elements<S>(hidden) * kPack<S>, packed_depth = Cell::kGates * elements<S>(hidden);
-    for (int64_t first = 0; first < width; first += kColumns) {
+    for (int64_t first = begin; first < width; first += kColumns) {
       const S* next = weight;
       int64_t unit = 0;
       const auto row = [&](int64_t) -> const S* {
@@ -115,9 +141,31 @@ struct BackwardWeights {
         if (++unit == depth) unit = 0;
         return at;
       };
-      pack_rows<S>(to + first * packed_depth, row, Cell::kGates * depth, first, smaller(kColumns, width - first));
+      pack_rows<S>(to + (first - begin) * packed_depth, row, Cell::kGates * depth, first,
+                   smaller(kColumns, width - first));
     }
   }
+
+  const S* const plain_;
+  const int64_t width_, apart_;  // blocks that are not packed
+  Buffer<Element<S>> packed_;    // [blocks][G*H][lanes]
+};
+
+/// One direction's weights as the backward passes want them.
+template <class Cell, class S>
+struct BackwardWeights {
+  BackwardWeights(const BackwardArgs<S>& args, const Weights<const S>& w)
+      : hidden(w.weight_hh, args.sizes.hidden, args.sizes.output(), args.layout.steps > 1 || args.grad_h_0,
+               args.layout.steps <= 1 && has_few_rows(args.layout)),
+        input(w.weight_ih, args.sizes.hidden, args.sizes.input, args.grad_input.data, has_few_rows(args.layout)),
+        proj(args.sizes.proj ? elements<S>(args.sizes.proj) * args.sizes.padded() : 0) {
+    const Sizes& s = args.sizes;
+    if (s.proj) pack_rows<S>(proj.get(), [&](int64_t k) { return w.weight_hr + k * s.hidden; }, s.proj, 0, s.hidden);
+  }
+  static bool has_few_rows(const Layout& layout) { return !uses_packed_weights(layout); }
+
+  const BackwardWeight<Cell, S> hidden, input;
+  Buffer<Element<S>> proj;  // [H / lanes][P][lanes]
 };
 
 /// Consecutive steps [first, last) whose rows are handled together, and where those rows begin.
@@ -287,8 +335,10 @@ class BackwardScan {
       read_states(c_0_.get(), padded_, args_.c_0 + states * hidden_, hidden_, layout_, slice_);
   }
 
-  /// The steps of `now`'s chunk, for some members of a team of which `threads` threads run a share each.
-  static void run(BackwardScan* const* scans, int count, const ChunkGrads<Cell, S>& now, Team& team, int threads) {
+  /// The steps of `now`'s chunk, for some members of a team of which `threads` threads run a share each; by one of
+  /// them.
+  static void run(BackwardScan* const* scans, int count, const ChunkGrads<Cell, S>& now, Team& team, int thread,
+                  int threads) {
     const BackwardScan& any = *scans[0];
     const int64_t steps = now.chunk.last - now.chunk.first;
     for (int64_t s = 0; s < steps; ++s) {
@@ -297,7 +347,7 @@ class BackwardScan {
         // A thread with the shares of several members goes step by step, to the same bits.
         const int64_t plain = smaller(steps - s, any.steps_before(t));
         if (s > 0 && plain > 0 && any.is_plain_ && count == 1) {
-          scans[0]->run_plain_steps(t, plain, now, team, threads);
+          scans[0]->run_plain_steps(t, plain, now, team, thread, threads);
           s += plain - 1;
           continue;
         }
@@ -305,7 +355,7 @@ class BackwardScan {
       const int64_t rows = any.slice_.active(any.layout_, t);
       if (rows == 0) continue;
       for (int i = 0; i < count; ++i) scans[i]->run_step(t, rows, now);
-      team.meet(threads);
+      team.meet(thread, threads);
       for (int i = 0; i < count; ++i) scans[i]->leave(t, rows);
     }
   }
@@ -343,7 +393,7 @@ class BackwardScan {
 
   /// Steps of one sequence, none of which is the first of its chunk or, in this direction's order, the sequence's
   /// first: all that a row needs lies one step before what the last one needed.
-  void run_plain_steps(int64_t t, int64_t count, const ChunkGrads<Cell, S>& now, Team& team, int threads) {
+  void run_plain_steps(int64_t t, int64_t count, const ChunkGrads<Cell, S>& now, Team& team, int thread, int threads) {
     const int64_t back = reverse_ ? 1 : -1, gates_step = back * now.stride, saved_step = back * saved_stride_;
     const int64_t output_step = args_.output.to_next(layout_, !reverse_);
     const int64_t grad_step = args_.grad_output.to_next(layout_, !reverse_);
@@ -355,7 +405,7 @@ class BackwardScan {
       add_dh(at, &dh, Cell::kDirectCarry);
       backward_cells(at, dh);
     }};
-    RowProduct<S, Segments> row = {nullptr, weights_.hidden.get(), hidden_segments_, false};
+    RowProduct<S, Segments> row = {nullptr, weights_.hidden.packed(), hidden_segments_, false};
     const UnitBlocks part = out_part_;
     for (; count > 0; --count, t += back) {
       row.a = reinterpret_cast<const Element<S>*>(*gate_rows_.get());
@@ -371,7 +421,8 @@ class BackwardScan {
       if (has_grad) *grad_output_rows_.get() += grad_step;
       if (has_cell_grad) *grad_cell_rows_.get() += cell_step;
       row_product<1>(row, part.first, part.last, init, finish, false, static_cast<NoSideTiles*>(nullptr));
-      team.meet(threads);
+      team.meet(thread, threads);
+      if (threads > 1) fetch_from_others(*gate_rows_.get(), now.stride);
     }
   }
 
@@ -506,7 +557,8 @@ class BackwardScan {
     };
     const int64_t proj = args_.sizes.proj;
     if (proj == 0) {
-      product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.get(), segments, init,
+      product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.packed(), segments,
+                    init,
                     Cellwise{[this, first, &all_dh]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums)
                                  ALWAYS_INLINE_LAMBDA {
                       at.row += first;
@@ -518,8 +570,8 @@ class BackwardScan {
       return;
     }
     if constexpr (Cell::kHasCell) {  // only such cells can be projected
-      product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.get(), segments, init,
-                    [&]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
+      product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.packed(), segments,
+                    init, [&]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
                       at.row += first;
                       Wide<T, R * B> dh = *sums;
                       all_dh(at, &dh);
@@ -618,12 +670,11 @@ class BackwardScan {
       p.columns = out_;
       p.a = dgates.get();
       p.c = dh.get();
-      p.b = weights_.hidden.get();
       p.segments = hidden_segments_;
       p.first = out_part_.first;
       p.last = out_part_.last;
       p.accumulate = Cell::kDirectCarry;
-      plain_product(p);
+      weights_.hidden.multiply(p);
     }
     for (int64_t r = from; r < rows && args_.resets.data; ++r)
       if (begins(args_.resets, layout_, reverse_, t, slice_.first + r)) clear(r);

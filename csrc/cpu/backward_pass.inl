@@ -22,13 +22,12 @@ void input_gradient(const BackwardArgs<S>& args, const BackwardWeights<Cell, S>&
   p.columns = args.sizes.input;
   p.a = a.get();
   p.c = c.get();
-  p.b = weights.input.get();
   p.segments.count = Cell::kGates;
   p.segments.length = elements<S>(args.sizes.hidden);
   for (int g = 0; g < Cell::kGates; ++g) p.segments.offset[g] = Cell::ih_slot(g) * args.sizes.padded() / kPack<S>;
   p.accumulate = accumulate;
   p.fetch_c = true;
-  plain_product(p);
+  weights.input.multiply(p);
 }
 
 /// Adds the rows of N vectors up, one after another, on top of what `sums` holds.
@@ -184,7 +183,7 @@ class BackwardPass {
   BackwardPass(const BackwardArgs<S>& args, int direction, int64_t slices, int members)
       : args_(args),
         direction_(direction),
-        weights_(args.weights[direction], args.sizes, args.grad_input.data != nullptr),
+        weights_(args, args.weights[direction]),
         chunks_(args.layout, direction == 1),
         grads_(args.sizes, args.layout),
         scans_(slices * members),
@@ -207,13 +206,13 @@ class BackwardPass {
 
   void scan(int64_t slice) {
     Team alone;
-    BackwardScan<Cell, S>::run(scans_.get() + slice * members_, members_, grads_, alone, 1);
+    BackwardScan<Cell, S>::run(scans_.get() + slice * members_, members_, grads_, alone, 0, 1);
   }
 
   /// The share of one of several threads in the only slice.
   void scan_share(int thread, int threads) {
     const int first = members_ * thread / threads, last = members_ * (thread + 1) / threads;
-    BackwardScan<Cell, S>::run(scans_.get() + first, last - first, grads_, team_, threads);
+    BackwardScan<Cell, S>::run(scans_.get() + first, last - first, grads_, team_, thread, threads);
   }
 
   /// After the scans, before the products.

@@ -102,7 +102,7 @@ class ForwardScan {
         if (rows == 0) continue;
         if (args_.resets.data) {
           reset(t, rows, now);
-          team_.meet(members_);
+          team_.meet(member_, members_);
         }
         if (joined_) fill_up_rows(place_rows(t, 0));
         if constexpr (cells::kIsVariant<Cell>) {
@@ -110,7 +110,7 @@ class ForwardScan {
         } else {
           step(t, rows, gates, now, next);
         }
-        team_.meet(members_);
+        team_.meet(member_, members_);
         if (!joined_) gates += rows;
         const int64_t after = step_after(layout_, reverse_, t, 1);
         const int64_t stay = after < 0 ? 0 : smaller(layout_.batch_sizes[t], layout_.batch_sizes[after]);
@@ -274,7 +274,8 @@ class ForwardScan {
       row.a = reinterpret_cast<const Element<S>*>(at.now);
       row.backwards = is_backwards(time(s));
       row_product<G>(row, part.first, part.last, init, finish, tail, &side_);
-      team_.meet(members_);
+      team_.meet(member_, members_);
+      if (members_ > 1) fetch_from_others(at.next, out_);
       ++at.gates;
       output += to_next_output;
       cells += to_next_cells;

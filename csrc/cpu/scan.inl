@@ -131,8 +131,10 @@ ALWAYS_INLINE void wait_until(const Condition& condition) {
 /// every step.
 class Team {
  public:
-  void meet(int members) {
+  /// `member` is one of `members`.
+  void meet(int member, int members) {
     if (members == 1) return;
+    if (members == 2) return meet_other(member);
     const int round = __atomic_load_n(&round_, __ATOMIC_RELAXED);
     if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == members) {
       __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
@@ -143,9 +145,27 @@ class Team {
   }
 
  private:
+  /// Of two, the one that comes last need not fetch a counter from the other: each has its own.
+  void meet_other(int member) {
+    const unsigned meetings = met_[member].count + 1;
+    __atomic_store_n(&met_[member].count, meetings, __ATOMIC_RELEASE);
+    wait_until([&] { return int(__atomic_load_n(&met_[1 - member].count, __ATOMIC_ACQUIRE) - meetings) >= 0; });
+  }
+
+  struct alignas(64) Meetings {
+    unsigned count = 0;
+  };
   alignas(64) int arrived_ = 0;
   alignas(64) int round_ = 0;
+  Meetings met_[2];
 };
+
+/// Memory of which other members have written a part: it comes from their caches, late for a product that asks for it a
+/// few lines ahead.
+template <class T>
+ALWAYS_INLINE void fetch_from_others(const T* from, int64_t size) {
+  for (int64_t i = 0; i < size; i += 64 / int(sizeof(T))) __builtin_prefetch(from + i);
+}
 
 /// Where the units of a layer may be parted, in blocks. One row alone sums in an order that depends on the width of its
 /// product: then only between whole tiles of the widest one, so that the sums do not depend on the number of members.

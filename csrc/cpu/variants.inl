@@ -316,10 +316,9 @@ void BackwardScan<Cell, S>::add_recurrent(int64_t first, int64_t last, Order ord
     p.columns = out_;
     p.a = variant_.inputs.get() + first;
     p.c = variant_.products.get() + first;
-    p.b = weights_.hidden.get();
     p.segments = hidden_segments_;
     p.order = order;
-    plain_product(p);
+    weights_.hidden.multiply(p);
     for (int64_t r = first; r < last; ++r) {
       const T* add = variant_.product.get() + r * out_padded_;
       const int64_t entry = direction_ * layout_.batch + layout_.entry(slice_.first + r);
