@@ -31,7 +31,7 @@ def _batched(*cells: str, low: int = 1) -> Callable[[dict[str, Any]], bool]:
 
 
 def _of(dtype: str, rows: Callable[[dict[str, Any]], bool] = lambda case: True) -> Callable[[dict[str, Any]], bool]:
-    return lambda case: case["dtype"] == dtype and rows(case)
+    return lambda case: case["dtype"] == dtype and case["length"] > 1 and rows(case)
 
 
 def _both(what: str, section: str, over: str, wanted: tuple[float, float], rows: Any = Target._field_defaults["rows"]):

@@ -25,7 +25,7 @@ from rnn_ext import _loader, backends, ops
 from rnn_ext._nvcc import find_nvcc
 
 CPU_FEATURES = ("sse4_2", "avx", "fma", "f16c", "avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-FEATURES_OF = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f"}}
+FEATURES_OF = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f"}}
 
 
 @dataclass(frozen=True)

@@ -129,5 +129,7 @@ def test_override_of_the_instruction_set(monkeypatch):
     monkeypatch.setenv("RNN_EXT_CPU_CAPABILITY", "avx512")
     assert "unset it" in doctor.check_instructions().problem
     monkeypatch.delenv("RNN_EXT_CPU_CAPABILITY")
-    monkeypatch.setattr(doctor, "cpu_features", lambda: ("a processor", {"avx2", "fma"}))
+    monkeypatch.setattr(doctor, "cpu_features", lambda: ("a processor", {"avx2", "fma", "f16c"}))
     assert "AVX2" in doctor.check_instructions().problem
+    monkeypatch.setattr(doctor, "cpu_features", lambda: ("a processor", {"avx2", "fma"}))
+    assert doctor.check_instructions().problem is None

@@ -161,9 +161,10 @@ def test_a_dtype_that_is_converted_is_converted_once(dtype):
     assert _C.cached_weights_count() == (2 if dtype == torch.bfloat16 and _C.computes_bfloat16() else 1)
 
 
-def test_weights_that_are_no_single_piece_are_not_kept():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_that_are_no_single_piece_are_not_kept(dtype):
     """They are copied for each call."""
-    module, input = ours("lstm", INPUTS, H), randn(L, N, INPUTS)
+    module, input = ours("lstm", INPUTS, H, dtype=dtype), randn(L, N, INPUTS, dtype=dtype)
     weights = [w.detach() for w in module._flat_weights]
     weights[1] = weights[1].t().contiguous().t()
     with torch.no_grad():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
-from util import CELLS, LAYOUTS, Case, agree, build, check_values, instruction_sets, oracle, run
+from util import CELLS, COMBINED, LAYOUTS, Case, agree, build, check_values, instruction_sets, oracle, run, sample
 
 from rnn_ext import ops
 
@@ -113,3 +115,40 @@ def test_results_are_rounded_to_the_nearest(dtype):
     assert torch.isinf(expected[-1])
     for _ in instruction_sets():
         assert torch.equal(of_one_step(rows), expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", COMBINED)
+def test_few_rows_of_variants(name, dtype):
+    """Masks and layer normalisation count, too."""
+    problem, masks = sample(Case("lstm", bidirectional=True, size=(2, 2, 7, 17)), name)
+    problem, masks = problem.to(dtype), [None if mask is None else mask.to(dtype) for mask in masks]
+    exact = problem.to(torch.float64)
+    expected = oracle(exact, [None if mask is None else mask.double() for mask in masks])
+    for _ in instruction_sets():
+        with torch.no_grad():
+            check_values(run(problem, masks=masks), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("size", [(0, 3, 2, 5), (3, 0, 2, 5), (0, 0, 2, 5), (2, 1, 0, 5)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_to_read(cell, size, dtype):
+    """No timestep, no entry, no input feature."""
+    problem = build(Case(cell, bidirectional=True, size=size)).to(dtype)
+    expected = oracle(problem.to(torch.float64))
+    for _ in instruction_sets():
+        with torch.no_grad():
+            check_values(run(problem), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_few_rows_are_not_converted(dtype):
+    """Seen by h, which then goes on as it is written: 1 + 3/4 of a unit in the last place is rounded up."""
+    eps = torch.finfo(dtype).eps
+    input = torch.tensor([[[1, 0.75 * eps]], [[-1, 0]]], dtype=dtype)
+    weights = [torch.ones(1, 2, dtype=dtype), torch.ones(1, 1, dtype=dtype)]
+    for name in instruction_sets():
+        output = ops.layer(input, None, None, weights, cell="rnn_relu")[0].flatten().tolist()
+        converted = dtype == torch.float16 and name == "baseline" and platform.machine() in ("x86_64", "AMD64")
+        assert output == [1 + eps, 0.75 * eps if converted else eps]

@@ -93,62 +93,61 @@ class BackwardWeight {
 
  public:
   BackwardWeight(const S* weight, int64_t hidden, int64_t width, bool wanted, bool few)
-      : plain_(wanted && few && kPack<S> == 1 ? weight : nullptr),
+      : weight_(weight),
         width_(width),
-        apart_(plain_ ? in_units_of<kLanes<T>>(width) : 0),
-        packed_(wanted ? Cell::kGates * elements<S>(hidden) * (blocks_of<T>(width) - apart_) * kLanes<T> : 0) {
-    if (packed_.get()) pack(packed_.get(), weight, hidden, width, apart_ * kLanes<T>);
+        plain_blocks_(wanted && few && kPack<S> == 1 ? in_units_of<kLanes<T>>(width) : 0),
+        packed_(wanted ? Cell::kGates * elements<S>(hidden) * (blocks_of<T>(width) - plain_blocks_) * kLanes<T> : 0) {
+    if (packed_.get()) pack(packed_.get(), hidden);
   }
 
-  /// For products that multiply by packed weights only: null where it was said not to be wanted.
+  /// All of it, if it is wanted for more than a few rows. (Null or a part else, for products over no gates.)
   const Element<S>* packed() const { return packed_.get(); }
 
-  /// Of a product whose B this is.
-  void multiply(PlainProduct<S>& p) const {
+  /// Of a product whose B this is, without a bias.
+  void multiply(PlainProduct<S> p) const {
+    const int64_t last = p.last < 0 ? blocks_of<T>(width_) : p.last;
+    Buffer<T*> rest(plain_blocks_ > 0 ? p.rows : 0);
     if constexpr (kPack<S> == 1) {
-      if (plain_) {
-        const int64_t first = p.first, last = p.last < 0 ? blocks_of<T>(width_) : p.last;
-        p.b = plain_;
+      if (plain_blocks_ > 0) {
+        p.b = weight_;
         p.b_stride = width_;
-        p.last = smaller(last, apart_);
+        p.last = smaller(last, plain_blocks_);
         plain_product<S, true>(p);
-        p.first = larger(first, apart_) - apart_;
-        p.last = last - apart_;
         p.b_stride = 0;
+        for (int64_t r = 0; r < p.rows; ++r) rest.get()[r] = p.c[r] + plain_blocks_ * kLanes<T>;
+        p.c = rest.get();
+        p.columns -= plain_blocks_ * kLanes<T>;
       }
     }
-    if (p.last >= 0 && p.first >= p.last) return;
-    Buffer<T*> c(apart_ > 0 ? p.rows : 0);
-    for (int64_t r = 0; r < p.rows && apart_ > 0; ++r) c.get()[r] = p.c[r] + apart_ * kLanes<T>;
-    if (apart_ > 0) p.c = c.get();
-    p.columns -= apart_ * kLanes<T>;
+    if (last <= plain_blocks_) return;
     p.b = packed_.get();
+    p.first = larger(0, p.first - plain_blocks_);
+    p.last = last - plain_blocks_;
     plain_product(p);
   }
 
  private:
-  /// The columns from `begin` on. Each gate begins with an element of its own. A few blocks at a time: of powers of
-  /// two, all begin in the same set of the first-level cache.
-  static void pack(Element<S>* to, const S* weight, int64_t hidden, int64_t width, int64_t begin) {
+  /// Each gate begins with an element of its own. A few blocks at a time: of powers of two, all begin in the same set
+  /// of the first-level cache.
+  void pack(Element<S>* to, int64_t hidden) const {
     constexpr int64_t kColumns = 4 * kLanes<T>;
     const int64_t depth = elements<S>(hidden) * kPack<S>, packed_depth = Cell::kGates * elements<S>(hidden);
-    for (int64_t first = begin; first < width; first += kColumns) {
-      const S* next = weight;
+    for (int64_t first = plain_blocks_ * kLanes<T>; first < width_; first += kColumns, to += kColumns * packed_depth) {
+      const S* next = weight_;
       int64_t unit = 0;
       const auto row = [&](int64_t) -> const S* {
         const S* at = unit < hidden ? next : nullptr;
-        if (at) next += width;
+        if (at) next += width_;
         if (++unit == depth) unit = 0;
         return at;
       };
-      pack_rows<S>(to + (first - begin) * packed_depth, row, Cell::kGates * depth, first,
-                   smaller(kColumns, width - first));
+      pack_rows<S>(to, row, Cell::kGates * depth, first, smaller(kColumns, width_ - first));
     }
   }
 
-  const S* const plain_;
-  const int64_t width_, apart_;  // blocks that are not packed
-  Buffer<Element<S>> packed_;    // [blocks][G*H][lanes]
+  const S* const weight_;
+  const int64_t width_, plain_blocks_;
+  Buffer<Element<S>> packed_;  // [blocks after those][G*H][lanes]
 };
 
 /// One direction's weights as the backward passes want them.
@@ -156,13 +155,13 @@ template <class Cell, class S>
 struct BackwardWeights {
   BackwardWeights(const BackwardArgs<S>& args, const Weights<const S>& w)
       : hidden(w.weight_hh, args.sizes.hidden, args.sizes.output(), args.layout.steps > 1 || args.grad_h_0,
-               args.layout.steps <= 1 && has_few_rows(args.layout)),
-        input(w.weight_ih, args.sizes.hidden, args.sizes.input, args.grad_input.data, has_few_rows(args.layout)),
+               args.layout.steps <= 1 && !uses_packed_weights(args.layout)),
+        input(w.weight_ih, args.sizes.hidden, args.sizes.input, args.grad_input.data,
+              !uses_packed_weights(args.layout)),
         proj(args.sizes.proj ? elements<S>(args.sizes.proj) * args.sizes.padded() : 0) {
     const Sizes& s = args.sizes;
     if (s.proj) pack_rows<S>(proj.get(), [&](int64_t k) { return w.weight_hr + k * s.hidden; }, s.proj, 0, s.hidden);
   }
-  static bool has_few_rows(const Layout& layout) { return !uses_packed_weights(layout); }
 
   const BackwardWeight<Cell, S> hidden, input;
   Buffer<Element<S>> proj;  // [H / lanes][P][lanes]

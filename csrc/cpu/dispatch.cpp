@@ -26,7 +26,7 @@ struct Level {
 };
 
 #if defined(RNN_EXT_X86_KERNELS)
-/// Not every compiler knows it by its name.
+/// __builtin_cpu_supports("f16c"), which not every compiler knows.
 bool supports_f16c() {
   unsigned eax, ebx, ecx = 0, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);

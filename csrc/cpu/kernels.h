@@ -22,7 +22,8 @@ namespace rnn_ext::cpu {
 /// How many pieces to cut the batch into: as many as there are threads to spare. `itemsize`: bytes of a weight.
 int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor);
 
-/// The kernels for one storage type. Where numbers are only widened, of whole layers those of computes_forward() alone.
+/// The kernels for one storage type. Of 16 bits that the instruction set does not multiply there is `forward` alone,
+/// for few rows, or nothing.
 template <class S>
 struct Kernels {
   void (*forward)(const ForwardArgs<S>&, const Executor&);

@@ -40,7 +40,7 @@ namespace {
 #include "cpu/variants.inl"
 #include "cpu/random.inl"
 
-// Variants are not computed in BFloat16.
+// Variants are not computed in 16 bits.
 template <class Cell, class S>
 void forward_cell(const ForwardArgs<S>& args, const Executor& executor) {
   if constexpr (std::is_same_v<S, Compute<S>>) {

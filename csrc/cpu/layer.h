@@ -200,8 +200,8 @@ void set_tuning(const Tuning& tuning);
 bool computes_bfloat16();
 
 /// Whether layer_forward takes a layer of this layout as it is stored: all but 16 bits, and these where the instruction
-/// set multiplies them, or where it widens them and each weight is used for few rows only. All else, and what
-/// layer_backward and pack_weights are given, must be converted to float.
+/// set multiplies them, or where it widens them and each weight is used for few rows only. Else, and for layer_backward
+/// and pack_weights of 16 bits that it does not multiply, they must be converted to float.
 template <class S>
 bool computes_forward(const Layout& layout);
 

@@ -113,9 +113,12 @@ T* data(const at::Tensor& tensor) {
   }
 }
 
-/// tensor.to(dtype), which even with nothing to do costs a trip through the dispatcher.
+/// tensor.to(dtype), which even with nothing to do costs a trip through the dispatcher, and new pages for what is
+/// large.
 at::Tensor cast(const at::Tensor& tensor, at::ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+  if (tensor.scalar_type() == dtype) return tensor;
+  if (!tensor.is_contiguous()) return tensor.to(dtype);
+  return empty(tensor.sizes(), tensor.options().dtype(dtype)).copy_(tensor);
 }
 
 /// In memory the kernels can walk.
@@ -360,7 +363,19 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   const OptionalTensor dh_n = prepare(grad_h_n, dtype), dc_n = prepare(grad_c_n, dtype);
   std::vector<at::Tensor> w;
   w.reserve(weights.size());
-  for (const at::Tensor& weight : weights) w.push_back(prepare(weight, dtype));
+  for (const at::Tensor& weight : weights) w.push_back(weight);
+  // What no gradient passes through the kernels do not look at.
+  const bool plain = shape.variant == cpu::Variant::kPlain;
+  for (int d = 0; d < sizes.directions; ++d) {
+    for (int i = 0; i < LayerShape::kWeights; ++i) {
+      const int at = shape.index(d, LayerShape::Weight(i));
+      if (at < 0) continue;
+      const bool passed = i == LayerShape::kWeightIh   ? output_mask.get(0)
+                          : i == LayerShape::kWeightHh ? output_mask.get(1) || shape.layout().steps > 1
+                                                       : i == LayerShape::kWeightHr || !plain;
+      w[at] = passed ? prepare(w[at], dtype) : at::Tensor();
+    }
+  }
 
   at::Tensor dx, dh_0, dc_0;
   if (output_mask.get(0)) dx = empty(shape.sequence_sizes(sizes.input), options);

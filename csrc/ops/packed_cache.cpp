@@ -47,7 +47,8 @@ Entry* find(const Key& key) {
 
 cpu::Digest digest_of(at::TensorList weights) {
   cpu::Digest digest;
-  for (const at::Tensor& weight : weights) cpu::add_to_digest(&digest, weight.const_data_ptr(), weight.nbytes());
+  for (const at::Tensor& weight : weights)
+    if (weight.numel() > 0) cpu::add_to_digest(&digest, weight.const_data_ptr(), weight.nbytes());
   return digest;
 }
 

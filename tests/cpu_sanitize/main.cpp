@@ -337,8 +337,8 @@ double difference(const Config& config, const Results& a, const Results& b) {
   return error / largest;
 }
 
-/// In 16 bits the inputs are cut off, too: this is about memory, tests/test_layer.py looks at the digits. At relu's
-/// kink rounding decides whether a gradient passes.
+/// In 16 bits the inputs are cut off, too: this is about memory, tests/test_reduced_precision.py looks at the digits.
+/// At relu's kink rounding decides whether a gradient passes.
 template <class S>
 void compare_16_bits(const Config& config, const Results& exact, double allowed) {
   if (config.variant != Variant::kPlain) return;
@@ -531,8 +531,32 @@ void stacks() {
   }
 }
 
+/// A team that gets 2, 3, 1 and again 2 of the threads it wishes for, in turn.
+void team_in_turn(int members, void (*fn)(void*, int, int), void* context) {
+  static int turn = 0;
+  constexpr int kGranted[] = {2, 3, 1, 2};
+  team(std::min(members, kGranted[turn++ % 4]), fn, context);
+}
+
+/// One sequence, whose units threads share, for several chunks of backward: as many threads as members and fewer.
+void shared_units() {
+  for (const CellKind cell : {CellKind::kRnnTanh, CellKind::kGru, CellKind::kLstm}) {
+    Config config{cell, 400,   1,     3,    258,   0,     cell == CellKind::kGru ? 2 : 1, Config::kTimeMajor,
+                  true, false, false, true, false, 0xffff};
+    config.cells = config.has_cell();
+    const Results alone = run<float>(config, Executor{});
+    for (int members : {2, 4}) {
+      for (const auto by : {team, team_in_turn}) {
+        if (run<float>(config, Executor{members, by_four_threads, by}).values != alone.values)
+          fail(config, "threads that share the units give other bits than one");
+      }
+    }
+  }
+}
+
 int threads() {
   stacks();
+  shared_units();
   for (int kind = 0; kind < 5; ++kind) {
     for (int directions : {1, 2}) {
       const CellKind cell = kind < 4 ? CellKind(kind) : CellKind::kLstm;
