@@ -79,14 +79,9 @@ def test_gradients_of_few_rows(size, dtype):
         agree(build(Case(cell, "dense", True, size=size)).to(dtype), dtype)
 
 
-def identity(dtype, inputs: int) -> list[torch.Tensor]:
-    """An RNN of one unit that sums up its inputs."""
-    return [torch.ones(1, inputs, dtype=dtype), torch.zeros(1, 1, dtype=dtype)]
-
-
 def of_one_step(rows: torch.Tensor) -> torch.Tensor:
     """relu(sum of each row), four rows a call: as many as weights are used as they lie for."""
-    weights = identity(rows.dtype, rows.shape[1])
+    weights = [torch.ones(1, rows.shape[1], dtype=rows.dtype), torch.zeros(1, 1, dtype=rows.dtype)]
     parts = [ops.layer(part.unsqueeze(0), None, None, weights, cell="rnn_relu")[0].flatten() for part in rows.split(4)]
     return torch.cat(parts)
 

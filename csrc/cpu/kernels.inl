@@ -34,6 +34,7 @@ namespace {
 #include "cpu/forward.inl"
 #include "cpu/inputs.inl"
 #include "cpu/forward_pass.inl"
+#include "cpu/backward_weights.inl"
 #include "cpu/backward.inl"
 #include "cpu/weight_gradient.inl"
 #include "cpu/backward_pass.inl"

@@ -175,6 +175,17 @@ cpu::Weights<T> named_weights(at::TensorList flat, const LayerShape& shape, int 
           find(LayerShape::kWeightNormHh), find(LayerShape::kWeightNormC), find(LayerShape::kBiasNormC)};
 }
 
+/// Those of one direction that are wanted, made ready for the kernels; the others undefined.
+template <class Wanted>
+void prepare_weights(std::vector<at::Tensor>& flat, const LayerShape& shape, int direction, at::ScalarType dtype,
+                     const Wanted& wanted) {
+  for (int i = 0; i < LayerShape::kWeights; ++i) {
+    const auto weight = LayerShape::Weight(i);
+    const int index = shape.index(direction, weight);
+    if (index >= 0) flat[index] = wanted(weight) ? prepare(flat[index], dtype) : at::Tensor();
+  }
+}
+
 /// Zeros where a sequence has ended: the kernels do not visit these positions.
 template <class T>
 void zero_past_end(const cpu::Sequence<T>& sequence, const cpu::Layout& layout, int64_t features) {
@@ -297,13 +308,11 @@ class ForwardCall {
 
   /// Those of a direction; what is packed the kernels do not look at.
   void prepare_weights(std::vector<at::Tensor>& weights, int d, bool packed) const {
-    for (int i = 0; i < LayerShape::kWeights; ++i) {
-      const int at = shape.index(d, LayerShape::Weight(i));
-      if (at < 0) continue;
-      const bool is_bias = i == LayerShape::kBiasIh || i == LayerShape::kBiasHh;
-      const bool is_normed = i >= LayerShape::kWeightNormIh || (is_bias && shape.variant == cpu::Variant::kLayerNorm);
-      weights[at] = packed && !is_normed ? at::Tensor() : prepare(weights[at], dtype);
-    }
+    rnn_ext::ops::prepare_weights(weights, shape, d, dtype, [&](LayerShape::Weight weight) {
+      const bool is_bias = weight == LayerShape::kBiasIh || weight == LayerShape::kBiasHh;
+      const bool is_normed = weight >= LayerShape::kWeightNormIh || is_bias;
+      return !packed || (is_normed && shape.variant == cpu::Variant::kLayerNorm);
+    });
   }
 
   const at::Tensor input_;
@@ -361,21 +370,15 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   const PreparedMasks prepared_masks(masks, dtype);
   const OptionalTensor dy = prepare_sequence(grad_output, dtype), dcells = prepare_sequence(grad_cells, dtype);
   const OptionalTensor dh_n = prepare(grad_h_n, dtype), dc_n = prepare(grad_c_n, dtype);
-  std::vector<at::Tensor> w;
-  w.reserve(weights.size());
-  for (const at::Tensor& weight : weights) w.push_back(weight);
+  std::vector<at::Tensor> w = weights.vec();
   // What no gradient passes through the kernels do not look at.
   const bool plain = shape.variant == cpu::Variant::kPlain;
-  for (int d = 0; d < sizes.directions; ++d) {
-    for (int i = 0; i < LayerShape::kWeights; ++i) {
-      const int at = shape.index(d, LayerShape::Weight(i));
-      if (at < 0) continue;
-      const bool passed = i == LayerShape::kWeightIh   ? output_mask.get(0)
-                          : i == LayerShape::kWeightHh ? output_mask.get(1) || shape.layout().steps > 1
-                                                       : i == LayerShape::kWeightHr || !plain;
-      w[at] = passed ? prepare(w[at], dtype) : at::Tensor();
-    }
-  }
+  const auto passed = [&](LayerShape::Weight weight) {
+    if (weight == LayerShape::kWeightIh) return output_mask.get(0);
+    if (weight == LayerShape::kWeightHh) return output_mask.get(1) || shape.layout().steps > 1;
+    return weight == LayerShape::kWeightHr || !plain;
+  };
+  for (int d = 0; d < sizes.directions; ++d) prepare_weights(w, shape, d, dtype, passed);
 
   at::Tensor dx, dh_0, dc_0;
   if (output_mask.get(0)) dx = empty(shape.sequence_sizes(sizes.input), options);

@@ -1,0 +1,83 @@
+// The weights of a layer as the passes backward multiply by them; see product.inl.
+
+/// A weight [G*H, width] that backward multiplies by: its rows are rows of B. For so few rows of A that packing would
+/// cost more than it saves, its whole blocks of columns are taken as they are, and only what is left of a block packed.
+template <class Cell, class S>
+class BackwardWeight {
+  using T = Compute<S>;
+
+ public:
+  BackwardWeight(const S* weight, int64_t hidden, int64_t width, bool wanted, bool few)
+      : weight_(weight),
+        width_(width),
+        plain_blocks_(wanted && few && kPack<S> == 1 ? in_units_of<kLanes<T>>(width) : 0),
+        packed_(wanted ? Cell::kGates * elements<S>(hidden) * (blocks_of<T>(width) - plain_blocks_) * kLanes<T> : 0) {
+    if (packed_.get()) pack(packed_.get(), hidden);
+  }
+
+  /// All of it, if it is wanted for more than a few rows. (Null or a part else, for products over no gates.)
+  const Element<S>* packed() const { return packed_.get(); }
+
+  /// Of a product whose B this is, without a bias.
+  void multiply(PlainProduct<S> p) const {
+    const int64_t last = p.last < 0 ? blocks_of<T>(width_) : p.last;
+    Buffer<T*> rest(plain_blocks_ > 0 ? p.rows : 0);
+    if constexpr (kPack<S> == 1) {
+      if (plain_blocks_ > 0) {
+        p.b = weight_;
+        p.b_stride = width_;
+        p.last = smaller(last, plain_blocks_);
+        plain_product<S, true>(p);
+        p.b_stride = 0;
+        for (int64_t r = 0; r < p.rows; ++r) rest.get()[r] = p.c[r] + plain_blocks_ * kLanes<T>;
+        p.c = rest.get();
+        p.columns -= plain_blocks_ * kLanes<T>;
+      }
+    }
+    if (last <= plain_blocks_) return;
+    p.b = packed_.get();
+    p.first = larger(0, p.first - plain_blocks_);
+    p.last = last - plain_blocks_;
+    plain_product(p);
+  }
+
+ private:
+  /// Each gate begins with an element of its own. A few blocks at a time: of powers of two, all begin in the same set
+  /// of the first-level cache.
+  void pack(Element<S>* to, int64_t hidden) const {
+    constexpr int64_t kColumns = 4 * kLanes<T>;
+    const int64_t depth = elements<S>(hidden) * kPack<S>, packed_depth = Cell::kGates * elements<S>(hidden);
+    for (int64_t first = plain_blocks_ * kLanes<T>; first < width_; first += kColumns, to += kColumns * packed_depth) {
+      const S* next = weight_;
+      int64_t unit = 0;
+      const auto row = [&](int64_t) -> const S* {
+        const S* at = unit < hidden ? next : nullptr;
+        if (at) next += width_;
+        if (++unit == depth) unit = 0;
+        return at;
+      };
+      pack_rows<S>(to, row, Cell::kGates * depth, first, smaller(kColumns, width_ - first));
+    }
+  }
+
+  const S* const weight_;
+  const int64_t width_, plain_blocks_;
+  Buffer<Element<S>> packed_;  // [blocks after those][G*H][lanes]
+};
+
+/// One direction's weights as the backward passes want them.
+template <class Cell, class S>
+struct BackwardWeights {
+  BackwardWeights(const BackwardArgs<S>& args, const Weights<const S>& w)
+      : hidden(w.weight_hh, args.sizes.hidden, args.sizes.output(), args.layout.steps > 1 || args.grad_h_0,
+               args.layout.steps <= 1 && !uses_packed_weights(args.layout)),
+        input(w.weight_ih, args.sizes.hidden, args.sizes.input, args.grad_input.data,
+              !uses_packed_weights(args.layout)),
+        proj(args.sizes.proj ? elements<S>(args.sizes.proj) * args.sizes.padded() : 0) {
+    const Sizes& s = args.sizes;
+    if (s.proj) pack_rows<S>(proj.get(), [&](int64_t k) { return w.weight_hr + k * s.hidden; }, s.proj, 0, s.hidden);
+  }
+
+  const BackwardWeight<Cell, S> hidden, input;
+  Buffer<Element<S>> proj;  // [H / lanes][P][lanes]
+};
