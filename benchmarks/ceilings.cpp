@@ -1,9 +1,12 @@
 // What one core can do: multiply-adds from registers, and reading an array that lies in some level of cache. Compiled
 // by ceilings.py; C interface, no dependencies. Functions named rate try for about `seconds` and return the best rate,
-// in flops or bytes per second; the others do the same work a fixed number of times, for the caller to time.
+// in flops or bytes per second; the others do the same work a fixed number of times on each of some threads at once,
+// for the caller to time.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
+#include <vector>
 
 #include "best_rate.h"
 
@@ -90,6 +93,14 @@ void read_once(const Kernels& k, const char* data, int64_t bytes, bool back) {
   for (int64_t at = bytes - kPage; at >= 0; at -= kPage) k.read(data + at, data + at + kPage);
 }
 
+template <class Work>
+void on_threads(int threads, const Work& work) {
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
+  work(0);
+  for (std::thread& other : others) other.join();
+}
+
 }  // namespace
 
 extern "C" double fma_rate(double seconds) {
@@ -103,12 +114,14 @@ extern "C" double bfloat16_rate(double seconds) {
   return k.dot ? best_rate(seconds, 2 * k.flops(), k.dot) : 0.;
 }
 
-/// Returns how many flops it has done; none of bfloat16 where the processor has no instruction for them.
-extern "C" double multiply_add(int bfloat16, int64_t times) {
+/// Returns how many flops each thread has done; none of bfloat16 where the processor has no instruction for them.
+extern "C" double multiply_add(int bfloat16, int64_t times, int threads) {
   const Kernels k = kernels();
   const auto work = bfloat16 ? k.dot : k.fma;
   if (!work) return 0;
-  for (int64_t i = 0; i < times; ++i) work();
+  on_threads(threads, [&](int) {
+    for (int64_t i = 0; i < times; ++i) work();
+  });
   return k.flops() * (bfloat16 ? 2 : 1) * double(times);
 }
 
@@ -121,7 +134,10 @@ extern "C" double read_rate(const char* data, int64_t bytes, int zigzag, double 
   });
 }
 
-extern "C" void read_array(const char* data, int64_t bytes, int zigzag, int64_t times) {
+/// data: as many arrays of `bytes` bytes, one after another, as threads.
+extern "C" void read_array(const char* data, int64_t bytes, int zigzag, int64_t times, int threads) {
   const Kernels k = kernels();
-  for (int64_t i = 0; i < times; ++i) read_once(k, data, bytes, zigzag && i % 2);
+  on_threads(threads, [&](int thread) {
+    for (int64_t i = 0; i < times; ++i) read_once(k, data + thread * bytes, bytes, zigzag && i % 2);
+  });
 }

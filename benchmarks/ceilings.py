@@ -14,7 +14,9 @@ sharply, by torch's own kernels:
 
 The clock of a core changes from minute to minute, and what others read takes from its share of the last level of cache.
 So the multiply-adds and the reads that a layer's floor consists of are also timed in turns with the layer, as its peers
-are (:func:`beside`), and the medians stand in the place of ``flops`` and ``read`` for its floor.
+are (:func:`beside`), and the medians stand in the place of ``flops`` and ``read`` for its floor. With several threads
+all do that work at once, because cores that are all busy can be slower than one of them alone: by their common clock
+and cache, or because what a virtual machine calls two cores is one.
 
 The model of the floor. A timestep of one direction needs ``2 G H I`` flops for the input projection and ``2 G H H`` for
 the recurrent product per sequence, its cell for ``H`` units, and has to read the recurrent weights, ``G H H`` values,
@@ -62,7 +64,9 @@ SOURCE = Path(__file__).with_name("ceilings.cpp")
 CELL_SOURCE = SOURCE.with_name("cells.cpp")
 CSRC = SOURCE.parents[1] / "csrc"
 PAGE = 4096
-BURST, BURST_BYTES = 128, 1 << 22  # calls of a multiply-add kernel and bytes read, each a fraction of a millisecond
+# Calls of a multiply-add kernel, and bytes read: each a fraction of a millisecond; and where threads have to be started
+# for it, several.
+BURST, BURSTS = (128, 1 << 22), (512, 1 << 28)
 SIZES = sorted([PAGE << k for k in range(16)] + [3 * PAGE << k for k in range(14)])  # 4 KiB to 128 MiB
 
 
@@ -90,7 +94,7 @@ def compiler() -> str:
 @functools.cache
 def compile_source(command: str, source: Path, *flags: str) -> ctypes.CDLL | None:
     """A source file beside this one as a library, None where the compiler cannot make it."""
-    always = ["-O3", "-std=c++20", "-shared", "-fPIC"]
+    always = ["-O3", "-std=c++20", "-shared", "-fPIC", "-pthread"]
     with tempfile.TemporaryDirectory() as folder:
         library = str(Path(folder) / source.with_suffix(".so").name)
         try:
@@ -108,10 +112,11 @@ def compile_library() -> ctypes.CDLL | None:
         return None
     for rate in (loaded.fma_rate, loaded.bfloat16_rate):
         rate.restype, rate.argtypes = ctypes.c_double, [ctypes.c_double]
-    loaded.multiply_add.restype, loaded.multiply_add.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_int64]
+    often = [ctypes.c_int64, ctypes.c_int]
+    loaded.multiply_add.restype, loaded.multiply_add.argtypes = ctypes.c_double, [ctypes.c_int, *often]
     array = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     loaded.read_rate.restype, loaded.read_rate.argtypes = ctypes.c_double, [*array, ctypes.c_double]
-    loaded.read_array.restype, loaded.read_array.argtypes = None, [*array, ctypes.c_int64]
+    loaded.read_array.restype, loaded.read_array.argtypes = None, [*array, *often]
     return loaded
 
 
@@ -172,7 +177,7 @@ class Beside(NamedTuple):
     """Work to be timed in turns with a layer."""
 
     ceiling: str  # whose rate it is
-    amount: float  # flops or bytes of a call
+    amount: float  # flops or bytes of a call, of each thread
     run: Callable[[], object]
 
 
@@ -180,21 +185,22 @@ def beside(case: Case, threads: int = 1) -> dict[str, Beside]:
     """What the floor of a layer consists of, by names for its turns; nothing without a compiler.
 
     Multiply-adds of the layer's kind, and reads of as many bytes as its recurrent weights have, of which each thread
-    has its part; of both orders the better counts.
+    has its part; all threads at once; of both orders the better counts.
     """
     library = compile_library()
     if library is None:
         return {}
-    half = case.dtype == "bfloat16" and library.multiply_add(1, 1) > 0
+    half = case.dtype == "bfloat16" and library.multiply_add(1, 1, 1) > 0
     size = max(1, round(weight_bytes(case) / threads / PAGE)) * PAGE
-    data = array_of(size)
-    times = 2 * max(1, BURST_BYTES // size // 2)  # even: back and forth ends where it began
+    data = array_of(size * threads)
+    calls, amount = BURST if threads == 1 else BURSTS
+    times = 2 * max(1, amount // size // 2)  # even: back and forth ends where it began
 
     def multiply() -> float:
-        return library.multiply_add(half, BURST)
+        return library.multiply_add(half, calls, threads)
 
     def read(order: int) -> None:
-        library.read_array(start_of(data), size, order, times)
+        library.read_array(start_of(data), size, order, times, threads)
 
     return {
         "multiply-adds": Beside("bfloat16_flops" if half else "flops", multiply(), multiply),
