@@ -197,6 +197,7 @@ def all_rows() -> list[Row]:
 
     shapes = [(1, 128, 64), (1, 512, 256), (1, 128, 512), (4, 64, 100)]
     shapes += [(8, 128, 64), (32, 128, 128), (32, 128, 256), (64, 128, 512)]
+    called = [(1, 64), (1, 512), (8, 512), (32, 256), (32, 512)]
     classifier = Case("lstm", 32, 500, 20, 64, bidirectional=True, lengths=CLASSIFIER_LENGTHS)
     lengths = [64, 128, 256, 512, 1024, 2048]
     steps = ["regressor (seed)", "regressor (demo)", "classifier (seed)", "classifier (demo)"]
@@ -205,7 +206,7 @@ def all_rows() -> list[Row]:
         *rows("stack", [Case(c, 1, 128, h, h, num_layers=2) for c in CELLS for h in (64, 128, 256)], all_threads=True),
         *rows("ragged", [classifier, dataclasses.replace(classifier, cell="gru")], all_threads=True),
         *[Row("model", None, "step", name, models, True) for name in steps],
-        *rows("call", [Case(cell, 1, 1, h, h) for cell in CELLS for h in (64, 512)], calls),
+        *rows("call", [Case(cell, n, 1, h, h) for cell in CELLS for n, h in called], calls, all_threads=True),
         *rows(
             "dtype",
             [Case(c, n, t, h, h, dtype="bfloat16") for c in CELLS for n, t, h in (shapes[1], shapes[4], shapes[6])]

@@ -27,7 +27,7 @@ SECTIONS = {
     "stack": "Two layers, one sequence",
     "ragged": "Packed, lengths differ",
     "model": "Whole training steps of two models",
-    "call": "One timestep of one sequence: what a call costs",
+    "call": "One timestep: what a call costs",
     "dtype": "bfloat16 and float16",
     "length": "Cost against L (packed, L / 8 to L timesteps)",
     "batch": "Cost against N",

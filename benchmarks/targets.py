@@ -54,6 +54,7 @@ TARGETS = [
     *_both("LSTM, N >= 8", "grid", BEST, (1, 1.15), _batched("lstm")),
     Target("LSTM, N >= 8, H >= 256", "grid", "forward", PEAK, 0.9, _batched("lstm", low=256)),
     *_both("a call of one timestep", "call", TORCH, (2, 2), _single(*ALL, high=64)),
+    *_both("any call of one timestep", "call", BEST, (1, 1)),
     *_both("packed, both directions", "ragged", TORCH, (3, 20)),
     Target("packed, both directions", "ragged", "training", PADDED, 3),
     Target("bfloat16, N = 1", "dtype", "forward", FLOAT32, 1.9, _of("bfloat16", _single(*ALL))),

@@ -262,6 +262,40 @@ def test_threads_share_the_units_of_a_few_rows(cell, hidden):
     agree_for_any_threads(problem, (2, 4))
 
 
+@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 201)])
+def test_one_timestep(cell, proj):
+    """Of more rows than use weights as they lie in longer sequences, up to the most that do and past it.
+
+    Forward: a sixth of the units or inputs past 32. Backward: 128. The bits are the same with gradients and without.
+    """
+    for (batch, inputs, hidden), layout in (
+        ((8, 83, 81), "packed"),
+        ((9, 83, 81), "dense"),
+        ((24, 193, 209), "batch_first"),
+        ((64, 420, 450), "dense"),
+        ((131, 131, 157), "packed"),
+    ):
+        flags = {} if layout == "packed" else {"resets": True, "lengths": layout == "batch_first"}
+        problem = build(Case(cell, layout, True, proj=min(proj, hidden - 1), size=(1, batch, inputs, hidden), **flags))
+        agree(problem)
+        for _ in instruction_sets():
+            with torch.no_grad():
+                without = run(problem)
+            same_bits(run(problem.requiring(None)), without)
+
+
+@pytest.mark.parametrize(
+    ("cell", "hidden", "proj"),
+    [("rnn_tanh", 730, 0), ("rnn_relu", 730, 0), ("gru", 470, 0), ("lstm", 400, 0), ("lstm", 400, 350)],
+)
+def test_threads_share_one_timestep(cell, hidden, proj):
+    """Weights that take longer to be read than a thread to be woken: by units, or by rows if projected."""
+    for batch, bidirectional in ((1, False), (3, True), (7, False), (50, True)):
+        case = Case(cell, bidirectional=bidirectional, proj=proj, size=(1, batch, hidden + 10, hidden))
+        torch.set_num_threads(1)
+        agree_for_any_threads(build(case).to(torch.float32), (2, 3, 5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 65)])
 def test_steps_do_not_depend_on_those_after_them(cell, proj, dtype):

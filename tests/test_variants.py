@@ -152,6 +152,7 @@ def test_equals_the_loop(case, name):
     "size",
     [
         *((3, 9, 33, 65), (7, 17, 1, 7), (2, 13, 7, 129), (270, 1, 2, 5), (0, 2, 3, 4)),
+        (1, 6, 99, 101),  # more rows whose weights are used as they lie, in one timestep
         *((37, 1, 5, 68), (33, 1, 9, 129)),  # one entry, whose input gates are computed beside its steps
     ],
     ids=str,

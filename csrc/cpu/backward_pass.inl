@@ -61,9 +61,9 @@ class ParameterGradients {
         grads_(grads),
         to_(args.grad_weights[direction]),
         direction_(direction),
-        input_(to_.weight_ih, Cell::kGates, args.sizes.hidden, args.sizes.input),
-        hidden_(to_.weight_hh, Cell::kGates, args.sizes.hidden, args.sizes.output()),
-        proj_(to_.weight_hr, 1, args.sizes.proj, args.sizes.hidden),
+        input_(to_.weight_ih, Cell::kGates, args.sizes.hidden, args.sizes.input, args.layout.rows),
+        hidden_(to_.weight_hh, Cell::kGates, args.sizes.hidden, args.sizes.output(), args.layout.rows),
+        proj_(to_.weight_hr, 1, args.sizes.proj, args.sizes.hidden, args.layout.rows),
         bias_tasks_(to_.bias_ih || to_.bias_hh || to_.weight_norm_ih || to_.weight_norm_hh || to_.weight_norm_c ||
                     to_.bias_norm_c),
         bias_sums_(grads.stride, true) {}
@@ -307,8 +307,6 @@ void backward(const BackwardArgs<S>& args, const Executor& executor) {
   RowReader reader(args.layout, 0, find);
   for (int64_t r = 0; r < rows; ++r) {
     T* to = reader.next();
-    const T* from = apart.get() + r * width;
-    for (int64_t i = 0; i < width; i += kLanes<T>)
-      store_part(to + i, load_part(to + i, width - i) + load_part(from + i, width - i), width - i);
+    add_row(to, apart.get() + r * width, width);
   }
 }

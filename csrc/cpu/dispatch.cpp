@@ -89,7 +89,11 @@ double multiply_adds(CellKind cell, const Sizes& sizes, const Layout& layout) {
 }
 
 Executor worthwhile(const Executor& executor, CellKind cell, const Sizes& sizes, const Layout& layout) {
-  return multiply_adds(cell, sizes, layout) < kWorthwhile ? Executor{} : executor;
+  // Few rows take as long as their weights take to come from the third-level cache (measured on a Xeon: one timestep of
+  // a row and 1e6 weights or more is as fast with a thread that has to be woken, twice as fast with one that is awake).
+  constexpr double kLeastRows = 5;
+  const double work = multiply_adds(cell, sizes, layout) * std::max(1., kLeastRows / double(layout.rows));
+  return layout.rows == 0 || work < kWorthwhile ? Executor{} : executor;
 }
 
 }  // namespace
@@ -154,8 +158,15 @@ const Kernels<S>& kernels() {
 
 }  // namespace
 
-bool uses_packed_weights(const Layout& layout) {
-  return layout.rows > 4;  // for fewer, packing costs more than it saves (measured: about even at 8)
+bool uses_packed_weights(const Sizes& sizes, const Layout& layout, int64_t itemsize) {
+  // For fewer rows, packing, or the look whether the weights have changed, costs more than it saves. Several rows of
+  // one timestep are multiplied by weights as they are, each sum at the cost of adding up the lanes of a vector, which
+  // long rows of weights make up for (measured on a Xeon, 64 to 512 units). 16 bits would be widened again and again.
+  // The rule is the same in training, where it could go further, and in inference: so are the bits.
+  int64_t most = 4;
+  if (layout.steps == 1 && itemsize > 2)
+    most = std::max(most, std::min<int64_t>(64, (std::min(sizes.input, sizes.output()) - 32) / 6));
+  return layout.rows > most;
 }
 
 template <class S>
@@ -163,7 +174,7 @@ bool computes_forward(const Layout& layout) {
   if constexpr (sizeof(S) > 2) {
     return true;
   } else {
-    return kernels<S>().backward || (kernels<S>().forward && !uses_packed_weights(layout));
+    return kernels<S>().backward || (kernels<S>().forward && !uses_packed_weights({}, layout, sizeof(S)));
   }
 }
 template bool computes_forward<float>(const Layout&);
@@ -172,13 +183,13 @@ template bool computes_forward<BFloat16>(const Layout&);
 template bool computes_forward<Float16>(const Layout&);
 
 template <class S>
-bool packs_weights(const Layout& layout) {
-  return kernels<S>().pack && uses_packed_weights(layout);
+bool packs_weights(const Sizes& sizes, const Layout& layout) {
+  return kernels<S>().pack && uses_packed_weights(sizes, layout, sizeof(S));
 }
-template bool packs_weights<float>(const Layout&);
-template bool packs_weights<double>(const Layout&);
-template bool packs_weights<BFloat16>(const Layout&);
-template bool packs_weights<Float16>(const Layout&);
+template bool packs_weights<float>(const Sizes&, const Layout&);
+template bool packs_weights<double>(const Sizes&, const Layout&);
+template bool packs_weights<BFloat16>(const Sizes&, const Layout&);
+template bool packs_weights<Float16>(const Sizes&, const Layout&);
 
 template <class S>
 std::unique_ptr<PackedWeights> pack_weights(CellKind cell, const Sizes& sizes, const Weights<const S>& weights) {
@@ -208,8 +219,8 @@ int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_
 
 bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, int64_t itemsize,
                const Executor& executor) {
-  if (layers < 2 || sizes.directions > 1 || executor.threads < 2 || !executor.run_team || !uses_packed_weights(layout))
-    return false;
+  if (layers < 2 || sizes.directions > 1 || executor.threads < 2 || !executor.run_team) return false;
+  if (!uses_packed_weights(sizes, layout, itemsize)) return false;
   const int gates = cells::kGatesOf[int(cell)];
   if (count_slices(layout, sizes, gates, itemsize, executor) > 1) return false;  // these need not wait
   const double work = multiply_adds(cell, sizes, layout) * double(layers);

@@ -49,7 +49,7 @@ class ForwardScan {
         out_(args.sizes.output()),
         out_padded_(Sizes::padded(out_)),
         saved_(saved_values(args.cell, args.sizes.proj != 0, args.variant)),
-        short_(kOnlyWidened<S> || !uses_packed_weights(args.layout)),
+        short_(kOnlyWidened<S> || !uses_packed_weights(args.sizes, args.layout, sizeof(S))),
         tail_(!short_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
         is_plain_(!short_ && has_plain_steps(layout_, args.sizes, args.resets.data)),
@@ -62,7 +62,9 @@ class ForwardScan {
         filled_up_(fill_up() ? chunk_rows_ * Sizes::padded(args.sizes.input) : 0),
         gate_rows_((1 + projects_ahead_) * chunk_rows_),
         c_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
-        hidden_gates_(short_ ? G * padded_ : 0),
+        hidden_gates_(short_ ? slice.size() * G * padded_ : 0),
+        dot_inputs_(short_ ? larger(slice.size(), chunk_rows_) : 0),
+        dot_outputs_(short_ ? larger(slice.size(), chunk_rows_) : 0),
         unprojected_(args.sizes.proj ? slice.size() * padded_ : 0),
         projected_(args.sizes.proj && kReduced ? slice.size() * out_padded_ : 0),
         projected_rows_(args.sizes.proj ? slice.size() : 0),
@@ -233,7 +235,7 @@ class ForwardScan {
     };
     const auto finish = cell(at);
     if (short_) {
-      run_short(rows, at, init, finish);
+      run_short(rows, [&](int64_t r) { return now + r * out_padded_; }, init, finish);
     } else if constexpr (!kOnlyWidened<S>) {
       const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(now + r * out_padded_); };
       const auto recurrent = [&](UnitBlocks blocks, const auto& init, bool tail) {
@@ -348,15 +350,28 @@ class ForwardScan {
     }};
   }
 
-  void run_short(int64_t rows, const StepRows& at, const auto& init, const auto& finish) {
+  /// The dots of rows with this member's units of all gates of a weight [G*H, depth] that is not packed. `a_row` and
+  /// `to` give where a row begins and where its gates go.
+  void dot_gates(const S* weight, int64_t depth, int64_t rows, const T* bias, const auto& a_row, const auto& to) {
+    const int64_t first = part_.first * kLanes<T>, last = smaller(part_.last * kLanes<T>, hidden_);
+    for (int64_t r = 0; r < rows; ++r) dot_inputs_.get()[r] = a_row(r);
+    for (int64_t g = 0; g < G; ++g) {
+      const int64_t at = g * padded_ + first;
+      for (int64_t r = 0; r < rows; ++r) dot_outputs_.get()[r] = to(r) + at;
+      dot_rows(rows, dot_outputs_.get(), bias ? bias + at : nullptr, weight + (g * hidden_ + first) * depth,
+               last - first, depth, dot_inputs_.get());
+    }
+  }
+
+  /// A step whose weights are not packed; `init` and `finish` as those of product().
+  void run_short(int64_t rows, const auto& a_row, const auto& init, const auto& finish) {
+    const auto gates = [&](int64_t r) { return hidden_gates_.get() + r * G * padded_; };
+    dot_gates(args_.weights[direction_].weight_hh, out_, rows, nullptr, a_row, gates);
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t g = 0; g < G; ++g)
-        dot_rows(hidden_gates_.get() + g * padded_, static_cast<const T*>(nullptr),
-                 args_.weights[direction_].weight_hh + g * hidden_ * out_, hidden_, out_, at.now + r * out_padded_);
-      for (int64_t block = 0; block < blocks_of<T>(hidden_); ++block) {
+      for (int64_t block = part_.first; block < part_.last; ++block) {
         V acc[1][G];
         init(Patch<1, 1>{r, block}, acc[0]);
-        for (int g = 0; g < G; ++g) acc[0][g] += load(hidden_gates_.get() + g * padded_ + block * kLanes<T>);
+        for (int g = 0; g < G; ++g) acc[0][g] += load(gates(r) + g * padded_ + block * kLanes<T>);
         finish_patch<1, 1, G>(r, block, acc, finish);
       }
     }
@@ -372,9 +387,8 @@ class ForwardScan {
       }
     }
     if (short_) {
-      for (int64_t r = 0; r < rows; ++r)
-        dot_rows(projected_rows_.get()[r], static_cast<const T*>(nullptr), args_.weights[direction_].weight_hr, out_,
-                 hidden_, unprojected_.get() + r * padded_);
+      dot_rows(rows, projected_rows_.get(), static_cast<const T*>(nullptr), args_.weights[direction_].weight_hr, out_,
+               hidden_, input_rows_.get());
     } else if constexpr (!kOnlyWidened<S>) {
       PlainProduct<S> p;
       p.rows = rows;
@@ -418,7 +432,9 @@ class ForwardScan {
   Buffer<S> filled_up_;          // [chunk rows, padded I], where fill_up()
   Buffer<T*> gate_rows_;         // [1 + projects_ahead_, chunk rows]
   Buffer<T> c_;                  // [slice, padded H]
-  Buffer<T> hidden_gates_;       // [G, padded H], of one row, where weights are not packed
+  Buffer<T> hidden_gates_;       // [slice, G, padded H], where weights are not packed
+  Buffer<const S*> dot_inputs_;  // [slice or chunk rows], of dot_gates()
+  Buffer<T*> dot_outputs_;       // the same
   Buffer<S> unprojected_;        // [slice, padded H]
   Buffer<T> projected_;          // [slice, padded P], before it is rounded to h, if it is
   Buffer<T*> projected_rows_;    // [slice]

@@ -4,7 +4,7 @@ template <class Cell, class S>
 void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const int directions = args.sizes.directions;
   using Packed = ForwardWeights<cells::Plain<Cell>, S>;
-  const bool pack = !kOnlyWidened<S> && uses_packed_weights(args.layout);
+  const bool pack = !kOnlyWidened<S> && uses_packed_weights(args.sizes, args.layout, sizeof(S));
   Both<Packed> own;
   const Packed* weights[2] = {};
   parallel(executor, directions, [&](int64_t d) {
@@ -12,12 +12,16 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
     if (!given) own.item[d] = new Packed(args.weights[d], args.sizes, pack);
     weights[d] = given ? static_cast<const Packed*>(args.packed[d]) : own.item[d];
   });
-  const int64_t slices = count_slices(args.layout, args.sizes, Cell::kGates, sizeof(S), executor);
+  const auto team = [&](int64_t slices) {
+    return cells::kIsNormed<Cell> ? 1 : team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
+  };
+  // Weights that are read as they lie had better be read by one thread each.
+  const bool shares_units = !pack && team(1) > 1;
+  const int64_t slices = shares_units ? 1 : count_slices(args.layout, args.sizes, Cell::kGates, sizeof(S), executor);
   const auto scan = [&](int d, Slice slice, ForwardStates<S>& states, Team& team, int member, int members) {
     ForwardScan<Cell, S>(args, *weights[d], d, slice, states, team, member, members).run();
   };
-  const bool shared = pack && !cells::kIsNormed<Cell>;
-  const int members = shared ? team_size(args.layout, args.sizes, Cell::kGates, executor, slices) : 1;
+  const int members = team(slices);
   if (members == 1) {
     return parallel(executor, directions * slices, [&](int64_t task) {
       const int d = int(task / slices);
@@ -40,7 +44,9 @@ template <class Cell, class S>
 struct StackLayer {
   using Packed = ForwardWeights<Cell, S>;
   explicit StackLayer(const ForwardArgs<S>& args)
-      : own(args.packed[0] ? nullptr : new Packed(args.weights[0], args.sizes, uses_packed_weights(args.layout))),
+      : own(args.packed[0]
+                ? nullptr
+                : new Packed(args.weights[0], args.sizes, uses_packed_weights(args.sizes, args.layout, sizeof(S)))),
         states(args, 0, slice_of(args.layout, 0, 1)),
         scan(args, args.packed[0] ? static_cast<const Packed&>(*args.packed[0]) : *own, 0, slice_of(args.layout, 0, 1),
              states, alone, 0, 1) {}

@@ -147,14 +147,9 @@ void ForwardScan<Cell, S>::project_inputs() {
 template <class Cell, class S>
 void ForwardScan<Cell, S>::project_rows() {
   if (short_) {
-    const T* bias = input_bias();
-    T* const* gates = gate_rows();
-    const Weights<const S>& w = args_.weights[direction_];
-    for (int64_t r = 0; r < planned_; ++r) {
-      for (int64_t g = 0; g < G; ++g)
-        dot_rows(gates[r] + g * padded_, bias ? bias + g * padded_ : nullptr,
-                 w.weight_ih + g * hidden_ * args_.sizes.input, hidden_, args_.sizes.input, input_rows_.get()[r]);
-    }
+    dot_gates(
+        args_.weights[direction_].weight_ih, args_.sizes.input, planned_, input_bias(),
+        [&](int64_t r) { return input_rows_.get()[r]; }, [&](int64_t r) { return gate_rows()[r]; });
     return;
   }
   if constexpr (!kOnlyWidened<S>) {

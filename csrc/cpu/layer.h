@@ -205,12 +205,13 @@ bool computes_bfloat16();
 template <class S>
 bool computes_forward(const Layout& layout);
 
-/// Whether a layer of this layout uses packed weights, unless it is stored in 16 bits that are only widened.
-bool uses_packed_weights(const Layout& layout);
+/// Whether a layer's forward call uses packed weights, unless it is stored in 16 bits that are only widened.
+/// `itemsize`: bytes of a weight.
+bool uses_packed_weights(const Sizes& sizes, const Layout& layout, int64_t itemsize);
 
 /// Whether such a layer, stored in S, does.
 template <class S>
-bool packs_weights(const Layout& layout);
+bool packs_weights(const Sizes& sizes, const Layout& layout);
 
 template <class S>
 std::unique_ptr<PackedWeights> pack_weights(CellKind cell, const Sizes& sizes, const Weights<const S>& weights);

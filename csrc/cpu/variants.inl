@@ -152,18 +152,7 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
         if (joined_) return join_inputs(t, rows, [](const auto&) {}, init, packed);
       }
       if (!short_) return packed(part_, init, tail_);
-      T* dots = hidden_gates_.get();
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t g = 0; g < G; ++g)
-          dot_rows(dots + g * padded, static_cast<const T*>(nullptr),
-                   args_.weights[direction_].weight_hh + g * hidden * out, hidden, out, inputs[r]);
-        for (int64_t block = 0; block < blocks_of<T>(hidden); ++block) {
-          V acc[1][G];
-          init(Patch<1, 1>{r, block}, acc[0]);
-          for (int g = 0; g < G; ++g) acc[0][g] += load(dots + g * padded + block * kLanes<T>);
-          finish_patch<1, 1, G>(r, block, acc, finish);
-        }
-      }
+      run_short(rows, [=](int64_t r) { return inputs[r]; }, init, finish);
     };
     // Zoneout, and where h and c go. Returns c as it goes on.
     const auto leave = [&](int64_t r, int64_t unit, V h, V state) ALWAYS_INLINE_LAMBDA {

@@ -405,6 +405,21 @@ ALWAYS_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
+/// In lane i the sum of the lanes of rows[i]; in the same order in each. Destroys the rows.
+template <class T, int W = 1>
+ALWAYS_INLINE Vec<T> sums_of_lanes(Vec<T> (&rows)[kLanes<T>]) {
+  if constexpr (W < kLanes<T>) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes<T>; i += 2 * W) {
+      swap_halves<T, W>(rows[i], rows[i + W], std::make_integer_sequence<int, kLanes<T>>());
+      rows[i] += rows[i + W];
+    }
+    return sums_of_lanes<T, W * 2>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
 /// Quarter g of v's lanes, moved to the front; zeros behind it.
 template <class T, int g, int... Lane>
 ALWAYS_INLINE Vec<T> quarter(Vec<T> v, std::integer_sequence<int, Lane...>) {

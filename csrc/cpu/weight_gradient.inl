@@ -7,24 +7,30 @@ class WeightGradient {
   using T = Compute<S>;
 
  public:
-  /// `grad` null: it is not wanted.
-  WeightGradient(T* grad, int parts, int64_t height, int64_t width)
+  /// `grad` null: it is not wanted. `rows`: of all chunks.
+  WeightGradient(T* grad, int parts, int64_t height, int64_t width, int64_t rows)
       : grad_(grad),
         parts_(parts),
         height_(height),
         width_(width),
-        rest_(grad ? rest_of(width, height) : 0),
+        few_(rows <= kFewRows),
+        rest_(grad && !few_ ? rest_of(width, height) : 0),
         padded_(Sizes::padded(height)),
         transposed_(rest_ * parts * padded_) {}
 
-  int64_t tasks() const { return grad_ ? (width_ + kColumns - 1) / kColumns : 0; }
+  int64_t tasks() const {
+    if (!grad_) return 0;
+    return few_ ? parts_ * tasks_of_part() : (width_ + kColumns - 1) / kColumns;
+  }
 
-  /// Adds the rows of a chunk, or begins with them, to the columns of one task. A's part p is the `height` columns from
-  /// a + offset[p], whose rows are elements, `stride` of them apart; b_row(row) is asked for in order, null is zeros.
+  /// Adds the rows of a chunk, or begins with them, to one task's share of the gradient. A's part p is the `height`
+  /// columns from a + offset[p], whose rows are elements, `stride` of them apart; b_row(row) is asked for in order,
+  /// null is zeros.
   template <class Row>
   void add(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, int64_t rows, bool begin,
            const Row& b_row) {
     if (rows == 0) return;
+    if (few_) return write(task, a, stride, offset, rows, b_row);
     const int64_t first = task * kColumns, columns = smaller(kColumns, width_ - first);
     const int64_t whole = first + columns == width_ ? columns - rest_ : columns;
     constexpr int64_t kMost = 512;  // rows whose B stays in the second-level cache
@@ -97,6 +103,37 @@ class WeightGradient {
   }
 
  private:
+  static constexpr int64_t kAtOnce = 24;  // rows of the gradient that are written together, where there are few of A
+
+  /// Of about equal heights. Each packs B anew, so that they should not be low.
+  int64_t tasks_of_part() const { return (height_ + 4 * kAtOnce - 1) / (4 * kAtOnce); }
+
+  /// Of the only chunk.
+  template <class Row>
+  void write(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, int64_t rows, const Row& b_row) {
+    const int64_t pieces = tasks_of_part(), part = task / pieces, piece = task % pieces;
+    const int64_t first = height_ * piece / pieces, last = height_ * (piece + 1) / pieces;
+    Buffer<Element<S>> packed(elements<S>(rows) * blocks_of<T>(width_) * kLanes<T>);
+    pack_rows<S>(packed.get(), b_row, rows, 0, width_);
+    const S* from[kAtOnce];
+    T* to[kAtOnce];
+    PlainProduct<S> p;
+    p.a = from;
+    p.c = to;
+    p.columns = width_;
+    p.b = packed.get();
+    p.segments.length = elements<S>(rows);
+    p.segments.stride = stride;
+    for (int64_t m = first; m < last; m += kAtOnce) {
+      p.rows = smaller(kAtOnce, last - m);
+      for (int64_t i = 0; i < p.rows; ++i) {
+        from[i] = reinterpret_cast<const S*>(a + offset[part] + m + i);
+        to[i] = grad_ + (part * height_ + m + i) * width_;
+      }
+      plain_product<S, true>(p);
+    }
+  }
+
   static constexpr int64_t kColumns = 4 * kLanes<T>;  // of one task: the width of a register tile
 
   /// How many of the last columns, past whole pairs of blocks, are computed transposed, the height along the vectors:
@@ -110,6 +147,8 @@ class WeightGradient {
 
   T* const grad_;
   const int parts_;
-  const int64_t height_, width_, rest_, padded_;
+  const int64_t height_, width_;
+  const bool few_;
+  const int64_t rest_, padded_;
   Buffer<T> transposed_;  // [rest, parts, padded height]
 };

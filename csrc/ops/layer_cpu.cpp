@@ -275,7 +275,7 @@ class ForwardCall {
     args.c_n = shape.cell.has_cell ? data<S>(c_n_) : nullptr;
     args.saved = save_ ? data<cpu::Compute<S>>(saved_) : nullptr;
     for (int d = 0; d < shape.sizes.directions; ++d) {
-      if (!save_ && cpu::packs_weights<S>(args.layout)) args.packed[d] = find_packed<S>(d);
+      if (!save_ && cpu::packs_weights<S>(args.sizes, args.layout)) args.packed[d] = find_packed<S>(d);
       prepare_weights(weights_, d, args.packed[d] != nullptr);
       args.weights[d] = named_weights<const S>(weights_, shape, d);
     }

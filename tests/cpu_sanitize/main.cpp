@@ -385,10 +385,10 @@ void random_masks() {
 }
 
 int every_configuration() {
-  const int64_t shapes[][4] = {{1, 1, 1, 1},   {2, 3, 5, 7},  {3, 1, 33, 17},  {4, 9, 1, 33},  {2, 17, 7, 16},
-                               {1, 5, 65, 31}, {5, 2, 3, 65}, {3, 7, 17, 15},  {2, 140, 2, 3}, {290, 1, 2, 5},
-                               {45, 8, 3, 9},  {9, 1, 3, 18}, {1, 1, 129, 64}, {35, 1, 5, 66}, {0, 3, 2, 3},
-                               {3, 0, 2, 3},   {0, 0, 1, 1},  {1, 4, 41, 34}};
+  const int64_t shapes[][4] = {{1, 1, 1, 1},   {2, 3, 5, 7},  {3, 1, 33, 17},  {4, 9, 1, 33},   {2, 17, 7, 16},
+                               {1, 5, 65, 31}, {5, 2, 3, 65}, {3, 7, 17, 15},  {2, 140, 2, 3},  {290, 1, 2, 5},
+                               {45, 8, 3, 9},  {9, 1, 3, 18}, {1, 1, 129, 64}, {35, 1, 5, 66},  {0, 3, 2, 3},
+                               {3, 0, 2, 3},   {0, 0, 1, 1},  {1, 4, 41, 34},  {1, 5, 300, 66}, {1, 6, 70, 150}};
   int count = 0;
   for (const auto& [L, N, I, H] : shapes) {
     for (int kind = 0; kind < 5; ++kind) {
@@ -538,17 +538,24 @@ void team_in_turn(int members, void (*fn)(void*, int, int), void* context) {
   team(std::min(members, kGranted[turn++ % 4]), fn, context);
 }
 
-/// One sequence, whose units threads share, for several chunks of backward: as many threads as members and fewer.
+/// Layers whose units threads share, as many as members and fewer: one sequence, for several chunks of backward, and
+/// one timestep, whose weights are read as they lie.
 void shared_units() {
+  struct {
+    int64_t steps, batch, input, hidden;
+  } const sizes[] = {{400, 1, 3, 258}, {1, 1, 700, 720}, {1, 7, 700, 720}};
   for (const CellKind cell : {CellKind::kRnnTanh, CellKind::kGru, CellKind::kLstm}) {
-    Config config{cell, 400,   1,     3,    258,   0,     cell == CellKind::kGru ? 2 : 1, Config::kTimeMajor,
-                  true, false, false, true, false, 0xffff};
-    config.cells = config.has_cell();
-    const Results alone = run<float>(config, Executor{});
-    for (int members : {2, 4}) {
-      for (const auto by : {team, team_in_turn}) {
-        if (run<float>(config, Executor{members, by_four_threads, by}).values != alone.values)
-          fail(config, "threads that share the units give other bits than one");
+    for (const auto& [steps, batch, input, hidden] : sizes) {
+      const int directions = cell == CellKind::kGru ? 2 : 1;
+      Config config{cell, steps, batch, input, hidden, 0,     directions, Config::kTimeMajor,
+                    true, false, false, true,  false,  0xffff};
+      config.cells = config.has_cell();
+      const Results alone = run<float>(config, Executor{});
+      for (int members : {2, 4}) {
+        for (const auto by : {team, team_in_turn}) {
+          if (run<float>(config, Executor{members, by_four_threads, by}).values != alone.values)
+            fail(config, "threads that share the units give other bits than one");
+        }
       }
     }
   }
