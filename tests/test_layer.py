@@ -266,7 +266,7 @@ def test_threads_share_the_units_of_a_few_rows(cell, hidden):
 def test_one_timestep(cell, proj):
     """Of more rows than use weights as they lie in longer sequences, up to the most that do and past it.
 
-    Forward: a sixth of the units or inputs past 32. Backward: 128. The bits are the same with gradients and without.
+    Forward by AVX-512: a sixth of the units or inputs past 32. Backward: 128. The same bits with gradients and without.
     """
     for (batch, inputs, hidden), layout in (
         ((8, 83, 81), "packed"),

@@ -160,12 +160,16 @@ const Kernels<S>& kernels() {
 
 bool uses_packed_weights(const Sizes& sizes, const Layout& layout, int64_t itemsize) {
   // For fewer rows, packing, or the look whether the weights have changed, costs more than it saves. Several rows of
-  // one timestep are multiplied by weights as they are, each sum at the cost of adding up the lanes of a vector, which
-  // long rows of weights make up for (measured on a Xeon, 64 to 512 units). 16 bits would be widened again and again.
-  // The rule is the same in training, where it could go further, and in inference: so are the bits.
+  // one timestep are multiplied by weights as they are: four at a time or, with few registers, two, and each sum at the
+  // cost of adding up the lanes of a vector, which long rows of weights make up for (measured on a Xeon, 64 to 512
+  // units). 16 bits would be widened again and again. The rule is the same in training, where it could go further, and
+  // in inference: so are the bits.
   int64_t most = 4;
-  if (layout.steps == 1 && itemsize > 2)
-    most = std::max(most, std::min<int64_t>(64, (std::min(sizes.input, sizes.output()) - 32) / 6));
+  if (layout.steps == 1 && itemsize > 2) {
+    const int64_t depth = std::min(sizes.input, sizes.output()) - 32;
+    const bool four = std::strcmp(capability(), "avx512") == 0;
+    most = std::max(most, four ? std::min<int64_t>(64, depth / 6) : std::min<int64_t>(16, depth / 28));
+  }
   return layout.rows > most;
 }
 
