@@ -232,10 +232,15 @@ def test_work_beside_a_layer(hidden, dtype, threads):
         assert passes % 2 == 0
         assert 0.5 < read.amount / (ceilings.BURST if threads == 1 else ceilings.BURSTS)[1] < 2
     for one in work.values():
-        everybody, this = time.process_time(), time.thread_time()
-        one.run()
-        everybody, this = time.process_time() - everybody, time.thread_time() - this
-        assert everybody > 1.5 * this if threads == 2 else everybody < 1.5 * this
+
+        def is_of_all_threads() -> bool:
+            everybody, this = time.process_time(), time.thread_time()
+            one.run()  # noqa: B023
+            everybody, this = time.process_time() - everybody, time.thread_time() - this
+            return everybody > 1.5 * this if threads == 2 else everybody < 1.5 * this
+
+        # One of two busy cores may be half as fast as the other for a while.
+        assert any(is_of_all_threads() for _ in range(20))
 
     for times in (1.0, 4.0), (4.0, 1.0):  # the better counts
         seconds = dict(zip(work, (2.0, *times), strict=True))
