@@ -262,6 +262,13 @@ def test_threads_share_the_units_of_a_few_rows(cell, hidden):
     agree_for_any_threads(problem, (2, 4))
 
 
+@pytest.mark.parametrize(("cell", "hidden"), [("rnn_tanh", 610), ("rnn_relu", 610), ("gru", 355), ("lstm", 305)])
+def test_threads_share_the_units_of_large_weights(cell, hidden):
+    """Of more rows than are cut into slices where weights are small; the last step has one, which sums differently."""
+    case = Case(cell, bidirectional=cell == "gru", lengths=True, resets=True, size=(5, 13, 8, hidden))
+    agree_for_any_threads(build(case).to(torch.float32), (2, 4, 5))
+
+
 @pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 201)])
 def test_one_timestep(cell, proj):
     """Of more rows than use weights as they lie in longer sequences, up to the most that do and past it.

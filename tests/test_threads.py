@@ -286,6 +286,32 @@ def test_no_threads_beside_torchs(threads):
     assert script(COUNTED.replace("THREADS", str(threads)), OMP_NUM_THREADS="1") == "well\n"
 
 
+WOKEN = """
+import os, time, torch
+from rnn_ext import GRU
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(2)
+module, steps = GRU(256, 256, backend="custom").requires_grad_(False), torch.zeros(1, 1, 256)
+alone = threads()
+for _ in range(3):
+    module(steps)
+    time.sleep(0.01)
+assert threads() == alone, "a call that is no longer than waking a thread takes"
+for _ in range(1000):
+    module(steps)
+print(threads() - alone)
+"""
+
+
+@pytest.mark.parametrize(("policy", "woken"), [("active", 1), ("PASSIVE", 0)])
+def test_calls_in_quick_succession_keep_a_thread_awake(policy, woken):
+    """One timestep is shared when threads that it wakes are awake for the next, which they are if they wait for it."""
+    assert script(WOKEN, OMP_WAIT_POLICY=policy, OMP_NUM_THREADS="1") == f"{woken}\n"
+
+
 UNDISTURBED = """
 import math, torch
 torch.set_flush_denormal(FLUSH)

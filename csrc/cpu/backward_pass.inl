@@ -180,19 +180,19 @@ class BackwardPass {
   using T = Compute<S>;
 
  public:
-  BackwardPass(const BackwardArgs<S>& args, int direction, int64_t slices, int members)
+  BackwardPass(const BackwardArgs<S>& args, int direction, Shares shares)
       : args_(args),
         direction_(direction),
         weights_(args, args.weights[direction]),
         chunks_(args.layout, direction == 1),
         grads_(args.sizes, args.layout),
-        scans_(slices * members),
-        slices_(slices),
-        members_(members),
+        scans_(shares.slices * shares.members),
+        slices_(shares.slices),
+        members_(shares.members),
         parameters_(args, grads_, direction) {
-    for (int64_t i = 0; i < slices * members; ++i) {
-      const Slice slice = slice_of(args.layout, i / members, slices);
-      scans_.get()[i] = new BackwardScan<Cell, S>(args, weights_, direction, slice, int(i % members), members);
+    for (int64_t i = 0; i < slices_ * members_; ++i) {
+      const Slice slice = slice_of(args.layout, i / members_, slices_);
+      scans_.get()[i] = new BackwardScan<Cell, S>(args, weights_, direction, slice, int(i % members_), members_);
     }
   }
   ~BackwardPass() {
@@ -256,27 +256,28 @@ class BackwardPass {
 template <class Cell, class S>
 void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int last, Compute<S>* apart,
           bool accumulate) {
-  const int64_t slices = count_slices(args.layout, args.sizes, Cell::kGates, sizeof(S), executor);
-  const int members = cells::kIsVariant<Cell> ? 1 : team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
+  const Shares shares =
+      share_out(args.layout, args.sizes, Cell::kGates, sizeof(S), executor, !cells::kIsVariant<Cell>, true);
   Both<BackwardPass<Cell, S>> passes;
   parallel(executor, last - first,
-           [&](int64_t i) { passes.item[i] = new BackwardPass<Cell, S>(args, first + int(i), slices, members); });
+           [&](int64_t i) { passes.item[i] = new BackwardPass<Cell, S>(args, first + int(i), shares); });
   for (;;) {
     bool more[2] = {false, false};
     int64_t scans = 0, products[2] = {0, 0};
     for (int i = 0; i < last - first; ++i) {
       more[i] = passes.item[i]->next_chunk();
       if (!more[i]) continue;
-      scans += slices;
+      scans += shares.slices;
       products[i] = passes.item[i]->product_tasks();
     }
     if (scans == 0) break;
     const int lead = more[0] ? 0 : 1;
-    if (members > 1) {
-      run_teams(executor, int(scans), members,
+    if (shares.members > 1) {
+      run_teams(executor, int(scans), shares.members,
                 [&](int i, int thread, int threads) { passes.item[lead + i]->scan_share(thread, threads); });
     } else {
-      parallel(executor, scans, [&](int64_t task) { passes.item[lead + task / slices]->scan(task % slices); });
+      parallel(executor, scans,
+               [&](int64_t task) { passes.item[lead + task / shares.slices]->scan(task % shares.slices); });
     }
     if (kPack<S> > 1) {
       parallel(executor, last - first, [&](int64_t i) {

@@ -49,7 +49,7 @@ class ForwardScan {
         out_(args.sizes.output()),
         out_padded_(Sizes::padded(out_)),
         saved_(saved_values(args.cell, args.sizes.proj != 0, args.variant)),
-        short_(kOnlyWidened<S> || !uses_packed_weights(args.sizes, args.layout, sizeof(S))),
+        short_(!weights.packed),
         tail_(!short_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
         is_plain_(!short_ && has_plain_steps(layout_, args.sizes, args.resets.data)),

@@ -12,20 +12,15 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
     if (!given) own.item[d] = new Packed(args.weights[d], args.sizes, pack);
     weights[d] = given ? static_cast<const Packed*>(args.packed[d]) : own.item[d];
   });
-  const auto team = [&](int64_t slices) {
-    return cells::kIsNormed<Cell> ? 1 : team_size(args.layout, args.sizes, Cell::kGates, executor, slices);
-  };
-  // Weights that are read as they lie had better be read by one thread each.
-  const bool shares_units = !pack && team(1) > 1;
-  const int64_t slices = shares_units ? 1 : count_slices(args.layout, args.sizes, Cell::kGates, sizeof(S), executor);
+  const Shares shares =
+      share_out(args.layout, args.sizes, Cell::kGates, sizeof(S), executor, !cells::kIsNormed<Cell>, pack);
   const auto scan = [&](int d, Slice slice, ForwardStates<S>& states, Team& team, int member, int members) {
     ForwardScan<Cell, S>(args, *weights[d], d, slice, states, team, member, members).run();
   };
-  const int members = team(slices);
-  if (members == 1) {
-    return parallel(executor, directions * slices, [&](int64_t task) {
-      const int d = int(task / slices);
-      const Slice slice = slice_of(args.layout, task % slices, slices);
+  if (shares.members == 1) {
+    return parallel(executor, directions * shares.slices, [&](int64_t task) {
+      const int d = int(task / shares.slices);
+      const Slice slice = slice_of(args.layout, task % shares.slices, shares.slices);
       ForwardStates<S> states(args, d, slice);
       Team alone;
       scan(d, slice, states, alone, 0, 1);
@@ -35,7 +30,7 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
   Both<ForwardStates<S>> states;
   Team teams[2];
   for (int d = 0; d < directions; ++d) states.item[d] = new ForwardStates<S>(args, d, whole);
-  run_teams(executor, directions, members,
+  run_teams(executor, directions, shares.members,
             [&](int d, int member, int actual) { scan(d, whole, *states.item[d], teams[d], member, actual); });
 }
 
@@ -44,9 +39,7 @@ template <class Cell, class S>
 struct StackLayer {
   using Packed = ForwardWeights<Cell, S>;
   explicit StackLayer(const ForwardArgs<S>& args)
-      : own(args.packed[0]
-                ? nullptr
-                : new Packed(args.weights[0], args.sizes, uses_packed_weights(args.sizes, args.layout, sizeof(S)))),
+      : own(args.packed[0] ? nullptr : new Packed(args.weights[0], args.sizes, true)),
         states(args, 0, slice_of(args.layout, 0, 1)),
         scan(args, args.packed[0] ? static_cast<const Packed&>(*args.packed[0]) : *own, 0, slice_of(args.layout, 0, 1),
              states, alone, 0, 1) {}

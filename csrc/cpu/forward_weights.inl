@@ -5,7 +5,8 @@ template <class Cell, class S>
 struct ForwardWeights : PackedWeights {
   using T = Compute<S>;
   ForwardWeights(const Weights<const S>& w, const Sizes& s, bool pack)
-      : input(pack ? elements<S>(s.input) * Cell::kGates * s.padded() : 0),
+      : packed(pack),
+        input(pack ? elements<S>(s.input) * Cell::kGates * s.padded() : 0),
         hidden(pack ? elements<S>(s.output()) * Cell::kGates * s.padded() : 0),
         proj(pack && s.proj ? elements<S>(s.hidden) * Sizes::padded(s.proj) : 0),
         bias(Cell::kGates * s.padded(), true),
@@ -31,6 +32,7 @@ struct ForwardWeights : PackedWeights {
     }
   }
 
+  const bool packed;          // or only the biases are here
   Buffer<Element<S>> input;   // [G * padded H / lanes][I][lanes]; a tail is the first gate's last block
   Buffer<Element<S>> hidden;  // [H / lanes][P][G][lanes]; a tail [P][lanes]
   Buffer<Element<S>> proj;    // [P / lanes][H][lanes]

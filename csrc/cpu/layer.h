@@ -96,6 +96,8 @@ struct Executor {
   /// Runs fn(context, i, n) for i = 0 .. n - 1 on n threads at the same time, which may wait for each other; n is what
   /// could be had of the `threads` wished for. Null: cannot.
   void (*run_team)(int threads, void (*fn)(void*, int, int), void* context) = nullptr;
+  /// Whether the threads that have run something wait for more without falling asleep, for some milliseconds.
+  bool waits_actively = false;
 };
 
 struct Sizes {

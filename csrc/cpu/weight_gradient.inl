@@ -42,23 +42,16 @@ class WeightGradient {
       const int64_t count = smaller(piece, rows - done), depth = elements<S>(count);
       pack_rows<S>(packed.get(), b_row, count, first, columns);
       PlainProduct<S> p;
-      p.a = from.get();
-      p.c = to.get();
       p.segments.length = depth;
       p.accumulate = !begin || done > 0;
       for (int part = 0; part < parts_; ++part) {
         const Element<S>* a_part = a + elements<S>(done) * stride + offset[part];
         if (whole > 0) {
-          for (int64_t m = 0; m < height_; ++m) {
-            from.get()[m] = reinterpret_cast<const S*>(a_part + m);
-            to.get()[m] = grad_ + (part * height_ + m) * width_ + first;
-          }
-          p.rows = height_;
           p.columns = whole;
           p.b = packed.get();
           p.b_stride = 0;
           p.segments.stride = stride;
-          plain_product<S, true>(p);
+          multiply_rows_of(part, 0, height_, first, a_part, from.get(), to.get(), p);
         }
         if (whole < columns) {
           for (int64_t i = 0; i < rest_; ++i) {
@@ -67,6 +60,8 @@ class WeightGradient {
             to.get()[i] = transposed_.get() + (i * parts_ + part) * padded_;
           }
           p.rows = rest_;
+          p.a = from.get();
+          p.c = to.get();
           p.columns = height_;
           p.b = a_part;
           p.b_stride = stride;
@@ -118,20 +113,26 @@ class WeightGradient {
     const S* from[kAtOnce];
     T* to[kAtOnce];
     PlainProduct<S> p;
-    p.a = from;
-    p.c = to;
     p.columns = width_;
     p.b = packed.get();
     p.segments.length = elements<S>(rows);
     p.segments.stride = stride;
-    for (int64_t m = first; m < last; m += kAtOnce) {
-      p.rows = smaller(kAtOnce, last - m);
-      for (int64_t i = 0; i < p.rows; ++i) {
-        from[i] = reinterpret_cast<const S*>(a + offset[part] + m + i);
-        to[i] = grad_ + (part * height_ + m + i) * width_;
-      }
-      plain_product<S, true>(p);
+    for (int64_t m = first; m < last; m += kAtOnce)
+      multiply_rows_of(int(part), m, smaller(kAtOnce, last - m), 0, a + offset[part], from, to, p);
+  }
+
+  /// The product `p` for so many rows of a part of the gradient, from its row `first` and column `column` on. `a`: the
+  /// columns of A for the part; `from` and `to`: room for so many.
+  void multiply_rows_of(int part, int64_t first, int64_t count, int64_t column, const Element<S>* a, const S** from,
+                        T** to, PlainProduct<S>& p) const {
+    for (int64_t i = 0; i < count; ++i) {
+      from[i] = reinterpret_cast<const S*>(a + first + i);
+      to[i] = grad_ + (part * height_ + first + i) * width_ + column;
     }
+    p.rows = count;
+    p.a = from;
+    p.c = to;
+    plain_product<S, true>(p);
   }
 
   static constexpr int64_t kColumns = 4 * kLanes<T>;  // of one task: the width of a register tile

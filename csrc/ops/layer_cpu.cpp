@@ -2,11 +2,13 @@
 // to float32 and back.
 #include <ATen/Parallel.h>
 #include <pthread.h>
+#include <strings.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <deque>
 #include <exception>
 
@@ -43,8 +45,16 @@ void on_all_threads(const Fn& fn) {
       const_cast<void*>(static_cast<const void*>(&fn)), 0, 0);
 }
 
+/// Whether the OpenMP runtime has not been told that its threads shall sleep.
+bool waits_actively() {
+  const char* policy = std::getenv("OMP_WAIT_POLICY");
+  return !policy || strcasecmp(policy, "passive") != 0;
+}
+
 cpu::Executor executor() {
+  static const bool active = waits_actively();
   cpu::Executor executor;
+  executor.waits_actively = active;
   executor.threads = forked || at::in_parallel_region() ? 1 : at::get_num_threads();
   // Tasks are not equally long, so a thread takes the next one when it is free.
   executor.run = [](int64_t tasks, void (*fn)(void*, int64_t), void* context) {
