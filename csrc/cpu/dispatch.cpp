@@ -184,7 +184,7 @@ bool uses_packed_weights(const Sizes& sizes, const Layout& layout, int64_t items
   if (layout.steps == 1 && itemsize > 2) {
     const int64_t depth = std::min(sizes.input, sizes.output()) - 32;
     const bool four = std::strcmp(capability(), "avx512") == 0;
-    most = std::max(most, four ? std::min<int64_t>(64, depth / 6) : std::min<int64_t>(16, depth / 28));
+    most = std::max(most, four ? std::min<int64_t>(64, depth / 8) : std::min<int64_t>(16, depth / 28));
   }
   return layout.rows > most;
 }

@@ -49,10 +49,14 @@ class ForwardScan {
         out_(args.sizes.output()),
         out_padded_(Sizes::padded(out_)),
         saved_(saved_values(args.cell, args.sizes.proj != 0, args.variant)),
-        short_(!weights.packed),
+        short_(weights.packing == Packing::kNone),
+        by_panels_(weights.packing == Packing::kPanels),
         tail_(!short_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
         keep_(args.saved != nullptr && Cell::kSaved > 0),
         is_plain_(!short_ && has_plain_steps(layout_, args.sizes, args.resets.data)),
+        panel_(by_panels_ ? larger(elements<S>(args.sizes.input), elements<S>(out_)) * UnpackedB<S>::kMostVectors *
+                                kLanes<Element<S>>
+                          : 0),
         gates_stride_((keep_ ? saved_ : G) * padded_),
         projects_ahead_(projects_ahead()),
         least_joined_(least_joined()),
@@ -173,6 +177,11 @@ class ForwardScan {
                  : gates_.get() + (turn_ * chunk_rows_ + row_of_chunk) * gates_stride_;
   }
 
+  /// A weight [G*H, depth], where by_panels_.
+  UnpackedB<S> unpacked_b(const S* weight, int64_t depth) const {
+    return {weight, hidden_, depth, padded_ / kLanes<T>, panel_.get()};
+  }
+
   const T* input_bias() const { return cells::kIsNormed<Cell> ? nullptr : weights_.bias.get(); }
 
   /// The blocks of gate g that this member projects; a tail is one of gate 0.
@@ -238,9 +247,11 @@ class ForwardScan {
       run_short(rows, [&](int64_t r) { return now + r * out_padded_; }, init, finish);
     } else if constexpr (!kOnlyWidened<S>) {
       const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(now + r * out_padded_); };
+      const UnpackedB<S> unpacked = unpacked_b(args_.weights[direction_].weight_hh, out_);
       const auto recurrent = [&](UnitBlocks blocks, const auto& init, bool tail) {
         product<G, S>(rows, blocks.first, blocks.last, step_order(layout_.batch_sizes[t], t), a_row,
-                      weights_.hidden.get(), OneSegment{elements<S>(out_)}, init, finish, tail, &side_,
+                      PackedB<S>(weights_.hidden.get(), by_panels_ ? &unpacked : nullptr),
+                      OneSegment{elements<S>(out_)}, init, finish, tail, &side_,
                       gates_ahead(t, joined_ ? 1 : chunk_steps_));
       };
       if (joined_) {
@@ -418,10 +429,12 @@ class ForwardScan {
   const UnitBlocks part_;
   const int64_t hidden_, padded_, out_, out_padded_;
   const int saved_;
-  const bool short_;
-  const bool tail_;  // this part ends with one
+  const bool short_;      // the weights are read as they lie
+  const bool by_panels_;  // or packed by each product as it goes
+  const bool tail_;       // this part ends with one
   const bool keep_;
   const bool is_plain_;
+  Buffer<Element<S>> panel_;  // where by_panels_
   const int64_t gates_stride_;
   const bool projects_ahead_;
   const int64_t least_joined_;  // rows of a step that joins

@@ -5,15 +5,18 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const int directions = args.sizes.directions;
   using Packed = ForwardWeights<cells::Plain<Cell>, S>;
   const bool pack = !kOnlyWidened<S> && uses_packed_weights(args.sizes, args.layout, sizeof(S));
+  // Those of one timestep are read once.
+  const bool once = args.layout.steps == 1 && !has_tail<Compute<S>>(Cell::kGates, args.sizes.hidden);
+  const Packing packing = !pack ? Packing::kNone : once ? Packing::kPanels : Packing::kWhole;
   Both<Packed> own;
   const Packed* weights[2] = {};
   parallel(executor, directions, [&](int64_t d) {
     const bool given = pack && args.packed[d];
-    if (!given) own.item[d] = new Packed(args.weights[d], args.sizes, pack);
+    if (!given) own.item[d] = new Packed(args.weights[d], args.sizes, packing);
     weights[d] = given ? static_cast<const Packed*>(args.packed[d]) : own.item[d];
   });
-  const Shares shares =
-      share_out(args.layout, args.sizes, Cell::kGates, sizeof(S), executor, !cells::kIsNormed<Cell>, pack);
+  const Shares shares = share_out(args.layout, args.sizes, Cell::kGates, sizeof(S), executor, !cells::kIsNormed<Cell>,
+                                  weights[0]->packing == Packing::kWhole);
   const auto scan = [&](int d, Slice slice, ForwardStates<S>& states, Team& team, int member, int members) {
     ForwardScan<Cell, S>(args, *weights[d], d, slice, states, team, member, members).run();
   };
@@ -39,7 +42,7 @@ template <class Cell, class S>
 struct StackLayer {
   using Packed = ForwardWeights<Cell, S>;
   explicit StackLayer(const ForwardArgs<S>& args)
-      : own(args.packed[0] ? nullptr : new Packed(args.weights[0], args.sizes, true)),
+      : own(args.packed[0] ? nullptr : new Packed(args.weights[0], args.sizes, Packing::kWhole)),
         states(args, 0, slice_of(args.layout, 0, 1)),
         scan(args, args.packed[0] ? static_cast<const Packed&>(*args.packed[0]) : *own, 0, slice_of(args.layout, 0, 1),
              states, alone, 0, 1) {}

@@ -1,22 +1,25 @@
 // The weights of a layer, packed for the scan forward; see product.inl.
 
+/// How a layer's weights are packed: not at all, by each product as it goes, or all beforehand.
+enum class Packing { kNone, kPanels, kWhole };
+
 /// One direction's weights as the forward scan of a cell and of its variants wants them.
 template <class Cell, class S>
 struct ForwardWeights : PackedWeights {
   using T = Compute<S>;
-  ForwardWeights(const Weights<const S>& w, const Sizes& s, bool pack)
-      : packed(pack),
-        input(pack ? elements<S>(s.input) * Cell::kGates * s.padded() : 0),
-        hidden(pack ? elements<S>(s.output()) * Cell::kGates * s.padded() : 0),
-        proj(pack && s.proj ? elements<S>(s.hidden) * Sizes::padded(s.proj) : 0),
+  ForwardWeights(const Weights<const S>& w, const Sizes& s, Packing packing)
+      : packing(packing),
+        input(packing == Packing::kWhole ? elements<S>(s.input) * Cell::kGates * s.padded() : 0),
+        hidden(packing == Packing::kWhole ? elements<S>(s.output()) * Cell::kGates * s.padded() : 0),
+        proj(packing != Packing::kNone && s.proj ? elements<S>(s.hidden) * Sizes::padded(s.proj) : 0),
         bias(Cell::kGates * s.padded(), true),
         split_bias(s.padded(), true) {
     const int64_t gate_blocks = s.padded() / kLanes<T>;
     for (int64_t g = 0; g < Cell::kGates; ++g) {
       if constexpr (!kOnlyWidened<S>) {
-        if (pack)
+        if (packing == Packing::kWhole)
           pack_gates(input.get() + g * gate_blocks * elements<S>(s.input) * kLanes<T>,
-                     w.weight_ih + g * s.hidden * s.input, 1, s.hidden, s.input, gate_blocks);
+                     w.weight_ih + g * s.hidden * s.input, 1, s.hidden, s.input, 0, gate_blocks);
       }
       if (!w.bias_ih) continue;
       const bool split = g >= Cell::kGates - Cell::kSplit;
@@ -28,11 +31,12 @@ struct ForwardWeights : PackedWeights {
       }
     }
     if constexpr (!kOnlyWidened<S>) {
-      if (pack) pack_recurrent(w, s);
+      if (packing == Packing::kWhole) pack_recurrent(w, s);
+      if (proj.get()) pack_gates(proj.get(), w.weight_hr, 1, s.proj, s.hidden, 0, blocks_of<T>(s.proj));
     }
   }
 
-  const bool packed;          // or only the biases are here
+  const Packing packing;      // unless whole, `input` and `hidden` are not here
   Buffer<Element<S>> input;   // [G * padded H / lanes][I][lanes]; a tail is the first gate's last block
   Buffer<Element<S>> hidden;  // [H / lanes][P][G][lanes]; a tail [P][lanes]
   Buffer<Element<S>> proj;    // [P / lanes][H][lanes]
@@ -42,8 +46,7 @@ struct ForwardWeights : PackedWeights {
  private:
   void pack_recurrent(const Weights<const S>& w, const Sizes& s) {
     if (has_tail<T>(Cell::kGates, s.hidden)) join_tail(w, s);
-    pack_gates(hidden.get(), w.weight_hh, Cell::kGates, s.hidden, s.output(), blocks_of<T>(s.hidden));
-    if (s.proj) pack_gates(proj.get(), w.weight_hr, 1, s.proj, s.hidden, blocks_of<T>(s.proj));
+    pack_gates(hidden.get(), w.weight_hh, Cell::kGates, s.hidden, s.output(), 0, blocks_of<T>(s.hidden));
   }
 
   void join_tail(const Weights<const S>& w, const Sizes& s) {

@@ -10,7 +10,7 @@ int64_t ForwardScan<Cell, S>::least_joined() const {
   constexpr int64_t kNear = 256 * 1024, kMostJoined = 20 << 20, kFewInputs = 64;
   const int64_t never = layout_.batch + 1;
   const int64_t most = G > 1 && tuning().joins_far ? kMostJoined : kFarWeights;
-  if (short_ || cells::kIsNormed<Cell> || weight_bytes() > most) return never;
+  if (short_ || by_panels_ || cells::kIsNormed<Cell> || weight_bytes() > most) return never;
   // Few registers make a smaller tile of three gates than of the four vectors of a projection alone (measured).
   constexpr bool kSmallTile = G == 3 && RNN_EXT_VECTOR_REGISTERS < 32;
   if (kSmallTile && args_.sizes.input > kFewInputs) return never;
@@ -154,6 +154,8 @@ void ForwardScan<Cell, S>::project_rows() {
   }
   if constexpr (!kOnlyWidened<S>) {
     PlainProduct<S> p = projection(planned_);
+    const UnpackedB<S> unpacked = unpacked_b(args_.weights[direction_].weight_ih, args_.sizes.input);
+    if (by_panels_) p.unpacked = &unpacked;
     if (members_ == 1 && !tail_) return plain_product(p);
     for (int g = 0; g < G; ++g) {
       const UnitBlocks blocks = projected_blocks(g);

@@ -64,13 +64,13 @@ template <class S>
 std::unique_ptr<PackedWeights> pack_any(CellKind cell, const Sizes& sizes, const Weights<const S>& weights) {
   switch (cell) {
     case CellKind::kRnnTanh:
-      return std::make_unique<ForwardWeights<cells::RnnTanh, S>>(weights, sizes, true);
+      return std::make_unique<ForwardWeights<cells::RnnTanh, S>>(weights, sizes, Packing::kWhole);
     case CellKind::kRnnRelu:
-      return std::make_unique<ForwardWeights<cells::RnnRelu, S>>(weights, sizes, true);
+      return std::make_unique<ForwardWeights<cells::RnnRelu, S>>(weights, sizes, Packing::kWhole);
     case CellKind::kGru:
-      return std::make_unique<ForwardWeights<cells::Gru, S>>(weights, sizes, true);
+      return std::make_unique<ForwardWeights<cells::Gru, S>>(weights, sizes, Packing::kWhole);
     case CellKind::kLstm:
-      return std::make_unique<ForwardWeights<cells::Lstm, S>>(weights, sizes, true);
+      return std::make_unique<ForwardWeights<cells::Lstm, S>>(weights, sizes, Packing::kWhole);
   }
   return nullptr;
 }

@@ -14,6 +14,10 @@ struct Fetch {
   int64_t step;  // 0: the same line again and again, which costs nothing that could be measured on a Xeon
 };
 
+template <class S>
+void pack_gates(Element<S>* out, const S* weight, int64_t gates, int64_t hidden, int64_t depth, int64_t first,
+                int64_t last);
+
 /// Memory that the next steps want: it comes to the second-level cache while a product multiplies. None, where it would
 /// push out what the product itself has there (measured).
 struct Ahead {
@@ -74,25 +78,54 @@ struct PanelOfRows {
   ALWAYS_INLINE void next() { b += stride; }
 };
 
-/// B, packed as above.
-template <class E>
+/// A weight W [gates * H, K] as it lies, seen as B, whose panels are packed when a product comes to them: one that is
+/// the only one to read it would write it to memory and read it again (measured on a Xeon: 32 to 64 rows of 512 units
+/// take a fifth less, 256 rows a tenth). It has no tail.
+template <class S>
+struct UnpackedB {
+  static constexpr int kMostVectors = 8;
+
+  const S* weight;
+  int64_t hidden, depth;
+  int64_t gate_blocks;  // from one gate's first block to the next one's, in a product of one gate
+  Element<S>* panel;    // room for so many vectors of each k
+
+  template <int G, int NB>
+  NO_INLINE const Element<S>* pack(int64_t block) const {
+    static_assert(G * NB <= kMostVectors);
+    const int64_t step = G * elements<S>(depth) * kLanes<Element<S>>;
+    for (int i = 0; i < NB; ++i) {
+      const int64_t gate = G == 1 ? (block + i) / gate_blocks : 0, of_gate = block + i - gate * gate_blocks;
+      pack_gates(panel + i * step, weight + gate * hidden * depth, G, hidden, depth, of_gate, of_gate + 1);
+    }
+    return panel;
+  }
+};
+
+/// B, packed as above, or as it goes.
+template <class S>
 struct PackedB {
-  static constexpr bool kPacked = true;
+  using E = Element<S>;
+  PackedB(const E* b, const UnpackedB<S>* unpacked = nullptr) : b(b), unpacked(unpacked) {}
   const E* b;
-  template <int G>
+  const UnpackedB<S>* unpacked;
+
+  bool is_packed() const { return !unpacked; }
+  template <int G, int NB>
   ALWAYS_INLINE Panel<G, E> panel(int64_t block, int64_t depth) const {
     const int64_t stride = depth * G * kLanes<E>;
-    return {b + block * stride, stride};
+    return {unpacked ? unpacked->template pack<G, NB>(block) : b + block * stride, stride};
   }
 };
 
 /// B as it is, with room for whole vectors; its rows lie `stride` elements apart.
 template <class E>
 struct PlainB {
-  static constexpr bool kPacked = false;
   const E* b;
   int64_t stride;
-  template <int G>
+
+  bool is_packed() const { return false; }
+  template <int G, int NB>
   ALWAYS_INLINE PanelOfRows<E> panel(int64_t block, int64_t /*depth*/) const {
     static_assert(G == 1);
     return {b + block * kLanes<E>, stride};
@@ -241,13 +274,13 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
   // Weights that the second-level cache does not keep from one step to the next would be waited for by each panel's
   // first tile: while a panel is multiplied, its first tiles fetch the next (those of too few rows in name only).
   constexpr int64_t kFar = 768 * 1024;
-  const bool far = AnyB::kPacked && panels * bytes > kFar && tuning().fetch_panels;
+  const bool far = b.is_packed() && panels * bytes > kFar && tuning().fetch_panels;
   Fetcher fetcher(ahead, panels * tiles * depth);
   ahead = {};
   if constexpr (kIsInitProduct<Init>) init.start(panels * tiles);
   for (int64_t i = 0; i < panels; ++i) {
     const int64_t at = block + NB * (backwards ? panels - 1 - i : i);
-    const auto panel = b.template panel<G>(at, depth);
+    const auto panel = b.template panel<G, NB>(at, depth);
     const char* here = reinterpret_cast<const char*>(panel.b);
     int64_t to_fetch = far && i + 1 < panels ? bytes : 0;
     Fetch next_panel = {here + (backwards ? -bytes : bytes), 64};
@@ -338,39 +371,37 @@ ALWAYS_INLINE void row_product(const RowProduct<S, AnySegments>& p, int64_t bloc
 /// a_row(row) points at the row's element k = 0. kStrided: segments.stride counts, else it is 1.
 template <int G, class S, bool kStrided = false, class Row, class AnySegments, class Init, class Finish,
           class Side = NoSideTiles>
-ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row,
-                           const Element<S>* b, const AnySegments& segments, const Init& init, const Finish& finish,
-                           bool tail = false, Side* side = nullptr, Ahead ahead = {}) {
+ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row, PackedB<S> b,
+                           const AnySegments& segments, const Init& init, const Finish& finish, bool tail = false,
+                           Side* side = nullptr, Ahead ahead = {}) {
   if constexpr (!kStrided && !kIsInitProduct<Init>) {
     if (order == Order::kRow || order == Order::kRowBackwards) {
-      const RowProduct<S, AnySegments> row = {a_row(0), b, segments, order == Order::kRowBackwards};
+      const RowProduct<S, AnySegments> row = {a_row(0), b.b, segments, order == Order::kRowBackwards};
       return row_product<G>(row, block, blocks, init, finish, tail, side);
     }
   }
   const bool backwards = order == Order::kRowsBackwards;
-  const PackedB<Element<S>> packed = {b};
   if constexpr (G == 1) {
-    run_panels<kStrided, S>(rows, block, blocks, backwards, a_row, packed, segments, init, finish, ahead);
+    run_panels<kStrided, S>(rows, block, blocks, backwards, a_row, b, segments, init, finish, ahead);
   } else {
     // A sum waits for the one before, so that a tile wants as many as can be begun meanwhile: few rows take two blocks
     // (Zen 5: 3 to 34 % faster; with more sums than these GRU and LSTM are slower, whose weights come in two streams).
     constexpr int kEnough = kPack<S> > 1 ? 12 : 8, kFewRows = (kEnough - 1) / G;
     if constexpr (kFewRows > 1) {
       if (rows <= kFewRows)
-        block = run_blocks<2, G, kStrided, S, kFewRows>(rows, block, blocks - tail, backwards, a_row, packed, segments,
-                                                        init, finish, ahead);
+        block = run_blocks<2, G, kStrided, S, kFewRows>(rows, block, blocks - tail, backwards, a_row, b, segments, init,
+                                                        finish, ahead);
     }
-    run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, backwards, a_row, packed, segments, init, finish, ahead);
+    run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, backwards, a_row, b, segments, init, finish, ahead);
   }
   if constexpr (G > 1 && !kIsInitProduct<Init>) {
     if (!tail) return;
     const auto run = [&](const Element<S>* b, const auto& init, const auto& finish) ALWAYS_INLINE_LAMBDA {
-      const PackedB<Element<S>> of_tail = {b};
       Ahead nothing;
-      run_blocks<1, 1, kStrided, S>(rows, blocks - 1, blocks, backwards, a_row, of_tail, segments, init, finish,
+      run_blocks<1, 1, kStrided, S>(rows, blocks - 1, blocks, backwards, a_row, PackedB<S>(b), segments, init, finish,
                                     nothing);
     };
-    run_tail<G, S>(blocks - 1, b, segments.size(), init, finish, run);
+    run_tail<G, S>(blocks - 1, b.b, segments.size(), init, finish, run);
   }
 }
 
@@ -395,18 +426,19 @@ void pack_tail(Element<S>* out, const S* weight, int64_t gates, int64_t hidden, 
   }
 }
 
-/// Pack a weight W [G*H, K], seen as B [K, G*H], into [block of units][k][G][lanes]; units past H are
-/// zeros, or a tail.
+/// Pack the blocks [first, last) of a weight W [G*H, K], seen as B [K, G*H], into [block of units][k][G][lanes]; units
+/// past H are zeros, or a tail.
 template <class S>
-void pack_gates(Element<S>* out, const S* weight, int64_t gates, int64_t hidden, int64_t depth, int64_t blocks) {
+void pack_gates(Element<S>* out, const S* weight, int64_t gates, int64_t hidden, int64_t depth, int64_t first,
+                int64_t last) {
   using T = Compute<S>;
   constexpr int n = kLanes<T>;
   const int64_t packed_depth = elements<S>(depth);
-  const bool tail = has_tail<T>(gates, hidden);
-  if (tail) pack_tail(out + (blocks - 1) * packed_depth * gates * n, weight, gates, hidden, depth);
-  for (int64_t block = 0; block < blocks - tail; ++block) {
+  const bool tail = has_tail<T>(gates, hidden) && last == blocks_of<T>(hidden);
+  if (tail) pack_tail(out + (last - 1 - first) * packed_depth * gates * n, weight, gates, hidden, depth);
+  for (int64_t block = first; block < last - tail; ++block) {
     for (int64_t g = 0; g < gates; ++g) {
-      Element<S>* to = out + (block * packed_depth * gates + g) * n;
+      Element<S>* to = out + ((block - first) * packed_depth * gates + g) * n;
       const int64_t unit = block * n;
       const S* from = weight + (g * hidden + unit) * depth;
       for (int64_t k = 0; k < packed_depth; k += n) {
@@ -554,10 +586,11 @@ template <class S>
 struct PlainProduct {
   int64_t rows = 0;
   int64_t columns = 0;
-  const S* const* a = nullptr;     // [rows]
-  Compute<S>* const* c = nullptr;  // [rows], of `columns` elements each
-  const Element<S>* b = nullptr;   // packed, [columns / lanes][k][lanes]; or
-  int64_t b_stride = 0;            // not 0: as it is, see PlainB; of a strided product
+  const S* const* a = nullptr;             // [rows]
+  Compute<S>* const* c = nullptr;          // [rows], of `columns` elements each
+  const Element<S>* b = nullptr;           // packed, [columns / lanes][k][lanes]; or
+  const UnpackedB<S>* unpacked = nullptr;  // packed as it goes; or
+  int64_t b_stride = 0;                    // not 0: as it is, see PlainB; of a strided product
   Segments segments;
   int64_t first = 0;                 // blocks of columns, and
   int64_t last = -1;                 // the end of them; -1: of all
@@ -602,5 +635,5 @@ NO_INLINE void plain_product(const PlainProduct<S>& p) {
       return run_panels<true, S>(p.rows, p.first, last, false, a_row, b, p.segments, init, finish, nothing);
     }
   }
-  product<1, S, kStrided>(p.rows, p.first, last, p.order, a_row, p.b, p.segments, init, finish);
+  product<1, S, kStrided>(p.rows, p.first, last, p.order, a_row, PackedB<S>(p.b, p.unpacked), p.segments, init, finish);
 }

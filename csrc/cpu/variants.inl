@@ -143,10 +143,12 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
     }
     // init and finish as those of product().
     const auto recurrent = [&](const auto& init, const auto& finish) ALWAYS_INLINE_LAMBDA {
+      const UnpackedB<S> unpacked = unpacked_b(args_.weights[direction_].weight_hh, out);
       const auto packed = [&](UnitBlocks blocks, const auto& init, bool tail) {
         product<G, S>(
             rows, blocks.first, blocks.last, step_order(layout_.batch_sizes[t], t),
-            [=](int64_t r) { return inputs[r]; }, weights_.hidden.get(), OneSegment{out}, init, finish, tail, &side_);
+            [=](int64_t r) { return inputs[r]; }, PackedB<S>(weights_.hidden.get(), by_panels_ ? &unpacked : nullptr),
+            OneSegment{out}, init, finish, tail, &side_);
       };
       if constexpr (!cells::kIsNormed<Cell>) {
         if (joined_) return join_inputs(t, rows, [](const auto&) {}, init, packed);
