@@ -85,6 +85,13 @@ def test_long_float32(cell):
         agree(build(Case(cell, layout, True, size=(500, 3, 8, 24))).to(torch.float32), torch.float32)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_many_units(cell):
+    """Nor in long sums, which are cut: to the same bounds, by one row, by a few rows and by more than a tile has."""
+    for batch, steps in ((1, 40), (2, 20), (9, 20), (70, 1)):
+        agree(build(Case(cell, size=(steps, batch, 700, 1000))).to(torch.float32), torch.float32)
+
+
 def test_every_instruction_set_is_there():
     """What torch finds in this processor our kernels use: the other tests here run on each of them in turn."""
     found = {"DEFAULT": 1, "AVX2": 2, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capability(), 1)
@@ -299,7 +306,7 @@ def test_one_timestep(cell, proj):
 )
 def test_threads_share_one_timestep(cell, hidden, proj):
     """Weights that take longer to be read than a thread to be woken: by units, or by rows if projected."""
-    for batch, bidirectional in ((1, False), (3, True), (7, False), (50, True)):
+    for batch, bidirectional in ((1, False), (3, True), (7, False), (70, True)):
         case = Case(cell, bidirectional=bidirectional, proj=proj, size=(1, batch, hidden + 10, hidden))
         torch.set_num_threads(1)
         agree_for_any_threads(build(case).to(torch.float32), (2, 3, 5))

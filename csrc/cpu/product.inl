@@ -132,50 +132,92 @@ struct PlainB {
   }
 };
 
+/// The accumulators of a tile, for the sums of so many k.
+template <class T, int MR, int N>
+class Chain {
+ public:
+  explicit Chain(int64_t size) : left_(size > kLongestChain ? 0 : size) {}
+
+  /// How many of `wanted` k are added next.
+  ALWAYS_INLINE int64_t next(Vec<T> (&acc)[MR][N], int64_t wanted) {
+    if (left_ == 0) cut(acc);
+    const int64_t count = smaller(wanted, left_);
+    left_ -= count;
+    return count;
+  }
+
+  ALWAYS_INLINE void finish(Vec<T> (&acc)[MR][N]) const {
+    if (!cut_) return;
+#pragma GCC unroll 32
+    for (int i = 0; i < MR * N; ++i) acc[i / N][i % N] += load(before_ + i * kLanes<T>);
+  }
+
+ private:
+  ALWAYS_INLINE void cut(Vec<T> (&acc)[MR][N]) {
+    finish(acc);
+#pragma GCC unroll 32
+    for (int i = 0; i < MR * N; ++i) {
+      store(before_ + i * kLanes<T>, acc[i / N][i % N]);
+      acc[i / N][i % N] = Vec<T>{};
+    }
+    left_ = kLongestChain;
+    cut_ = true;
+  }
+
+  int64_t left_;
+  bool cut_ = false;
+  alignas(64) T before_[MR * N * kLanes<T>];
+};
+
 template <int MR, int NB, int G, bool kStrided, class S, class AnyPanel, class AnySegments>
 ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Element<S>* const (&a)[MR], AnyPanel panel,
                                 const AnySegments& segments, Fetch fetch) {
   using Op = Operand<S>;
   const int64_t stride = kStrided ? segments.stride : 1;
+  Chain<Compute<S>, MR, NB * G> chain(segments.size());
   for (int s = 0; s < segments.count; ++s) {
     const int64_t offset = segments.offset[s];
     const int64_t length = segments.length;
     const Element<S>* row[MR];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) row[m] = a[m] + offset;
+    for (int64_t done = 0, end; done < length; done = end) {
+      end = done + chain.next(acc, length - done);
 #pragma GCC unroll 2
-    for (int64_t k = 0; k < length; ++k) {
-      if constexpr (kStrided) {
-        __builtin_prefetch(row[MR - 1] + (k + kAhead) * stride);
-      } else if constexpr (MR >= kFetchingRows) {
-        __builtin_prefetch(fetch.at, 0, 2);  // to the second-level cache
-        fetch.at += fetch.step;
-      }
-      // The fewer of the two stay in registers, the others come one at a time.
-      if constexpr (MR < NB * G) {
-        decltype(Op::broadcast(*row[0])) x[MR];
-#pragma GCC unroll 8
-        for (int m = 0; m < MR; ++m) x[m] = Op::broadcast(row[m][k * stride]);
-#pragma GCC unroll 8
-        for (int v = 0; v < NB * G; ++v) {
-          const auto w = Op::load(panel.vector(v));
-#pragma GCC unroll 8
-          for (int m = 0; m < MR; ++m) acc[m][v] = Op::multiply_add(x[m], w, acc[m][v]);
+      for (int64_t k = done; k < end; ++k) {
+        if constexpr (kStrided) {
+          __builtin_prefetch(row[MR - 1] + (k + kAhead) * stride);
+        } else if constexpr (MR >= kFetchingRows) {
+          __builtin_prefetch(fetch.at, 0, 2);  // to the second-level cache
+          fetch.at += fetch.step;
         }
-      } else {
-        typename Op::Lanes w[NB * G];
+        // The fewer of the two stay in registers, the others come one at a time.
+        if constexpr (MR < NB * G) {
+          decltype(Op::broadcast(*row[0])) x[MR];
 #pragma GCC unroll 8
-        for (int v = 0; v < NB * G; ++v) w[v] = Op::load(panel.vector(v));
+          for (int m = 0; m < MR; ++m) x[m] = Op::broadcast(row[m][k * stride]);
 #pragma GCC unroll 8
-        for (int m = 0; m < MR; ++m) {
-          const auto x = Op::broadcast(row[m][k * stride]);
+          for (int v = 0; v < NB * G; ++v) {
+            const auto w = Op::load(panel.vector(v));
 #pragma GCC unroll 8
-          for (int v = 0; v < NB * G; ++v) acc[m][v] = Op::multiply_add(x, w[v], acc[m][v]);
+            for (int m = 0; m < MR; ++m) acc[m][v] = Op::multiply_add(x[m], w, acc[m][v]);
+          }
+        } else {
+          typename Op::Lanes w[NB * G];
+#pragma GCC unroll 8
+          for (int v = 0; v < NB * G; ++v) w[v] = Op::load(panel.vector(v));
+#pragma GCC unroll 8
+          for (int m = 0; m < MR; ++m) {
+            const auto x = Op::broadcast(row[m][k * stride]);
+#pragma GCC unroll 8
+            for (int v = 0; v < NB * G; ++v) acc[m][v] = Op::multiply_add(x, w[v], acc[m][v]);
+          }
         }
+        panel.next();
       }
-      panel.next();
     }
   }
+  chain.finish(acc);
 }
 
 /// An `init` of product() that is a product itself: acc = begin(patch), acc += row(row) . blocks of its own B, and

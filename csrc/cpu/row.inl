@@ -64,9 +64,22 @@ ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Elemen
   constexpr int kAtOnce = int(larger(KU, 4));  // (measured)
   // Where each x is multiplied often, its load does not count (measured: nothing, or a little slower).
   constexpr bool kSpread = kSpreads<S> && Tile::kLoadsAreShort && NB * G <= 4;
+  constexpr int64_t kLongest = KU * kLongestChain;
+  const bool cuts = segments.size() > kLongest;
   Vec<Compute<S>> part[KU][NB * G] = {};
+  if (!cuts) {
 #pragma GCC unroll 16
-  for (int v = 0; v < NB * G; ++v) part[0][v] = acc[v];
+    for (int v = 0; v < NB * G; ++v) part[0][v] = acc[v];
+  }
+  int64_t left = kLongest;  // k until the chain is cut
+  const auto cut = [&]() ALWAYS_INLINE_LAMBDA {
+    add_up<KU>(part);
+#pragma GCC unroll 16
+    for (int v = 0; v < NB * G; ++v) acc[v] += part[0][v];
+#pragma GCC unroll 16
+    for (int i = 0; i < KU * NB * G; ++i) part[i / (NB * G)][i % (NB * G)] = Vec<Compute<S>>{};
+    left = kLongest;
+  };
   const int64_t length = segments.length, whole = in_units_of<kAtOnce>(length) * kAtOnce;
   for (int i = 0; i < segments.count; ++i) {
     const int s = kBackwards ? segments.count - 1 - i : i;
@@ -106,21 +119,25 @@ ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Elemen
       }
     };
     if (kBackwards) rest();
-    if constexpr (kSide) {
-      while (done < whole) {
-        const int64_t left = side.left(), both = smaller(whole - done, in_units_of<kAtOnce>(left) * kAtOnce);
-        if (left == 0) break;
-        walk.template operator()<true>(done + both);
-        if (both == 0) side.multiply_add();
-        side.pass(larger(both, 1));
+    for (int64_t before = 0; done < whole; left -= done - before, before = done) {
+      if (left == 0) cut();
+      const int64_t end = smaller(whole, done + left);
+      if constexpr (kSide) {
+        if (const int64_t of_side = side.left()) {
+          const int64_t both = smaller(end - done, in_units_of<kAtOnce>(of_side) * kAtOnce);
+          walk.template operator()<true>(done + both);
+          if (both == 0) side.multiply_add();
+          side.pass(larger(both, 1));
+          continue;
+        }
       }
+      walk.template operator()<false>(end);
     }
-    walk.template operator()<false>(whole);
     if (!kBackwards) rest();
   }
   add_up<KU>(part);
 #pragma GCC unroll 16
-  for (int v = 0; v < NB * G; ++v) acc[v] = part[0][v];
+  for (int v = 0; v < NB * G; ++v) acc[v] = cuts ? acc[v] + part[0][v] : part[0][v];
   if constexpr (kSide) side.finish();
 }
 

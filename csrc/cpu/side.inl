@@ -92,14 +92,20 @@ class SideTile {
   /// `count` k have been multiplied.
   ALWAYS_INLINE void pass(int64_t count) {
     left_ -= count;
-    if (left_ == 0) end();
+    if (left_ > 0) return;
+    if (later_ > 0) {
+      cut();
+    } else {
+      end();
+    }
   }
 
   /// The rest of a tile that has been begun.
   ALWAYS_INLINE void finish() {
-    if (left_ == 0) return;
-    for (int64_t k = 0; k < left_; ++k) multiply_add();
-    pass(left_);
+    while (left_ > 0) {
+      for (int64_t k = 0; k < left_; ++k) multiply_add();
+      pass(left_);
+    }
   }
 
  private:
@@ -120,10 +126,41 @@ class SideTile {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sums_[v][r] = init;
     }
+    cut_ = false;
     left_ = p.depth;
+    later_ = 0;
+    if (p.depth <= kLongestChain) return;
+    later_ = p.depth;
+    cut();
+  }
+
+  /// The chain of each sum.
+  ALWAYS_INLINE void cut() {
+    add_before();
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        store(before_[v][r], sums_[v][r]);
+        sums_[v][r] = Vec<T>{};
+      }
+    }
+    cut_ = true;
+    left_ = smaller(later_, kLongestChain);
+    later_ -= left_;
+  }
+
+  ALWAYS_INLINE void add_before() {
+    if (!cut_) return;
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums_[v][r] += load(before_[v][r]);
+    }
   }
 
   ALWAYS_INLINE void end() {
+    add_before();
     const SideProduct<S>& p = tiles_.product();
     const int64_t stride = p.c_stride;  // which no store changes
     T* const row = p.c + tiles_.row() * stride;
@@ -142,7 +179,9 @@ class SideTile {
   const Element<S>*a_[kPointers], *b_[Vectors];
   int64_t stride_;
   Vec<T> sums_[Vectors][R];
-  int64_t left_ = 0;
+  int64_t left_ = 0, later_ = 0;  // k until the chain is cut, and after that
+  bool cut_ = false;
+  alignas(64) T before_[Vectors][R][kLanes<T>];
 };
 
 /// Calls fn(tile) for the tiles that are left.

@@ -9,6 +9,10 @@ ALWAYS_INLINE constexpr int64_t in_units_of(int64_t count) {
   return int64_t(uint64_t(count) / Unit);
 }
 
+/// In a chain of n additions, roundings grow like n. One of more k is cut into pieces of so many: each begins with
+/// zeros, and what came before it is added in the end. (512 inputs and units: half the error.)
+constexpr int64_t kLongestChain = 256;
+
 /// How a product walks its tiles. Walking every other step's blocks backwards finds what the step before read last
 /// still in the cache. One row alone sums in another order than the same row in a tile and, since its k are walked
 /// backwards too, in yet another backwards: so the caller decides by numbers that do not depend on threads.
