@@ -42,10 +42,13 @@ template <class Cell, class S>
 struct StackLayer {
   using Packed = ForwardWeights<Cell, S>;
   explicit StackLayer(const ForwardArgs<S>& args)
-      : own(args.packed[0] ? nullptr : new Packed(args.weights[0], args.sizes, Packing::kWhole)),
+      : own(args.packed[0] ? nullptr : new Packed(args.weights[0], args.sizes, packing(args))),
         states(args, 0, slice_of(args.layout, 0, 1)),
         scan(args, args.packed[0] ? static_cast<const Packed&>(*args.packed[0]) : *own, 0, slice_of(args.layout, 0, 1),
              states, alone, 0, 1) {}
+  static Packing packing(const ForwardArgs<S>& args) {
+    return uses_packed_weights(args.sizes, args.layout, sizeof(S)) ? Packing::kWhole : Packing::kNone;
+  }
   const std::unique_ptr<Packed> own;
   ForwardStates<S> states;
   Team alone;
