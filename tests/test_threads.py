@@ -309,6 +309,8 @@ print(threads() - alone)
 @pytest.mark.parametrize(("policy", "woken"), [("active", 1), ("PASSIVE", 0)])
 def test_calls_in_quick_succession_keep_a_thread_awake(policy, woken):
     """One timestep is shared when threads that it wakes are awake for the next, which they are if they wait for it."""
+    if len(os.sched_getaffinity(0)) < 2:
+        woken = 0  # two threads on one processor do not wait actively
     assert script(WOKEN, OMP_WAIT_POLICY=policy, OMP_NUM_THREADS="1") == f"{woken}\n"
 
 

@@ -86,7 +86,7 @@ constexpr double kWorthwhile = 5e6;
 /// The same of threads that are awake. (One timestep, calls up to 0.3 ms apart: 1.0 to 1.3 times as fast at 1e6, up to
 /// 2.4 times at 2.6e6, one row of 512 units; 0.8 to 1.1 at 5e5.)
 constexpr double kWorthwhileAwake = 1e6;
-/// Threads that wait actively do so longer: libgomp's for some 5 to 15 ms.
+/// Threads that wait actively do so longer: libgomp's for some 5 to 15 ms, if there are no more than processors.
 constexpr auto kAwake = std::chrono::milliseconds(1);
 
 double multiply_adds(CellKind cell, const Sizes& sizes, const Layout& layout) {
@@ -231,7 +231,8 @@ template void random_mask(uint64_t, double, double, double*, int64_t);
 
 int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor) {
   // A tile of few rows reads the weights more often than it can use them: two rows are enough where these come from the
-  // second-level cache, else threads had better share the units (measured: even at 1 MiB).
+  // second-level cache, else one slice, whose units threads share, is faster (measured: even at 1 MiB). share_out() may
+  // prefer that for more rows.
   constexpr int64_t kCached = 512 * 1024;
   const int64_t least = gates * sizes.hidden * sizes.output() * itemsize <= kCached ? 2 : 4;
   return std::max<int64_t>(1, std::min<int64_t>(executor.threads / sizes.directions, layout.batch / least));

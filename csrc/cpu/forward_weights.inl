@@ -1,6 +1,6 @@
 // The weights of a layer, packed for the scan forward; see product.inl.
 
-/// How a layer's weights are packed: not at all, by each product as it goes, or all beforehand.
+/// How a layer's weights are packed: not at all, those of the gates by each product as it goes, or all beforehand.
 enum class Packing { kNone, kPanels, kWhole };
 
 /// One direction's weights as the forward scan of a cell and of its variants wants them.

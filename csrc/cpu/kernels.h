@@ -19,7 +19,8 @@
 
 namespace rnn_ext::cpu {
 
-/// How many pieces to cut the batch into: as many as there are threads to spare. `itemsize`: bytes of a weight.
+/// How many pieces to cut the batch into, unless its units are shared: as many as there are threads to spare.
+/// `itemsize`: bytes of a weight.
 int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor);
 
 /// The kernels for one storage type. Of 16 bits that the instruction set does not multiply there is `forward` alone,

@@ -110,7 +110,8 @@ struct PackedB {
   const E* b;
   const UnpackedB<S>* unpacked;
 
-  bool is_packed() const { return !unpacked; }
+  /// Whether the panels follow each other in memory.
+  bool is_packed_whole() const { return !unpacked; }
   template <int G, int NB>
   ALWAYS_INLINE Panel<G, E> panel(int64_t block, int64_t depth) const {
     const int64_t stride = depth * G * kLanes<E>;
@@ -124,7 +125,7 @@ struct PlainB {
   const E* b;
   int64_t stride;
 
-  bool is_packed() const { return false; }
+  bool is_packed_whole() const { return false; }
   template <int G, int NB>
   ALWAYS_INLINE PanelOfRows<E> panel(int64_t block, int64_t /*depth*/) const {
     static_assert(G == 1);
@@ -132,7 +133,7 @@ struct PlainB {
   }
 };
 
-/// The accumulators of a tile, for the sums of so many k.
+/// What the sums of a tile had come to before they were cut, see kLongestChain.
 template <class T, int MR, int N>
 class Chain {
  public:
@@ -316,7 +317,7 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
   // Weights that the second-level cache does not keep from one step to the next would be waited for by each panel's
   // first tile: while a panel is multiplied, its first tiles fetch the next (those of too few rows in name only).
   constexpr int64_t kFar = 768 * 1024;
-  const bool far = b.is_packed() && panels * bytes > kFar && tuning().fetch_panels;
+  const bool far = b.is_packed_whole() && panels * bytes > kFar && tuning().fetch_panels;
   Fetcher fetcher(ahead, panels * tiles * depth);
   ahead = {};
   if constexpr (kIsInitProduct<Init>) init.start(panels * tiles);

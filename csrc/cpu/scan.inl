@@ -184,25 +184,28 @@ inline int team_size(const Layout& layout, const Sizes& sizes, int gates, const 
   return int(larger(1, smaller(executor.threads / sizes.directions, most)));
 }
 
-/// How threads share a layer: each takes slices of the batch or, of the only one, `members` a part of the units of each
-/// direction.
+/// How threads share a layer: each takes slices of the batch, or there is one slice and each of the `members` has a
+/// part of the units of its direction.
 struct Shares {
   int64_t slices = 1;
   int members = 1;
 };
 
-/// `shares_units`: threads may. `packed`: the weights are.
+/// `shares_units`: threads may. `packed`: the weights are, beforehand.
 inline Shares share_out(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor,
                         bool shares_units, bool packed) {
   const int64_t slices = count_slices(layout, sizes, gates, itemsize, executor);
   const int members = shares_units ? team_size(layout, sizes, gates, executor) : 1;
-  // Each slice reads all weights in every step, each member a part of them. So these share what is read as it lies, and
-  // what comes from beyond the second-level cache for few rows a thread (measured with two threads on a Xeon of 2 MiB:
-  // 8 rows of weights from 1.7 MiB on 1.05 to 1.26 times as fast, 16 rows 1.0 to 1.1, 32 rows the same; of 1 MiB, too).
-  constexpr int64_t kFar = 1280 * 1024, kFewEach = 16;
+  // Each slice reads all weights in every step, and packs them if they are not, each member a part of them. But a
+  // member has memory for all rows. So as many members as slices are preferred up to so many rows for each: where
+  // weights come from beyond the second-level cache (measured with two threads on a Xeon, whose has 2 MiB: from 1.7 MiB
+  // on 8 rows are 1.05 to 1.26 times as fast, 16 rows 1.0 to 1.1 times, 32 rows the same; with 1 MiB all are the same),
+  // and where they are not packed.
+  constexpr int64_t kFar = 1280 * 1024;
   const bool far = gates * sizes.hidden * sizes.output() * itemsize > kFar;
-  const bool few = layout.batch < kFewEach * executor.threads / sizes.directions;
-  if (members > 1 && (slices == 1 || !packed || (far && few))) return {1, members};
+  const int64_t most_each = !packed ? 128 : far ? 16 : 0;
+  const bool few = layout.batch < most_each * executor.threads / sizes.directions;
+  if (members > 1 && (slices == 1 || (few && members >= slices))) return {1, members};
   return {slices, 1};
 }
 

@@ -134,7 +134,7 @@ class SideTile {
     cut();
   }
 
-  /// The chain of each sum.
+  /// The chain of each sum, where Chain of product.inl cuts it.
   ALWAYS_INLINE void cut() {
     add_before();
 #pragma GCC unroll 2

@@ -9,8 +9,10 @@ ALWAYS_INLINE constexpr int64_t in_units_of(int64_t count) {
   return int64_t(uint64_t(count) / Unit);
 }
 
-/// In a chain of n additions, roundings grow like n. One of more k is cut into pieces of so many: each begins with
-/// zeros, and what came before it is added in the end. (512 inputs and units: half the error.)
+/// In a chain of n additions, roundings grow like n. The one of a product of more k is cut into pieces of so many: each
+/// begins with zeros, and what came before is added after it. (512 inputs and units: half the error.) One row sums in
+/// several chains, each of which may be as long. Tiles of product.inl and of side.inl are cut at the same k, as one
+/// stands for the other. Sums over lanes (dot_tile) are short as they are.
 constexpr int64_t kLongestChain = 256;
 
 /// How a product walks its tiles. Walking every other step's blocks backwards finds what the step before read last

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <deque>
 #include <exception>
+#include <thread>
 
 #include "cpu/subnormal.h"
 #include "ops/layer.h"
@@ -45,17 +46,24 @@ void on_all_threads(const Fn& fn) {
       const_cast<void*>(static_cast<const void*>(&fn)), 0, 0);
 }
 
-/// Whether the OpenMP runtime has not been told that its threads shall sleep.
-bool waits_actively() {
-  const char* policy = std::getenv("OMP_WAIT_POLICY");
-  return !policy || strcasecmp(policy, "passive") != 0;
+bool is_set(const char* name, const char* value) {
+  const char* found = std::getenv(name);
+  return found && strcasecmp(found, value) == 0;
+}
+
+/// The most threads that wait actively for work: of more than there are processors, and where OpenMP has been told so,
+/// they fall asleep.
+int most_waiting_actively() {
+  const bool sleep =
+      is_set("OMP_WAIT_POLICY", "passive") || is_set("GOMP_SPINCOUNT", "0") || is_set("KMP_BLOCKTIME", "0");
+  return sleep ? 0 : int(std::thread::hardware_concurrency());
 }
 
 cpu::Executor executor() {
-  static const bool active = waits_actively();
+  static const int most_active = most_waiting_actively();
   cpu::Executor executor;
-  executor.waits_actively = active;
   executor.threads = forked || at::in_parallel_region() ? 1 : at::get_num_threads();
+  executor.waits_actively = executor.threads <= most_active;
   // Tasks are not equally long, so a thread takes the next one when it is free.
   executor.run = [](int64_t tasks, void (*fn)(void*, int64_t), void* context) {
     std::atomic<int64_t> next{0};

@@ -538,12 +538,34 @@ void team_in_turn(int members, void (*fn)(void*, int, int), void* context) {
   team(std::min(members, kGranted[turn++ % 4]), fn, context);
 }
 
-/// Layers whose units threads share, as many as members and fewer: one sequence, for several chunks of backward, and
-/// one timestep, whose weights are read as they lie.
+int most_members;
+
+void count_members(int members, void (*fn)(void*, int, int), void* context) {
+  most_members = std::max(most_members, members);
+  team(members, fn, context);
+}
+
+/// Threads share the units of a layer only where that leaves none of them without work that slices of the batch have.
+void all_threads_work() {
+  struct {
+    int64_t steps, batch, hidden;
+    int threads, members;
+  } const cases[] = {{1, 600, 64, 8, 0}, {2, 40, 305, 2, 0}, {2, 31, 305, 2, 2}, {1, 7, 700, 8, 8}};
+  for (const auto& [steps, batch, hidden, threads, members] : cases) {
+    Config config{CellKind::kLstm,    steps, batch, 9,     hidden, 0,     1,
+                  Config::kTimeMajor, true,  false, false, true,   false, 0xffff};
+    most_members = 0;
+    run<float>(config, Executor{threads, by_four_threads, count_members});
+    if (most_members != members) fail(config, "units are shared by " + std::to_string(most_members) + " threads");
+  }
+}
+
+/// Layers whose units threads share, as many as members and fewer: one sequence, for several chunks of backward; one
+/// timestep, whose weights are read as they lie or packed as they are read; large weights.
 void shared_units() {
   struct {
     int64_t steps, batch, input, hidden;
-  } const sizes[] = {{400, 1, 3, 258}, {1, 1, 700, 720}, {1, 7, 700, 720}};
+  } const sizes[] = {{400, 1, 3, 258}, {1, 1, 700, 720}, {1, 7, 700, 720}, {1, 40, 270, 280}, {2, 13, 8, 340}};
   for (const CellKind cell : {CellKind::kRnnTanh, CellKind::kGru, CellKind::kLstm}) {
     for (const auto& [steps, batch, input, hidden] : sizes) {
       const int directions = cell == CellKind::kGru ? 2 : 1;
@@ -563,6 +585,7 @@ void shared_units() {
 
 int threads() {
   stacks();
+  all_threads_work();
   shared_units();
   for (int kind = 0; kind < 5; ++kind) {
     for (int directions : {1, 2}) {
