@@ -199,6 +199,7 @@ def all_rows() -> list[Row]:
     shapes += [(8, 128, 64), (32, 128, 128), (32, 128, 256), (64, 128, 512)]
     called = [(1, 64), (1, 512), (8, 512), (32, 256), (32, 512)]
     classifier = Case("lstm", 32, 500, 20, 64, bidirectional=True, lengths=CLASSIFIER_LENGTHS)
+    halves = ("bfloat16", "float16")
     lengths = [64, 128, 256, 512, 1024, 2048]
     steps = ["regressor (seed)", "regressor (demo)", "classifier (seed)", "classifier (demo)"]
     return [
@@ -210,7 +211,7 @@ def all_rows() -> list[Row]:
         *rows(
             "dtype",
             [Case(c, n, t, h, h, dtype="bfloat16") for c in CELLS for n, t, h in (shapes[1], shapes[4], shapes[6])]
-            + [Case(c, 1, 1, 512, 512, dtype=dtype) for c in CELLS for dtype in ("bfloat16", "float16")],
+            + [Case(c, 1, t, 512, 512, dtype=dtype) for c in CELLS for t in (1, 128) for dtype in halves],
             dtypes,
         ),
         *rows("length", [Case("lstm", 8, t, 64, 64, lengths=ragged(8, t // 8, t)) for t in lengths]),

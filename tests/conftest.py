@@ -28,9 +28,20 @@ def _same_start():
     capability = ops.cpu_capability() if ops.is_available() else None
     yield
     if capability:
+        from rnn_ext import _C
+
         ops.set_cpu_capability(capability)
+        _C.widen_always(False)
     torch.set_grad_enabled(grad_mode)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(params=[False, True], ids=["where_it_pays", "always"])
+def widening(request: pytest.FixtureRequest) -> None:
+    """Whether 16-bit weights that the processor does not multiply are widened in every step, of layers of any size."""
+    from rnn_ext import _C
+
+    _C.widen_always(request.param)
 
 
 @pytest.fixture(scope="session")

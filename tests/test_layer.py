@@ -29,7 +29,7 @@ from util import (
     same_bits,
 )
 
-from rnn_ext import ops
+from rnn_ext import _C, ops
 
 # L, N, I, H: each in turn through sizes that end inside and on the edge of vectors and tiles, then together.
 SWEEP = [
@@ -315,13 +315,14 @@ def test_threads_share_one_timestep(cell, hidden, proj):
         agree_for_any_threads(build(case).to(torch.float32), (2, 3, 5))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 65)])
 def test_steps_do_not_depend_on_those_after_them(cell, proj, dtype):
     """The first timesteps of a sequence, to the bit, wherever it ends and whatever comes later: here NaN.
 
     A sequence alone is worked through in pieces, and the input gates of one are computed beside the piece before.
     """
+    _C.widen_always(True)
     # Sums of more than 256 are cut, wherever they are computed.
     sizes = (("dense", 7, 100), ("batch_first", 64, 130), ("packed", 1, 97), ("dense", 300, 130), ("packed", 531, 97))
     for layout, inputs, hidden in sizes:
@@ -394,11 +395,12 @@ def test_more_rows_than_one_pass_takes(cell, proj, layout):
             agree(problem.to(torch.bfloat16), torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 5)])
 def test_strange_numbers_propagate(cell, proj, value, dtype):
     """NaN and infinity in one row come out where torch's own operators let them out, and in no other row."""
+    _C.widen_always(True)
     for where, hidden in (("input", 9), ("h_0", 9), ("input", 21)):
         problem = build(Case(cell, bidirectional=True, proj=proj, size=(5, 4, 3, hidden))).to(dtype)
         getattr(problem, where).view(-1, *getattr(problem, where).shape[-2:])[-1, 2, 1] = value

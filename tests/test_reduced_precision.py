@@ -1,4 +1,5 @@
-"""Tensors of 16 bits on the CPU: computed in float32, and read as they lie where each weight is used for few rows."""
+"""Tensors of 16 bits on the CPU: computed in float32, from weights that are converted to it for the call, widened in
+every timestep or, of a few rows, read as they lie."""
 
 from __future__ import annotations
 
@@ -6,9 +7,22 @@ import platform
 
 import pytest
 import torch
-from util import CELLS, COMBINED, LAYOUTS, Case, agree, build, check_values, instruction_sets, oracle, run, sample
+from util import (
+    CELLS,
+    COMBINED,
+    LAYOUTS,
+    Case,
+    agree,
+    build,
+    check_values,
+    instruction_sets,
+    oracle,
+    run,
+    same_bits,
+    sample,
+)
 
-from rnn_ext import ops
+from rnn_ext import _C, ops
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -16,7 +30,7 @@ HALVES = [torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 8)])
-def test_every_layout(cell, proj, layout, dtype):
+def test_every_layout(cell, proj, layout, dtype, widening):
     """Storage in 16 bits, accumulation and cell state in 32: close to exact arithmetic on the same 16-bit numbers."""
     flags = {"lengths": True, "resets": True} if layout != "packed" else {}
     problem = build(Case(cell, layout, True, proj=proj, size=(31, 5, 9, 17), **flags)).to(dtype)
@@ -30,13 +44,97 @@ def test_every_layout(cell, proj, layout, dtype):
     agree(problem, dtype)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [(3, 2, 1, 1), (6, 1, 33, 31), (9, 1, 64, 64), (5, 3, 7, 65), (40, 1, 5, 129), (3, 8, 130, 70), (2, 9, 40, 33)],
+    ids=lambda size: "x".join(map(str, size)),
+)
+def test_widened_in_every_step(size, dtype):
+    """Sizes with and without a rest; forward as in training."""
+    _C.widen_always(True)
+    for cell in CELLS:
+        for bidirectional, proj in ((False, 0), (True, (size[3] + 1) // 2 if cell == "lstm" and size[3] > 1 else 0)):
+            problem = build(Case(cell, "dense", bidirectional, proj=proj, size=size)).to(dtype)
+            expected = oracle(problem.to(torch.float64))
+            for _ in instruction_sets():
+                with torch.no_grad():
+                    actual = run(problem)
+                check_values(actual, expected, dtype)
+                same_bits(actual, run(problem.requiring()))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_sums_are_of_float32(cell):
+def test_widened_or_converted_are_the_same_bits(cell, dtype):
+    """But for one row of bfloat16, which sums pairs in another order."""
+    sizes = [(5, 5, 33), (5, 40, 64), (5, 300, 18), (5, 7, 299), (5, 9, 600), (1, 300, 64), (1, 7, 299)]
+    for batch, inputs, hidden in sizes[:5] if dtype == torch.bfloat16 else sizes:
+        if hidden == 600 and cell != "rnn_tanh":
+            continue  # sums of so many units are cut, of every cell in the same way
+        problem = build(Case(cell, "dense", hidden < 100, resets=True, size=(23, batch, inputs, hidden))).to(dtype)
+        for _ in instruction_sets():
+            _C.widen_always(False)
+            with torch.no_grad():
+                converted = run(problem)
+                _C.widen_always(True)
+                same_bits(run(problem), converted)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_input_of_another_call(cell, dtype):
+    """Rows of an odd number of inputs are filled up: not with what is left there of a call before."""
+    _C.widen_always(True)
+    problem, other = (build(Case(cell, size=(6, 2, inputs, 9))).to(dtype) for inputs in (3, 4))
+    other.input.fill_(torch.nan)
+    expected = oracle(problem.to(torch.float64))
+    with torch.no_grad():
+        for _ in instruction_sets():
+            run(other)
+            check_values(run(problem), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
+def test_few_rows_one_by_one(cell, dtype):
+    """Timesteps of one call of up to four rows are those of a call each, to the bit."""
+    problem = build(Case(cell, size=(4, 1, 7, 33))).to(dtype)
+    weights = list(problem.weights.values())
+    for name in instruction_sets():
+        whole, state = ops.layer(problem.input, problem.h_0, None, weights, cell=cell)[:2]
+        h, outputs = problem.h_0, []
+        for x in problem.input.split(1):
+            output, h = ops.layer(x, h, None, weights, cell=cell)[:2]
+            outputs.append(output)
+        if not (dtype == torch.float16 and name == "baseline"):  # which may have to convert it
+            assert torch.equal(torch.cat(outputs), whole) and torch.equal(h, state)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("cell", CELLS)
+def test_large_layers(cell, batch, dtype):
+    """Which are widened without being told to, as test_packed_cache.py sees; units shared by threads."""
+    hidden = {1: {"lstm": 337, "gru": 387}, 4: {"lstm": 497, "gru": 575}}[batch].get(cell, 1000)
+    problem = build(Case(cell, "dense", size=(12, batch, 9, hidden))).to(dtype)
+    expected = oracle(problem.to(torch.float64))
+    for _ in instruction_sets():
+        with torch.no_grad():
+            values = run(problem)
+            check_values(values, expected, dtype)
+            torch.set_num_threads(2)
+            same_bits(run(problem), values)
+            torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_sums_are_of_float32(cell, widening):
     """A sum of 4,096 products of 0.01 comes out wrong if it is accumulated in 16 bits; input and hidden part alike."""
-    for inputs, hidden in ((4096, 1), (1, 4096)):
+    for steps, inputs, hidden in ((1, 4096, 1), (1, 1, 4096), (5, 4096, 1), (5, 1, 4096)):
         if hidden == 4096 and cell != "rnn_tanh":
             continue  # one cell is enough for the larger product
-        problem = build(Case(cell, size=(1, 1, inputs, hidden)))
+        problem = build(Case(cell, size=(steps, 1, inputs, hidden)))
         problem = problem.map(lambda t: torch.full_like(t, 0.01)).to(torch.bfloat16)
         with torch.no_grad():
             check(run(problem), oracle(problem.to(torch.float64)))
@@ -126,9 +224,11 @@ def test_few_rows_of_variants(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("size", [(0, 3, 2, 5), (3, 0, 2, 5), (0, 0, 2, 5), (2, 1, 0, 5)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(0, 3, 2, 5), (3, 0, 2, 5), (0, 0, 2, 5), (2, 1, 0, 5), (7, 1, 0, 5), (3, 2, 0, 5)], ids=str
+)
 @pytest.mark.parametrize("cell", CELLS)
-def test_nothing_to_read(cell, size, dtype):
+def test_nothing_to_read(cell, size, dtype, widening):
     """No timestep, no entry, no input feature."""
     problem = build(Case(cell, bidirectional=True, size=size)).to(dtype)
     expected = oracle(problem.to(torch.float64))

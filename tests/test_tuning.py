@@ -28,7 +28,8 @@ def set_tuning():
 def test_side_products_of_any_width(cell, size, set_tuning):
     """The input gates of one sequence, computed beside its steps by tiles as they suit another processor too."""
     torch.manual_seed(0)
-    for threads, dtype in ((1, torch.float32), (2, torch.float64)):
+    _C.widen_always(True)
+    for threads, dtype in ((1, torch.float32), (2, torch.float64), (1, torch.bfloat16), (2, torch.float16)):
         torch.set_num_threads(threads)
         problem = build(Case(cell, size=size, state=False)).to(dtype)
         with torch.no_grad():

@@ -1,12 +1,12 @@
 // The scan over time, forward.
 
-/// What the members of a team share: the states after the last two steps, [slice, padded P]. They are no more precise
-/// than what the caller sees of them, so that both go on from the same.
+/// What the members of a team share: the states after the last two steps, [slice, padded P]. Those of 16 bits that are
+/// multiplied, and of weights that are read as they lie, are no more precise than what the caller sees of them.
 template <class S>
 struct ForwardStates {
   ForwardStates(const ForwardArgs<S>& args, int direction, Slice slice)
       : stride(Sizes::padded(args.sizes.output())),
-        h{Buffer<S>(slice.size() * stride, true), Buffer<S>(slice.size() * stride, true)} {
+        h{Buffer<Activation<S>>(slice.size() * stride, true), Buffer<Activation<S>>(slice.size() * stride, true)} {
     if (!args.h_0) return;
     const int64_t out = args.sizes.output();
     const S* h_0 = args.h_0 + args.layout.batch * direction * out;
@@ -14,7 +14,7 @@ struct ForwardStates {
   }
 
   const int64_t stride;
-  Buffer<S> h[2];  // the neighbour of an odd P's last number, see store_padded, stays zero
+  Buffer<Activation<S>> h[2];  // the neighbour of an odd P's last number, see store_padded, stays zero
 };
 
 /// What the scan of a variant has besides; see variants.inl.
@@ -63,7 +63,9 @@ class ForwardScan {
         chunk_rows_(chunk_rows()),
         gates_(keep_ ? 0 : (1 + projects_ahead_) * chunk_rows_ * gates_stride_),
         input_rows_(chunk_rows_),
-        filled_up_(fill_up() ? chunk_rows_ * Sizes::padded(args.sizes.input) : 0),
+        copied_inputs_(copies_inputs() ? chunk_rows_ * Sizes::padded(args.sizes.input) : 0),
+        factor_rows_(kWidens<S> && !short_ ? chunk_rows_ : 0),
+        narrowed_(kWidens<S> && short_ ? slice.size() * larger(padded_, out_padded_) : 0),
         gate_rows_((1 + projects_ahead_) * chunk_rows_),
         c_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         hidden_gates_(short_ ? slice.size() * G * padded_ : 0),
@@ -80,8 +82,8 @@ class ForwardScan {
     const int64_t states = layout_.batch * direction_;
     if (Cell::kHasCell && args_.c_0)
       read_states(c_.get(), padded_, args_.c_0 + states * hidden_, hidden_, layout_, slice_);
-    S *now = states_.h[0].get(), *next = states_.h[1].get();
-    const auto write_h_n = [&](const S* h, int64_t from, int64_t to) {
+    A *now = states_.h[0].get(), *next = states_.h[1].get();
+    const auto write_h_n = [&](const A* h, int64_t from, int64_t to) {
       if (member_ == 0)
         write_states(args_.h_n + states * out_, out_, h, out_padded_, layout_, slice_, from, to, 0, out_);
     };
@@ -96,7 +98,7 @@ class ForwardScan {
         next_end = plan_chunk(end);
         start_ahead();
       }
-      if constexpr (!cells::kIsVariant<Cell> && !kOnlyWidened<S>) {
+      if constexpr (!cells::kIsVariant<Cell>) {
         if (is_plain_) {
           s = run_plain_steps(s, end, gates, now, next);
           if (s == steps) write_h_n(now, 0, 1);
@@ -110,7 +112,7 @@ class ForwardScan {
           reset(t, rows, now);
           team_.meet(member_, members_);
         }
-        if (joined_) fill_up_rows(place_rows(t, 0));
+        if (joined_) copy_inputs(place_rows(t, 0));
         if constexpr (cells::kIsVariant<Cell>) {
           variant_step(t, rows, gates, now, next);
         } else {
@@ -137,12 +139,32 @@ class ForwardScan {
   static constexpr int64_t kFarWeights = 2 << 20;     // of which that cache keeps few
   static constexpr int64_t kPipelineSteps = 12;       // of a chunk of a stack whose layers run at the same time
 
-  static constexpr bool kReduced = !std::is_same_v<S, T>;
-  static constexpr bool kTakesAlong = kSidePays<G> && !kOnlyWidened<S>;
+  using A = Activation<S>;
+  static constexpr bool kReduced = !std::is_same_v<A, T>;
+  static constexpr bool kTakesAlong = kSidePays<G>;
   using Side = std::conditional_t<kTakesAlong, SideTiles<S, kSideRows<G>>, NoSideTiles>;
 
-  /// Rows of an odd number of inputs do not consist of whole elements.
-  bool fill_up() const { return args_.sizes.input % kPack<S> != 0; }
+  /// Rows of an odd number of inputs do not consist of whole pairs, those of 16 bits that are widened not of factors.
+  bool copies_inputs() const { return !short_ && (kWidens<S> || args_.sizes.input % kPack<S> != 0); }
+
+  /// The inputs that are placed, ready to be multiplied.
+  const A** input_factors() const {
+    if constexpr (kWidens<S>) {
+      return factor_rows_.get();
+    } else {
+      return input_rows_.get();
+    }
+  }
+
+  /// Rows of states at a distance, for weights that are not packed.
+  const S* narrowed(const A* states, int64_t rows, int64_t distance, int64_t size) {
+    if constexpr (kWidens<S>) {
+      for (int64_t r = 0; r < rows; ++r) copy_row(narrowed_.get() + r * distance, states + r * distance, size);
+      return narrowed_.get();
+    } else {
+      return states;
+    }
+  }
 
   int64_t time(int64_t s) const { return reverse_ ? layout_.steps - 1 - s : s; }
 
@@ -153,7 +175,7 @@ class ForwardScan {
     // Bytes of the recurrent weights (measured).
     constexpr int64_t kWorthwhile = (RNN_EXT_VECTOR_REGISTERS < 32 ? 16 : 12) * 1024;
     return kTakesAlong && !short_ && weight_bytes(out_) >= kWorthwhile && args_.sizes.input > 0 && layout_.batch == 1 &&
-           layout_.rows == layout_.steps && (fill_up() || args_.input.to_next(layout_, reverse_) % kPack<S> == 0);
+           layout_.rows == layout_.steps && (copies_inputs() || args_.input.to_next(layout_, reverse_) % kPack<S> == 0);
   }
 
   /// Of a stack whose layers run at the same time: the one above waits for the first chunk, or for two if
@@ -190,15 +212,15 @@ class ForwardScan {
     return {first + part_.first, first + part_.last - (tail_ && g > 0)};
   }
 
-  void reset(int64_t t, int64_t rows, S* now) {
+  void reset(int64_t t, int64_t rows, A* now) {
     for (int64_t r = 0; r < rows; ++r) {
       if (!begins(args_.resets, layout_, reverse_, t, slice_.first + r)) continue;
-      if (member_ == 0) std::memset(now + r * out_padded_, 0, size_t(out_) * sizeof(S));
+      if (member_ == 0) std::memset(now + r * out_padded_, 0, size_t(out_) * sizeof(A));
       if (Cell::kHasCell) std::memset(c_.get() + r * padded_, 0, size_t(hidden_) * sizeof(T));
     }
   }
 
-  void variant_step(int64_t t, int64_t rows, T* const* gates, S* now, S* next);
+  void variant_step(int64_t t, int64_t rows, T* const* gates, A* now, A* next);
 
   // See inputs.inl.
   int64_t least_joined() const;
@@ -206,7 +228,7 @@ class ForwardScan {
   int64_t first_chunk_rows() const;
   int64_t plan_chunk(int64_t s);
   int64_t place_rows(int64_t t, int64_t count);
-  void fill_up_rows(int64_t count);
+  void copy_inputs(int64_t count);
   void start_ahead();
   void project_inputs();
   void project_rows();
@@ -220,10 +242,10 @@ class ForwardScan {
     T* const* gates;
     S* const* outputs;
     S* const* cells;  // null: nowhere
-    S *now, *next;
+    A *now, *next;
   };
 
-  void step(int64_t t, int64_t rows, T* const* gates, S* now, S* next) {
+  void step(int64_t t, int64_t rows, T* const* gates, A* now, A* next) {
     S** outputs = output_rows_.get();
     S** cells = cell_rows_.get();
     find_rows(outputs, args_.output, layout_, t, slice_.first, rows, direction_ * out_);
@@ -244,9 +266,10 @@ class ForwardScan {
     };
     const auto finish = cell(at);
     if (short_) {
-      run_short(rows, [&](int64_t r) { return now + r * out_padded_; }, init, finish);
-    } else if constexpr (!kOnlyWidened<S>) {
-      const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(now + r * out_padded_); };
+      const S* rounded = narrowed(now, rows, out_padded_, out_);
+      run_short(rows, [&](int64_t r) { return rounded + r * out_padded_; }, init, finish);
+    } else {
+      const auto a_row = [&](int64_t r) { return reinterpret_cast<const Factor<S>*>(now + r * out_padded_); };
       const UnpackedB<S> unpacked = unpacked_b(args_.weights[direction_].weight_hh, out_);
       const auto recurrent = [&](UnitBlocks blocks, const auto& init, bool tail) {
         product<G, S>(rows, blocks.first, blocks.last, step_order(layout_.batch_sizes[t], t), a_row,
@@ -254,11 +277,10 @@ class ForwardScan {
                       OneSegment{elements<S>(out_)}, init, finish, tail, &side_,
                       gates_ahead(t, joined_ ? 1 : chunk_steps_));
       };
-      if (joined_) {
-        join_inputs(t, rows, fetch_output, init, recurrent);
-      } else {
-        recurrent(part_, init, tail_);
+      if constexpr (!kWidens<S>) {
+        if (joined_) join_inputs(t, rows, fetch_output, init, recurrent);
       }
+      if (!joined_) recurrent(part_, init, tail_);
     }
     if (args_.sizes.proj) project(t, rows, next);
   }
@@ -271,7 +293,7 @@ class ForwardScan {
             slice_.active(layout_, later) * gates_stride_ * int64_t(sizeof(T))};
   }
 
-  int64_t run_plain_steps(int64_t s, int64_t end, T* const* gates, S*& now, S*& next) {
+  int64_t run_plain_steps(int64_t s, int64_t end, T* const* gates, A*& now, A*& next) {
     const bool with_cells = Cell::kHasCell && args_.cells.data;
     S* output = args_.output.at(layout_, time(s), 0) + direction_ * out_;
     S* cells = with_cells ? args_.cells.at(layout_, time(s), 0) + direction_ * hidden_ : nullptr;
@@ -284,7 +306,7 @@ class ForwardScan {
     const UnitBlocks part = part_;
     const bool tail = tail_;
     for (; s < end; ++s) {
-      row.a = reinterpret_cast<const Element<S>*>(at.now);
+      row.a = reinterpret_cast<const Factor<S>*>(at.now);
       row.backwards = is_backwards(time(s));
       row_product<G>(row, part.first, part.last, init, finish, tail, &side_);
       team_.meet(member_, members_);
@@ -330,21 +352,27 @@ class ForwardScan {
       }
       const Vs h = Cell::template forward<Math<T, Vs>>(sums, split, h_prev, state, saved);
       // Read before the stores, which the compiler must take for stores to these as well.
-      S* const unprojected = unprojected_.get();
+      A* const unprojected = unprojected_.get();
       T* const c = c_.get();
-      S* const next = at.next;
+      A* const next = at.next;
       S* const* const outputs = at.outputs;
       S* const* const cells = at.cells;
       T* const* const gates = at.gates;
-      const bool keep = keep_;
+      const bool keep = keep_, rounds = kWidens<S> && short_;
+      const auto store_state = [=](A* to, const V* h_row) ALWAYS_INLINE_LAMBDA {
+        V rounded[B];
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) rounded[b] = rounds ? as_stored<S>(h_row[b]) : h_row[b];
+        store_padded<B, kPack<S>>(to, rounded, rest);
+      };
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const int64_t row = patch.row + r;
         const V* h_row = h.part + r * B;
         if (unprojected) {
-          store_padded<B>(unprojected + row * padded + unit, h_row, rest);
+          store_state(unprojected + row * padded + unit, h_row);
         } else {
-          store_padded<B>(next + row * out_padded + unit, h_row, rest);
+          store_state(next + row * out_padded + unit, h_row);
           store_vectors<B>(outputs[row] + unit, h_row, rest);
         }
         if constexpr (Cell::kHasCell) {
@@ -388,9 +416,8 @@ class ForwardScan {
     }
   }
 
-  void project(int64_t t, int64_t rows, S* next) {
+  void project(int64_t t, int64_t rows, A* next) {
     for (int64_t r = 0; r < rows; ++r) {
-      input_rows_.get()[r] = unprojected_.get() + r * padded_;
       if constexpr (kReduced) {
         projected_rows_.get()[r] = projected_.get() + r * out_padded_;
       } else {
@@ -398,13 +425,16 @@ class ForwardScan {
       }
     }
     if (short_) {
+      space_rows(input_rows_.get(), narrowed(unprojected_.get(), rows, padded_, hidden_), padded_, rows);
       dot_rows(rows, projected_rows_.get(), static_cast<const T*>(nullptr), args_.weights[direction_].weight_hr, out_,
                hidden_, input_rows_.get());
-    } else if constexpr (!kOnlyWidened<S>) {
+    } else {
+      const A** a = input_factors();
+      space_rows(a, unprojected_.get(), padded_, rows);
       PlainProduct<S> p;
       p.rows = rows;
       p.columns = out_;
-      p.a = input_rows_.get();
+      p.a = a;
       p.c = projected_rows_.get();
       p.b = weights_.proj.get();
       p.segments.length = elements<S>(hidden_);
@@ -441,23 +471,25 @@ class ForwardScan {
   const int64_t chunk_rows_;    // of a step, where all join
   Buffer<T>
       gates_;  // [1 + projects_ahead_, chunk rows, G, padded H], where the input gates do not go straight to `saved`
-  Buffer<const S*> input_rows_;  // [chunk rows]
-  Buffer<S> filled_up_;          // [chunk rows, padded I], where fill_up()
-  Buffer<T*> gate_rows_;         // [1 + projects_ahead_, chunk rows]
-  Buffer<T> c_;                  // [slice, padded H]
-  Buffer<T> hidden_gates_;       // [slice, G, padded H], where weights are not packed
-  Buffer<const S*> dot_inputs_;  // [slice or chunk rows], of dot_gates()
-  Buffer<T*> dot_outputs_;       // the same
-  Buffer<S> unprojected_;        // [slice, padded H]
-  Buffer<T> projected_;          // [slice, padded P], before it is rounded to h, if it is
-  Buffer<T*> projected_rows_;    // [slice]
-  Buffer<S*> output_rows_;       // [slice], where a step goes
-  Buffer<S*> cell_rows_;         // [slice], where its cell states go, if anywhere
-  int64_t planned_ = 0;          // rows of the chunk that the input gates are computed of
-  int64_t chunk_steps_ = 0;      // of the chunk whose steps run
-  int turn_ = 0;                 // of two such chunks
-  bool joined_ = false;          // the steps of the chunk compute their input gates themselves
-  bool started_ = false;         // of which side_ is in charge
+  Buffer<const S*> input_rows_;   // [chunk rows]
+  Buffer<A> copied_inputs_;       // [chunk rows, padded I], where copies_inputs()
+  Buffer<const A*> factor_rows_;  // [chunk rows], where weights are widened, as is
+  Buffer<S> narrowed_;            // [slice, the longer of padded H and P], of narrowed()
+  Buffer<T*> gate_rows_;          // [1 + projects_ahead_, chunk rows]
+  Buffer<T> c_;                   // [slice, padded H]
+  Buffer<T> hidden_gates_;        // [slice, G, padded H], where weights are not packed
+  Buffer<const S*> dot_inputs_;   // [slice or chunk rows], of dot_gates()
+  Buffer<T*> dot_outputs_;        // the same
+  Buffer<A> unprojected_;         // [slice, padded H]
+  Buffer<T> projected_;           // [slice, padded P], before it is rounded to h, if it is
+  Buffer<T*> projected_rows_;     // [slice]
+  Buffer<S*> output_rows_;        // [slice], where a step goes
+  Buffer<S*> cell_rows_;          // [slice], where its cell states go, if anywhere
+  int64_t planned_ = 0;           // rows of the chunk that the input gates are computed of
+  int64_t chunk_steps_ = 0;       // of the chunk whose steps run
+  int turn_ = 0;                  // of two such chunks
+  bool joined_ = false;           // the steps of the chunk compute their input gates themselves
+  bool started_ = false;          // of which side_ is in charge
   Side side_;
   VariantForward<Cell, S> variant_;
 };

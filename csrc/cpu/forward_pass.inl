@@ -4,7 +4,7 @@ template <class Cell, class S>
 void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const int directions = args.sizes.directions;
   using Packed = ForwardWeights<cells::Plain<Cell>, S>;
-  const bool pack = !kOnlyWidened<S> && uses_packed_weights(args.sizes, args.layout, sizeof(S));
+  const bool pack = uses_packed_weights(args.sizes, args.layout, sizeof(S));
   // A product of one timestep is the only one of its thread that reads the weights. (A tail has no panel of its own.)
   const bool panels = args.layout.steps == 1 && !has_tail<Compute<S>>(Cell::kGates, args.sizes.hidden);
   const Packing packing = !pack ? Packing::kNone : panels ? Packing::kPanels : Packing::kWhole;

@@ -16,11 +16,9 @@ struct ForwardWeights : PackedWeights {
         split_bias(s.padded(), true) {
     const int64_t gate_blocks = s.padded() / kLanes<T>;
     for (int64_t g = 0; g < Cell::kGates; ++g) {
-      if constexpr (!kOnlyWidened<S>) {
-        if (packing == Packing::kWhole)
-          pack_gates(input.get() + g * gate_blocks * elements<S>(s.input) * kLanes<T>,
-                     w.weight_ih + g * s.hidden * s.input, 1, s.hidden, s.input, 0, gate_blocks);
-      }
+      if (packing == Packing::kWhole)
+        pack_gates(input.get() + g * gate_blocks * elements<S>(s.input) * kLanes<T>,
+                   w.weight_ih + g * s.hidden * s.input, 1, s.hidden, s.input, 0, gate_blocks);
       if (!w.bias_ih) continue;
       const bool split = g >= Cell::kGates - Cell::kSplit;
       for (int64_t u = 0; u < s.hidden; u += kLanes<T>) {
@@ -30,10 +28,8 @@ struct ForwardWeights : PackedWeights {
         if (split) store(split_bias.get() + u, hidden_bias);
       }
     }
-    if constexpr (!kOnlyWidened<S>) {
-      if (packing == Packing::kWhole) pack_recurrent(w, s);
-      if (proj.get()) pack_gates(proj.get(), w.weight_hr, 1, s.proj, s.hidden, 0, blocks_of<T>(s.proj));
-    }
+    if (packing == Packing::kWhole) pack_recurrent(w, s);
+    if (proj.get()) pack_gates(proj.get(), w.weight_hr, 1, s.proj, s.hidden, 0, blocks_of<T>(s.proj));
   }
 
   const Packing packing;      // unless whole, `input` and `hidden` are not here

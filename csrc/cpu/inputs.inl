@@ -10,7 +10,7 @@ int64_t ForwardScan<Cell, S>::least_joined() const {
   constexpr int64_t kNear = 256 * 1024, kMostJoined = 20 << 20, kFewInputs = 64;
   const int64_t never = layout_.batch + 1;
   const int64_t most = G > 1 && tuning().joins_far ? kMostJoined : kFarWeights;
-  if (short_ || by_panels_ || cells::kIsNormed<Cell> || weight_bytes() > most) return never;
+  if (short_ || by_panels_ || kWidens<S> || cells::kIsNormed<Cell> || weight_bytes() > most) return never;
   // Few registers make a smaller tile of three gates than of the four vectors of a projection alone (measured).
   constexpr bool kSmallTile = G == 3 && RNN_EXT_VECTOR_REGISTERS < 32;
   if (kSmallTile && args_.sizes.input > kFewInputs) return never;
@@ -54,15 +54,14 @@ int64_t ForwardScan<Cell, S>::place_rows(int64_t t, int64_t count) {
 }
 
 template <class Cell, class S>
-void ForwardScan<Cell, S>::fill_up_rows(int64_t count) {
-  if (!fill_up()) return;
-  const S** inputs = input_rows_.get();
-  const int64_t width = Sizes::padded(args_.sizes.input);
+void ForwardScan<Cell, S>::copy_inputs(int64_t count) {
+  if (!copies_inputs()) return;
+  const int64_t size = args_.sizes.input;
   for (int64_t r = 0; r < count; ++r) {
-    S* row = filled_up_.get() + r * width;
-    std::memcpy(row, inputs[r], size_t(args_.sizes.input) * sizeof(S));
-    std::memset(row + args_.sizes.input, 0, sizeof(S));
-    inputs[r] = row;
+    Activation<S>* row = copied_inputs_.get() + r * Sizes::padded(size);
+    copy_row(row, input_rows_.get()[r], size);
+    if (size % kPack<S> != 0) row[size] = {};
+    input_factors()[r] = row;
   }
 }
 
@@ -103,7 +102,7 @@ int64_t ForwardScan<Cell, S>::plan_chunk(int64_t s) {
     count = place_rows(t, count);
   }
   planned_ = count;
-  fill_up_rows(count);
+  copy_inputs(count);
   return s;
 }
 
@@ -112,12 +111,12 @@ template <class Cell, class S>
 void ForwardScan<Cell, S>::start_ahead() {
   if constexpr (kTakesAlong) {
     if (planned_ == 0) return;  // the last chunk has no next
-    const S* const* inputs = input_rows_.get();
+    const Activation<S>* const* inputs = input_factors();
     T* const* gates = gate_rows();
     SideProduct<S> p;
     p.rows = planned_;
     p.depth = elements<S>(args_.sizes.input);
-    p.a = reinterpret_cast<const Element<S>*>(inputs[0]);
+    p.a = reinterpret_cast<const Factor<S>*>(inputs[0]);
     p.a_stride = (inputs[1] - inputs[0]) / kPack<S>;
     p.c = gates[0];
     p.c_stride = gates[1] - gates[0];
@@ -152,17 +151,15 @@ void ForwardScan<Cell, S>::project_rows() {
         [&](int64_t r) { return input_rows_.get()[r]; }, [&](int64_t r) { return gate_rows()[r]; });
     return;
   }
-  if constexpr (!kOnlyWidened<S>) {
-    PlainProduct<S> p = projection(planned_);
-    const UnpackedB<S> unpacked = unpacked_b(args_.weights[direction_].weight_ih, args_.sizes.input);
-    if (by_panels_) p.unpacked = &unpacked;
-    if (members_ == 1 && !tail_) return plain_product(p);
-    for (int g = 0; g < G; ++g) {
-      const UnitBlocks blocks = projected_blocks(g);
-      p.first = blocks.first;
-      p.last = blocks.last;
-      plain_product(p);
-    }
+  PlainProduct<S> p = projection(planned_);
+  const UnpackedB<S> unpacked = unpacked_b(args_.weights[direction_].weight_ih, args_.sizes.input);
+  if (by_panels_) p.unpacked = &unpacked;
+  if (members_ == 1 && !tail_) return plain_product(p);
+  for (int g = 0; g < G; ++g) {
+    const UnitBlocks blocks = projected_blocks(g);
+    p.first = blocks.first;
+    p.last = blocks.last;
+    plain_product(p);
   }
 }
 
@@ -172,7 +169,7 @@ PlainProduct<S> ForwardScan<Cell, S>::projection(int64_t rows) const {
   PlainProduct<S> p;
   p.rows = rows;
   p.columns = G * padded_;
-  p.a = input_rows_.get();
+  p.a = input_factors();
   p.c = gate_rows();
   p.b = weights_.input.get();
   p.segments.length = elements<S>(args_.sizes.input);
@@ -198,7 +195,7 @@ template <class Cell, class S>
 void ForwardScan<Cell, S>::join_inputs(int64_t t, int64_t rows, const auto& fetch_output, const auto& init,
                                        const auto& recurrent) {
   const T *bias = weights_.bias.get(), *split_bias = weights_.split_bias.get();
-  const S* const* inputs = input_rows_.get();
+  const Activation<S>* const* inputs = input_factors();
   T* const* gates = gate_rows();
   const int64_t padded = padded_, depth = elements<S>(args_.sizes.input);
   const auto begin = [&]<int B>(Patch<1, B> of, V* acc) ALWAYS_INLINE_LAMBDA {
@@ -207,7 +204,7 @@ void ForwardScan<Cell, S>::join_inputs(int64_t t, int64_t rows, const auto& fetc
 #pragma GCC unroll 16
     for (int v = 0; v < B * G; ++v) acc[v] = load(from + v % G * padded + v / G * kLanes<T>);
   };
-  const auto row = [&](int64_t r) ALWAYS_INLINE_LAMBDA { return reinterpret_cast<const Element<S>*>(inputs[r]); };
+  const auto row = [&](int64_t r) ALWAYS_INLINE_LAMBDA { return reinterpret_cast<const Factor<S>*>(inputs[r]); };
   const auto between = [&]<int B>(Patch<1, B> of, V* acc) ALWAYS_INLINE_LAMBDA {
     if constexpr (Cell::kSplit > 0) {  // whose input part the cell wants alone
       const int64_t unit = of.block * kLanes<T>;

@@ -23,8 +23,8 @@ namespace rnn_ext::cpu {
 /// `itemsize`: bytes of a weight.
 int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor);
 
-/// The kernels for one storage type. Of 16 bits that the instruction set does not multiply there is `forward` alone,
-/// for few rows, or nothing.
+/// The kernels for one storage type. Of 16 bits that the instruction set does not multiply, but widens, there are
+/// `forward` and `pack`, of others nothing.
 template <class S>
 struct Kernels {
   void (*forward)(const ForwardArgs<S>&, const Executor&);

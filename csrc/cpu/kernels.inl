@@ -4,6 +4,7 @@
 //   RNN_EXT_VECTOR_REGISTERS  how many there are
 //   RNN_EXT_WIDENS_FLOAT16    defined: the instruction set turns Float16 into float and back
 //   RNN_EXT_BFLOAT16          defined: only the kernels for BFloat16, which the instruction set multiplies in pairs
+//   RNN_EXT_WIDENED           defined: only the kernels for 16 bits that are widened
 // and includes csrc/cpu/kernels.h first, so that no library header is compiled for a special instruction set: an inline
 // function of one, compiled twice, could be linked in the version that the processor cannot run.
 
@@ -122,6 +123,13 @@ void backward_any(const BackwardArgs<S>& args, const Executor& executor) {
 #if defined(RNN_EXT_BFLOAT16)
 const Kernels<BFloat16> kBFloat16 = {forward_any<BFloat16>, pack_any<BFloat16>, forward_stack_any<BFloat16>,
                                      backward_any<BFloat16>};
+#elif defined(RNN_EXT_WIDENED)
+const Kernels<BFloat16> kWidenedBFloat16 = {forward_any<BFloat16>, pack_any<BFloat16>};
+#if defined(RNN_EXT_WIDENS_FLOAT16)
+const Kernels<Float16> kWidenedFloat16 = {forward_any<Float16>, pack_any<Float16>};
+#else
+const Kernels<Float16> kWidenedFloat16 = {nullptr};
+#endif
 #else
 void add_to_digest(Digest* digest, const void* data, size_t bytes) {
   // Two sums over 64-bit words: of the words themselves, which any single change changes, and of the products of their
@@ -153,12 +161,6 @@ const Kernels<float> kFloat = {forward_any<float>, pack_any<float>, forward_stac
                                random_mask<float>};
 const Kernels<double> kDouble = {forward_any<double>, pack_any<double>, forward_stack_any<double>, backward_any<double>,
                                  random_mask<double>};
-const Kernels<BFloat16> kWidenedBFloat16 = {forward_any<BFloat16>};
-#if defined(RNN_EXT_WIDENS_FLOAT16)
-const Kernels<Float16> kWidenedFloat16 = {forward_any<Float16>};
-#else
-const Kernels<Float16> kWidenedFloat16 = {nullptr};
-#endif
 #endif
 
 }  // namespace rnn_ext::cpu::RNN_EXT_ISA

@@ -201,19 +201,17 @@ void set_tuning(const Tuning& tuning);
 /// Whether the instruction set in use multiplies BFloat16.
 bool computes_bfloat16();
 
-/// Whether layer_forward takes a layer of this layout as it is stored: all but 16 bits, and these where the instruction
-/// set multiplies them, or where it widens them and each weight is used for few rows only. Else, and for layer_backward
-/// and pack_weights of 16 bits that it does not multiply, they must be converted to float.
+/// Whether layer_forward takes such a layer as it is stored: all but 16 bits, and these where the instruction set
+/// multiplies them, or where it widens them and each weight is used for few rows only. Else, and for layer_backward
+/// of 16 bits that it does not multiply, they must be converted to float.
 template <class S>
-bool computes_forward(const Layout& layout);
+bool computes_forward(CellKind cell, const Sizes& sizes, const Layout& layout);
 
-/// Whether a layer's forward call uses packed weights, unless it is stored in 16 bits that are only widened.
-/// `itemsize`: bytes of a weight.
+/// Let layer_forward take all layers of 16 bits that it can widen, for tests; else those that are faster so.
+void widen_always(bool always);
+
+/// Whether a layer's forward call uses packed weights. `itemsize`: bytes of a weight.
 bool uses_packed_weights(const Sizes& sizes, const Layout& layout, int64_t itemsize);
-
-/// Whether such a layer, stored in S, does.
-template <class S>
-bool packs_weights(const Sizes& sizes, const Layout& layout);
 
 template <class S>
 std::unique_ptr<PackedWeights> pack_weights(CellKind cell, const Sizes& sizes, const Weights<const S>& weights);

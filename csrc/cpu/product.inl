@@ -1,7 +1,7 @@
 // The one matrix product everything rests on: a register tile of MR rows x NB blocks of columns, with whatever should
 // happen to the finished tile (store it, run a cell) inlined behind it.
 //
-// B is packed in blocks of G vectors: [block][k][G][lanes], but for a tail. A is read element by element and broadcast;
+// B is packed in blocks of G vectors: [block][k][G][lanes], but for a tail. A is read factor by factor and broadcast;
 // k counts elements, see Element.
 
 /// Where consecutive k of A are rows of a matrix, which no hardware prefetcher follows: how many k before its use a
@@ -133,11 +133,17 @@ struct PlainB {
   }
 };
 
+// GCC does not see that what was before a cut is read only if there was one.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
 /// What the sums of a tile had come to before they were cut, see kLongestChain.
-template <class T, int MR, int N>
+template <class S, int MR, int N>
 class Chain {
+  using T = Compute<S>;
+
  public:
-  explicit Chain(int64_t size) : left_(size > kLongestChain ? 0 : size) {}
+  explicit Chain(int64_t size) : left_(size > kLongestChain<S> ? 0 : size) {}
 
   /// How many of `wanted` k are added next.
   ALWAYS_INLINE int64_t next(Vec<T> (&acc)[MR][N], int64_t wanted) {
@@ -161,7 +167,7 @@ class Chain {
       store(before_ + i * kLanes<T>, acc[i / N][i % N]);
       acc[i / N][i % N] = Vec<T>{};
     }
-    left_ = kLongestChain;
+    left_ = kLongestChain<S>;
     cut_ = true;
   }
 
@@ -170,16 +176,18 @@ class Chain {
   alignas(64) T before_[MR * N * kLanes<T>];
 };
 
+#pragma GCC diagnostic pop
+
 template <int MR, int NB, int G, bool kStrided, class S, class AnyPanel, class AnySegments>
-ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Element<S>* const (&a)[MR], AnyPanel panel,
+ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Factor<S>* const (&a)[MR], AnyPanel panel,
                                 const AnySegments& segments, Fetch fetch) {
   using Op = Operand<S>;
   const int64_t stride = kStrided ? segments.stride : 1;
-  Chain<Compute<S>, MR, NB * G> chain(segments.size());
+  Chain<S, MR, NB * G> chain(segments.size());
   for (int s = 0; s < segments.count; ++s) {
     const int64_t offset = segments.offset[s];
     const int64_t length = segments.length;
-    const Element<S>* row[MR];
+    const Factor<S>* row[MR];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) row[m] = a[m] + offset;
     for (int64_t done = 0, end; done < length; done = end) {
@@ -194,7 +202,7 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Elemen
         }
         // The fewer of the two stay in registers, the others come one at a time.
         if constexpr (MR < NB * G) {
-          decltype(Op::broadcast(*row[0])) x[MR];
+          typename Op::Lanes x[MR];
 #pragma GCC unroll 8
           for (int m = 0; m < MR; ++m) x[m] = Op::broadcast(row[m][k * stride]);
 #pragma GCC unroll 8
@@ -248,7 +256,7 @@ struct InitProduct {
   ALWAYS_INLINE void add(Vec<Compute<S>> (&acc)[MR][NB * G], int64_t first_row, int64_t first_block) const {
     const int64_t block_stride = segments.length * kLanes<Element<S>>;
     const PanelByGate<G, Element<S>> panel = {b + first_block * block_stride, block_stride, gate_stride};
-    const Element<S>* a[MR];
+    const Factor<S>* a[MR];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) a[m] = row(first_row + m);
     multiply_add<MR, NB, G, false, S>(acc, a, panel, segments, fetcher.take(segments.length, panel.b));
@@ -263,10 +271,15 @@ constexpr bool kIsInitProduct<InitProduct<S, Begin, Row, Between>> = true;
 
 /// Rows of a tile whose accumulators (rows x vectors) stay in the registers beside the fewer of a column of inputs and
 /// a row of weights, and one of the others; of a tile that is taller than wide two, lest the compiler spill (measured).
+/// No more than four of weights that are widened, as these are for few rows: eight gain 0 to 6 %, for twice the code.
+template <class S>
 constexpr int tile_rows(int vectors) {
-  const auto registers = [=](int rows) { return rows * vectors + (rows > vectors ? vectors + 2 : rows + 1); };
+  const auto registers = [=](int rows) {
+    const int fewer = rows > vectors ? vectors : rows;
+    return rows * vectors + (fewer + 1) * kOperandRegisters<S> + (rows > vectors);
+  };
   int rows = 1;
-  while (rows < 8 && registers(rows + 1) <= RNN_EXT_VECTOR_REGISTERS) ++rows;
+  while (rows < (kWidens<S> ? 4 : 8) && registers(rows + 1) <= RNN_EXT_VECTOR_REGISTERS) ++rows;
   return rows;
 }
 
@@ -275,7 +288,7 @@ template <int MR, int NB, int G, bool kStrided, class S, class Row, class AnyPan
 NO_INLINE void run_tile(const Row& a_row, int64_t first_row, int64_t first_block, AnyPanel panel,
                         const AnySegments& segments, Fetch fetch, const Init& init, const Finish& finish) {
   Vec<Compute<S>> acc[MR][NB * G];
-  const Element<S>* a[MR];
+  const Factor<S>* a[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
     a[m] = a_row(first_row + m);
@@ -306,7 +319,7 @@ ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, i
 
 /// The blocks [block, blocks), NB of them at a time, a panel, as far as that goes; returns the first that is left. The
 /// first call that has a panel fetches what is `ahead`.
-template <int NB, int G, bool kStrided, class S, int kMaxRows = tile_rows(NB * G), class Row, class AnyB,
+template <int NB, int G, bool kStrided, class S, int kMaxRows = tile_rows<S>(NB * G), class Row, class AnyB,
           class AnySegments, class Init, class Finish>
 ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bool backwards, const Row& a_row,
                                  const AnyB& b, const AnySegments& segments, const Init& init, const Finish& finish,
@@ -411,7 +424,7 @@ ALWAYS_INLINE void row_product(const RowProduct<S, AnySegments>& p, int64_t bloc
 /// blocks is one. One row alone takes tiles of `side` along, as many as there are. Where `init` is a product there are
 /// several rows, and no tail.
 ///
-/// a_row(row) points at the row's element k = 0. kStrided: segments.stride counts, else it is 1.
+/// a_row(row) points at the row's factor k = 0. kStrided: segments.stride counts, else it is 1.
 template <int G, class S, bool kStrided = false, class Row, class AnySegments, class Init, class Finish,
           class Side = NoSideTiles>
 ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order order, const Row& a_row, PackedB<S> b,
@@ -429,7 +442,7 @@ ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order or
   } else {
     // A sum waits for the one before, so that a tile wants as many as can be begun meanwhile: few rows take two blocks
     // (Zen 5: 3 to 34 % faster; with more sums than these GRU and LSTM are slower, whose weights come in two streams).
-    constexpr int kEnough = kPack<S> > 1 ? 12 : 8, kFewRows = (kEnough - 1) / G;
+    constexpr int kEnough = kPack<S> > 1 && !kWidens<S> ? 12 : 8, kFewRows = (kEnough - 1) / G;
     if constexpr (kFewRows > 1) {
       if (rows <= kFewRows)
         block = run_blocks<2, G, kStrided, S, kFewRows>(rows, block, blocks - tail, backwards, a_row, b, segments, init,
@@ -494,7 +507,7 @@ void pack_gates(Element<S>* out, const S* weight, int64_t gates, int64_t hidden,
         transpose<T>(square);
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i) {
-          if (k + i < packed_depth) store(reinterpret_cast<T*>(to + (k + i) * gates * n), square[i]);
+          if (k + i < packed_depth) Operand<S>::store_gathered(to + (k + i) * gates * n, square[i]);
         }
       }
     }
@@ -629,11 +642,11 @@ template <class S>
 struct PlainProduct {
   int64_t rows = 0;
   int64_t columns = 0;
-  const S* const* a = nullptr;             // [rows]
-  Compute<S>* const* c = nullptr;          // [rows], of `columns` elements each
-  const Element<S>* b = nullptr;           // packed, [columns / lanes][k][lanes]; or
-  const UnpackedB<S>* unpacked = nullptr;  // packed as it goes; or
-  int64_t b_stride = 0;                    // not 0: as it is, see PlainB; of a strided product
+  const Activation<S>* const* a = nullptr;  // [rows]
+  Compute<S>* const* c = nullptr;           // [rows], of `columns` elements each
+  const Element<S>* b = nullptr;            // packed, [columns / lanes][k][lanes]; or
+  const UnpackedB<S>* unpacked = nullptr;   // packed as it goes; or
+  int64_t b_stride = 0;                     // not 0: as it is, see PlainB; of a strided product
   Segments segments;
   int64_t first = 0;                 // blocks of columns, and
   int64_t last = -1;                 // the end of them; -1: of all
@@ -648,7 +661,7 @@ NO_INLINE void plain_product(const PlainProduct<S>& p) {
   using T = Compute<S>;
   using V = Vec<T>;
   const int64_t last = p.last < 0 ? blocks_of<T>(p.columns) : p.last;
-  const auto a_row = [&](int64_t r) { return reinterpret_cast<const Element<S>*>(p.a[r]); };
+  const auto a_row = [&](int64_t r) { return reinterpret_cast<const Factor<S>*>(p.a[r]); };
   const auto init = [&]<int B>(Patch<1, B> at, V* acc) ALWAYS_INLINE_LAMBDA {
     const int64_t column = at.block * kLanes<T>;
 #pragma GCC unroll 4

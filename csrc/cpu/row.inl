@@ -31,7 +31,7 @@ ALWAYS_INLINE const E* opaque(const E* p) {
 template <class S, class AnySegments>
 struct RowProduct {
   using Storage = S;
-  const Element<S>* a;
+  const Factor<S>* a;
   const Element<S>* b;
   AnySegments segments;
   bool backwards;  // see Order
@@ -56,7 +56,7 @@ ALWAYS_INLINE void add_up(V (&sets)[KU][N]) {
 /// line by line: only what is read in the reverse of the order before finds all that the cache still has. The sums are
 /// the same with and without a tile beside them.
 template <bool kBackwards, int KU, int NB, int G, class S, class AnySegments, class Tile>
-ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Element<S>* a, const Element<S>* b,
+ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Factor<S>* a, const Element<S>* b,
                                     int64_t block_stride, const AnySegments& segments, Tile& side) {
   using Op = Operand<S>;
   constexpr bool kSide = !std::is_same_v<Tile, NoSideTile>;
@@ -64,7 +64,7 @@ ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Elemen
   constexpr int kAtOnce = int(larger(KU, 4));  // (measured)
   // Where each x is multiplied often, its load does not count (measured: nothing, or a little slower).
   constexpr bool kSpread = kSpreads<S> && Tile::kLoadsAreShort && NB * G <= 4;
-  constexpr int64_t kLongest = KU * kLongestChain;
+  constexpr int64_t kLongest = KU * kLongestChain<S>;
   const bool cuts = segments.size() > kLongest;
   Vec<Compute<S>> part[KU][NB * G] = {};
   if (!cuts) {
@@ -83,7 +83,7 @@ ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Elemen
   const int64_t length = segments.length, whole = in_units_of<kAtOnce>(length) * kAtOnce;
   for (int i = 0; i < segments.count; ++i) {
     const int s = kBackwards ? segments.count - 1 - i : i;
-    const Element<S>* row = a + segments.offset[s];
+    const Factor<S>* row = a + segments.offset[s];
     const Element<S>* w = b + s * length * G * n;
     const auto rest = [&]() ALWAYS_INLINE_LAMBDA {
       for (int64_t k = whole; k < length; ++k) {
@@ -97,7 +97,8 @@ ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Elemen
     const auto walk = [&]<bool kWithSide>(int64_t end) ALWAYS_INLINE_LAMBDA {
       for (; done < end; done += kAtOnce) {
         const int64_t k = kBackwards ? whole - kAtOnce - done : done;
-        const Element<S>*x_k = row + k, *w_k[NB] = {w + k * G * n};
+        const Factor<S>* x_k = row + k;
+        const Element<S>* w_k[NB] = {w + k * G * n};
 #pragma GCC unroll 4
         for (int v = 1; v < NB; ++v) w_k[v] = opaque(w_k[v - 1] + block_stride);
 #pragma GCC unroll 2

@@ -5,7 +5,7 @@ template <class S>
 struct SideProduct {
   int64_t rows = 0;  // a multiple of those of a tile
   int64_t depth = 0;
-  const Element<S>* a = nullptr;
+  const Factor<S>* a = nullptr;
   int64_t a_stride = 0;  // between rows
   Compute<S>* c = nullptr;
   int64_t c_stride = 0;
@@ -74,7 +74,7 @@ class SideTile {
   }
 
   ALWAYS_INLINE void multiply_add() {
-    decltype(Op::load(b_[0])) w[Vectors];
+    typename Op::Lanes w[Vectors];
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) w[v] = Op::load(b_[v]);
 #pragma GCC unroll 8
@@ -129,7 +129,7 @@ class SideTile {
     cut_ = false;
     left_ = p.depth;
     later_ = 0;
-    if (p.depth <= kLongestChain) return;
+    if (p.depth <= kLongestChain<S>) return;
     later_ = p.depth;
     cut();
   }
@@ -146,10 +146,12 @@ class SideTile {
       }
     }
     cut_ = true;
-    left_ = smaller(later_, kLongestChain);
+    left_ = smaller(later_, kLongestChain<S>);
     later_ -= left_;
   }
 
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // as of Chain
   ALWAYS_INLINE void add_before() {
     if (!cut_) return;
 #pragma GCC unroll 2
@@ -158,6 +160,7 @@ class SideTile {
       for (int r = 0; r < R; ++r) sums_[v][r] += load(before_[v][r]);
     }
   }
+#pragma GCC diagnostic pop
 
   ALWAYS_INLINE void end() {
     add_before();
@@ -176,7 +179,8 @@ class SideTile {
   static constexpr int kPointers = (R + 3) / 4;  // to rows 0, 4, ..: each reaches three more by its distance
 
   SideTiles<S, R>& tiles_;
-  const Element<S>*a_[kPointers], *b_[Vectors];
+  const Factor<S>* a_[kPointers];
+  const Element<S>* b_[Vectors];
   int64_t stride_;
   Vec<T> sums_[Vectors][R];
   int64_t left_ = 0, later_ = 0;  // k until the chain is cut, and after that

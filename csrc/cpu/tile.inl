@@ -12,8 +12,10 @@ ALWAYS_INLINE constexpr int64_t in_units_of(int64_t count) {
 /// In a chain of n additions, roundings grow like n. The one of a product of more k is cut into pieces of so many: each
 /// begins with zeros, and what came before is added after it. (512 inputs and units: half the error.) One row sums in
 /// several chains, each of which may be as long. Tiles of product.inl and of side.inl are cut at the same k, as one
-/// stands for the other. Sums over lanes (dot_tile) are short as they are.
-constexpr int64_t kLongestChain = 256;
+/// stands for the other. Sums over lanes (dot_tile) are short as they are. Counted in elements, of which one that is
+/// widened to two registers is added twice.
+template <class S>
+constexpr int64_t kLongestChain = 256 / kOperandRegisters<S>;
 
 /// How a product walks its tiles. Walking every other step's blocks backwards finds what the step before read last
 /// still in the cache. One row alone sums in another order than the same row in a tile and, since its k are walked

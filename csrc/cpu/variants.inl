@@ -126,7 +126,7 @@ struct VariantForward<Cell, T, true> {
 };
 
 template <class Cell, class S>
-void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates, S* now, S* next) {
+void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates, A* now, A* next) {
   if constexpr (cells::kIsVariant<Cell>) {
     const bool projected = args_.sizes.proj != 0;
     const int64_t hidden = hidden_, padded = padded_, out = out_;

@@ -18,8 +18,9 @@ struct VecOf<double> {
 template <class T>
 using Vec = typename VecOf<T>::type;
 
+/// Of 16 bits, which are widened, as many as of floats.
 template <class T>
-constexpr int kLanes = RNN_EXT_VECTOR_BYTES / int(sizeof(T));
+constexpr int kLanes = RNN_EXT_VECTOR_BYTES / int(sizeof(T) == 2 ? sizeof(float) : sizeof(T));
 
 template <class T>
 ALWAYS_INLINE Vec<T> load(const T* p) {
@@ -192,6 +193,16 @@ ALWAYS_INLINE void store(S* p, Vec<float> v) {
   store_part(p, v, kLanes<float>);
 }
 
+/// v, rounded to what S holds.
+template <class S>
+ALWAYS_INLINE Vec<Compute<S>> as_stored(Vec<Compute<S>> v) {
+  if constexpr (Stored16<S>) {
+    return Convert<S>::widen(Convert<S>::narrow(v));
+  } else {
+    return v;
+  }
+}
+
 /// Two vectors of numbers that follow each other, in an order that only a sum over all of them does not see.
 template <class S>
 ALWAYS_INLINE void load_two(const S* p, Vec<Compute<S>>& a, Vec<Compute<S>>& b) {
@@ -206,32 +217,47 @@ ALWAYS_INLINE void load_two(const S* p, Vec<Compute<S>>& a, Vec<Compute<S>>& b) 
   }
 }
 
-/// What the operands of a matrix product are made of: numbers of the storage type S or, where the processor multiplies
-/// and adds them two at a time, pairs of them that follow each other in k.
+/// Numbers that follow each other in k.
+struct Pair {
+  BFloat16 low, high;
+};
+struct WidePair {
+  float low, high;
+};
+
+/// What the operands of a matrix product A B are made of, B of elements and A of factors: numbers of the storage type S
+/// or, of BFloat16, pairs of them, which some processors multiply and add at once. What the processor does not multiply
+/// is widened: B, which are weights, as it is read (halves of a pair by one instruction each), A before the product.
 template <class S>
 struct ElementOf {
   using type = S;
-};
-#if defined(RNN_EXT_BFLOAT16)
-struct Pair {
-  BFloat16 low, high;
+  using factor = S;
 };
 template <>
 struct ElementOf<BFloat16> {
   using type = Pair;
-};
+#if defined(RNN_EXT_BFLOAT16)
+  using factor = Pair;
+#else
+  using factor = WidePair;
 #endif
+};
+template <>
+struct ElementOf<Float16> {
+  using type = Float16;
+  using factor = float;
+};
 template <class S>
 using Element = typename ElementOf<S>::type;
+template <class S>
+using Factor = typename ElementOf<S>::factor;
 
-/// Numbers that are widened when they are read: a product with weights as they are takes them, none with packed ones.
-#if defined(RNN_EXT_BFLOAT16)
 template <class S>
-constexpr bool kOnlyWidened = std::is_same_v<S, Float16>;
-#else
+constexpr bool kWidens = !std::is_same_v<Element<S>, Factor<S>>;
+/// The numbers that factors consist of. Where weights are widened, states are floats: so are they where all is
+/// converted to float, and timesteps of several rows have the same results, whichever of the two is faster.
 template <class S>
-constexpr bool kOnlyWidened = Stored16<S>;
-#endif
+using Activation = std::conditional_t<kWidens<S>, Compute<S>, S>;
 
 /// How many elements hold `size` numbers; the last one may be filled up with a zero.
 template <class S>
@@ -241,15 +267,16 @@ constexpr int64_t elements(int64_t size) {
   return (size + kPack<S> - 1) / kPack<S>;
 }
 
-/// A vector of elements, as long as Vec<Compute<S>>, and acc + x * w.
+/// As many elements as Vec<Compute<S>> has lanes, one factor for all of them, and acc + x * w.
 template <class S>
 struct Operand {
-  using Lanes = Vec<S>;
+  using Lanes = Vec<Compute<S>>;
   ALWAYS_INLINE static Lanes load(const S* p) { return RNN_EXT_ISA::load(p); }
-  ALWAYS_INLINE static Lanes broadcast(const S& x) { return RNN_EXT_ISA::broadcast(x); }
+  ALWAYS_INLINE static Lanes broadcast(const Factor<S>& x) { return RNN_EXT_ISA::broadcast(x); }
   ALWAYS_INLINE static Lanes multiply_add(Lanes x, Lanes w, Lanes acc) { return fma(x, w, acc); }
-  /// `count` numbers from p on, as elements in the lanes of an accumulator's type.
+  /// `count` numbers from p on, as elements in the lanes of an accumulator's type, and back.
   ALWAYS_INLINE static Lanes gather(const S* p, int64_t count) { return load_part(p, count); }
+  ALWAYS_INLINE static void store_gathered(S* p, Lanes v) { store(p, v); }
 };
 #if defined(RNN_EXT_BFLOAT16)
 template <>
@@ -266,6 +293,7 @@ struct Operand<BFloat16> {
     if (count >= 32) return (Vec<float>)_mm512_loadu_si512(p);
     return (Vec<float>)_mm512_maskz_loadu_epi16(first_lanes<__mmask32>(count), p);
   }
+  ALWAYS_INLINE static void store_gathered(Pair* p, Vec<float> v) { store(reinterpret_cast<float*>(p), v); }
 };
 
 /// 16 pairs, of two rows that follow each other in k.
@@ -276,17 +304,48 @@ ALWAYS_INLINE void store_pairs(Pair* to, const From* low, const From* high, int6
   const __m512i b = high ? _mm512_cvtepu16_epi32((__m256i)bits_part<BFloat16>(high, count)) : zero;
   _mm512_storeu_si512(to, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
 }
+#else
+template <>
+struct Operand<BFloat16> {
+  struct Lanes {
+    Vec<float> low, high;
+  };
+  ALWAYS_INLINE static Lanes load(const Pair* p) {
+    Lanes lanes;
+    load_two(&p->low, lanes.low, lanes.high);
+    return lanes;
+  }
+  ALWAYS_INLINE static Lanes broadcast(const WidePair& x) {
+    return {RNN_EXT_ISA::broadcast(x.low), RNN_EXT_ISA::broadcast(x.high)};
+  }
+  ALWAYS_INLINE static Vec<float> multiply_add(const Lanes& x, const Lanes& w, Vec<float> acc) {
+    return fma(x.high, w.high, fma(x.low, w.low, acc));
+  }
+  ALWAYS_INLINE static Vec<float> gather(const BFloat16* p, int64_t count) {
+    Vec<float> pairs = {};
+    if (count >= 2 * kLanes<float>) {
+      __builtin_memcpy(&pairs, p, sizeof(pairs));
+    } else {
+      __builtin_memcpy(&pairs, p, size_t(count) * sizeof(*p));
+    }
+    return pairs;
+  }
+  ALWAYS_INLINE static void store_gathered(Pair* p, Vec<float> v) { store(reinterpret_cast<float*>(p), v); }
+};
 #endif
+/// Registers that as many elements take.
+template <class S>
+constexpr int kOperandRegisters = int(sizeof(typename Operand<S>::Lanes) / sizeof(Vec<Compute<S>>));
 
-/// Four elements that follow each other, each of which can be had in all lanes.
+/// Four factors that follow each other, each of which can be had in all lanes.
 template <class S, bool kSpread>
 class Four {
  public:
-  explicit ALWAYS_INLINE Four(const Element<S>* p) : p_(p) {}
+  explicit ALWAYS_INLINE Four(const Factor<S>* p) : p_(p) {}
   ALWAYS_INLINE auto operator[](int i) const { return Operand<S>::broadcast(p_[i]); }
 
  private:
-  const Element<S>* p_;
+  const Factor<S>* p_;
 };
 
 /// Whether there is a Four<S, true>, which is loaded at once and spread over the lanes by shuffles. A product that
@@ -296,17 +355,17 @@ template <class S>
 constexpr bool kSpreads = false;
 #else
 template <class S>
-constexpr bool kSpreads = sizeof(Element<S>) == 4;
+constexpr bool kSpreads = sizeof(Factor<S>) == 4 && !kWidens<S>;  // which waits for instructions
 
 template <class S>
 class Four<S, true> {
  public:
 #if RNN_EXT_VECTOR_BYTES == 64
-  explicit ALWAYS_INLINE Four(const Element<S>* p)
+  explicit ALWAYS_INLINE Four(const Factor<S>* p)
       : all_(_mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(p)))) {}
 #define RNN_EXT_SPREAD(i) typename Operand<S>::Lanes(_mm512_permute_ps(all_, i * 0x55))
 #else
-  explicit ALWAYS_INLINE Four(const Element<S>* p) : all_(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))) {}
+  explicit ALWAYS_INLINE Four(const Factor<S>* p) : all_(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))) {}
 #define RNN_EXT_SPREAD(i) typename Operand<S>::Lanes(_mm256_permute_ps(all_, i * 0x55))
 #endif
   ALWAYS_INLINE auto operator[](int i) const {
@@ -358,13 +417,14 @@ ALWAYS_INLINE void store_vectors(To* p, const V* v, int64_t count) {
 }
 
 /// The same of a row that has room for whole vectors. Where a number and its neighbour make one element of a product,
-/// the one past the last has a weight of zero, but must be finite all the same.
-template <int B, class To, class V>
+/// the one past the last has a weight of zero, but must be finite all the same. `Pack`: how many numbers make one, if
+/// it is not kPack<To>.
+template <int B, int Pack = 0, class To, class V>
 ALWAYS_INLINE void store_padded(To* p, const V* v, int64_t count) {
   constexpr int n = kLanes<Compute<To>>;
 #pragma GCC unroll 4
   for (int b = 0; b < B; ++b) store(p + b * n, v[b]);
-  if constexpr (kPack<To> > 1) {
+  if constexpr ((Pack ? Pack : kPack<To>) > 1) {
     if (count < B * n) p[count] = To{};
   }
 }

@@ -93,11 +93,12 @@ at::ScalarType compute_type(const at::Tensor& input) {
 }
 
 /// What the kernels store sequences, states and weights in, forward
-at::ScalarType forward_type(const at::Tensor& input, cpu::Variant variant, const cpu::Layout& layout) {
+at::ScalarType forward_type(const at::Tensor& input, cpu::CellKind cell, cpu::Variant variant, const cpu::Sizes& sizes,
+                            const cpu::Layout& layout) {
   const at::ScalarType type = input.scalar_type();
   const bool plain = variant == cpu::Variant::kPlain;
-  if (type == at::kBFloat16 && plain && cpu::computes_forward<cpu::BFloat16>(layout)) return type;
-  if (type == at::kHalf && plain && cpu::computes_forward<cpu::Float16>(layout)) return type;
+  if (type == at::kBFloat16 && plain && cpu::computes_forward<cpu::BFloat16>(cell, sizes, layout)) return type;
+  if (type == at::kHalf && plain && cpu::computes_forward<cpu::Float16>(cell, sizes, layout)) return type;
   return compute_type(input);
 }
 /// and backward.
@@ -248,7 +249,7 @@ class ForwardCall {
               const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& resets,
               const OptionalTensors& masks, const LayerOptions& options, bool save)
       : shape(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options),
-        dtype(forward_type(input, shape.variant, shape.layout())),
+        dtype(forward_type(input, shape.cell.kind, shape.variant, shape.sizes, shape.layout())),
         input_(input),
         resets_(resets),
         x_(prepare_sequence(input, dtype)),
@@ -293,7 +294,7 @@ class ForwardCall {
     args.c_n = shape.cell.has_cell ? data<S>(c_n_) : nullptr;
     args.saved = save_ ? data<cpu::Compute<S>>(saved_) : nullptr;
     for (int d = 0; d < shape.sizes.directions; ++d) {
-      if (!save_ && cpu::packs_weights<S>(args.sizes, args.layout)) args.packed[d] = find_packed<S>(d);
+      if (!save_ && cpu::uses_packed_weights(args.sizes, args.layout, sizeof(S))) args.packed[d] = find_packed<S>(d);
       prepare_weights(weights_, d, args.packed[d] != nullptr);
       args.weights[d] = named_weights<const S>(weights_, shape, d);
     }
@@ -463,8 +464,9 @@ bool pipelines(const at::Tensor& input, int64_t batch, const StackWeights& weigh
   layout.batch = batch;
   layout.rows = input.numel() / sizes.input;
   layout.steps = std::max<int64_t>(1, layout.rows / batch);
-  // The next layer reads the output as the caller sees it, rounded: not what the kernels would hand on.
-  if (forward_type(input, cpu::Variant::kPlain, layout) != input.scalar_type()) return false;
+  // The next layer reads the output as the caller sees it, rounded: not what is converted to float. Layers whose
+  // weights are widened are too large.
+  if (backward_type(input, cpu::Variant::kPlain) != input.scalar_type()) return false;
   return cpu::pipelines(cell.kind, sizes, layout, int64_t(weights.size()), input.element_size(), threads);
 }
 

@@ -137,6 +137,7 @@ PYBIND11_MODULE(_C, m) {
       },
       pybind11::arg("vectors_a_cycle") = 1, pybind11::arg("fetch_panels") = false, pybind11::arg("joins_far") = false,
       "Choose otherwise, for tests.");
+  m.def("widen_always", &rnn_ext::cpu::widen_always, "See csrc/cpu/layer.h; for tests.");
   m.def("computes_bfloat16", &rnn_ext::cpu::computes_bfloat16, "Whether it multiplies bfloat16.");
   m.def("layer", torch::wrap_pybind_function_no_gil(&layer), "torch.ops.rnn_ext.layer.");
   m.def("extended_layer", torch::wrap_pybind_function_no_gil(&extended_layer), "The same with masks and recompute.");

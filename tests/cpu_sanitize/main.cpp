@@ -194,9 +194,9 @@ Results run(const Config& config, const Executor& executor) {
   Random random(uint64_t(config.steps * 7 + config.batch * 31 + config.input * 101 + config.hidden * 1009));
   const Steps steps(config, random);
   const Layout& layout = steps.layout;
-  if (!computes_forward<S>(layout)) return {};
   const int64_t D = config.directions, N = config.batch, H = config.hidden, G = config.gates();
   const Sizes sizes{config.input, H, config.proj, config.directions};
+  if (!computes_forward<S>(config.cell, sizes, layout)) return {};
   const int64_t out = sizes.output();
   const int64_t positions = config.form == Config::kPacked ? layout.rows : config.steps * N;
   const double scale = 1 / std::sqrt(double(H));
@@ -342,11 +342,15 @@ double difference(const Config& config, const Results& a, const Results& b) {
 template <class S>
 void compare_16_bits(const Config& config, const Results& exact, double allowed) {
   if (config.variant != Variant::kPlain) return;
-  const Results results = run<S>(config, Executor{});
-  Results same = exact;
-  if (same.values.size() > results.values.size()) same.values.resize(results.values.size());  // none of backward
-  if (difference(config, same, results) > allowed && config.cell != CellKind::kRnnRelu)
-    fail(config, "in 16 bits differs from float");
+  for (bool always : {false, true}) {
+    widen_always(always);
+    const Results results = run<S>(config, Executor{});
+    Results same = exact;
+    if (same.values.size() > results.values.size()) same.values.resize(results.values.size());  // none of backward
+    if (difference(config, same, results) > allowed && config.cell != CellKind::kRnnRelu)
+      fail(config, "in 16 bits differs from float");
+  }
+  widen_always(false);
 }
 
 template <class T>
@@ -562,6 +566,7 @@ void all_threads_work() {
 
 /// Layers whose units threads share, as many as members and fewer: one sequence, for several chunks of backward; one
 /// timestep, whose weights are read as they lie or packed as they are read; large weights.
+template <class S>
 void shared_units() {
   struct {
     int64_t steps, batch, input, hidden;
@@ -572,10 +577,10 @@ void shared_units() {
       Config config{cell, steps, batch, input, hidden, 0,     directions, Config::kTimeMajor,
                     true, false, false, true,  false,  0xffff};
       config.cells = config.has_cell();
-      const Results alone = run<float>(config, Executor{});
+      const Results alone = run<S>(config, Executor{});
       for (int members : {2, 4}) {
         for (const auto by : {team, team_in_turn}) {
-          if (run<float>(config, Executor{members, by_four_threads, by}).values != alone.values)
+          if (run<S>(config, Executor{members, by_four_threads, by}).values != alone.values)
             fail(config, "threads that share the units give other bits than one");
         }
       }
@@ -584,9 +589,12 @@ void shared_units() {
 }
 
 int threads() {
+  widen_always(true);
   stacks();
   all_threads_work();
-  shared_units();
+  shared_units<float>();
+  shared_units<BFloat16>();
+  shared_units<Float16>();
   for (int kind = 0; kind < 5; ++kind) {
     for (int directions : {1, 2}) {
       const CellKind cell = kind < 4 ? CellKind(kind) : CellKind::kLstm;
@@ -611,9 +619,11 @@ int threads() {
         const Results alone = run<float>(config, Executor{});
         const Results shared = run<float>(config, Executor{4, by_four_threads});
         if (alone.values != shared.values) fail(config, "four threads give other bits than one");
-        if (variant || !computes_bfloat16()) continue;
+        if (variant) continue;
         if (run<BFloat16>(config, Executor{}).values != run<BFloat16>(config, Executor{4, by_four_threads}).values)
           fail(config, "four threads give other bits than one in bfloat16");
+        if (run<Float16>(config, Executor{}).values != run<Float16>(config, Executor{4, by_four_threads}).values)
+          fail(config, "four threads give other bits than one in float16");
       }
     }
   }
