@@ -205,7 +205,9 @@ bool widens_packed_weights(CellKind cell, const Sizes& sizes, const Layout& layo
   };
   const bool avx512 = std::strcmp(capability(), "avx512") == 0;
   const bool bfloat16 = std::is_same_v<S, BFloat16>;  // which takes fewer instructions there
-  const Limit limit = !avx512 ? Limit{4, 768, 768} : bfloat16 ? Limit{8, 480, 288} : Limit{8, 1280, 416};
+  Limit limit = {8, 480, 288};
+  if (!bfloat16) limit = {4, 1280, 416};
+  if (!avx512) limit = {bfloat16 ? 2 : 4, 768, 768};  // 16 registers make tiles of two rows of pairs
   const int64_t bytes = cells::kGatesOf[int(cell)] * sizes.hidden * sizes.output() * int64_t(sizeof(float));
   return layout.steps > 1 && layout.batch <= limit.rows && bytes >= (limit.base + layout.batch * limit.per_row) * 1024;
 }
