@@ -14,6 +14,8 @@ namespace rnn_ext::cpu::RNN_EXT_ISA {
 namespace {
 
 #include "cpu/vec.inl"
+#include "cpu/operand.inl"
+#include "cpu/math.inl"
 
 constexpr int kUnits = 256;
 constexpr int kPlanes = 8;  // as many values as any cell has of a unit

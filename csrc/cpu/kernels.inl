@@ -26,6 +26,8 @@ namespace {
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #include "cpu/vec.inl"
+#include "cpu/operand.inl"
+#include "cpu/math.inl"
 #include "cpu/tile.inl"
 #include "cpu/side.inl"
 #include "cpu/row.inl"
