@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-import platform
 import threading
 
 import pytest
 import torch
 from test_modules import ours, randn
+from util import widens
 
 import rnn_ext
 from rnn_ext import _C, ops
@@ -164,9 +164,8 @@ def test_a_dtype_that_is_converted_is_converted_once(batch, hidden, widened, dty
     for _ in range(2):
         assert torch.equal(kept(plain, input), want[0])
         assert torch.equal(kept(zoneout, input), want[1])
-    never = dtype == torch.float16 and ops.cpu_capability() == "baseline" and platform.machine() in ("x86_64", "AMD64")
     multiplied = dtype == torch.bfloat16 and _C.computes_bfloat16()
-    assert _C.cached_weights_count() == (2 if multiplied or (widened and not never) else 1)
+    assert _C.cached_weights_count() == (2 if multiplied or (widened and widens(dtype)) else 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

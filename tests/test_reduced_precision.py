@@ -3,8 +3,6 @@ every timestep or, of a few rows, read as they lie."""
 
 from __future__ import annotations
 
-import platform
-
 import pytest
 import torch
 from util import (
@@ -15,11 +13,13 @@ from util import (
     agree,
     build,
     check_values,
+    forward_agrees,
     instruction_sets,
     oracle,
     run,
     same_bits,
     sample,
+    widens,
 )
 
 from rnn_ext import _C, ops
@@ -55,13 +55,7 @@ def test_widened_in_every_step(size, dtype):
     _C.widen_always(True)
     for cell in CELLS:
         for bidirectional, proj in ((False, 0), (True, (size[3] + 1) // 2 if cell == "lstm" and size[3] > 1 else 0)):
-            problem = build(Case(cell, "dense", bidirectional, proj=proj, size=size)).to(dtype)
-            expected = oracle(problem.to(torch.float64))
-            for _ in instruction_sets():
-                with torch.no_grad():
-                    actual = run(problem)
-                check_values(actual, expected, dtype)
-                same_bits(actual, run(problem.requiring()))
+            forward_agrees(build(Case(cell, "dense", bidirectional, proj=proj, size=size)).to(dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -101,13 +95,13 @@ def test_few_rows_one_by_one(cell, dtype):
     """Timesteps of one call of up to four rows are those of a call each, to the bit."""
     problem = build(Case(cell, size=(4, 1, 7, 33))).to(dtype)
     weights = list(problem.weights.values())
-    for name in instruction_sets():
+    for _ in instruction_sets():
         whole, state = ops.layer(problem.input, problem.h_0, None, weights, cell=cell)[:2]
         h, outputs = problem.h_0, []
         for x in problem.input.split(1):
             output, h = ops.layer(x, h, None, weights, cell=cell)[:2]
             outputs.append(output)
-        if not (dtype == torch.float16 and name == "baseline"):  # which may have to convert it
+        if widens(dtype):
             assert torch.equal(torch.cat(outputs), whole) and torch.equal(h, state)
 
 
@@ -158,14 +152,7 @@ def test_few_rows(size, dtype):
     for cell, layout in zip(CELLS, ("packed", "dense", "batch_first", "dense"), strict=True):
         for proj in (0, (size[3] + 1) // 2) if cell == "lstm" and size[3] > 1 else (0,):
             flags = {} if layout == "packed" else {"lengths": True, "resets": True}
-            problem = build(Case(cell, layout, True, proj=proj, size=size, **flags)).to(dtype)
-            expected = oracle(problem.to(torch.float64))
-            for _ in instruction_sets():
-                with torch.no_grad():
-                    actual = run(problem)
-                check_values(actual, expected, dtype)
-                kept = run(problem.requiring())
-                assert all(t.dtype == dtype and torch.equal(t, kept[name]) for name, t in actual.items())
+            forward_agrees(build(Case(cell, layout, True, proj=proj, size=size, **flags)).to(dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -243,7 +230,6 @@ def test_few_rows_are_not_converted(dtype):
     eps = torch.finfo(dtype).eps
     input = torch.tensor([[[1, 0.75 * eps]], [[-1, 0]]], dtype=dtype)
     weights = [torch.ones(1, 2, dtype=dtype), torch.ones(1, 1, dtype=dtype)]
-    for name in instruction_sets():
+    for _ in instruction_sets():
         output = ops.layer(input, None, None, weights, cell="rnn_relu")[0].flatten().tolist()
-        converted = dtype == torch.float16 and name == "baseline" and platform.machine() in ("x86_64", "AMD64")
-        assert output == [1 + eps, 0.75 * eps if converted else eps]
+        assert output == [1 + eps, eps if widens(dtype) else 0.75 * eps]

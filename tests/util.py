@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import platform
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -250,6 +251,23 @@ def instruction_sets() -> Iterator[str]:
             continue
         yield name
     ops.set_cpu_capability(best)  # after a failed test conftest.py does it
+
+
+def widens(dtype: torch.dtype) -> bool:
+    """Whether the instruction set in use turns numbers of 16 bits into float32 as it reads them: SSE2 no float16."""
+    sse2 = ops.cpu_capability() == "baseline" and platform.machine() in ("x86_64", "AMD64")
+    return not (sse2 and dtype == torch.float16)
+
+
+def forward_agrees(problem: Problem, dtype: torch.dtype) -> None:
+    """Values of the op, by every instruction set, are the oracle's, and in training they have the same bits."""
+    expected = oracle(problem.to(torch.float64))
+    for _ in instruction_sets():
+        with torch.no_grad():
+            actual = run(problem)
+        check_values(actual, expected, dtype)
+        assert all(t.dtype == dtype for t in actual.values())
+        same_bits(actual, run(problem.requiring()))
 
 
 def agree(problem: Problem, dtype: torch.dtype = torch.float64) -> None:

@@ -116,6 +116,12 @@ void with_threads(const Executor& executor, CellKind cell, const Sizes& sizes, c
 
 const char* capability() { return current->name; }
 
+namespace {
+
+bool uses_avx512() { return std::strcmp(capability(), "avx512") == 0; }
+
+}  // namespace
+
 bool set_capability(const char* name) {
   for (const Level& level : kLevels) {
     if (std::strcmp(level.name, name) == 0 && level.supported()) {
@@ -148,7 +154,7 @@ int saved_values(CellKind cell, bool projected, Variant variant) {
 
 bool computes_bfloat16() {
 #if defined(RNN_EXT_X86_KERNELS)
-  return std::strcmp(current->name, "avx512") == 0 && __builtin_cpu_supports("avx512bf16");
+  return uses_avx512() && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif
@@ -183,8 +189,7 @@ bool uses_packed_weights(const Sizes& sizes, const Layout& layout, int64_t items
   int64_t most = 4;
   if (layout.steps == 1 && itemsize > 2) {
     const int64_t depth = std::min(sizes.input, sizes.output()) - 32;
-    const bool four = std::strcmp(capability(), "avx512") == 0;
-    most = std::max(most, four ? std::min<int64_t>(64, depth / 8) : std::min<int64_t>(16, depth / 28));
+    most = std::max(most, uses_avx512() ? std::min<int64_t>(64, depth / 8) : std::min<int64_t>(16, depth / 28));
   }
   return layout.rows > most;
 }
@@ -203,11 +208,10 @@ bool widens_packed_weights(CellKind cell, const Sizes& sizes, const Layout& layo
   struct Limit {
     int64_t rows, base, per_row;  // the most rows, and the least KiB as floats
   };
-  const bool avx512 = std::strcmp(capability(), "avx512") == 0;
   const bool bfloat16 = std::is_same_v<S, BFloat16>;  // which takes fewer instructions there
   Limit limit = {8, 480, 288};
   if (!bfloat16) limit = {4, 1280, 416};
-  if (!avx512) limit = {bfloat16 ? 2 : 4, 768, 768};  // 16 registers make tiles of two rows of pairs
+  if (!uses_avx512()) limit = {bfloat16 ? 2 : 4, 768, 768};  // 16 registers make tiles of two rows of pairs
   const int64_t bytes = cells::kGatesOf[int(cell)] * sizes.hidden * sizes.output() * int64_t(sizeof(float));
   return layout.steps > 1 && layout.batch <= limit.rows && bytes >= (limit.base + layout.batch * limit.per_row) * 1024;
 }

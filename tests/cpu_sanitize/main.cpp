@@ -588,6 +588,12 @@ void shared_units() {
   }
 }
 
+template <class S>
+void four_threads(const Config& config, const char* dtype) {
+  if (run<S>(config, Executor{}).values != run<S>(config, Executor{4, by_four_threads}).values)
+    fail(config, std::string("four threads give other bits than one in ") + dtype);
+}
+
 int threads() {
   widen_always(true);
   stacks();
@@ -616,14 +622,10 @@ int threads() {
       for (int variant = 0; variant < (cell == CellKind::kLstm ? 3 : 2); ++variant) {
         config.variant = Variant(variant);
         config.masks = variant ? 7 : 0;
-        const Results alone = run<float>(config, Executor{});
-        const Results shared = run<float>(config, Executor{4, by_four_threads});
-        if (alone.values != shared.values) fail(config, "four threads give other bits than one");
+        four_threads<float>(config, "float32");
         if (variant) continue;
-        if (run<BFloat16>(config, Executor{}).values != run<BFloat16>(config, Executor{4, by_four_threads}).values)
-          fail(config, "four threads give other bits than one in bfloat16");
-        if (run<Float16>(config, Executor{}).values != run<Float16>(config, Executor{4, by_four_threads}).values)
-          fail(config, "four threads give other bits than one in float16");
+        four_threads<BFloat16>(config, "bfloat16");
+        four_threads<Float16>(config, "float16");
       }
     }
   }
