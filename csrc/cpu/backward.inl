@@ -228,6 +228,8 @@ class BackwardScan {
         dc_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         c_0_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         zeros_(padded_, true),
+        sums_(Cell::kHasCell && !cells::kIsVariant<Cell> && args.sizes.proj ? slice.size() * padded_ : 0, true),
+        sum_rows_(sums_.get() ? slice.size() : 0),
         is_plain_(has_plain_steps(layout_, args.sizes, args.resets.data)),
         saved_rows_(Cell::kSaved > 0 ? slice.size() : 0),
         h_rows_(Cell::kSaved > 0 ? 0 : slice.size()),
@@ -244,6 +246,7 @@ class BackwardScan {
     hidden_segments_.count = Cell::kGates;
     hidden_segments_.length = elements<S>(hidden_);
     hidden_segments_.join();
+    if (sums_.get()) space_rows(sum_rows_.get(), sums_.get(), padded_, slice_.size());
     const int64_t states = layout_.batch * direction_;
     if (args_.grad_h_n) read_states(dh_.get(), out_padded_, args_.grad_h_n + states * out_, out_, layout_, slice_);
     if (Cell::kHasCell && args_.grad_c_n)
@@ -388,6 +391,19 @@ class BackwardScan {
     }
   }
 
+  /// The same, but for rows that a sequence ends in; `chained`: see step().
+  template <int R, int B>
+  ALWAYS_INLINE void all_dh(Patch<R, B> at, Wide<T, R * B>* sums, bool chained) const {
+    const bool* cut = cut_.get();
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      if (!cut[at.row + r]) continue;
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) sums->part[r * B + b] = V{};
+    }
+    add_dh(at, sums, Cell::kDirectCarry || !chained);
+  }
+
   void write_grad_h_0(int64_t from, int64_t to) {
     write_states(args_.grad_h_0 + layout_.batch * direction_ * out_, out_, dh_.get(), out_padded_, layout_, slice_,
                  from, to, out_part_.first * kLanes<T>, smaller(out_part_.last * kLanes<T>, out_));
@@ -456,55 +472,62 @@ class BackwardScan {
   /// Rows [first, last) of the step whose rows are in their places. `chained`: the gate gradients of the step after it
   /// reach them; else the sequence ends here and the gradient of its final state comes in instead.
   void step(int64_t first, int64_t last, Order order, bool chained) {
-    const auto a_row = [this, first](int64_t r) {
-      return reinterpret_cast<const Element<S>*>(after_rows_.get()[first + r]);
-    };
-    const auto init = first_sum(first);
+    if constexpr (Cell::kHasCell) {  // only such cells can be projected
+      if (args_.sizes.proj) return projected_step(first, last, order, chained);
+    }
     Segments segments = hidden_segments_;
     if (!chained) segments.count = 0;
-    const auto all_dh = [this, chained]<int R, int B>(Patch<R, B> at, Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
-      const bool* cut = cut_.get();
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        if (!cut[at.row + r]) continue;
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) sums->part[r * B + b] = V{};
-      }
-      this->add_dh(at, sums, Cell::kDirectCarry || !chained);
-    };
-    const int64_t proj = args_.sizes.proj;
-    if (proj == 0) {
-      product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.packed(), segments,
-                    init,
-                    Cellwise{[this, first, &all_dh]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums)
-                                 ALWAYS_INLINE_LAMBDA {
-                      at.row += first;
-                      Wide<T, R * B> dh = *sums;
-                      all_dh(at, &dh);
-                      this->backward_cells(at, dh);
-                    }},
-                    false, static_cast<NoSideTiles*>(nullptr), next_saved_);
-      return;
+    product<1, S>(
+        last - first, out_part_.first, out_part_.last, order,
+        [this, first](int64_t r) { return reinterpret_cast<const Element<S>*>(after_rows_.get()[first + r]); },
+        weights_.hidden.packed(), segments, first_sum(first),
+        Cellwise{[this, first, chained]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
+          at.row += first;
+          Wide<T, R * B> dh = *sums;
+          this->all_dh(at, &dh, chained);
+          this->backward_cells(at, dh);
+        }},
+        false, static_cast<NoSideTiles*>(nullptr), next_saved_);
+  }
+
+  /// Both products apart from what follows them: rarely used, and a cell for each height and width of a tile took long
+  /// to compile (0 to 2 % slower).
+  void projected_step(int64_t first, int64_t last, Order order, bool chained) {
+    PlainProduct<S> p;
+    p.rows = last - first;
+    p.c = sum_rows_.get() + first;
+    p.order = order;
+    p.columns = out_;
+    if (chained) {
+      p.a = after_rows_.get() + first;
+      p.segments = hidden_segments_;
+      weights_.hidden.multiply(p);
     }
-    if constexpr (Cell::kHasCell) {  // only such cells can be projected
-      product<1, S>(last - first, out_part_.first, out_part_.last, order, a_row, weights_.hidden.packed(), segments,
-                    init, [&]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
-                      at.row += first;
-                      Wide<T, R * B> dh = *sums;
-                      all_dh(at, &dh);
-                      const int64_t unit = at.block * kLanes<T>;
-#pragma GCC unroll 4
-                      for (int r = 0; r < R; ++r)
-                        store_padded<B>(proj_rows_.get()[at.row + r] + unit, dh.part + r * B, out_ - unit);
-                    });
-      product<1, S>(
-          last - first, hidden_part_.first, hidden_part_.last, order,
-          [&](int64_t r) { return reinterpret_cast<const Element<S>*>(proj_rows_.get()[first + r]); },
-          weights_.proj.get(), OneSegment{elements<S>(proj)}, init,
-          Cellwise{[&]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
-            at.row += first;
-            backward_cells(at, *sums);
-          }});
+    for (int64_t r = first; r < last; ++r) {
+      for (int64_t block = 0; block < blocks_of<T>(out_); ++block) {
+        const int64_t unit = block * kLanes<T>;
+        Wide<T, 1> dh = {};
+        if (chained) dh.part[0] = load(sum_rows_.get()[r] + unit);
+        all_dh(Patch<1, 1>{r, block}, &dh, chained);
+        store_padded<1>(proj_rows_.get()[r] + unit, dh.part, out_ - unit);
+      }
+    }
+    p.columns = hidden_;
+    p.a = proj_rows_.get() + first;
+    p.b = weights_.proj.get();
+    p.segments = {};
+    p.segments.length = elements<S>(args_.sizes.proj);
+    plain_product(p);
+    const int64_t blocks = blocks_of<T>(hidden_);
+    const auto cells = [&]<int B>(int64_t r, int64_t block) ALWAYS_INLINE_LAMBDA {
+      Wide<T, B> dh;
+      load_vectors<B>(dh.part, sum_rows_.get()[r] + block * kLanes<T>, kWhole);
+      backward_cells(Patch<1, B>{r, block}, dh);
+    };
+    for (int64_t r = first; r < last; ++r) {
+      int64_t block = 0;
+      for (; block + kMostCells <= blocks; block += kMostCells) cells.template operator()<kMostCells>(r, block);
+      for (; block < blocks; ++block) cells.template operator()<1>(r, block);
     }
   }
 
@@ -614,6 +637,8 @@ class BackwardScan {
   Buffer<T> dc_;     // [slice, padded H]
   Buffer<T> c_0_;    // [slice, padded H]
   Buffer<T> zeros_;  // [padded H]
+  Buffer<T> sums_;   // [slice, padded H], of projected_step()
+  Buffer<T*> sum_rows_;
   const bool is_plain_;
   // [slice] each: where the rows of a step lie, as far as there are any
   Buffer<const T*> saved_rows_;

@@ -70,13 +70,33 @@ class ParameterGradients {
 
   int64_t tasks() const { return input_.tasks() + hidden_.tasks() + proj_.tasks() + bias_tasks_; }
 
+  /// Before the tasks of a chunk.
+  void prepare() {
+    if (args_.layout.rows > kFewRows) return;
+    const int64_t rows = grads_.chunk.rows;
+    with_inputs([&](const auto& row) { input_.take(rows, row); });
+    with_previous_outputs([&](const auto& row) { hidden_.take(rows, row); });
+    if (args_.sizes.proj) with_unprojected([&](const auto& row) { proj_.take(rows, row); });
+  }
+
   /// `begin`: the chunk is the first.
   void run(int64_t task, bool begin) {
-    if (task < input_.tasks()) return add_input(task, begin);
+    if (task < input_.tasks()) {
+      const auto slot = [](int g) { return Cell::ih_slot(g); };
+      return with_inputs([&](const auto& row) { add_gates(input_, task, begin, slot, row); });
+    }
     task -= input_.tasks();
-    if (task < hidden_.tasks()) return add_hidden(task, begin);
+    if (task < hidden_.tasks()) {
+      const auto slot = [](int g) { return Cell::hh_slot(g); };
+      return with_previous_outputs([&](const auto& row) { add_gates(hidden_, task, begin, slot, row); });
+    }
     task -= hidden_.tasks();
-    if (task < proj_.tasks()) return add_proj(task, begin);
+    if (task < proj_.tasks()) {
+      const int64_t offset[1] = {0};
+      return with_unprojected([&](const auto& row) {
+        proj_.add(task, grads_.proj_columns(), grads_.proj_stride, offset, grads_.chunk.rows, begin, row);
+      });
+    }
     add_biases();
   }
 
@@ -105,13 +125,15 @@ class ParameterGradients {
     to.add(task, grads_.gate_columns(), grads_.stride, offset, grads_.chunk.rows, begin, b_row);
   }
 
-  void add_input(int64_t task, bool begin) {
+  /// Calls fn(row): row(i) is, whatever i, what went into the product with weight_ih in the next row of the chunk.
+  void with_inputs(const auto& fn) const {
     const auto find = [&](int64_t t, int64_t j) { return rows_from(args_.input, args_.layout, t, j); };
     RowReader reader(args_.layout, grads_.chunk.row, find);
-    add_gates(input_, task, begin, [](int g) { return Cell::ih_slot(g); }, [&](int64_t) { return reader.next(); });
+    fn([&](int64_t) { return reader.next(); });
   }
 
-  void add_hidden(int64_t task, bool begin) {
+  /// The same of weight_hh; null where that was zeros.
+  void with_previous_outputs(const auto& fn) const {
     const int64_t width = args_.sizes.output();
     const T* masks = nullptr;
     if constexpr (cells::kIsVariant<Cell>) masks = args_.masks.hidden;
@@ -122,29 +144,26 @@ class ParameterGradients {
       return found;
     };
     RowReader reader(args_.layout, grads_.chunk.row, find);
-    add_gates(
-        hidden_, task, begin, [](int g) { return Cell::hh_slot(g); },
-        [&](int64_t) -> const S* {
-          const S* at = reader.next();
-          if constexpr (cells::kIsVariant<Cell>) {
-            if (masks && at) {
-              const int64_t entry = direction_ * args_.layout.batch + args_.layout.entry(reader.j());
-              multiply_rows(masked.get(), at, masks + entry * width, width);
-              at = masked.get();
-            }
-          }
-          return at;
-        });
+    fn([&](int64_t) -> const S* {
+      const S* at = reader.next();
+      if constexpr (cells::kIsVariant<Cell>) {
+        if (masks && at) {
+          const int64_t entry = direction_ * args_.layout.batch + args_.layout.entry(reader.j());
+          multiply_rows(masked.get(), at, masks + entry * width, width);
+          at = masked.get();
+        }
+      }
+      return at;
+    });
   }
 
-  void add_proj(int64_t task, bool begin) {
+  /// The same of weight_hr.
+  void with_unprojected(const auto& fn) const {
     const int64_t padded = args_.sizes.padded(), stride = saved_values(args_.cell, true, args_.variant) * padded;
-    const T* unprojected =
-        args_.saved + (direction_ * args_.layout.rows + grads_.chunk.row) * stride + Cell::kSaved * padded;
-    const int64_t offset[1] = {0};
-    proj_.add(task, grads_.proj_columns(), grads_.proj_stride, offset, grads_.chunk.rows, begin, [&](int64_t) {
-      const T* at = unprojected;
-      unprojected += stride;
+    const T* next = args_.saved + (direction_ * args_.layout.rows + grads_.chunk.row) * stride + Cell::kSaved * padded;
+    fn([&](int64_t) {
+      const T* at = next;
+      next += stride;
       return at;
     });
   }
@@ -215,8 +234,12 @@ class BackwardPass {
     BackwardScan<Cell, S>::run(scans_.get() + first, last - first, grads_, team_, thread, threads);
   }
 
-  /// After the scans, before the products.
-  void pair() { grads_.pair(); }
+  /// After the scans, before the products; there is something to do only where prepares().
+  void prepare() {
+    grads_.pair();
+    parameters_.prepare();
+  }
+  static bool prepares(const Layout& layout) { return kPack<S> > 1 || layout.rows <= kFewRows; }
 
   int64_t product_tasks() const {
     const int64_t input = args_.grad_input.data ? (grads_.chunk.rows + kInputRows - 1) / kInputRows : 0;
@@ -279,9 +302,9 @@ void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int 
       parallel(executor, scans,
                [&](int64_t task) { passes.item[lead + task / shares.slices]->scan(task % shares.slices); });
     }
-    if (kPack<S> > 1) {
+    if (BackwardPass<Cell, S>::prepares(args.layout)) {
       parallel(executor, last - first, [&](int64_t i) {
-        if (more[i]) passes.item[i]->pair();
+        if (more[i]) passes.item[i]->prepare();
       });
     }
     parallel(executor, products[0] + products[1], [&](int64_t task) {

@@ -212,7 +212,7 @@ bool widens_packed_weights(CellKind cell, const Sizes& sizes, const Layout& layo
   Limit limit = {8, 480, 288};
   if (!bfloat16) limit = {4, 1280, 416};
   if (!uses_avx512()) limit = {bfloat16 ? 2 : 4, 768, 768};  // 16 registers make tiles of two rows of pairs
-  const int64_t bytes = cells::kGatesOf[int(cell)] * sizes.hidden * sizes.output() * int64_t(sizeof(float));
+  const int64_t bytes = sizes.recurrent(cells::kGatesOf[int(cell)]) * int64_t(sizeof(float));
   return layout.steps > 1 && layout.batch <= limit.rows && bytes >= (limit.base + layout.batch * limit.per_row) * 1024;
 }
 
@@ -258,7 +258,7 @@ int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_
   // second-level cache, else one slice, whose units threads share, is faster (measured: even at 1 MiB). share_out() may
   // prefer that for more rows.
   constexpr int64_t kCached = 512 * 1024;
-  const int64_t least = gates * sizes.hidden * sizes.output() * itemsize <= kCached ? 2 : 4;
+  const int64_t least = sizes.recurrent(gates) * itemsize <= kCached ? 2 : 4;
   return std::max<int64_t>(1, std::min<int64_t>(executor.threads / sizes.directions, layout.batch / least));
 }
 

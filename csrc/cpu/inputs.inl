@@ -58,7 +58,7 @@ void ForwardScan<Cell, S>::copy_inputs(int64_t count) {
   if (!copies_inputs()) return;
   const int64_t size = args_.sizes.input;
   for (int64_t r = 0; r < count; ++r) {
-    Activation<S>* row = copied_inputs_.get() + r * Sizes::padded(size);
+    A* row = copied_inputs_.get() + r * Sizes::padded(size);
     copy_row(row, input_rows_.get()[r], size);
     if (size % kPack<S> != 0) row[size] = {};
     input_factors()[r] = row;
@@ -111,7 +111,7 @@ template <class Cell, class S>
 void ForwardScan<Cell, S>::start_ahead() {
   if constexpr (kTakesAlong) {
     if (planned_ == 0) return;  // the last chunk has no next
-    const Activation<S>* const* inputs = input_factors();
+    const A* const* inputs = input_factors();
     T* const* gates = gate_rows();
     SideProduct<S> p;
     p.rows = planned_;
@@ -195,7 +195,7 @@ template <class Cell, class S>
 void ForwardScan<Cell, S>::join_inputs(int64_t t, int64_t rows, const auto& fetch_output, const auto& init,
                                        const auto& recurrent) {
   const T *bias = weights_.bias.get(), *split_bias = weights_.split_bias.get();
-  const Activation<S>* const* inputs = input_factors();
+  const A* const* inputs = input_factors();
   T* const* gates = gate_rows();
   const int64_t padded = padded_, depth = elements<S>(args_.sizes.input);
   const auto begin = [&]<int B>(Patch<1, B> of, V* acc) ALWAYS_INLINE_LAMBDA {

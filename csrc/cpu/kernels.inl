@@ -5,6 +5,7 @@
 //   RNN_EXT_WIDENS_FLOAT16    defined: the instruction set turns Float16 into float and back
 //   RNN_EXT_BFLOAT16          defined: only the kernels for BFloat16, which the instruction set multiplies in pairs
 //   RNN_EXT_WIDENED           defined: only the kernels for 16 bits that are widened
+//   RNN_EXT_FLOAT64           defined: only the kernels for double
 // and includes csrc/cpu/kernels.h first, so that no library header is compiled for a special instruction set: an inline
 // function of one, compiled twice, could be linked in the version that the processor cannot run.
 
@@ -24,6 +25,9 @@ namespace {
 
 // GCC warns of vectors that lambdas in templates return, as if these were functions for others to call.
 #pragma GCC diagnostic ignored "-Wpsabi"
+#if defined(__clang__)  // which does not know all warnings that are switched off below
+#pragma GCC diagnostic ignored "-Wunknown-warning-option"
+#endif
 
 #include "cpu/vec.inl"
 #include "cpu/operand.inl"
@@ -132,6 +136,9 @@ const Kernels<Float16> kWidenedFloat16 = {forward_any<Float16>, pack_any<Float16
 #else
 const Kernels<Float16> kWidenedFloat16 = {nullptr};
 #endif
+#elif defined(RNN_EXT_FLOAT64)
+const Kernels<double> kDouble = {forward_any<double>, pack_any<double>, forward_stack_any<double>, backward_any<double>,
+                                 random_mask<double>};
 #else
 void add_to_digest(Digest* digest, const void* data, size_t bytes) {
   // Two sums over 64-bit words: of the words themselves, which any single change changes, and of the products of their
@@ -161,8 +168,6 @@ void add_to_digest(Digest* digest, const void* data, size_t bytes) {
 
 const Kernels<float> kFloat = {forward_any<float>, pack_any<float>, forward_stack_any<float>, backward_any<float>,
                                random_mask<float>};
-const Kernels<double> kDouble = {forward_any<double>, pack_any<double>, forward_stack_any<double>, backward_any<double>,
-                                 random_mask<double>};
 #endif
 
 }  // namespace rnn_ext::cpu::RNN_EXT_ISA

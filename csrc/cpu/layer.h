@@ -107,6 +107,8 @@ struct Sizes {
   int directions = 1;  // D
 
   int64_t output() const { return proj ? proj : hidden; }
+  /// Numbers of weight_hh.
+  int64_t recurrent(int gates) const { return gates * hidden * output(); }
   /// Hidden units are stored in padded rows, so that every gate starts at a vector boundary.
   int64_t padded() const { return padded(hidden); }
   static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }

@@ -61,9 +61,12 @@ struct Operand {
   ALWAYS_INLINE static Lanes gather(const S* p, int64_t count) { return load_part(p, count); }
   ALWAYS_INLINE static void store_gathered(S* p, Lanes v) { store(p, v); }
 };
+struct GatheredPairs {
+  ALWAYS_INLINE static void store_gathered(Pair* p, Vec<float> v) { store(reinterpret_cast<float*>(p), v); }
+};
 #if defined(RNN_EXT_BFLOAT16)
 template <>
-struct Operand<BFloat16> {
+struct Operand<BFloat16> : GatheredPairs {
   using Lanes = __m512bh;
   ALWAYS_INLINE static Lanes load(const Pair* p) { return (Lanes)_mm512_loadu_si512(p); }
   ALWAYS_INLINE static Lanes broadcast(const Pair& x) {
@@ -76,7 +79,6 @@ struct Operand<BFloat16> {
     if (count >= 32) return (Vec<float>)_mm512_loadu_si512(p);
     return (Vec<float>)_mm512_maskz_loadu_epi16(first_lanes<__mmask32>(count), p);
   }
-  ALWAYS_INLINE static void store_gathered(Pair* p, Vec<float> v) { store(reinterpret_cast<float*>(p), v); }
 };
 
 /// 16 pairs, of two rows that follow each other in k.
@@ -89,7 +91,7 @@ ALWAYS_INLINE void store_pairs(Pair* to, const From* low, const From* high, int6
 }
 #else
 template <>
-struct Operand<BFloat16> {
+struct Operand<BFloat16> : GatheredPairs {
   struct Lanes {
     Vec<float> low, high;
   };
@@ -113,7 +115,6 @@ struct Operand<BFloat16> {
     }
     return pairs;
   }
-  ALWAYS_INLINE static void store_gathered(Pair* p, Vec<float> v) { store(reinterpret_cast<float*>(p), v); }
 };
 #endif
 /// Registers that as many elements take.

@@ -95,10 +95,27 @@ struct UnpackedB {
     static_assert(G * NB <= kMostVectors);
     const int64_t step = G * elements<S>(depth) * kLanes<Element<S>>;
     for (int i = 0; i < NB; ++i) {
-      const int64_t gate = G == 1 ? (block + i) / gate_blocks : 0, of_gate = block + i - gate * gate_blocks;
+      const int64_t gate = gate_of<G>(block + i), of_gate = block + i - gate * gate_blocks;
       pack_gates(panel + i * step, weight + gate * hidden * depth, G, hidden, depth, of_gate, of_gate + 1);
     }
     return panel;
+  }
+
+  /// See PackedB::ahead: as many tiles fetch the rows of a gate as these are long.
+  template <int G, int NB>
+  ALWAYS_INLINE Fetch ahead(int64_t block, int64_t tile) const {
+    constexpr int kBytes = NB * kLanes<Compute<S>> * int(sizeof(S)), kStep = kBytes < 64 ? kBytes : 64;
+    constexpr int kTiles = kBytes / kStep;
+    if (tile >= G * kTiles) return {nullptr, 0};
+    const int64_t first = gate_of<G>(block), gate = first + tile / kTiles;
+    const S* rows = weight + (gate * hidden + (block - first * gate_blocks) * kLanes<Compute<S>>)*depth;
+    return {reinterpret_cast<const char*>(rows) + tile % kTiles * depth * kStep, kStep};
+  }
+
+ private:
+  template <int G>
+  ALWAYS_INLINE int64_t gate_of(int64_t block) const {
+    return G == 1 ? block / gate_blocks : 0;
   }
 };
 
@@ -110,26 +127,46 @@ struct PackedB {
   const E* b;
   const UnpackedB<S>* unpacked;
 
-  /// Whether the panels follow each other in memory.
-  bool is_packed_whole() const { return !unpacked; }
   template <int G, int NB>
   ALWAYS_INLINE Panel<G, E> panel(int64_t block, int64_t depth) const {
     const int64_t stride = depth * G * kLanes<E>;
     return {unpacked ? unpacked->template pack<G, NB>(block) : b + block * stride, stride};
   }
+
+  /// What tile number `tile` of a panel fetches of the one at `block`, which is next; no step: nothing.
+  template <int G, int NB>
+  ALWAYS_INLINE Fetch ahead(int64_t block, int64_t depth, int64_t tile) const {
+    if (unpacked) return unpacked->template ahead<G, NB>(block, tile);
+    constexpr int64_t kLines = (NB * G * kLanes<E> * int64_t(sizeof(E)) + 63) / 64;  // with each k
+    if (tile >= kLines) return {nullptr, 0};
+    return {reinterpret_cast<const char*>(b + block * depth * G * kLanes<E>) + tile * depth * 64, 64};
+  }
 };
 
-/// B as it is, with room for whole vectors; its rows lie `stride` elements apart.
+/// B as it is, with room for whole vectors; its rows lie `stride` elements apart. Where there is room for a panel, each
+/// is copied there first.
 template <class E>
 struct PlainB {
   const E* b;
   int64_t stride;
+  E* room;
 
-  bool is_packed_whole() const { return false; }
   template <int G, int NB>
-  ALWAYS_INLINE PanelOfRows<E> panel(int64_t block, int64_t /*depth*/) const {
+  ALWAYS_INLINE PanelOfRows<E> panel(int64_t block, int64_t depth) const {
     static_assert(G == 1);
-    return {b + block * kLanes<E>, stride};
+    const E* from = b + block * kLanes<E>;
+    if (!room) return {from, stride};
+    E* to = room;
+    for (int64_t k = 0; k < depth; ++k, from += stride, to += NB * kLanes<E>) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NB; ++v) std::memcpy(to + v * kLanes<E>, from + v * kLanes<E>, kLanes<E> * sizeof(E));
+    }
+    return {room, NB * kLanes<E>};
+  }
+
+  template <int G, int NB>
+  ALWAYS_INLINE Fetch ahead(int64_t, int64_t, int64_t) const {
+    return {nullptr, 0};
   }
 };
 
@@ -328,29 +365,23 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
   if (panels <= 0) return block;
   const int64_t bytes = NB * G * depth * kLanes<Element<S>> * int64_t(sizeof(Element<S>));
   // Weights that the second-level cache does not keep from one step to the next would be waited for by each panel's
-  // first tile: while a panel is multiplied, its first tiles fetch the next (those of too few rows in name only).
+  // first tile, or when it is packed: while a panel is multiplied, its first tiles fetch the next (those of too few
+  // rows in name only).
   constexpr int64_t kFar = 768 * 1024;
-  const bool far = b.is_packed_whole() && panels * bytes > kFar && tuning().fetch_panels;
+  const bool far = panels * bytes > kFar && tuning().fetch_panels;
   Fetcher fetcher(ahead, panels * tiles * depth);
   ahead = {};
   if constexpr (kIsInitProduct<Init>) init.start(panels * tiles);
   for (int64_t i = 0; i < panels; ++i) {
     const int64_t at = block + NB * (backwards ? panels - 1 - i : i);
     const auto panel = b.template panel<G, NB>(at, depth);
-    const char* here = reinterpret_cast<const char*>(panel.b);
-    int64_t to_fetch = far && i + 1 < panels ? bytes : 0;
-    Fetch next_panel = {here + (backwards ? -bytes : bytes), 64};
-    int64_t left = tiles;  // of as equal heights as can be
-    for (int64_t row = 0; left > 0; --left) {
-      const int64_t height = (rows - row + left - 1) / left;
-      const bool next = to_fetch > 0;
-      run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, at, panel, segments,
-                                             next ? next_panel : fetcher.take(depth, panel.b), init, finish);
+    for (int64_t row = 0, tile = 0; tile < tiles; ++tile) {
+      const int64_t left = tiles - tile, height = (rows - row + left - 1) / left;  // as equal as can be
+      Fetch fetch = {nullptr, 0};
+      if (far && i + 1 < panels) fetch = b.template ahead<G, NB>(backwards ? at - NB : at + NB, depth, tile);
+      if (fetch.step == 0) fetch = fetcher.take(depth, panel.b);
+      run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, at, panel, segments, fetch, init, finish);
       row += height;
-      if (next) {
-        next_panel.at += depth * next_panel.step;
-        to_fetch -= depth * next_panel.step;
-      }
     }
   }
   return block + panels * NB;
@@ -647,6 +678,7 @@ struct PlainProduct {
   const Element<S>* b = nullptr;            // packed, [columns / lanes][k][lanes]; or
   const UnpackedB<S>* unpacked = nullptr;   // packed as it goes; or
   int64_t b_stride = 0;                     // not 0: as it is, see PlainB; of a strided product
+  Element<S>* room = nullptr;               // of the same
   Segments segments;
   int64_t first = 0;                 // blocks of columns, and
   int64_t last = -1;                 // the end of them; -1: of all
@@ -686,7 +718,7 @@ NO_INLINE void plain_product(const PlainProduct<S>& p) {
   };
   if constexpr (kStrided) {
     if (p.b_stride > 0) {
-      const PlainB<Element<S>> b = {p.b, p.b_stride};
+      const PlainB<Element<S>> b = {p.b, p.b_stride, p.room};
       Ahead nothing;
       return run_panels<true, S>(p.rows, p.first, last, false, a_row, b, p.segments, init, finish, nothing);
     }

@@ -202,7 +202,7 @@ inline Shares share_out(const Layout& layout, const Sizes& sizes, int gates, int
   // on 8 rows are 1.05 to 1.26 times as fast, 16 rows 1.0 to 1.1 times, 32 rows the same; with 1 MiB all are the same),
   // and where they are not packed.
   constexpr int64_t kFar = 1280 * 1024;
-  const bool far = gates * sizes.hidden * sizes.output() * itemsize > kFar;
+  const bool far = sizes.recurrent(gates) * itemsize > kFar;
   const int64_t most_each = !packed ? 128 : far ? 16 : 0;
   const bool few = layout.batch < most_each * executor.threads / sizes.directions;
   if (members > 1 && (slices == 1 || (few && members >= slices))) return {1, members};

@@ -13,10 +13,17 @@ class WeightGradient {
         parts_(parts),
         height_(height),
         width_(width),
-        few_(rows <= kFewRows),
+        few_(grad && rows <= kFewRows),
         rest_(grad && !few_ ? rest_of(width, height) : 0),
         padded_(Sizes::padded(height)),
+        packed_(few_ ? elements<S>(rows) * blocks_of<T>(width) * kLanes<T> : 0),
         transposed_(rest_ * parts * padded_) {}
+
+  /// Where there are few rows: takes B, for all tasks, before their add().
+  template <class Row>
+  void take(int64_t rows, const Row& b_row) {
+    if (few_) pack_rows<S>(packed_.get(), b_row, rows, 0, width_);
+  }
 
   int64_t tasks() const {
     if (!grad_) return 0;
@@ -25,12 +32,12 @@ class WeightGradient {
 
   /// Adds the rows of a chunk, or begins with them, to one task's share of the gradient. A's part p is the `height`
   /// columns from a + offset[p], whose rows are elements, `stride` of them apart; b_row(row) is asked for in order,
-  /// null is zeros.
+  /// null is zeros, but not where take() has been.
   template <class Row>
   void add(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, int64_t rows, bool begin,
            const Row& b_row) {
     if (rows == 0) return;
-    if (few_) return write(task, a, stride, offset, rows, b_row);
+    if (few_) return write(task, a, stride, offset, rows);
     const int64_t first = task * kColumns, columns = smaller(kColumns, width_ - first);
     const int64_t whole = first + columns == width_ ? columns - rest_ : columns;
     constexpr int64_t kMost = 512;  // rows whose B stays in the second-level cache
@@ -100,21 +107,22 @@ class WeightGradient {
  private:
   static constexpr int64_t kAtOnce = 24;  // rows of the gradient that are written together, where there are few of A
 
-  /// Of about equal heights. Each packs B anew, so that they should not be low.
+  /// Of about equal heights.
   int64_t tasks_of_part() const { return (height_ + 4 * kAtOnce - 1) / (4 * kAtOnce); }
 
   /// Of the only chunk.
-  template <class Row>
-  void write(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, int64_t rows, const Row& b_row) {
+  void write(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, int64_t rows) {
+    // So little to compute that stores would wait for their lines (Xeon, one row of 512 units: a fifth off; from 8 rows
+    // on nothing).
+    constexpr int64_t kWaiting = 8;
     const int64_t pieces = tasks_of_part(), part = task / pieces, piece = task % pieces;
     const int64_t first = height_ * piece / pieces, last = height_ * (piece + 1) / pieces;
-    Buffer<Element<S>> packed(elements<S>(rows) * blocks_of<T>(width_) * kLanes<T>);
-    pack_rows<S>(packed.get(), b_row, rows, 0, width_);
     const S* from[kAtOnce];
     T* to[kAtOnce];
     PlainProduct<S> p;
     p.columns = width_;
-    p.b = packed.get();
+    p.b = packed_.get();
+    p.fetch_c = rows < kWaiting;
     p.segments.length = elements<S>(rows);
     p.segments.stride = stride;
     for (int64_t m = first; m < last; m += kAtOnce)
@@ -151,5 +159,6 @@ class WeightGradient {
   const int64_t height_, width_;
   const bool few_;
   const int64_t rest_, padded_;
-  Buffer<T> transposed_;  // [rest, parts, padded height]
+  Buffer<Element<S>> packed_;  // [blocks][rows][lanes], of few rows: B
+  Buffer<T> transposed_;       // [rest, parts, padded height]
 };

@@ -1,0 +1,3 @@
+// The kernels for double: a file of its own, as is that of 16 bits.
+#define RNN_EXT_FLOAT64
+#include "cpu/kernels_avx512.cpp"
