@@ -1,7 +1,7 @@
-// What one core can do: multiply-adds from registers, and reading an array that lies in some level of cache. Compiled
-// by ceilings.py; C interface, no dependencies. Functions named rate try for about `seconds` and return the best rate,
-// in flops or bytes per second; the others do the same work a fixed number of times on each of some threads at once,
-// for the caller to time.
+// What one core can do: multiply-adds from registers, of float32, of bfloat16, and of numbers of 16 bits that are
+// widened for each, and reading an array that lies in some level of cache. Compiled by ceilings.py; C interface, no
+// dependencies. Functions named rate try for about `seconds` and return the best rate, in flops or bytes per second;
+// the others do the same work a fixed number of times on each of some threads at once, for the caller to time.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -58,13 +58,42 @@ __attribute__((target("avx512bf16,avx512vl"))) void dot_bfloat16() {
   for (int c = 1; c < kChains; ++c) acc[0] += acc[c];
   sink = acc[0][0] * 0.f;
 }
+
+// As many multiply-adds as fma_..., of numbers that are widened for each: two of bfloat16 by a shift and a mask, one
+// vector of float16 by a conversion. The asm keeps the compiler from widening them once for all.
+#define DEFINE_WIDENED(name, Vec, Bits, numbers, attributes, ...)           \
+  attributes void widened_##name() {                                        \
+    Vec acc[kChains] = {}, x = {};                                          \
+    for (int c = 0; c < kChains; ++c) acc[c] += float(c);                   \
+    x += 0.5f + sink;                                                       \
+    Bits bits = {};                                                         \
+    for (int64_t i = 0; i < kRounds; ++i) {                                 \
+      _Pragma("GCC unroll 12") for (int c = 0; c < kChains; c += numbers) { \
+        asm("" : "+x"(bits));                                               \
+        __VA_ARGS__                                                         \
+      }                                                                     \
+    }                                                                       \
+    for (int c = 1; c < kChains; ++c) acc[0] += acc[c];                     \
+    sink = acc[0][0] * 0.f;                                                 \
+  }
+DEFINE_WIDENED(bfloat16_avx2, Vec_avx2, __m256i, 2, __attribute__((target("avx2,fma"))),
+               acc[c] = Vec_avx2(_mm256_slli_epi32(bits, 16)) * x + acc[c];
+               acc[c + 1] = Vec_avx2(_mm256_and_si256(bits, _mm256_set1_epi32(-65536))) * x + acc[c + 1];)
+DEFINE_WIDENED(bfloat16_avx512, Vec_avx512, __m512i, 2, __attribute__((target("avx512f"))),
+               acc[c] = Vec_avx512(_mm512_slli_epi32(bits, 16)) * x + acc[c];
+               acc[c + 1] = Vec_avx512(_mm512_and_si512(bits, _mm512_set1_epi32(-65536))) * x + acc[c + 1];)
+DEFINE_WIDENED(float16_avx2, Vec_avx2, __m128i, 1, __attribute__((target("avx2,fma,f16c"))),
+               acc[c] = Vec_avx2(_mm256_cvtph_ps(bits)) * x + acc[c];)
+DEFINE_WIDENED(float16_avx512, Vec_avx512, __m256i, 1, __attribute__((target("avx512f"))),
+               acc[c] = Vec_avx512(_mm512_cvtph_ps(bits)) * x + acc[c];)
 #endif
 
 struct Kernels {
   void (*fma)();
   void (*read)(const char*, const char*);
   int lanes;
-  void (*dot)();  // of bfloat16, or null
+  void (*dot)();              // of bfloat16, or null
+  void (*widened[2])() = {};  // of bfloat16 and float16, or null
 
   double flops() const { return 2.0 * lanes * kChains * double(kRounds); }  // of a call of fma; of dot twice as many
 };
@@ -78,9 +107,13 @@ bool allowed(const char* name) {
 Kernels kernels() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && allowed("avx512"))
-    return {fma_avx512, read_avx512, 16, __builtin_cpu_supports("avx512bf16") ? dot_bfloat16 : nullptr};
+    return {fma_avx512,
+            read_avx512,
+            16,
+            __builtin_cpu_supports("avx512bf16") ? dot_bfloat16 : nullptr,
+            {widened_bfloat16_avx512, widened_float16_avx512}};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && allowed("avx2"))
-    return {fma_avx2, read_avx2, 8, nullptr};
+    return {fma_avx2, read_avx2, 8, nullptr, {widened_bfloat16_avx2, widened_float16_avx2}};
 #endif
   return {fma_baseline, read_baseline, 4, nullptr};
 }
@@ -112,6 +145,13 @@ extern "C" double fma_rate(double seconds) {
 extern "C" double bfloat16_rate(double seconds) {
   const Kernels k = kernels();
   return k.dot ? best_rate(seconds, 2 * k.flops(), k.dot) : 0.;
+}
+
+/// The same of float32 and a number of 16 bits that is widened for it, bfloat16 or float16; 0 where there are no such
+/// kernels.
+extern "C" double widened_rate(int float16, double seconds) {
+  const Kernels k = kernels();
+  return k.widened[float16] ? best_rate(seconds, k.flops(), k.widened[float16]) : 0.;
 }
 
 /// Returns how many flops each thread has done; none of bfloat16 where the processor has no instruction for them.

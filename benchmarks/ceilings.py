@@ -5,6 +5,8 @@ sharply, by torch's own kernels:
 
 - ``flops``: multiply-adds from registers, two flops each; ``bfloat16_flops``: the same for products of bfloat16 summed
   in float32, where the processor has an instruction for them.
+- ``widen``: seconds that a multiply-add of a number of 16 bits takes longer than one of float32, where the processor
+  has no instruction for their product and widens the number first; by dtype.
 - ``read``: bytes per second of reading an array over and over, by its size: the levels of the cache and memory. The
   better of two orders, round and round or back and forth.
 - ``cells``: seconds per hidden unit and timestep of a cell alone, forward and backward, in float32 and in bfloat16,
@@ -27,10 +29,12 @@ once, from the level of cache that they fit. Reading can go on while something e
                                      + 3 recurrent flops / F   forward, gradients of the states and of W_hh
                                      + cells both ways, 2 * timesteps * bytes of W_hh / B)
 
-with F the ``flops`` and B the ``read`` above. Of T threads each is given a T-th of everything. The traffic of inputs,
-outputs and saved values, the wait of a timestep for the one before, and everything else around the loop are free: at
-small H nobody can reach the floor. A layer whose weights partly stay in registers or in a faster cache than the model
-says can pass it, and so could one with cheaper activations.
+with F the ``flops`` and B the ``read`` above. Weights of 16 bits that the processor does not multiply as such are
+either made float32 once, which is free here, and have as many bytes then, or widened in every timestep, for ``widen``
+each: the floor is the lower of both. Of T threads each is given a T-th of everything. The traffic of inputs, outputs
+and saved values, the wait of a timestep for the one before, and everything else around the loop are free: at small H
+nobody can reach the floor. A layer whose weights partly stay in registers or in a faster cache than the model says can
+pass it, and so could one with cheaper activations.
 
 ``in_turn`` is the time of a layer that has no activations and reads while it computes nothing else, which is how most
 are built: first the projections of all timesteps as one product, bound by flops, then the recurrent ones, each bound by
@@ -112,6 +116,7 @@ def compile_library() -> ctypes.CDLL | None:
         return None
     for rate in (loaded.fma_rate, loaded.bfloat16_rate):
         rate.restype, rate.argtypes = ctypes.c_double, [ctypes.c_double]
+    loaded.widened_rate.restype, loaded.widened_rate.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_double]
     often = [ctypes.c_int64, ctypes.c_int]
     loaded.multiply_add.restype, loaded.multiply_add.argtypes = ctypes.c_double, [ctypes.c_int, *often]
     array = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
@@ -163,10 +168,13 @@ def measure(seconds: float = 3.0, largest: int = SIZES[-1]) -> dict[str, Any]:
     library = compile_library()
     if library is None:
         return {**_measure_with_torch(sizes, each, data), "call": call}
+    flops = library.fma_rate(2 * each)
+    widened = {dtype: library.widened_rate(number, each) for number, dtype in enumerate(("bfloat16", "float16"))}
     return {
         "method": SOURCE.name,
-        "flops": library.fma_rate(2 * each),
+        "flops": flops,
         "bfloat16_flops": library.bfloat16_rate(2 * each),
+        "widen": {dtype: max(0.0, 2 / rate - 2 / flops) for dtype, rate in widened.items() if rate},
         "read": {size: max(library.read_rate(start, size, order, each) for order in (0, 1)) for size in sizes},
         "cells": measure_cells(2 * each),
         "call": call,
@@ -267,7 +275,7 @@ def _measure_with_torch(sizes: list[int], each: float, data: torch.Tensor) -> di
         read = {size: rate(size, data[: size // 4].sum) for size in sizes if size >= 2**16}
     finally:
         torch.set_num_threads(threads)
-    return {"method": "torch", "flops": flops, "bfloat16_flops": 0.0, "read": read, "cells": {}}
+    return {"method": "torch", "flops": flops, "bfloat16_flops": 0.0, "widen": {}, "read": read, "cells": {}}
 
 
 def better(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
@@ -276,6 +284,7 @@ def better(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
         "method": a["method"],
         "flops": max(a["flops"], b["flops"]),
         "bfloat16_flops": max(a["bfloat16_flops"], b["bfloat16_flops"]),
+        "widen": {dtype: min(took, b["widen"][dtype]) for dtype, took in a["widen"].items()},
         "read": {size: max(a["read"][size], b["read"][size]) for size in a["read"]},
         "cells": {
             dtype: {
@@ -318,26 +327,39 @@ def levels(ceilings: dict[str, Any], caches: dict[str, int]) -> dict[str, float]
 
 def floor(case: Case, training: bool, ceilings: dict[str, Any], threads: int = 1) -> Floor:
     """The shortest time that the model in the module's docstring allows."""
+    if case.torch_dtype.itemsize > 2 or (case.dtype == "bfloat16" and ceilings["bfloat16_flops"] > 0):
+        return _floor(case, training, ceilings, threads, weight_bytes(case), 0.0)
+    converted = _floor(case, training, ceilings, threads, 2 * weight_bytes(case), 0.0)
+    if case.dtype not in ceilings["widen"]:
+        return converted
+    widen = ceilings["widen"][case.dtype] * weight_bytes(case) / 2
+    return min(converted, _floor(case, training, ceilings, threads, weight_bytes(case), widen))
+
+
+def _floor(case: Case, training: bool, ceilings: dict[str, Any], threads: int, weights: float, widen: float) -> Floor:
+    """Where the recurrent weights have so many bytes, and to widen them takes so long."""
     half = case.dtype == "bfloat16" and ceilings["bfloat16_flops"] > 0
     flops = ceilings["bfloat16_flops"] if half else ceilings["flops"] / (2 if case.dtype == "float64" else 1)
     flops *= threads
     alive = case.batch_sizes
     width = case.gates * case.hidden_size
-    part = weight_bytes(case) / threads  # all threads read theirs at the same time
+    part = weights / threads  # all threads read theirs at the same time
     reading = part / read_rate(ceilings, part)
     # Of float64 an activation costs at least what two vectors of float32 do.
     per_unit = ceilings["cells"].get("bfloat16" if half else "float32", {})
     passes = ("forward", "backward") if training else ("forward",)
     cell = sum(per_unit[way][case.cell] for way in passes if per_unit) * (2 if case.dtype == "float64" else 1)
     products = [2 * rows * width * case.hidden_size / flops for rows in alive]
+    widening = len(alive) * widen / threads
     of_flops = of_cells = of_reading = in_turn = 0.0
     for layer in range(case.num_layers):
         inputs = case.input_size if layer == 0 else case.directions * case.hidden_size
         projection = 2 * sum(alive) * width * inputs / flops
         of_flops += case.directions * (projection + sum(products)) * (3 if training else 1)
+        of_flops += case.directions * widening * len(passes)
         of_cells += case.directions * sum(alive) * case.hidden_size * cell / threads
         of_reading += case.directions * len(alive) * reading * len(passes)
-        scan = sum(max(product, reading) for product in products)
+        scan = sum(max(product + widen / threads, reading) for product in products)
         in_turn += case.directions * (projection * (3 if training else 1) + scan * len(passes))
         in_turn += case.directions * sum(products) * (1 if training else 0)
     call = ceilings["call"]["training" if training else "forward"]

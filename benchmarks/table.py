@@ -52,6 +52,11 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         reads = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in levels.items())
         call = " and ".join(duration(ceilings["call"][mode]) for mode in ("forward", "training"))
         half = f" ({ceilings['bfloat16_flops'] / 1e9:.0f} in bfloat16)" if ceilings["bfloat16_flops"] else ""
+        widened = " and ".join(
+            f"{2e-9 / (took + 2 / ceilings['flops']):.0f} of {dtype}" for dtype, took in ceilings["widen"].items()
+        )
+        if widened:
+            half += f" ({widened} that is widened for it)"
         yield f"- Ceilings of a core, measured beside the rows with {threads} thread(s): {ceilings['flops'] / 1e9:.0f}"
         yield f"  GFLOP/s{half}; reading {reads} GB/s; a call that does nothing {call} (inference, with backward)."
         turns = [row["rates"]["flops"] / 1e9 for row in rows_of(result, threads) if "flops" in row["rates"]]

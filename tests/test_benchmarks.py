@@ -24,6 +24,7 @@ CEILINGS = {
     "method": "made up",
     "flops": 1e11,
     "bfloat16_flops": 2e11,
+    "widen": {"bfloat16": 1e-11},
     "read": {4096: 2e11, 2**20: 1e11, 2**27: 1e10},
     "cells": {},
     "call": {"forward": 0.0, "training": 0.0},
@@ -281,6 +282,21 @@ def test_floor():
     assert ceilings.floor(half, False, cells).seconds == ceilings.floor(half, False, CEILINGS).seconds
     converted = {**cells, "bfloat16_flops": 0.0}  # by a processor that does not multiply them
     assert ceilings.floor(half, False, converted).seconds == ceilings.floor(many, False, cells).seconds
+    # Widened instead where that takes less time than to read twice the bytes does.
+    of_16_bits = dataclasses.replace(one, dtype="bfloat16")
+    for rate, threads in ((1e11, 1), (1e9, 1), (1e9, 2)):
+        slow = {**CEILINGS, "bfloat16_flops": 0.0, "read": rate}
+        wide, narrow = (10 * size / threads / rate for size in (2**20, 2**19))
+        computing = 2 * 10 * 512 * 513 / 1e11 / threads
+        widened = computing + 10 * 512**2 * 1e-11 / threads
+        expected = min(max(computing, wide), max(widened, narrow))
+        assert ceilings.floor(of_16_bits, False, slow, threads).seconds == pytest.approx(expected)
+        assert ceilings.floor(of_16_bits, False, {**slow, "widen": {}}, threads).seconds == pytest.approx(
+            max(computing, wide)
+        )
+        assert ceilings.floor(of_16_bits, True, slow, threads).seconds == pytest.approx(
+            min(max(3 * computing, 2 * wide), max(3 * computing + 2 * (widened - computing), 2 * narrow))
+        )
 
     called = {**CEILINGS, "call": {"forward": 1.0, "training": 2.0}}
     for training in (False, True):
