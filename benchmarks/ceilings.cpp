@@ -20,72 +20,57 @@ volatile float sink;
 constexpr int64_t kRounds = 4096;
 constexpr int kChains = 12;  // independent sums: enough for two units of latency 4, few enough for 16 registers
 
-// A macro and not a template: an attribute `target` does not carry over into a function that is inlined.
-#define DEFINE_KERNELS(name, bytes, attributes)                                                \
-  typedef float Vec_##name __attribute__((vector_size(bytes)));                                \
-  attributes void fma_##name() {                                                               \
-    Vec_##name acc[kChains] = {}, x = {}, y = {};                                              \
-    for (int c = 0; c < kChains; ++c) acc[c] += float(c); /* equal chains would be merged */   \
-    x += 0.5f + sink;                                                                          \
-    y += 0.25f + sink;                                                                         \
-    for (int64_t i = 0; i < kRounds; ++i) {                                                    \
-      _Pragma("GCC unroll 12") for (int c = 0; c < kChains; ++c) acc[c] = acc[c] * x + y;      \
-    }                                                                                          \
-    for (int c = 1; c < kChains; ++c) acc[0] += acc[c];                                        \
-    sink = acc[0][0] * 0.f;                                                                    \
-  }                                                                                            \
-  attributes void read_##name(const char* from, const char* to) {                              \
-    Vec_##name acc[8] = {};                                                                    \
-    for (const char* p = from; p < to; p += 8 * bytes) {                                       \
-      _Pragma("GCC unroll 8") for (int c = 0; c < 8; ++c) acc[c] += ((const Vec_##name*)p)[c]; \
-    }                                                                                          \
-    for (int c = 1; c < 8; ++c) acc[0] += acc[c];                                              \
-    sink = acc[0][0] * 0.f;                                                                    \
+// Macros and not templates: an attribute `target` does not carry over into a function that is inlined.
+
+/// The sums acc[0] .. acc[kChains - 1], `step` of which grow by the statements behind `setup`, which are repeated.
+#define DEFINE_SUMS(name, Vec, step, attributes, setup, ...)                                 \
+  attributes void name() {                                                                   \
+    Vec acc[kChains] = {};                                                                   \
+    for (int c = 0; c < kChains; ++c) acc[c] += float(c); /* equal chains would be merged */ \
+    setup for (int64_t i = 0; i < kRounds; ++i) {                                            \
+      _Pragma("GCC unroll 12") for (int c = 0; c < kChains; c += step) { __VA_ARGS__ }       \
+    }                                                                                        \
+    for (int c = 1; c < kChains; ++c) acc[0] += acc[c];                                      \
+    sink = acc[0][0] * 0.f;                                                                  \
+  }
+
+#define DEFINE_KERNELS(name, bytes, attributes)                                                              \
+  typedef float Vec_##name __attribute__((vector_size(bytes)));                                              \
+  DEFINE_SUMS(fma_##name, Vec_##name, 1, attributes, Vec_##name x = {}; Vec_##name y = {}; x += 0.5f + sink; \
+              y += 0.25f + sink;, acc[c] = acc[c] * x + y;)                                                  \
+  attributes void read_##name(const char* from, const char* to) {                                            \
+    Vec_##name acc[8] = {};                                                                                  \
+    for (const char* p = from; p < to; p += 8 * bytes) {                                                     \
+      _Pragma("GCC unroll 8") for (int c = 0; c < 8; ++c) acc[c] += ((const Vec_##name*)p)[c];               \
+    }                                                                                                        \
+    for (int c = 1; c < 8; ++c) acc[0] += acc[c];                                                            \
+    sink = acc[0][0] * 0.f;                                                                                  \
   }
 
 DEFINE_KERNELS(baseline, 16, )
 #if defined(__x86_64__)
-DEFINE_KERNELS(avx2, 32, __attribute__((target("avx2,fma"))))
-DEFINE_KERNELS(avx512, 64, __attribute__((target("avx512f"))))
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define AVX512 __attribute__((target("avx512f")))
+DEFINE_KERNELS(avx2, 32, AVX2)
+DEFINE_KERNELS(avx512, 64, AVX512)
 
-__attribute__((target("avx512bf16,avx512vl"))) void dot_bfloat16() {
-  __m512 acc[kChains] = {};
-  for (int c = 0; c < kChains; ++c) acc[c] = _mm512_set1_ps(float(c));
-  const __m512bh x = __m512bh(_mm512_set1_epi32(int(0x3e803e80 + int(sink))));  // pairs of 0.25
-  for (int64_t i = 0; i < kRounds; ++i) {
-    _Pragma("GCC unroll 12") for (int c = 0; c < kChains; ++c) acc[c] = _mm512_dpbf16_ps(acc[c], x, x);
-  }
-  for (int c = 1; c < kChains; ++c) acc[0] += acc[c];
-  sink = acc[0][0] * 0.f;
-}
+// Pairs of 0.25.
+DEFINE_SUMS(dot_bfloat16, __m512, 1, __attribute__((target("avx512bf16,avx512vl"))),
+            const __m512bh x = __m512bh(_mm512_set1_epi32(int(0x3e803e80 + int(sink))));
+            , acc[c] = _mm512_dpbf16_ps(acc[c], x, x);)
 
-// As many multiply-adds as fma_..., of numbers that are widened for each: two of bfloat16 by a shift and a mask, one
-// vector of float16 by a conversion. The asm keeps the compiler from widening them once for all.
-#define DEFINE_WIDENED(name, Vec, Bits, numbers, attributes, ...)           \
-  attributes void widened_##name() {                                        \
-    Vec acc[kChains] = {}, x = {};                                          \
-    for (int c = 0; c < kChains; ++c) acc[c] += float(c);                   \
-    x += 0.5f + sink;                                                       \
-    Bits bits = {};                                                         \
-    for (int64_t i = 0; i < kRounds; ++i) {                                 \
-      _Pragma("GCC unroll 12") for (int c = 0; c < kChains; c += numbers) { \
-        asm("" : "+x"(bits));                                               \
-        __VA_ARGS__                                                         \
-      }                                                                     \
-    }                                                                       \
-    for (int c = 1; c < kChains; ++c) acc[0] += acc[c];                     \
-    sink = acc[0][0] * 0.f;                                                 \
-  }
-DEFINE_WIDENED(bfloat16_avx2, Vec_avx2, __m256i, 2, __attribute__((target("avx2,fma"))),
-               acc[c] = Vec_avx2(_mm256_slli_epi32(bits, 16)) * x + acc[c];
+// As many multiply-adds, of numbers that are widened for each: two of bfloat16 by a shift and a mask, one vector of
+// float16 by a conversion. The asm keeps the compiler from widening them once for all.
+#define DEFINE_WIDENED(name, Vec, Bits, step, attributes, ...)                                     \
+  DEFINE_SUMS(widened_##name, Vec, step, attributes, Vec x = {}; x += 0.5f + sink; Bits bits = {}; \
+              , asm("" : "+x"(bits)); __VA_ARGS__)
+DEFINE_WIDENED(bfloat16_avx2, Vec_avx2, __m256i, 2, AVX2, acc[c] = Vec_avx2(_mm256_slli_epi32(bits, 16)) * x + acc[c];
                acc[c + 1] = Vec_avx2(_mm256_and_si256(bits, _mm256_set1_epi32(-65536))) * x + acc[c + 1];)
-DEFINE_WIDENED(bfloat16_avx512, Vec_avx512, __m512i, 2, __attribute__((target("avx512f"))),
+DEFINE_WIDENED(bfloat16_avx512, Vec_avx512, __m512i, 2, AVX512,
                acc[c] = Vec_avx512(_mm512_slli_epi32(bits, 16)) * x + acc[c];
                acc[c + 1] = Vec_avx512(_mm512_and_si512(bits, _mm512_set1_epi32(-65536))) * x + acc[c + 1];)
-DEFINE_WIDENED(float16_avx2, Vec_avx2, __m128i, 1, __attribute__((target("avx2,fma,f16c"))),
-               acc[c] = Vec_avx2(_mm256_cvtph_ps(bits)) * x + acc[c];)
-DEFINE_WIDENED(float16_avx512, Vec_avx512, __m256i, 1, __attribute__((target("avx512f"))),
-               acc[c] = Vec_avx512(_mm512_cvtph_ps(bits)) * x + acc[c];)
+DEFINE_WIDENED(float16_avx2, Vec_avx2, __m128i, 1, AVX2, acc[c] = Vec_avx2(_mm256_cvtph_ps(bits)) * x + acc[c];)
+DEFINE_WIDENED(float16_avx512, Vec_avx512, __m256i, 1, AVX512, acc[c] = Vec_avx512(_mm512_cvtph_ps(bits)) * x + acc[c];)
 #endif
 
 struct Kernels {

@@ -327,18 +327,20 @@ def levels(ceilings: dict[str, Any], caches: dict[str, int]) -> dict[str, float]
 
 def floor(case: Case, training: bool, ceilings: dict[str, Any], threads: int = 1) -> Floor:
     """The shortest time that the model in the module's docstring allows."""
-    if case.torch_dtype.itemsize > 2 or (case.dtype == "bfloat16" and ceilings["bfloat16_flops"] > 0):
-        return _floor(case, training, ceilings, threads, weight_bytes(case), 0.0)
-    converted = _floor(case, training, ceilings, threads, 2 * weight_bytes(case), 0.0)
-    if case.dtype not in ceilings["widen"]:
-        return converted
-    widen = ceilings["widen"][case.dtype] * weight_bytes(case) / 2
-    return min(converted, _floor(case, training, ceilings, threads, weight_bytes(case), widen))
-
-
-def _floor(case: Case, training: bool, ceilings: dict[str, Any], threads: int, weights: float, widen: float) -> Floor:
-    """Where the recurrent weights have so many bytes, and to widen them takes so long."""
+    size = weight_bytes(case)
     half = case.dtype == "bfloat16" and ceilings["bfloat16_flops"] > 0
+    ways = [(size, 0.0)]  # bytes of the recurrent weights, and seconds to widen them
+    if case.torch_dtype.itemsize == 2 and not half:
+        ways = [(2 * size, 0.0)]
+        if case.dtype in ceilings["widen"]:
+            ways.append((size, ceilings["widen"][case.dtype] * size / 2))
+    return min(_floor(case, training, ceilings, threads, half, *way) for way in ways)
+
+
+def _floor(
+    case: Case, training: bool, ceilings: dict[str, Any], threads: int, half: bool, weights: int, widen: float
+) -> Floor:
+    """By one way to treat the recurrent weights; ``half``: products are of bfloat16."""
     flops = ceilings["bfloat16_flops"] if half else ceilings["flops"] / (2 if case.dtype == "float64" else 1)
     flops *= threads
     alive = case.batch_sizes
@@ -350,16 +352,16 @@ def _floor(case: Case, training: bool, ceilings: dict[str, Any], threads: int, w
     passes = ("forward", "backward") if training else ("forward",)
     cell = sum(per_unit[way][case.cell] for way in passes if per_unit) * (2 if case.dtype == "float64" else 1)
     products = [2 * rows * width * case.hidden_size / flops for rows in alive]
-    widening = len(alive) * widen / threads
+    widen /= threads
     of_flops = of_cells = of_reading = in_turn = 0.0
     for layer in range(case.num_layers):
         inputs = case.input_size if layer == 0 else case.directions * case.hidden_size
         projection = 2 * sum(alive) * width * inputs / flops
         of_flops += case.directions * (projection + sum(products)) * (3 if training else 1)
-        of_flops += case.directions * widening * len(passes)
+        of_flops += case.directions * len(alive) * widen * len(passes)
         of_cells += case.directions * sum(alive) * case.hidden_size * cell / threads
         of_reading += case.directions * len(alive) * reading * len(passes)
-        scan = sum(max(product + widen / threads, reading) for product in products)
+        scan = sum(max(product + widen, reading) for product in products)
         in_turn += case.directions * (projection * (3 if training else 1) + scan * len(passes))
         in_turn += case.directions * sum(products) * (1 if training else 0)
     call = ceilings["call"]["training" if training else "forward"]

@@ -36,6 +36,8 @@ namespace {
 #include "cpu/side.inl"
 #include "cpu/row.inl"
 #include "cpu/product.inl"
+#include "cpu/dot.inl"
+#include "cpu/plain_product.inl"
 #include "cpu/scan.inl"
 #include "cpu/forward_weights.inl"
 #include "cpu/forward.inl"
