@@ -9,6 +9,7 @@ Environment variables:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import shlex
@@ -44,7 +45,7 @@ def find_cxx() -> str:
     raise SystemExit(f"rnn_ext needs a C++ compiler, and {what}: install g++ (Debian: apt-get install g++) or set CXX.")
 
 
-def choose_cuda(mode: str, cuda_ops: list[str], nvcc: str | None) -> tuple[bool, str]:
+def choose_cuda(mode: str, cuda_ops: list[str], nvcc: str | None, ninja: str | None) -> tuple[bool, str]:
     """Whether to build the CUDA kernels, and the reason; raises SystemExit where the wish cannot be met."""
     if mode not in ("auto", "cpu", "cuda"):
         raise SystemExit(f"RNN_EXT_BUILD is {mode!r}; expected auto, cpu or cuda.")
@@ -53,6 +54,8 @@ def choose_cuda(mode: str, cuda_ops: list[str], nvcc: str | None) -> tuple[bool,
         missing = "this version of rnn_ext has no CUDA ops"
     elif nvcc is None:
         missing = f"nvcc was not found under CUDA_HOME or, without that, {NVCC['LOOKED_FOR']}"
+    elif ninja is None:
+        missing = "ninja, which runs nvcc, was not found (pip install ninja)"
     if mode == "cuda" and missing:
         raise SystemExit(f"RNN_EXT_BUILD=cuda cannot be met: {missing}. RNN_EXT_BUILD=cpu builds without.")
     if mode == "cpu":
@@ -105,13 +108,12 @@ class BuildPy(build_py):
 def main() -> None:
     # csrc/ops/cuda*.cpp binds the CUDA kernels to torch; without it there is nothing that could call them.
     cuda_ops = sources("ops", "cuda*.cpp")
-    with_cuda, cuda_reason = choose_cuda(os.environ.get("RNN_EXT_BUILD") or "auto", cuda_ops, NVCC["find_nvcc"]())
-    try:
+    with contextlib.suppress(ImportError):
         import ninja  # its program is not on the PATH where the environment is not activated
 
         os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ["PATH"]
-    except ImportError:
-        pass
+    mode = os.environ.get("RNN_EXT_BUILD") or "auto"
+    with_cuda, cuda_reason = choose_cuda(mode, cuda_ops, NVCC["find_nvcc"](), shutil.which("ninja"))
     try:
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         import torch
@@ -146,6 +148,8 @@ def main() -> None:
             super().build_extensions()
 
         def run(self):
+            if sys.platform != "linux":
+                raise SystemExit(f"rnn_ext builds on Linux only, and this is {sys.platform}.")
             os.environ["CXX"] = find_cxx()
             os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
             super().run()

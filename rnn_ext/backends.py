@@ -53,7 +53,8 @@ def use_custom(backend: str, input: Tensor, only_custom: bool = False) -> bool:
     """The rule of ``auto``: ours wherever it can run and has been measured to be worth it.
 
     On CUDA it has not been measured on any GPU: there torch's kernels run, unless `only_custom`: the call has options
-    that they lack, or cannot do without waiting for the device (lengths).
+    that they lack, or cannot do without waiting for the device (lengths). They also run under torch.jit.trace, which
+    takes an op of nobody else down.
 
     Raises:
         ValueError: unknown backend.
@@ -62,6 +63,8 @@ def use_custom(backend: str, input: Tensor, only_custom: bool = False) -> bool:
     if backend == "native":
         return False
     supported, reason = can_run_custom(input)
+    if supported and torch.jit.is_tracing():
+        supported, reason = False, "torch.jit.trace records torch's own operators only; 'auto' and 'native' use these"
     if supported and (backend == "custom" or (backend == "auto" and (only_custom or not input.is_cuda))):
         return True
     if check_backend(backend) == "custom":
@@ -184,9 +187,8 @@ def native(
     hx = (h_0, c_0) if cell == "lstm" else h_0
     options = (weights, len(weights) // states >= 4, num_layers, dropout, training, bidirectional)
     kernel = getattr(torch, cell)
-    if (
-        torch.compiler.is_dynamo_compiling()
-    ):  # break the graph here, as at torch.nn's layers: traced, these unroll or fail
+    if torch.compiler.is_dynamo_compiling():
+        # Break the graph here, as at torch.nn's layers: traced, these unroll or fail.
         kernel = torch.compiler.disable(kernel)
     if batch_sizes is not None:
         result = kernel(input, batch_sizes, hx, *options)

@@ -11,14 +11,13 @@ from torch.fx import Proxy
 
 from rnn_ext import backends, functional, modules, ops
 
-_GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
-
 
 class _Cell(nn.RNNCellBase):
     """What the three cells share. Like the layers they derive from torch.nn's base, not from its cells."""
 
     backend: str
     mode: str  # as the layers'
+    _gates: int
     _fx_leaf = modules._Layer._fx_leaf
 
     def __init__(
@@ -31,8 +30,7 @@ class _Cell(nn.RNNCellBase):
         *,
         backend: str = "auto",
     ) -> None:
-        gates = _GATES[type(self).__name__.removesuffix("Cell")]
-        super().__init__(input_size, hidden_size, bias, gates, device=device, dtype=dtype)
+        super().__init__(input_size, hidden_size, bias, self._gates, device=device, dtype=dtype)
         self.backend = backends.check_backend(backend)
 
     def _step(self, input: Tensor, h: Tensor | None, c: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -90,6 +88,8 @@ class RNNCell(_Cell):
         RuntimeError: in a call, an unknown `nonlinearity`, or sizes, dtypes or devices that do not match.
     """
 
+    _gates = 1
+
     def __init__(
         self,
         input_size: int,
@@ -118,6 +118,7 @@ class GRUCell(_Cell):
     """
 
     mode = "GRU"
+    _gates = 3
 
 
 class LSTMCell(_Cell):
@@ -127,6 +128,7 @@ class LSTMCell(_Cell):
     """
 
     mode = "LSTM"
+    _gates = 4
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The next ``(h, c)``, each (N, H) or unbatched (H,), from `input` (N, I) or (I,) and such a pair or None."""

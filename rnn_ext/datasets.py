@@ -238,7 +238,7 @@ def read_texts(path: str | Path, text_column: str = "text", label_column: str = 
     """Labelled texts: columns ``text`` and ``label``, both as the text in the file.
 
     Raises:
-        InputError: no such file or column, no data, an empty cell, or labels that do not have exactly two values.
+        InputError: no such file or column, no data, or an empty cell.
     """
     table = read_csv(path)
     texts = _choose(path, table, text_column, "--text-column")

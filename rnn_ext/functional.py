@@ -171,8 +171,9 @@ def split_state(hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor
     """``(h_0, c_0)`` of an LSTM's `hx`."""
     if hx is None:
         return None, None
-    if len(hx) != 2:
-        raise RuntimeError(f"LSTM: expected hx to be the two states (h_0, c_0), got {len(hx)}")
+    if isinstance(hx, Tensor) or len(hx) != 2:
+        found = f"a tensor of size {list(hx.shape)}" if isinstance(hx, Tensor) else len(hx)
+        raise RuntimeError(f"LSTM: expected hx to be the two states (h_0, c_0), got {found}")
     return hx[0], hx[1]
 
 
@@ -327,6 +328,8 @@ def _layers(
     Checked here is what has an exception of its own in torch.nn. The op checks the sizes, dtypes and devices of its
     layer, which would cost a streaming call a microsecond to do twice.
     """
+    if num_layers < 1:
+        raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
     states = num_layers * 2 if bidirectional else num_layers
     count, rest = divmod(len(weights), states)
     if rest or not 2 <= count <= (9 if cell == "lstm" else 5):
@@ -334,9 +337,14 @@ def _layers(
             f"Expected 2 to 5 weights for each of {states} layers and directions"
             f"{' (6 to 9 with layer normalisation)' if cell == 'lstm' else ''}, got {len(weights)} in all"
         )
+    for i, weight in enumerate(weights):
+        if weight is None:
+            raise ValueError(f"Expected a tensor for each weight, got None for number {i} of {len(weights)}")
     weight_ih = weights[0]
-    if input.dtype != weight_ih.dtype and not torch.is_autocast_enabled(input.device.type):
+    if input.dtype != weight_ih.dtype and (input.is_meta or not torch.is_autocast_enabled(input.device.type)):
         raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_ih.dtype})")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a probability in [0, 1], got {dropout!r}")
     if h_0 is not None and h_0.dim() != 3:
         raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {list(h_0.shape)}")
     if lengths is not None:
@@ -397,7 +405,8 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
             raise TypeError(f"lengths must be integers, got a tensor of {lengths.dtype}")
     elif isinstance(lengths, (list, tuple)):
         for value in lengths:
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
+            # torch.compile, which knows no hasattr of a number that varies, hands out nothing that only looks like one.
+            if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
                 raise TypeError(f"lengths must be integers, got {value!r}")
             if not 0 <= value <= length:
                 raise ValueError(f"lengths must be from 0 to {length}, the timesteps of input, got {value}")
@@ -571,6 +580,16 @@ def _native(
     total_length = input.shape[1 if batch_first else 0]
     if ((lengths < 0) | (lengths > total_length)).any():
         raise ValueError(f"lengths must be from 0 to {total_length}, the timesteps of input, got {lengths.tolist()}")
+    if 0 in input.shape[:2]:  # which torch does not pack either: a row or a timestep more, which is then cut off
+        first, second = input.shape[:2]
+        batch = lengths.numel()
+        input = input.new_zeros(max(first, 1), max(second, 1), input.shape[2])
+        lengths = lengths.new_zeros(max(batch, 1))
+        if batch == 0:
+            h_0 = c_0 = None
+        more = (h_0, c_0, weights, *stack, batch_first, batch_sizes, lengths, resets, cell_states, extras)
+        output, h_n, c_n, _ = _native(cell, input, *more)
+        return output[:first, :second], *_map(lambda state: state[:, :batch], h_n, c_n), None
     # A row of length 0 cannot be packed: it runs one timestep of zeros, which is then thrown away.
     empty = (lengths == 0).to(input.device).unsqueeze(1)
     empty_row = empty.unsqueeze(1 if batch_first else 0)

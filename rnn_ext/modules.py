@@ -28,7 +28,8 @@ OPTIONS = {
 }
 
 
-# What csrc/ops/plain_forward.cpp takes from a module's __dict__: a subclass may mean something else by it.
+# What csrc/ops/plain_forward.cpp takes from a module's __dict__, and the property in whose place it reads parameters: a
+# subclass may mean something else by it.
 _READ_BY_PLAIN_FORWARD = frozenset(
     {"_flat_weights", "_flat_weights_names", "_parameters", "mode", "backend", "dropout", "training", "num_layers"}
     | {"bidirectional", "batch_first", *OPTIONS}
@@ -47,8 +48,9 @@ class _Layer(nn.RNNBase):
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        if not _READ_BY_PLAIN_FORWARD.isdisjoint(vars(cls)):
-            cls._plain = False
+        for base in cls.__mro__:
+            if base.__module__ != __name__ and base not in nn.RNNBase.__mro__:
+                cls._plain = cls._plain and _READ_BY_PLAIN_FORWARD.isdisjoint(vars(base))
 
     def __init__(
         self,

@@ -361,30 +361,67 @@ def _padded(size: int) -> int:
     return (size + 15) // 16 * 16
 
 
-def _shape(input: Tensor, weights: Sequence[Tensor], h_0: Tensor | None, packed: bool, batch_first: bool, cell: str,
-           bidirectional: bool):  # fmt: skip
-    """Directions, hidden size, output size, batch size, (timestep, entry) pairs and leading sizes of a sequence."""
-    directions = 2 if bidirectional else 1
-    projected = len(weights) // directions in (3, 5, 7, 9)
-    hidden = weights[0].shape[0] // reference.CELLS[cell].gates
-    out = weights[1].shape[1]
-    if packed:
-        batch = h_0.shape[1] if h_0 is not None else torch.library.get_ctx().new_dynamic_size()
-        return directions, hidden, out, projected, batch, input.shape[0], (input.shape[0],)
-    batch = input.shape[0 if batch_first else 1]
-    return directions, hidden, out, projected, batch, input.shape[0] * input.shape[1], tuple(input.shape[:2])
+def _packed_batch(batch_sizes: Tensor, h_0: Tensor | None, c_0: Tensor | None) -> int:
+    """N of a packed input, which may be a number that only the run will tell."""
+    for state in (h_0, c_0):
+        if state is not None:
+            return state.shape[1]
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if isinstance(batch_sizes, FakeTensor):
+        return torch.library.get_ctx().new_dynamic_size()
+    return int(batch_sizes[0])  # beside meta tensors it has values
+
+
+def _check_like_input(input: Tensor, name: str, tensor: Tensor | None, *size: int) -> None:
+    if tensor is None:
+        return
+    if tensor.device != input.device:
+        raise RuntimeError(f"{name} is on {tensor.device} but input is on {input.device}: expected the same device")
+    if tensor.dim() != len(size) or any(found != expected for found, expected in zip(tensor.shape, size, strict=True)):
+        raise RuntimeError(f"expected {name} of size {list(size)}, got {list(tensor.shape)}")
 
 
 def _layer_fake(
     input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, save,
     recompute=False,
 ):  # fmt: skip
-    directions, hidden, out, projected, batch, rows, lead = _shape(
-        input, weights, h_0, batch_sizes is not None, batch_first, cell, bidirectional
-    )
+    """Shapes of the results. What sizes and devices tell is checked as by the kernels (csrc/ops/layer.cpp): a tensor
+    that was left on the meta device by mistake brings the others here."""
     from rnn_ext import _C
 
-    has_cell = reference.CELLS[cell].has_cell_state
+    packed = batch_sizes is not None
+    directions = 2 if bidirectional else 1
+    named = reference.split_weights(weights, directions)
+    gates, has_cell = reference.CELLS[cell].gates, reference.CELLS[cell].has_cell_state
+    (rows_of_gates, features), out = named[0].weight_ih.shape, named[0].weight_hh.shape[1]
+    hidden = rows_of_gates // gates
+    expected = reference.LayerWeights(
+        *((rows_of_gates, features), (rows_of_gates, out), (rows_of_gates,), (rows_of_gates,), (out, hidden)),
+        *((rows_of_gates,), (rows_of_gates,), (hidden,), (hidden,)),
+    )
+    for part in named:
+        for name, weight, size in zip(part._fields, part, expected, strict=True):
+            _check_like_input(input, name, weight, *size)
+    if input.dim() != (2 if packed else 3):
+        raise RuntimeError(f"expected input with {2 if packed else 3} dimensions, got size {list(input.shape)}")
+    if input.shape[-1] != features:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {features}, got {input.shape[-1]}")
+    lead = tuple(input.shape[:-1])
+    batch = _packed_batch(batch_sizes, h_0, c_0) if packed else lead[0 if batch_first else 1]
+    rows = lead[0] if packed else lead[0] * lead[1]
+    _check_like_input(input, "h_0", h_0, directions, batch, out)
+    _check_like_input(input, "c_0", c_0, directions, batch, hidden)
+    _check_like_input(input, "resets", resets, *lead)
+    if masks:
+        for name, mask, size in (
+            ("hidden_mask", masks[0], (directions, batch, out)),
+            ("zoneout_h", masks[1], (*lead, directions * out)),
+            ("zoneout_c", masks[2], (*lead, directions * hidden)),
+        ):
+            _check_like_input(input, name, mask, *size)
+
+    projected = named[0].weight_hr is not None
     variant = variant_of(len(weights) // directions, any(m is not None for m in masks))
     if input.device.type == "cuda":
         dtype = torch.uint8
@@ -427,16 +464,16 @@ def _select(value: Any, dim: Any, index: int) -> Any:
 
 def _loop(op: Callable, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[tuple, tuple]:
     """vmap the plain way: a call per entry."""
-    results = [op(*(_select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(size)]
-
-    def stack(parts: Sequence[Any]) -> Any:
-        if isinstance(parts[0], (list, tuple)):
-            return [stack(p) for p in zip(*parts, strict=True)]
-        return torch.stack(parts)
-
-    outputs = tuple(stack(parts) for parts in zip(*results, strict=True))
+    outputs = _stacked([op(*(_select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(size)])
     dims = tuple([0] * len(o) if isinstance(o, list) else 0 for o in outputs)
-    return outputs, dims
+    return tuple(outputs), dims
+
+
+def _stacked(results: Sequence[Any]) -> Any:
+    """Results of the same structure, lists of tensors, as one of that structure."""
+    if isinstance(results[0], (list, tuple)):
+        return [_stacked(parts) for parts in zip(*results, strict=True)]
+    return torch.stack(results)
 
 
 def _layer_vmap(info, in_dims, *args):
@@ -457,6 +494,10 @@ def _layer_vmap(info, in_dims, *args):
     def unfold(x: Tensor, at: int) -> Tensor:
         return x.unflatten(at, (size, x.shape[at] // size)) if x.dim() > 1 else x  # what was not asked for is (0,)
 
+    # Rows are kept in the kernel's order, by falling length: only where all are equally long do the entries follow each
+    # other, [D, L, size, N, ..]. On CUDA it is bytes in parts.
+    if save and (lengths is not None or input.is_cuda):
+        return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
     lengths = fold(lengths, in_dims[5], 0)
     mask_dims = in_dims[7] or [None] * len(masks)
     masks = [fold(mask, dim, at) for mask, dim, at in zip(masks, mask_dims, (1, batch, batch), strict=False)]
@@ -469,9 +510,7 @@ def _layer_vmap(info, in_dims, *args):
     c_n_dim = 1 if c_n.dim() > 1 else None
     cells_dim = batch if cells.dim() > 1 else None
     if save:
-        # Rows are kept in the kernel's order, by falling length: only where all are equally long do the entries follow
-        # each other, [D, L, size, N, ..]. On CUDA it is bytes in parts.
-        if lengths is not None or saved.dtype == torch.uint8:
+        if saved.dtype == torch.uint8:  # of CUDA's kernels, on the emulator
             return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
         directions = 2 if bidirectional else 1
         steps = output.shape[2 if batch_first else 0]
@@ -485,6 +524,44 @@ def _layer_vmap(info, in_dims, *args):
 
 def _layer_backward_vmap(info, in_dims, *args):
     return _loop(torch.ops.rnn_ext.layer_backward, info.batch_size, in_dims, args)
+
+
+def _batched(op: Callable) -> Callable:
+    """The op under the vmap that autograd has for `is_grads_batched` and `vectorize`, which is not torch.func's: an
+    entry after the other. (What torch does itself for an op without such a rule fails at lists of tensors.)"""
+
+    def call(*args: Any) -> Any:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+
+        def unwrap(x: Any) -> Any:  # the entries, or one of what is not mapped
+            if isinstance(x, (list, tuple)):
+                return [unwrap(v) for v in x]
+            return torch._remove_batch_dim(x, level, 1, 0) if isinstance(x, Tensor) else x
+
+        def wrap(x: Any) -> Any:
+            return [wrap(v) for v in x] if isinstance(x, (list, tuple)) else torch._add_batch_dim(x, 0, level)
+
+        def size_of(x: Any) -> int:
+            if isinstance(x, (list, tuple)):
+                return max(map(size_of, x), default=1)
+            return x.shape[0] if isinstance(x, Tensor) else 1
+
+        def entry(x: Any, i: int) -> Any:
+            if isinstance(x, (list, tuple)):
+                return [entry(v, i) for v in x]
+            return x[i if x.shape[0] > 1 else 0] if isinstance(x, Tensor) else x
+
+        args = [unwrap(x) for x in args]
+        torch._C._vmapmode_decrement_nesting()  # an outer vmap is the innermost one now
+        try:
+            results = [op(*(entry(x, i) for x in args)) for i in range(size_of(args))]
+        finally:
+            torch._C._vmapmode_increment_nesting()
+        wrapped = wrap(_stacked(results))
+        return wrapped if isinstance(results[0], list) else tuple(wrapped)
+
+    return call
 
 
 def _random_mask_vmap(info, in_dims, *args):
@@ -511,6 +588,11 @@ if is_available():
     torch.library.register_vmap("rnn_ext::layer", _layer_vmap)
     torch.library.register_vmap("rnn_ext::layer_backward", _layer_backward_vmap)
     torch.library.register_vmap("rnn_ext::random_mask", _random_mask_vmap)
+    for _name in (
+        *("layer", "layer_reference", "layer_backward", "layer_backward_reference"),
+        "layer_double_backward_reference",
+    ):
+        _library.impl(_name, _batched(getattr(torch.ops.rnn_ext, _name)), "Batched")
     if "RNN_EXT_CPU_CAPABILITY" in os.environ:
         set_cpu_capability(os.environ["RNN_EXT_CPU_CAPABILITY"])
 else:

@@ -269,7 +269,11 @@ class Training:
     def __init__(self, task: Task, config: Config, checkpoint: dict[str, Any] | None = None):
         self.task, self.config = task, config
         torch.manual_seed(config.seed)
-        self.model = task.build(config).to(config.device)
+        try:
+            self.model = task.build(config).to(config.device)
+        except (RuntimeError, MemoryError) as error:  # torch has no exception of its own for what no memory holds
+            reason = one_line(error)
+            raise InputError(f"no model of hidden_size {config.hidden_size} can be made ({reason})") from None
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.train, self.test = task.train.to(config.device), task.test.to(config.device)
         self.epoch = 0

@@ -44,18 +44,19 @@ CUDA_OPS = ["csrc/ops/cuda.cpp"]
 
 
 @pytest.mark.parametrize(
-    ("mode", "cuda_ops", "nvcc", "expected"),
+    ("mode", "cuda_ops", "nvcc", "ninja", "expected"),
     [
-        ("auto", CUDA_OPS, "/opt/nvcc", True),
-        ("auto", CUDA_OPS, None, False),
-        ("auto", [], "/opt/nvcc", False),
-        ("cpu", CUDA_OPS, "/opt/nvcc", False),
-        ("cpu", [], None, False),
-        ("cuda", CUDA_OPS, "/opt/nvcc", True),
+        ("auto", CUDA_OPS, "/opt/nvcc", "/opt/ninja", True),
+        ("auto", CUDA_OPS, None, "/opt/ninja", False),
+        ("auto", CUDA_OPS, "/opt/nvcc", None, False),
+        ("auto", [], "/opt/nvcc", "/opt/ninja", False),
+        ("cpu", CUDA_OPS, "/opt/nvcc", "/opt/ninja", False),
+        ("cpu", [], None, None, False),
+        ("cuda", CUDA_OPS, "/opt/nvcc", "/opt/ninja", True),
     ],
 )
-def test_choose_cuda(setup_py, mode, cuda_ops, nvcc, expected):
-    with_cuda, reason = setup_py.choose_cuda(mode, cuda_ops, nvcc)
+def test_choose_cuda(setup_py, mode, cuda_ops, nvcc, ninja, expected):
+    with_cuda, reason = setup_py.choose_cuda(mode, cuda_ops, nvcc, ninja)
     assert with_cuda is expected
     assert reason
 
@@ -64,6 +65,7 @@ def test_choose_cuda(setup_py, mode, cuda_ops, nvcc, expected):
     ("mode", "cuda_ops", "nvcc", "message"),
     [
         ("cuda", CUDA_OPS, None, "RNN_EXT_BUILD=cuda cannot be met: nvcc was not found"),
+        ("cuda", CUDA_OPS, "/no/ninja", "RNN_EXT_BUILD=cuda cannot be met: ninja, which runs nvcc, was not found"),
         ("cuda", [], "/opt/nvcc", "RNN_EXT_BUILD=cuda cannot be met: this version of rnn_ext has no CUDA ops"),
         ("gpu", CUDA_OPS, "/opt/nvcc", "RNN_EXT_BUILD is 'gpu'; expected auto, cpu or cuda"),
         ("CUDA", CUDA_OPS, "/opt/nvcc", "RNN_EXT_BUILD is 'CUDA'; expected auto, cpu or cuda"),
@@ -71,7 +73,7 @@ def test_choose_cuda(setup_py, mode, cuda_ops, nvcc, expected):
 )
 def test_choose_cuda_refuses(setup_py, mode, cuda_ops, nvcc, message):
     with pytest.raises(SystemExit, match=re.escape(message)) as caught:
-        setup_py.choose_cuda(mode, cuda_ops, nvcc)
+        setup_py.choose_cuda(mode, cuda_ops, nvcc, None if nvcc == "/no/ninja" else "/opt/ninja")
     assert "\n" not in str(caught.value)
 
 

@@ -148,6 +148,7 @@ def test_own_columns(capsys):
         (["--epochs", "many"], "argument --epochs: invalid positive_int value: 'many'"),
         (["--batch-size", "-3"], "argument --batch-size: -3 is not positive"),
         (["--hidden-size", "1.5"], "argument --hidden-size: invalid positive_int value: '1.5'"),
+        (["--hidden-size", "99999999999"], "no model of hidden_size 99999999999 can be made"),
         (["--lr", "nan"], "argument --lr: nan is not above 0"),
         (["--lr", "0"], "argument --lr: 0 is not above 0"),
         (["--seed", "-1"], "argument --seed: -1 is not between 0 and"),

@@ -128,7 +128,8 @@ def test_tf32_where_torch_allows_it(cell, size, strict_kernel, tf32_kernel):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_projection_dtypes(dtype):
     for layout in util.LAYOUTS:
-        agree(Case("lstm", layout, True, proj=3, lengths=layout != "packed", size=(5, 4, 7, 9)), None, dtype)
+        for proj in (3, 20):
+            agree(Case("lstm", layout, True, proj=proj, lengths=layout != "packed", size=(5, 4, 7, 9)), None, dtype)
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (1, 3, 2, 5), (3, 1, 0, 2), (2, 9, 3, 65)], ids=str)

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
+from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from util import (
     CELLS,
     LAYOUTS,
@@ -106,6 +108,15 @@ def test_each_output_alone(cell, proj, layout):
             _, expected = gradients(oracle, problem, grad_of, unused=True)
             _, grads = gradients(run, problem, grad_of)
             check_gradients(grads, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_projection_to_more_than_there_is(layout, dtype):
+    """nn.LSTM refuses P >= H, but the functions, as torch's own, do not."""
+    flags = {"lengths": True, "resets": True} if layout == "dense" else {}
+    for proj in (16, 17, 33, 100):
+        agree(build(Case("lstm", layout, True, proj=proj, size=(5, 4, 3, 8), **flags)).to(dtype), dtype)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -585,3 +596,69 @@ def test_compile(cell):
             found.append({str(index): t for index, t in enumerate((*outputs, *grads))})
         check_gradients(*found)
     assert graphs.frame_count <= 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_batched_gradients(cell, layout):
+    """Many cotangents in one call of autograd: of all, of some, once and twice."""
+    case = Case(cell, layout, True, lengths=layout == "dense", proj=3 if cell == "lstm" else 0, size=(3, 2, 3, 4))
+    problem = build(case).requiring()
+    results, leaves = run(problem), list(problem.leaves().values())
+    for names in (list(results), ["output"]):
+        outputs = [results[name] for name in names]
+        grad_of = [torch.randn(5, *t.shape, dtype=t.dtype) for t in outputs]
+        found = torch.autograd.grad(
+            outputs, leaves, grad_of, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        for i in range(5):
+            one = [g[i] for g in grad_of]
+            expected = torch.autograd.grad(outputs, leaves, one, retain_graph=True, allow_unused=True)
+            for got, want in zip(found, expected, strict=True):
+                assert (got is None) == (want is None)
+                if want is not None:
+                    check_gradients({"": got[i]}, {"": want})
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_vectorized_derivatives(cell):
+    """torch.autograd.functional's vectorize=True, which has a vmap of its own, and gradcheck's batched gradients."""
+    problem = build(Case(cell, size=(2, 2, 2, 3)))
+
+    def output(x: Tensor) -> Tensor:
+        return run(problem.having({"input": x}))["output"]
+
+    def loss(x: Tensor) -> Tensor:
+        return output(x).pow(3).sum()
+
+    functional = torch.autograd.functional
+    for function, of in ((functional.jacobian, output), (functional.hessian, loss)):
+        found, expected = (function(of, problem.input, vectorize=v) for v in (True, False))
+        check_gradients({"": found}, {"": expected})
+    assert torch.autograd.gradcheck(output, problem.input.clone().requires_grad_(), check_batched_grad=True)
+
+
+def test_vmap_computes_once():
+    """vmap(grad) of ragged batches: a call for each entry, and none before."""
+    problem = build(Case("gru", lengths=True))
+    inputs = torch.randn(6, *problem.input.shape, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        return run(problem.having({"input": x}))["output"].sum()
+
+    with Calls("layer") as calls:
+        torch.func.vmap(torch.func.grad(loss))(inputs)
+    assert calls.rows == [problem.input.shape[1]] * 6
+
+
+class Calls(TorchDispatchMode):
+    """The batch sizes of the calls of an op."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name, self.rows = name, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is getattr(torch.ops.rnn_ext, self.name).default:
+            self.rows.append(args[0].shape[1])
+        return func(*args, **(kwargs or {}))

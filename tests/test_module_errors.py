@@ -278,3 +278,50 @@ def test_packed_sequences_made_by_hand(name):
     batch = PackedSequence(data, torch.tensor([3, 2]), torch.tensor([0, 1, 7]), torch.tensor([0, 1, 7]))
     error = caught(lambda: module(batch, states(name, 1, 3, H)))
     assert isinstance(error, (RuntimeError, ValueError, IndexError))
+
+
+def test_options_of_a_stack():
+    weights = list(rnn_ext.GRU(I, H, 2).parameters())
+    for dropout in (-1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"dropout must be a probability in \[0, 1\], got"):
+            rnn_ext.functional.gru(torch.zeros(L, N, I), None, weights, num_layers=2, dropout=dropout, training=True)
+        module = rnn_ext.GRU(I, H, 2)
+        module.dropout = dropout
+        with pytest.raises(ValueError, match="dropout"):
+            module(torch.zeros(L, N, I))
+    with pytest.raises(ValueError, match="num_layers must be greater than zero, got 0"):
+        rnn_ext.functional.gru(torch.zeros(L, N, I), None, weights, num_layers=0)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_weight_is_missing(name):
+    module = OURS[name](I, H)
+    module.bias_hh_l0 = None
+    for call in (lambda: module(torch.zeros(L, N, I)), lambda: module(packed()), lambda: module(torch.zeros(L, I))):
+        with pytest.raises(ValueError, match="got None for number 3 of 4"):
+            call()
+
+
+@pytest.mark.parametrize("make", [rnn_ext.LSTM, rnn_ext.LSTMCell])
+def test_a_tensor_for_the_two_states(make):
+    module = make(I, H)
+    input = torch.zeros(2, I) if make is rnn_ext.LSTMCell else torch.zeros(L, 2, I)
+    with pytest.raises(RuntimeError, match=r"the two states \(h_0, c_0\), got a tensor of size \[2, 1, 2, 6\]"):
+        module(input, torch.zeros(2, 1, 2, H))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("name", OURS)
+def test_lengths_of_nothing(name, batch_first):
+    """No sequence, or none of any timestep: of both backends the same."""
+    module, first = OURS[name](I, H, 2, bidirectional=True, batch_first=batch_first), 0 if batch_first else 1
+    hx = states(name, 4, 3, H)
+    for batch, length, given in ((0, 5, None), (0, 0, None), (3, 0, None), (3, 0, hx)):
+        input = torch.zeros((batch, length, I) if first == 0 else (length, batch, I))
+        found = []
+        for backend in ("custom", "native"):
+            module.backend = backend
+            output, state = module(input, given, lengths=[0] * batch)
+            found.append([output, *(state if isinstance(state, tuple) else [state])])
+            output.sum().backward()
+        assert all(map(torch.equal, *found))

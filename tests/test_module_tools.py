@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import warnings
@@ -13,7 +14,7 @@ import torch._dynamo.testing
 from test_modules import OURS, H, I, flatten, initial, native, options, ours, pair, randn, same
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from util import CELLS, check_gradients, check_values, same_bits
 
 import rnn_ext
@@ -234,3 +235,165 @@ def test_compile_packed():
         grads, expected_grads = (torch.autograd.grad(r[0].data.square().sum(), parameters) for r in (results, expected))
         for got, want in zip(grads, expected_grads, strict=True):
             check_gradients({"": got}, {"": want})
+
+
+ASIDE = {
+    "all weights": lambda m: m.to("meta"),
+    "one bias": lambda m: setattr(m, "bias_hh_l0", nn.Parameter(m.bias_hh_l0.to("meta"))),
+}
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("what", ASIDE)
+@pytest.mark.parametrize("cell", CELLS)
+def test_weights_left_on_the_meta_device(cell, what, layers):
+    """A checkpoint that was loaded by half must not give results of uninitialised memory."""
+    module = ours(cell, num_layers=layers)
+    ASIDE[what](module)
+    for call in (lambda: module(randn(5, 3, I)), lambda: module.step(randn(3, I))):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"meta.*cpu|cpu.*meta"):
+                call()
+
+
+def test_states_and_resets_left_on_the_meta_device():
+    module = ours("gru")
+    with pytest.raises(RuntimeError, match=r"h_0 is on meta but input is on cpu"):
+        module(randn(5, 3, I), torch.zeros(1, 3, H, device="meta", dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"resets is on meta but input is on cpu"):
+        module(randn(5, 3, I), resets=torch.zeros(5, 3, device="meta", dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="meta"):
+        module(torch.zeros(5, 3, I, device="meta", dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_mistakes_on_the_meta_device(cell):
+    """Where shapes are all there is, they are checked as where there are numbers."""
+    module = ours(cell).to("meta")
+    zeros = functools.partial(torch.zeros, device="meta", dtype=torch.float64)
+    states = (lambda *size: (zeros(size), zeros(size))) if cell == "lstm" else (lambda *size: zeros(size))
+    for input, hx, match in (
+        (zeros(5, 3, I + 2), None, rf"input_size. Expected {I}, got {I + 2}"),
+        (zeros(5, 3, I), states(1, 9, H), r"h_0 of size \[1, 3, \d+\], got \[1, 9"),
+        (zeros(5, 3, I), states(1, 3, H + 1), "h_0"),
+        (zeros(5, I), states(1, H + 1), "h_0"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            module(input, hx)
+    with pytest.raises(ValueError, match="float32"):
+        module(zeros(5, 3, I).float())
+    with pytest.raises(RuntimeError, match="input_size"):
+        torch.export.export(ours(cell), (randn(5, 3, I + 2),))
+    batch_sizes = torch.tensor([3, 2])
+    output, h_n = module(PackedSequence(zeros(5, I), batch_sizes))
+    assert output.data.shape == (5, H) and (h_n[0] if cell == "lstm" else h_n).shape == (1, 3, H)
+
+
+@pytest.mark.parametrize("base", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_subclass_of_a_cell(base):
+    """Of whatever name."""
+    for name in ("Mine", "GRUCell", "LSTMCell"):
+        module = type(name, (getattr(rnn_ext, base),), {})(I, H)
+        torch.manual_seed(1)
+        module.reset_parameters()
+        torch.manual_seed(1)
+        plain = getattr(nn, base)(I, H)
+        same_bits(dict(module.named_parameters()), dict(plain.named_parameters()))
+        found, expected = module(torch.ones(2, I)), plain(torch.ones(2, I))
+        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True):
+            check_values({"": a}, {"": b}, torch.float32)
+
+
+class Negated:
+    @property
+    def _flat_weights(self):
+        return [-w for w in rnn_ext.modules._Layer._flat_weights.fget(self)]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights):
+        pass
+
+
+class First:
+    batch_first = property(lambda self: True, lambda self, value: None)
+
+
+@pytest.mark.parametrize("bases", [lambda b: (Negated, b), lambda b: (First, b), lambda b: (b, First)])
+def test_mixins_override(bases):
+    """What a layer inherits beside ours counts in every kind of call."""
+    module = type("Mixed", bases(rnn_ext.GRU), {})(I, H).double()
+    mixed = type("Derived", (type(module),), {})(I, H).double()
+    mixed.load_state_dict(module.state_dict())
+    plain = native("gru", batch_first=isinstance(module, First))
+    plain.load_state_dict(module.state_dict())
+    if isinstance(module, Negated):
+        plain.load_state_dict({name: -w for name, w in plain.state_dict().items()})
+    for layer in (module, mixed):
+        check_values(flatten(layer(randn(5, 3, I))), flatten(plain(randn(5, 3, I))))
+
+
+IN_PLACE = {
+    "relu": lambda o: nn.functional.relu(o, inplace=True),
+    "scaled": lambda o: o.mul_(2),
+    "masked": lambda o: o.masked_fill_(o > 0.1, 0),
+    "one timestep": lambda o: o.index_fill_(0, torch.tensor([1]), 0.0),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("how", IN_PLACE)
+@pytest.mark.parametrize("cell", CELLS)
+def test_output_changed_in_place(cell, how, packed):
+    """An inplace relu or dropout after a layer is common, and torch.nn's layers take it."""
+    module, second = pair(cell, num_layers=2, bidirectional=True)
+    given = pack_sequence([randn(n, I, seed=n) for n in (5, 3, 3)]) if packed else randn(5, 3, I)
+    found = []
+    for layer in (module, second):
+        output = layer(given)[0]
+        changed = IN_PLACE[how](output.data if packed else output)
+        found.append(torch.autograd.grad(changed.square().sum(), list(layer.parameters())))
+    for got, want in zip(*found, strict=True):
+        check_gradients({"": got}, {"": want})
+
+
+def test_output_changed_in_place_of_a_compiled_layer():
+    torch._dynamo.reset()
+    module, input = ours("lstm"), randn(5, 3, I)
+    compiled = torch.compile(lambda x: module(x)[0].mul_(2), backend="aot_eager", fullgraph=True)
+    check_values({"": compiled(input)}, {"": 2 * module(input)[0]})
+    grads = [
+        torch.autograd.grad(f(input).square().sum(), module.weight_hh_l0)[0]
+        for f in (compiled, lambda x: 2 * module(x)[0])
+    ]
+    check_gradients({"": grads[0]}, {"": grads[1]})
+
+
+@pytest.mark.parametrize("spelling", [list, tuple])
+def test_compile_with_listed_lengths(spelling):
+    torch._dynamo.reset()
+    module = ours("gru")
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for lengths in ([1, 5], [2, 3], [4, 4], [0, 2]):
+        input = randn(5, 2, I)
+        check_values(flatten(compiled(input, lengths=spelling(lengths))), flatten(module(input, lengths=lengths)))
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_jit_trace(name):
+    """A trace can hold torch's own operators only, so these are what runs: by "auto", not by "custom"."""
+    module = getattr(rnn_ext, name)(I, H)
+    lead = () if name.endswith("Cell") else (5,)
+    inputs = torch.randn(*lead, 3, I)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", (DeprecationWarning, torch.jit.TracerWarning))
+        traced = torch.jit.trace(module, inputs)
+        again = torch.randn(*(2 * n for n in lead), 7, I)
+        for found, expected in zip(flatten_all(traced(again)), flatten_all(module(again)), strict=True):
+            torch.testing.assert_close(found, expected)
+        module.backend = "custom"
+        with pytest.raises(RuntimeError, match=r"torch.jit.trace records torch's own operators only"):
+            torch.jit.trace(module, inputs)
+
+
+def flatten_all(results) -> list[torch.Tensor]:
+    return [results] if isinstance(results, torch.Tensor) else [t for r in results for t in flatten_all(r)]

@@ -25,7 +25,8 @@ def cases(draw, layouts=LAYOUTS, smallest: int = 1) -> Case:
         layout,
         bidirectional=draw(st.booleans()),
         bias=draw(st.booleans()),
-        proj=draw(st.integers(1, hidden - 1)) if cell == "lstm" and hidden > 1 and draw(st.booleans()) else 0,
+        # nn.LSTM has them below the hidden size; the functions, as torch's own, take any
+        proj=draw(st.integers(1, 60)) if cell == "lstm" and draw(st.booleans()) else 0,
         lengths=padded and draw(st.booleans()),
         resets=padded and draw(st.booleans()),
         state=draw(st.booleans()),
@@ -136,6 +137,7 @@ def test_the_same_bits_again(case):
 def test_module_equals_torch_nn(case, layers, batch_first, given_state, seed):
     """Any stack, padded, unbatched or packed unsorted."""
     length, batch, inputs, hidden = case.size
+    case = case.but(proj=min(case.proj, hidden - 1))
     kind = "RNN" if case.cell.startswith("rnn") else case.cell.upper()
     options = {"nonlinearity": case.cell[4:]} if kind == "RNN" else {"proj_size": case.proj} if case.proj else {}
     options |= {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -199,6 +200,62 @@ print("well")
 def test_fork_after_use():
     """The child inherits a pool of threads that do not exist there, and must not wait for them."""
     assert script(FORKED) == "well\n"
+
+
+NO_MEMORY = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stddef.h>
+#include <unistd.h>
+
+int refuses;  /* memory to all threads but the first */
+
+void* aligned_alloc(size_t alignment, size_t bytes) {
+  if (refuses && gettid() != getpid()) return NULL;
+  return ((void* (*)(size_t, size_t))dlsym(RTLD_NEXT, "aligned_alloc"))(alignment, bytes);
+}
+"""
+
+SCARCE = """
+import ctypes, torch, rnn_ext
+refuses = ctypes.c_int.in_dll(ctypes.CDLL(None), "refuses")
+torch.set_num_threads(2)
+# shared units, slices of the batch, directions, the layers of a stack
+for hidden, batch, layers, directions in ((512, 1, 1, 1), (128, 64, 1, 1), (256, 2, 1, 2), (64, 1, 2, 1)):
+    layer = rnn_ext.LSTM(64, hidden, layers, bidirectional=directions == 2, backend="custom")
+    input = torch.randn(256, batch, 64)
+    states = [torch.randn(layers * directions, batch, hidden).requires_grad_() for _ in range(2)]
+    refuses.value = 1
+    try:
+        layer(input, states)
+        print("done")
+    except RuntimeError as error:
+        print(str(error).split(":")[1].strip())
+    refuses.value = 0
+    output = layer(input, states)[0]
+    refuses.value = 1
+    try:
+        found = torch.autograd.grad(output.sum(), states, retain_graph=True)
+    except RuntimeError as error:
+        assert "not enough memory" in str(error), error
+        found = None
+    refuses.value = 0
+    for again in range(2):
+        expected = torch.autograd.grad(output.sum(), states, retain_graph=True)
+        assert found is None or all(map(torch.equal, found, expected))
+        found = expected
+"""
+
+
+def test_threads_that_get_no_memory(tmp_path):
+    """It is the call that fails, not the process, and the next one is as ever."""
+    source, library = tmp_path / "no_memory.c", tmp_path / "no_memory.so"
+    source.write_text(NO_MEMORY)
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or "clang"
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True)
+    printed = script(SCARCE, LD_PRELOAD=str(library), OMP_NUM_THREADS="2").split("\n")
+    assert printed[:3] == ["not enough memory"] * 3, printed
+    assert printed[3] in ("done", "not enough memory")  # all a stack needs is taken by the first thread
 
 
 WORKERS = """

@@ -228,7 +228,8 @@ class BackwardScan {
         dc_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         c_0_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
         zeros_(padded_, true),
-        sums_(Cell::kHasCell && !cells::kIsVariant<Cell> && args.sizes.proj ? slice.size() * padded_ : 0, true),
+        sums_stride_(larger(padded_, out_padded_)),
+        sums_(Cell::kHasCell && !cells::kIsVariant<Cell> && args.sizes.proj ? slice.size() * sums_stride_ : 0, true),
         sum_rows_(sums_.get() ? slice.size() : 0),
         is_plain_(has_plain_steps(layout_, args.sizes, args.resets.data)),
         saved_rows_(Cell::kSaved > 0 ? slice.size() : 0),
@@ -246,7 +247,7 @@ class BackwardScan {
     hidden_segments_.count = Cell::kGates;
     hidden_segments_.length = elements<S>(hidden_);
     hidden_segments_.join();
-    if (sums_.get()) space_rows(sum_rows_.get(), sums_.get(), padded_, slice_.size());
+    if (sums_.get()) space_rows(sum_rows_.get(), sums_.get(), sums_stride_, slice_.size());
     const int64_t states = layout_.batch * direction_;
     if (args_.grad_h_n) read_states(dh_.get(), out_padded_, args_.grad_h_n + states * out_, out_, layout_, slice_);
     if (Cell::kHasCell && args_.grad_c_n)
@@ -481,7 +482,7 @@ class BackwardScan {
         last - first, out_part_.first, out_part_.last, order,
         [this, first](int64_t r) { return reinterpret_cast<const Element<S>*>(after_rows_.get()[first + r]); },
         weights_.hidden.packed(), segments, first_sum(first),
-        Cellwise{[this, first, chained]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
+        Cellwise{[this, first, chained]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) NO_INLINE_LAMBDA {
           at.row += first;
           Wide<T, R * B> dh = *sums;
           this->all_dh(at, &dh, chained);
@@ -637,7 +638,8 @@ class BackwardScan {
   Buffer<T> dc_;     // [slice, padded H]
   Buffer<T> c_0_;    // [slice, padded H]
   Buffer<T> zeros_;  // [padded H]
-  Buffer<T> sums_;   // [slice, padded H], of projected_step()
+  const int64_t sums_stride_;
+  Buffer<T> sums_;  // [slice, the longer of padded H and P], of projected_step()
   Buffer<T*> sum_rows_;
   const bool is_plain_;
   // [slice] each: where the rows of a step lie, as far as there are any

@@ -211,11 +211,8 @@ class BackwardPass {
         parameters_(args, grads_, direction) {
     for (int64_t i = 0; i < slices_ * members_; ++i) {
       const Slice slice = slice_of(args.layout, i / members_, slices_);
-      scans_.get()[i] = new BackwardScan<Cell, S>(args, weights_, direction, slice, int(i % members_), members_);
+      scans_[i] = new BackwardScan<Cell, S>(args, weights_, direction, slice, int(i % members_), members_);
     }
-  }
-  ~BackwardPass() {
-    for (int64_t i = 0; i < slices_ * members_; ++i) delete scans_.get()[i];
   }
 
   bool next_chunk() {
@@ -225,13 +222,13 @@ class BackwardPass {
 
   void scan(int64_t slice) {
     Team alone;
-    BackwardScan<Cell, S>::run(scans_.get() + slice * members_, members_, grads_, alone, 0, 1);
+    BackwardScan<Cell, S>::run(&scans_[slice * members_], members_, grads_, alone, 0, 1);
   }
 
   /// The share of one of several threads in the only slice.
   void scan_share(int thread, int threads) {
     const int first = members_ * thread / threads, last = members_ * (thread + 1) / threads;
-    BackwardScan<Cell, S>::run(scans_.get() + first, last - first, grads_, team_, thread, threads);
+    team_.run([&] { BackwardScan<Cell, S>::run(&scans_[first], last - first, grads_, team_, thread, threads); });
   }
 
   /// After the scans, before the products; there is something to do only where prepares().
@@ -254,7 +251,7 @@ class BackwardPass {
   }
 
   void finish() {
-    for (int64_t i = 0; i < slices_ * members_; ++i) scans_.get()[i]->finish();
+    for (int64_t i = 0; i < slices_ * members_; ++i) scans_[i]->finish();
     parameters_.finish();
   }
 
@@ -266,7 +263,7 @@ class BackwardPass {
   const BackwardWeights<Cell, S> weights_;
   Chunks chunks_;
   ChunkGrads<Cell, S> grads_;
-  Buffer<BackwardScan<Cell, S>*> scans_;
+  Several<BackwardScan<Cell, S>> scans_;
   const int64_t slices_;
   const int members_;
   Team team_;

@@ -9,9 +9,9 @@
 #include <cpuid.h>
 #endif
 
-#include "cells/cells.h"
 #include "cpu/kernels.h"
 #include "cpu/subnormal.h"
+#include "cpu/with_cell.h"
 
 namespace rnn_ext::cpu {
 namespace {
@@ -140,16 +140,11 @@ void set_tuning(const Tuning& tuning) {
 }
 
 int saved_values(CellKind cell, bool projected, Variant variant) {
+  // Of a projection h before it.
   if (variant == Variant::kLayerNorm) return cells::LayerNormLstm::kSaved + projected;
-  const bool masked = variant == Variant::kMasked;
-  switch (cell) {
-    case CellKind::kGru:
-      return cells::Gru::kSaved;
-    case CellKind::kLstm:
-      return (masked ? cells::Masked<cells::Lstm>::kSaved : cells::Lstm::kSaved) + projected;  // h before it
-    default:
-      return masked ? cells::Masked<cells::RnnTanh>::kSaved : 0;
-  }
+  return with_cell(cell, [&]<class Cell>() {
+    return (variant == Variant::kMasked ? cells::Masked<Cell>::kSaved : Cell::kSaved) + projected;
+  });
 }
 
 bool computes_bfloat16() {

@@ -33,8 +33,9 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
   Both<ForwardStates<S>> states;
   Team teams[2];
   for (int d = 0; d < directions; ++d) states.item[d] = new ForwardStates<S>(args, d, whole);
-  run_teams(executor, directions, shares.members,
-            [&](int d, int member, int actual) { scan(d, whole, *states.item[d], teams[d], member, actual); });
+  run_teams(executor, directions, shares.members, [&](int d, int member, int actual) {
+    teams[d].run([&] { scan(d, whole, *states.item[d], teams[d], member, actual); });
+  });
 }
 
 /// One layer of a stack, ready to run.
@@ -58,18 +59,15 @@ struct StackLayer {
 template <class Cell, class S>
 void forward_stack(const ForwardArgs<S>* args, int count, const Executor& executor) {
   struct Stack {
-    explicit Stack(int count) : count(count), layers(count, true) {}
-    ~Stack() {
-      for (int k = 0; k < count; ++k) delete layers.get()[k];
-    }
-    void run(int thread, int threads) const {
-      for (int k = thread; k < count; k += threads) layers.get()[k]->scan.run();
-    }
     const int count;
-    Buffer<StackLayer<Cell, S>*> layers;
-  } stack(count);
-  for (int k = 0; k < count; ++k) stack.layers.get()[k] = new StackLayer<Cell, S>(args[k]);
+    Several<StackLayer<Cell, S>> layers;
+  } stack = {count, Several<StackLayer<Cell, S>>(count)};
+  for (int k = 0; k < count; ++k) stack.layers[k] = new StackLayer<Cell, S>(args[k]);
   executor.run_team(
       int(smaller(executor.threads, count)),
-      [](void* context, int thread, int threads) { static_cast<const Stack*>(context)->run(thread, threads); }, &stack);
+      [](void* context, int thread, int threads) {  // which takes no memory: nothing can be thrown
+        const Stack& stack = *static_cast<const Stack*>(context);
+        for (int k = thread; k < stack.count; k += threads) stack.layers[k]->scan.run();
+      },
+      &stack);
 }

@@ -9,7 +9,7 @@
 // and includes csrc/cpu/kernels.h first, so that no library header is compiled for a special instruction set: an inline
 // function of one, compiled twice, could be linked in the version that the processor cannot run.
 
-#include "cells/cells.h"
+#include "cpu/with_cell.h"
 
 namespace rnn_ext::cpu::RNN_EXT_ISA {
 namespace {
@@ -22,6 +22,7 @@ namespace {
 #define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 #endif
 #define NO_INLINE __attribute__((noinline))
+#define NO_INLINE_LAMBDA __attribute__((noinline))
 
 // GCC warns of vectors that lambdas in templates return, as if these were functions for others to call.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -71,59 +72,24 @@ void backward_cell(const BackwardArgs<S>& args, const Executor& executor) {
 
 template <class S>
 std::unique_ptr<PackedWeights> pack_any(CellKind cell, const Sizes& sizes, const Weights<const S>& weights) {
-  switch (cell) {
-    case CellKind::kRnnTanh:
-      return std::make_unique<ForwardWeights<cells::RnnTanh, S>>(weights, sizes, Packing::kWhole);
-    case CellKind::kRnnRelu:
-      return std::make_unique<ForwardWeights<cells::RnnRelu, S>>(weights, sizes, Packing::kWhole);
-    case CellKind::kGru:
-      return std::make_unique<ForwardWeights<cells::Gru, S>>(weights, sizes, Packing::kWhole);
-    case CellKind::kLstm:
-      return std::make_unique<ForwardWeights<cells::Lstm, S>>(weights, sizes, Packing::kWhole);
-  }
-  return nullptr;
+  return with_cell(cell, [&]<class Cell>() -> std::unique_ptr<PackedWeights> {
+    return std::make_unique<ForwardWeights<Cell, S>>(weights, sizes, Packing::kWhole);
+  });
 }
 
 template <class S>
 void forward_any(const ForwardArgs<S>& args, const Executor& executor) {
-  switch (args.cell) {
-    case CellKind::kRnnTanh:
-      return forward_cell<cells::RnnTanh>(args, executor);
-    case CellKind::kRnnRelu:
-      return forward_cell<cells::RnnRelu>(args, executor);
-    case CellKind::kGru:
-      return forward_cell<cells::Gru>(args, executor);
-    case CellKind::kLstm:
-      return forward_cell<cells::Lstm>(args, executor);
-  }
+  with_cell(args.cell, [&]<class Cell>() { forward_cell<Cell>(args, executor); });
 }
 
 template <class S>
 void forward_stack_any(const ForwardArgs<S>* layers, int count, const Executor& executor) {
-  switch (layers[0].cell) {
-    case CellKind::kRnnTanh:
-      return forward_stack<cells::RnnTanh>(layers, count, executor);
-    case CellKind::kRnnRelu:
-      return forward_stack<cells::RnnRelu>(layers, count, executor);
-    case CellKind::kGru:
-      return forward_stack<cells::Gru>(layers, count, executor);
-    case CellKind::kLstm:
-      return forward_stack<cells::Lstm>(layers, count, executor);
-  }
+  with_cell(layers[0].cell, [&]<class Cell>() { forward_stack<Cell>(layers, count, executor); });
 }
 
 template <class S>
 void backward_any(const BackwardArgs<S>& args, const Executor& executor) {
-  switch (args.cell) {
-    case CellKind::kRnnTanh:
-      return backward_cell<cells::RnnTanh>(args, executor);
-    case CellKind::kRnnRelu:
-      return backward_cell<cells::RnnRelu>(args, executor);
-    case CellKind::kGru:
-      return backward_cell<cells::Gru>(args, executor);
-    case CellKind::kLstm:
-      return backward_cell<cells::Lstm>(args, executor);
-  }
+  with_cell(args.cell, [&]<class Cell>() { backward_cell<Cell>(args, executor); });
 }
 
 }  // namespace

@@ -89,12 +89,16 @@ struct Weights {
   T* bias_norm_c = nullptr;     // [H]
 };
 
-/// Runs fn(context, 0) .. fn(context, tasks - 1), on at most `threads` threads.
+/// What a thread of a team throws when it cannot go on, because another one has thrown something.
+struct Stopped {};
+
+/// Runs fn(context, 0) .. fn(context, tasks - 1), on at most `threads` threads. What one of them throws is thrown here,
+/// once all have ended.
 struct Executor {
   int threads = 1;
   void (*run)(int64_t tasks, void (*fn)(void*, int64_t), void* context) = nullptr;
   /// Runs fn(context, i, n) for i = 0 .. n - 1 on n threads at the same time, which may wait for each other; n is what
-  /// could be had of the `threads` wished for. Null: cannot.
+  /// could be had of the `threads` wished for. Of what they throw, Stopped is not thrown on. Null: cannot.
   void (*run_team)(int threads, void (*fn)(void*, int, int), void* context) = nullptr;
   /// Whether the threads that have run something wait for more without falling asleep, for some milliseconds.
   bool waits_actively = false;

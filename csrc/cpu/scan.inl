@@ -31,6 +31,23 @@ struct Both {
   Item* item[2] = {nullptr, nullptr};
 };
 
+/// Some of something, each to be made with new when it is its turn.
+template <class Item>
+class Several {
+ public:
+  explicit Several(int64_t count) : count_(count), items_(count, true) {}
+  ~Several() {
+    for (int64_t i = 0; i < count_; ++i) delete items_.get()[i];
+  }
+  Several(const Several&) = delete;
+  Several& operator=(const Several&) = delete;
+  Item*& operator[](int64_t i) const { return items_.get()[i]; }
+
+ private:
+  const int64_t count_;
+  Buffer<Item*> items_;
+};
+
 template <class Fn>
 void parallel(const Executor& executor, int64_t tasks, const Fn& fn) {
   if (executor.threads <= 1 || tasks <= 1) {
@@ -131,7 +148,18 @@ ALWAYS_INLINE void wait_until(const Condition& condition) {
 /// every step.
 class Team {
  public:
-  /// `member` is one of `members`.
+  /// Calls fn(), in which a member meets the others. If it throws, they do not wait for it in vain.
+  template <class Fn>
+  void run(const Fn& fn) {
+    try {
+      fn();
+    } catch (...) {
+      __atomic_store_n(&stopped_, true, __ATOMIC_RELEASE);
+      throw;
+    }
+  }
+
+  /// `member` is one of `members`. Throws Stopped if another one does not come.
   void meet(int member, int members) {
     if (members == 1) return;
     if (members == 2) return meet_other(member);
@@ -141,7 +169,7 @@ class Team {
       __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
       return;
     }
-    wait_until([&] { return __atomic_load_n(&round_, __ATOMIC_ACQUIRE) != round; });
+    wait([&] { return __atomic_load_n(&round_, __ATOMIC_ACQUIRE) != round; });
   }
 
  private:
@@ -149,7 +177,16 @@ class Team {
   void meet_other(int member) {
     const unsigned meetings = met_[member].count + 1;
     __atomic_store_n(&met_[member].count, meetings, __ATOMIC_RELEASE);
-    wait_until([&] { return int(__atomic_load_n(&met_[1 - member].count, __ATOMIC_ACQUIRE) - meetings) >= 0; });
+    wait([&] { return int(__atomic_load_n(&met_[1 - member].count, __ATOMIC_ACQUIRE) - meetings) >= 0; });
+  }
+
+  template <class Condition>
+  ALWAYS_INLINE void wait(const Condition& has_come) {
+    wait_until([&] {
+      if (has_come()) return true;
+      if (__atomic_load_n(&stopped_, __ATOMIC_ACQUIRE)) throw Stopped();
+      return false;
+    });
   }
 
   struct alignas(64) Meetings {
@@ -158,6 +195,7 @@ class Team {
   alignas(64) int arrived_ = 0;
   alignas(64) int round_ = 0;
   Meetings met_[2];
+  alignas(64) bool stopped_ = false;
 };
 
 /// Memory of which other members have written a part: it comes from their caches, late for a product that asks for it a

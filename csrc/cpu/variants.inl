@@ -239,7 +239,7 @@ void ForwardScan<Cell, S>::variant_step(int64_t t, int64_t rows, T* const* gates
       using Base = typename Cell::Base;
       const StepRows rows_of_step = {gates, nullptr, nullptr, now, next};
       recurrent(first_sums(rows_of_step),
-                Cellwise{[&]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) ALWAYS_INLINE_LAMBDA {
+                Cellwise{[&]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) NO_INLINE_LAMBDA {
                   using Vs = Wide<T, R * B>;
                   Vs split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
                   at.each([&](int64_t r, int64_t block, int i) ALWAYS_INLINE_LAMBDA {

@@ -183,7 +183,13 @@ struct LayerBackwardBackward : public Node {
 struct LayerBackward : public Node {
   SavedCall call;
   SavedVariable output, saved;  // neither where `recompute`
+  c10::VariableVersion output_version{c10::VariableVersion::DISABLED};
+  uint32_t saved_version = 0;
   bool recompute = false;
+
+  /// An output that has been changed in place since, by a relu say, is computed again: torch.nn's layers, which keep
+  /// other tensors, allow that.
+  bool recomputes() const { return recompute || output_version.current_version() != saved_version; }
 
   std::string name() const override { return "RnnExtLayerBackward"; }
   void release_variables() override {
@@ -207,7 +213,7 @@ struct LayerBackward : public Node {
                          resets = unpack(call.resets);
     const OptionalTensors masks = call.unpack_masks();
     at::Tensor forward_output, forward_saved;
-    if (recompute) {
+    if (recomputes()) {
       at::NoGradGuard no_grad;  // derivatives of a derivative go through the inputs alone
       LayerResult again =
           layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, call.options(), true, true);
@@ -280,6 +286,8 @@ LayerResult record_layer(const at::Tensor& input, const OptionalTensor& h_0, con
   node->recompute = recompute;
   if (!recompute) {
     node->output = SavedVariable(output, true);
+    node->output_version = torch::autograd::impl::version_counter(output);
+    node->saved_version = node->output_version.current_version();
     node->saved = SavedVariable(saved, false);
   }
   if (!save) saved = saved.new_empty({0});

@@ -270,8 +270,7 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
             {cell, bidirectional, batch_first, cell_states});
   const int64_t D = call.directions, N = call.batch, R = call.rows, H = call.hidden, P = call.out;
   const bool has_cell = call.cell.has_cell;
-  TORCH_CHECK(output_mask.size() == 3 + weights.size(), "expected output_mask of ", 3 + weights.size(), " values, got ",
-              output_mask.size());
+  call.shape.check_output_mask(h_0, c_0, weights.size(), output_mask);
   TORCH_CHECK(output.sizes() == at::IntArrayRef(call.shape.sequence_sizes(D * P)) && saved.scalar_type() == at::kByte &&
                   saved.numel() == Kept::numel(call),
               "output and saved are not those of a forward call with these inputs");

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <string>
 
 #include "cells/cells.h"
 
@@ -49,11 +50,13 @@ static CellInfo info_of(cpu::CellKind kind) {
 }
 
 CellInfo cell_info(std::string_view name) {
-  if (name == "lstm") return info_of<cells::Lstm>(cpu::CellKind::kLstm);
-  if (name == "gru") return info_of<cells::Gru>(cpu::CellKind::kGru);
-  if (name == "rnn_tanh") return info_of<cells::RnnTanh>(cpu::CellKind::kRnnTanh);
-  if (name == "rnn_relu") return info_of<cells::RnnRelu>(cpu::CellKind::kRnnRelu);
-  TORCH_CHECK_VALUE(false, "unknown cell '", std::string(name), "': expected rnn_tanh, rnn_relu, gru or lstm");
+  std::string names;
+#define RNN_EXT_FIND(Cell)                                                             \
+  if (name == cells::Cell::kName) return info_of<cells::Cell>(cpu::CellKind::k##Cell); \
+  names += std::string(" ") + cells::Cell::kName;
+  RNN_EXT_FOR_EACH_CELL(RNN_EXT_FIND)
+#undef RNN_EXT_FIND
+  TORCH_CHECK_VALUE(false, "unknown cell '", std::string(name), "': expected one of", names);
 }
 
 namespace {
@@ -226,6 +229,14 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
                   kMaskNames[i]);
     }
   }
+}
+
+void LayerShape::check_output_mask(const OptionalTensor& h_0, const OptionalTensor& c_0, size_t weights,
+                                   const c10::List<bool>& output_mask) const {
+  TORCH_CHECK(output_mask.size() == 3 + weights, "expected output_mask of ", 3 + weights, " values, got ",
+              output_mask.size());
+  TORCH_CHECK((!output_mask.get(1) || h_0.has_value()) && (!output_mask.get(2) || c_0.has_value()),
+              "output_mask asks for the gradient of a state that was not given");
 }
 
 void LayerShape::order_by(const at::Tensor& lengths) {

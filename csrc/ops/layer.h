@@ -79,10 +79,13 @@ struct LayerShape {
   bool packed = false;
   bool batch_first = false;
 
+  /// Checks which gradients of the input, the states and the weights are asked for: none of a state that is not there.
+  void check_output_mask(const OptionalTensor& h_0, const OptionalTensor& c_0, size_t weights,
+                         const c10::List<bool>& output_mask) const;
+
   cpu::Layout layout() const;
   /// Sizes of a sequence of `features` in the caller's layout.
   std::vector<int64_t> sequence_sizes(int64_t features) const;
-  /// Position of weight `name` of direction d in the flat list, or -1.
   enum Weight {
     kWeightIh,
     kWeightHh,
@@ -95,6 +98,7 @@ struct LayerShape {
     kBiasNormC,
     kWeights
   };
+  /// Position of a direction's weight in the flat list; -1: it has none.
   int index(int direction, Weight weight) const;
 
  private:

@@ -46,6 +46,27 @@ void on_all_threads(const Fn& fn) {
       const_cast<void*>(static_cast<const void*>(&fn)), 0, 0);
 }
 
+/// The first exception of several threads, for the one that waits for them.
+class FirstError {
+ public:
+  template <class Fn>
+  void guard(const Fn& fn) noexcept {
+    try {
+      fn();
+    } catch (const cpu::Stopped&) {
+    } catch (...) {
+      if (!found_.test_and_set()) error_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::atomic_flag found_;
+  std::exception_ptr error_;
+};
+
 bool is_set(const char* name, const char* value) {
   const char* found = std::getenv(name);
   return found && strcasecmp(found, value) == 0;
@@ -67,22 +88,21 @@ cpu::Executor executor() {
   // Tasks are not equally long, so a thread takes the next one when it is free.
   executor.run = [](int64_t tasks, void (*fn)(void*, int64_t), void* context) {
     std::atomic<int64_t> next{0};
-    std::atomic_flag failed;
-    std::exception_ptr error;
+    FirstError error;
     on_all_threads([&](int, int) {
-      try {
+      error.guard([&] {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(context, i);
-      } catch (...) {
-        if (!failed.test_and_set()) error = std::current_exception();
-      }
+      });
     });
-    if (error) std::rethrow_exception(error);
+    error.rethrow();
   };
   executor.run_team = [](int wanted, void (*fn)(void*, int, int), void* context) {
+    FirstError error;
     on_all_threads([&](int thread, int threads) {
       threads = std::min(wanted, threads);
-      if (thread < threads) fn(context, thread, threads);
+      if (thread < threads) error.guard([&] { fn(context, thread, threads); });
     });
+    error.rethrow();
   };
   return executor;
 }
@@ -368,8 +388,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   const at::ScalarType dtype = backward_type(input, shape.variant);
   const auto options = input.options().dtype(compute_type(input));
   const cpu::Sizes& sizes = shape.sizes;
-  TORCH_CHECK(output_mask.size() == 3 + weights.size(), "expected output_mask of ", 3 + weights.size(), " values, got ",
-              output_mask.size());
+  shape.check_output_mask(h_0, c_0, weights.size(), output_mask);
   TORCH_CHECK(output.sizes() == at::IntArrayRef(shape.sequence_sizes(sizes.directions * sizes.output())) &&
                   saved.scalar_type() == compute_type(input) && saved.numel() == saved_numel(shape),
               "output and saved are not those of a forward call with these inputs");

@@ -82,6 +82,7 @@ std::shared_ptr<const cpu::PackedWeights> cached_weights(
     if (entry->packed) return entry->packed;
   }
   const std::shared_ptr<const cpu::PackedWeights> packed = pack();
+  if (digest_of(weights) != digest) return packed;  // another thread has changed them meanwhile: not to be kept
   const std::lock_guard<std::mutex> lock(mutex);
   Entry* entry = find(key);
   if (entry && entry->digest == digest) entry->packed = packed;
