@@ -10,10 +10,14 @@ from util import (
     COMBINED,
     LAYOUTS,
     Case,
+    Problem,
     agree,
     build,
+    check_gradients,
     check_values,
+    cotangents,
     forward_agrees,
+    gradients,
     instruction_sets,
     oracle,
     run,
@@ -34,14 +38,49 @@ def test_every_layout(cell, proj, layout, dtype, widening):
     """Storage in 16 bits, accumulation and cell state in 32: close to exact arithmetic on the same 16-bit numbers."""
     flags = {"lengths": True, "resets": True} if layout != "packed" else {}
     problem = build(Case(cell, layout, True, proj=proj, size=(31, 5, 9, 17), **flags)).to(dtype)
-    if cell == "rnn_relu":
-        # Keep pre-activations off zero, where rounding decides whether a unit passes a gradient or none.
-        for name, bias in problem.weights.items():
+    agree(off_zero(problem), dtype)
+
+
+def off_zero(problem: Problem) -> Problem:
+    """The pre-activations of a relu, where rounding would decide whether a unit passes a gradient or none."""
+    if problem.case.cell == "rnn_relu":
+        for name, weight in problem.weights.items():
             if name.startswith("bias_ih"):
-                bias.copy_(torch.where(torch.arange(17) % 2 == 0, 4.0, -4.0))
+                weight.copy_(torch.where(torch.arange(len(weight)) % 2 == 0, 4.0, -4.0))
             if name.startswith("weight"):
-                bias.mul_(0.25)
-    agree(problem, dtype)
+                weight.mul_(0.25)
+    return problem
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [(2, 1, 3, 1), (6, 1, 33, 31), (9, 1, 64, 64), (5, 1, 7, 65), (40, 1, 5, 129), (7, 1, 9, 250), (800, 1, 3, 17)],
+    ids=lambda size: "x".join(map(str, size)),
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_widened_backward(cell, size, dtype):
+    """One sequence: the gradients of weights that are converted, but for the order of sums of pairs."""
+    for layout, flags in (("dense", {"lengths": True, "resets": True}), ("batch_first", {}), ("packed", {})):
+        problem = off_zero(build(Case(cell, layout, True, size=size, **flags)).to(dtype)).requiring()
+        leaves = problem.leaves()
+        for _ in instruction_sets():
+            results = run(problem)
+            given = list(cotangents(results).values())
+            found = []
+            for always in (False, True):
+                _C.widen_always(always)
+                grads = torch.autograd.grad(list(results.values()), list(leaves.values()), given, retain_graph=True)
+                found.append(dict(zip(leaves, grads, strict=True)))
+            _C.widen_always(False)
+            if dtype == torch.float16:
+                same_bits(*found)
+            for name, converted in found[0].items():
+                # pairs summed in another order: an ulp of float32 may decide how a number is rounded
+                torch.testing.assert_close(found[1][name], converted, rtol=2**-7, atol=1e-5, msg=name)
+    if size[0] < 100:
+        _C.widen_always(True)
+        agree(off_zero(build(Case(cell, "dense", True, size=size)).to(dtype)), dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -111,8 +150,8 @@ def test_few_rows_one_by_one(cell, dtype):
 def test_large_layers(cell, batch, dtype):
     """Which are widened without being told to, as test_packed_cache.py sees; units shared by threads."""
     hidden = {1: {"lstm": 337, "gru": 387}, 4: {"lstm": 497, "gru": 575}}[batch].get(cell, 1000)
-    problem = build(Case(cell, "dense", size=(12, batch, 9, hidden))).to(dtype)
-    expected = oracle(problem.to(torch.float64))
+    problem = off_zero(build(Case(cell, "dense", size=(12, batch, 9, hidden))).to(dtype))
+    expected, expected_grads = gradients(oracle, problem.to(torch.float64))
     for _ in instruction_sets():
         with torch.no_grad():
             values = run(problem)
@@ -120,6 +159,11 @@ def test_large_layers(cell, batch, dtype):
             torch.set_num_threads(2)
             same_bits(run(problem), values)
             torch.set_num_threads(1)
+        _, grads = gradients(run, problem)
+        check_gradients(grads, expected_grads, dtype)
+        torch.set_num_threads(2)
+        same_bits(gradients(run, problem)[1], grads)
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -196,19 +196,24 @@ struct ChunkGrads {
   }
 };
 
+template <class T>
+struct CarriedCell;
+
 /// What the scan of a variant has besides; see variants.inl.
 template <class Cell, class S, bool = cells::kIsVariant<Cell>>
 struct VariantBackward {
   VariantBackward(const BackwardArgs<S>&, int, Slice) {}
 };
 
-template <class Cell, class S>
+/// The scan of one direction for a slice of the batch and, where a team shares it, a part of the hidden units.
+/// weight_hh is stored as W; if that is widened, there is one sequence.
+template <class Cell, class S, class W = S>
 class BackwardScan {
   using T = Compute<S>;
   using V = Vec<T>;
 
  public:
-  BackwardScan(const BackwardArgs<S>& args, const BackwardWeights<Cell, S>& weights, int direction, Slice slice,
+  BackwardScan(const BackwardArgs<S>& args, const ScanWeights<Cell, S, W>& weights, int direction, Slice slice,
                int member, int members)
       : args_(args),
         layout_(args.layout),
@@ -243,9 +248,9 @@ class BackwardScan {
         proj_rows_(args.sizes.proj ? slice.size() : 0),
         cut_(slice.size(), true),
         variant_(args, direction, slice) {
-    for (int g = 0; g < Cell::kGates; ++g) hidden_segments_.offset[g] = Cell::hh_slot(g) * padded_ / kPack<S>;
+    for (int g = 0; g < Cell::kGates; ++g) hidden_segments_.offset[g] = Cell::hh_slot(g) * padded_ / kPack<W>;
     hidden_segments_.count = Cell::kGates;
-    hidden_segments_.length = elements<S>(hidden_);
+    hidden_segments_.length = elements<W>(hidden_);
     hidden_segments_.join();
     if (sums_.get()) space_rows(sum_rows_.get(), sums_.get(), sums_stride_, slice_.size());
     const int64_t states = layout_.batch * direction_;
@@ -326,10 +331,10 @@ class BackwardScan {
       add_dh(at, &dh, Cell::kDirectCarry);
       backward_cells(at, dh);
     }};
-    RowProduct<S, Segments> row = {nullptr, weights_.hidden.packed(), hidden_segments_, false};
+    RowProduct<W, Segments> row = {nullptr, weights_.hidden.packed(), hidden_segments_, false};
     const UnitBlocks part = out_part_;
     for (; count > 0; --count, t += back) {
-      row.a = reinterpret_cast<const Element<S>*>(*gate_rows_.get());
+      row.a = reinterpret_cast<const Factor<W>*>(*gate_rows_.get());
       row.backwards = is_backwards(t);
       *gate_rows_.get() += gates_step;
       if constexpr (Cell::kSaved > 0) {
@@ -473,22 +478,30 @@ class BackwardScan {
   /// Rows [first, last) of the step whose rows are in their places. `chained`: the gate gradients of the step after it
   /// reach them; else the sequence ends here and the gradient of its final state comes in instead.
   void step(int64_t first, int64_t last, Order order, bool chained) {
-    if constexpr (Cell::kHasCell) {  // only such cells can be projected
+    if constexpr (Cell::kHasCell && !kWidens<W>) {  // only such cells can be projected
       if (args_.sizes.proj) return projected_step(first, last, order, chained);
     }
     Segments segments = hidden_segments_;
     if (!chained) segments.count = 0;
-    product<1, S>(
-        last - first, out_part_.first, out_part_.last, order,
-        [this, first](int64_t r) { return reinterpret_cast<const Element<S>*>(after_rows_.get()[first + r]); },
-        weights_.hidden.packed(), segments, first_sum(first),
-        Cellwise{[this, first, chained]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) NO_INLINE_LAMBDA {
-          at.row += first;
-          Wide<T, R * B> dh = *sums;
-          this->all_dh(at, &dh, chained);
-          this->backward_cells(at, dh);
-        }},
-        false, static_cast<NoSideTiles*>(nullptr), next_saved_);
+    const auto after = [this, first](int64_t r) {
+      return reinterpret_cast<const Factor<W>*>(after_rows_.get()[first + r]);
+    };
+    const auto init = first_sum(first);
+    const Cellwise finish{[this, first, chained]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums)
+                              NO_INLINE_LAMBDA {
+                                at.row += first;
+                                Wide<T, R * B> dh = *sums;
+                                this->all_dh(at, &dh, chained);
+                                this->backward_cells(at, dh);
+                              }};
+    NoSideTiles* const alone = nullptr;
+    if constexpr (kWidens<W>) {
+      const RowProduct<W, Segments> row = {after(0), weights_.hidden.packed(), segments, order == Order::kRowBackwards};
+      row_product<1>(row, out_part_.first, out_part_.last, init, finish, false, alone);
+    } else {
+      product<1, S>(last - first, out_part_.first, out_part_.last, order, after, weights_.hidden.packed(), segments,
+                    init, finish, false, alone, next_saved_);
+    }
   }
 
   /// Both products apart from what follows them: rarely used, and a cell for each height and width of a tile took long
@@ -532,8 +545,11 @@ class BackwardScan {
     }
   }
 
+  // Of a variant, see variants.inl.
   void variant_step(int64_t t, int64_t first, int64_t last, int64_t after, bool chained);
-  void variant_cell(int64_t t, int64_t r, const T* dh);
+  CarriedCell<T> carried_cell(int64_t t, int64_t r) const;
+  void normed_cell(int64_t t, int64_t r, const T* dh);
+  void masked_cell(int64_t t, int64_t r, const T* dh);
   template <class GateGrads>
   void add_recurrent(int64_t first, int64_t last, Order order, const GateGrads& gate_grads);
 
@@ -574,7 +590,8 @@ class BackwardScan {
     for (int r = 0; r < R; ++r) {
       const int64_t row = at.row + r;
       S* to = gate_rows[row] + unit;
-      for (int g = 0; g < Cell::kGradGates; ++g) store_padded<B>(to + g * padded, dgates[g].part + r * B, rest);
+      for (int g = 0; g < Cell::kGradGates; ++g)
+        store_padded<B, kPack<W>>(to + g * padded, dgates[g].part + r * B, rest);
       if constexpr (Cell::kHasCell) store_padded<B>(dc_rows + row * padded + unit, dc.part + r * B, rest);
       if constexpr (Cell::kDirectCarry) store_padded<B>(dh_rows + row * out_padded + unit, direct.part + r * B, rest);
     }
@@ -597,16 +614,16 @@ class BackwardScan {
   void leave(int64_t t, int64_t rows) {
     const int64_t from = reverse_ ? (t + 1 < layout_.steps ? slice_.active(layout_, t + 1) : 0) : t == 0 ? 0 : rows;
     if (from >= rows) return;
-    if (args_.grad_h_0 && cells::kIsVariant<Cell>) {
-      add_recurrent(from, rows, Order::kRows, [&](int64_t r) { return gate_grads(t, r); });
+    if constexpr (cells::kIsVariant<Cell>) {
+      if (args_.grad_h_0) add_recurrent(from, rows, Order::kRows, [&](int64_t r) { return gate_grads(t, r); });
     } else if (args_.grad_h_0) {
-      Buffer<const S*> dgates(rows - from);
+      Buffer<const Activation<W>*> dgates(rows - from);
       Buffer<T*> dh(rows - from);
       for (int64_t r = from; r < rows; ++r) {
         dgates.get()[r - from] = gate_grads(t, r);
         dh.get()[r - from] = dh_.get() + r * out_padded_;
       }
-      PlainProduct<S> p;
+      PlainProduct<W> p;
       p.rows = rows - from;
       p.columns = out_;
       p.a = dgates.get();
@@ -624,7 +641,7 @@ class BackwardScan {
 
   const BackwardArgs<S>& args_;
   const Layout& layout_;
-  const BackwardWeights<Cell, S>& weights_;
+  const ScanWeights<Cell, S, W>& weights_;
   const ChunkGrads<Cell, S>* now_ = nullptr;
   Ahead next_saved_;
   const int direction_;

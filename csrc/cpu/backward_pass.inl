@@ -4,7 +4,7 @@
 /// Rows [first, last) of the chunk's grad_input: gate gradients times weight_ih, on top of another direction's where
 /// `accumulate`. They go to args.grad_input or, if it is given, to `apart` [T, I].
 template <class Cell, class S>
-void input_gradient(const BackwardArgs<S>& args, const BackwardWeights<Cell, S>& weights,
+void input_gradient(const BackwardArgs<S>& args, const BackwardWeight<Cell, S>& weight_ih,
                     const ChunkGrads<Cell, S>& grads, Compute<S>* apart, bool accumulate, int64_t first, int64_t last) {
   const Layout& layout = args.layout;
   Buffer<const S*> a(last - first);
@@ -27,7 +27,7 @@ void input_gradient(const BackwardArgs<S>& args, const BackwardWeights<Cell, S>&
   for (int g = 0; g < Cell::kGates; ++g) p.segments.offset[g] = Cell::ih_slot(g) * args.sizes.padded() / kPack<S>;
   p.accumulate = accumulate;
   p.fetch_c = true;
-  weights.input.multiply(p);
+  weight_ih.multiply(p);
 }
 
 /// Adds the rows of N vectors up, one after another, on top of what `sums` holds.
@@ -61,18 +61,17 @@ class ParameterGradients {
         grads_(grads),
         to_(args.grad_weights[direction]),
         direction_(direction),
-        input_(to_.weight_ih, Cell::kGates, args.sizes.hidden, args.sizes.input, args.layout.rows),
-        hidden_(to_.weight_hh, Cell::kGates, args.sizes.hidden, args.sizes.output(), args.layout.rows),
-        proj_(to_.weight_hr, 1, args.sizes.proj, args.sizes.hidden, args.layout.rows),
+        input_(to_.weight_ih, Cell::kGates, args.sizes.hidden, args.sizes.input, args.layout),
+        hidden_(to_.weight_hh, Cell::kGates, args.sizes.hidden, args.sizes.output(), args.layout),
+        proj_(to_.weight_hr, 1, args.sizes.proj, args.sizes.hidden, args.layout),
         bias_tasks_(to_.bias_ih || to_.bias_hh || to_.weight_norm_ih || to_.weight_norm_hh || to_.weight_norm_c ||
                     to_.bias_norm_c),
         bias_sums_(grads.stride, true) {}
 
   int64_t tasks() const { return input_.tasks() + hidden_.tasks() + proj_.tasks() + bias_tasks_; }
 
-  /// Before the tasks of a chunk.
-  void prepare() {
-    if (args_.layout.rows > kFewRows) return;
+  /// Of few rows, before the tasks.
+  void take() {
     const int64_t rows = grads_.chunk.rows;
     with_inputs([&](const auto& row) { input_.take(rows, row); });
     with_previous_outputs([&](const auto& row) { hidden_.take(rows, row); });
@@ -83,19 +82,18 @@ class ParameterGradients {
   void run(int64_t task, bool begin) {
     if (task < input_.tasks()) {
       const auto slot = [](int g) { return Cell::ih_slot(g); };
-      return with_inputs([&](const auto& row) { add_gates(input_, task, begin, slot, row); });
+      return add_gates(input_, task, begin, slot, [&](const auto& fn) { with_inputs(fn); });
     }
     task -= input_.tasks();
     if (task < hidden_.tasks()) {
       const auto slot = [](int g) { return Cell::hh_slot(g); };
-      return with_previous_outputs([&](const auto& row) { add_gates(hidden_, task, begin, slot, row); });
+      return add_gates(hidden_, task, begin, slot, [&](const auto& fn) { with_previous_outputs(fn); });
     }
     task -= hidden_.tasks();
     if (task < proj_.tasks()) {
       const int64_t offset[1] = {0};
-      return with_unprojected([&](const auto& row) {
-        proj_.add(task, grads_.proj_columns(), grads_.proj_stride, offset, grads_.chunk.rows, begin, row);
-      });
+      return add(proj_, task, begin, grads_.proj_columns(), grads_.proj_stride, offset,
+                 [&](const auto& fn) { with_unprojected(fn); });
     }
     add_biases();
   }
@@ -118,11 +116,19 @@ class ParameterGradients {
   }
 
  private:
+  /// A task of one gradient. with_rows: one of with_..() below.
+  void add(WeightGradient<S>& to, int64_t task, bool begin, const Element<S>* columns, int64_t stride,
+           const int64_t* offset, const auto& with_rows) {
+    const int64_t rows = grads_.chunk.rows;
+    if (has_few_rows(args_.layout)) return to.write(task, columns, stride, offset, rows);
+    with_rows([&](const auto& row) { to.add(task, columns, stride, offset, rows, begin, row); });
+  }
+
   /// `slot(g)`: the gate gradients of gate g.
-  void add_gates(WeightGradient<S>& to, int64_t task, bool begin, const auto& slot, const auto& b_row) {
+  void add_gates(WeightGradient<S>& to, int64_t task, bool begin, const auto& slot, const auto& with_rows) {
     int64_t offset[Cell::kGates];
     for (int g = 0; g < Cell::kGates; ++g) offset[g] = slot(g) * args_.sizes.padded();
-    to.add(task, grads_.gate_columns(), grads_.stride, offset, grads_.chunk.rows, begin, b_row);
+    add(to, task, begin, grads_.gate_columns(), grads_.stride, offset, with_rows);
   }
 
   /// Calls fn(row): row(i) is, whatever i, what went into the product with weight_ih in the next row of the chunk.
@@ -193,6 +199,56 @@ class ParameterGradients {
   Buffer<T> bias_sums_;  // [gate gradients, padded H]
 };
 
+/// The scans of one direction: one for each slice of the batch, or for each member of the team that shares the units.
+template <class Cell, class S>
+class Scans {
+ public:
+  virtual ~Scans() = default;
+  /// The steps of `now`'s chunk, for scans [first, last), which are members of a team or have it to themselves.
+  virtual void run(int64_t first, int64_t last, const ChunkGrads<Cell, S>& now, Team& team, int thread,
+                   int threads) const = 0;
+  /// After the last chunk.
+  virtual void finish() const = 0;
+};
+
+/// The same of weight_hh that is stored as W: all that depends on it.
+template <class Cell, class S, class W>
+class ScansOf final : public Scans<Cell, S> {
+  using Scan = BackwardScan<Cell, S, W>;
+
+ public:
+  ScansOf(const BackwardArgs<S>& args, int direction, Shares shares)
+      : weights_(args, direction), count_(shares.slices * shares.members), scans_(count_) {
+    for (int64_t i = 0; i < count_; ++i) {
+      const Slice slice = slice_of(args.layout, i / shares.members, shares.slices);
+      scans_[i] = new Scan(args, weights_, direction, slice, int(i % shares.members), shares.members);
+    }
+  }
+  void run(int64_t first, int64_t last, const ChunkGrads<Cell, S>& now, Team& team, int thread,
+           int threads) const override {
+    Scan::run(&scans_[first], int(last - first), now, team, thread, threads);
+  }
+  void finish() const override {
+    for (int64_t i = 0; i < count_; ++i) scans_[i]->finish();
+  }
+
+ private:
+  const ScanWeights<Cell, S, W> weights_;
+  const int64_t count_;
+  Several<Scan> scans_;
+};
+
+template <class Cell, class S>
+std::unique_ptr<Scans<Cell, S>> make_scans(const BackwardArgs<S>& args, int direction, Shares shares) {
+  if constexpr (std::is_same_v<S, float> && !cells::kIsVariant<Cell>) {
+    if (args.bfloat16_hh[direction]) return std::make_unique<ScansOf<Cell, S, BFloat16>>(args, direction, shares);
+#if defined(RNN_EXT_WIDENS_FLOAT16)
+    if (args.float16_hh[direction]) return std::make_unique<ScansOf<Cell, S, Float16>>(args, direction, shares);
+#endif
+  }
+  return std::make_unique<ScansOf<Cell, S, S>>(args, direction, shares);
+}
+
 /// Backward of one direction, a chunk at a time.
 template <class Cell, class S>
 class BackwardPass {
@@ -202,18 +258,13 @@ class BackwardPass {
   BackwardPass(const BackwardArgs<S>& args, int direction, Shares shares)
       : args_(args),
         direction_(direction),
-        weights_(args, args.weights[direction]),
+        weight_ih_(args.weights[direction].weight_ih, args.sizes.hidden, args.sizes.input, args.grad_input.data,
+                   has_few_rows(args.layout)),
         chunks_(args.layout, direction == 1),
         grads_(args.sizes, args.layout),
-        scans_(shares.slices * shares.members),
-        slices_(shares.slices),
+        scans_(make_scans<Cell>(args, direction, shares)),
         members_(shares.members),
-        parameters_(args, grads_, direction) {
-    for (int64_t i = 0; i < slices_ * members_; ++i) {
-      const Slice slice = slice_of(args.layout, i / members_, slices_);
-      scans_[i] = new BackwardScan<Cell, S>(args, weights_, direction, slice, int(i % members_), members_);
-    }
-  }
+        parameters_(args, grads_, direction) {}
 
   bool next_chunk() {
     ++count_;
@@ -222,21 +273,21 @@ class BackwardPass {
 
   void scan(int64_t slice) {
     Team alone;
-    BackwardScan<Cell, S>::run(&scans_[slice * members_], members_, grads_, alone, 0, 1);
+    scans_->run(slice * members_, (slice + 1) * members_, grads_, alone, 0, 1);
   }
 
   /// The share of one of several threads in the only slice.
   void scan_share(int thread, int threads) {
     const int first = members_ * thread / threads, last = members_ * (thread + 1) / threads;
-    team_.run([&] { BackwardScan<Cell, S>::run(&scans_[first], last - first, grads_, team_, thread, threads); });
+    team_.run([&] { scans_->run(first, last, grads_, team_, thread, threads); });
   }
 
   /// After the scans, before the products; there is something to do only where prepares().
   void prepare() {
     grads_.pair();
-    parameters_.prepare();
+    if (has_few_rows(args_.layout)) parameters_.take();
   }
-  static bool prepares(const Layout& layout) { return kPack<S> > 1 || layout.rows <= kFewRows; }
+  static bool prepares(const Layout& layout) { return kPack<S> > 1 || has_few_rows(layout); }
 
   int64_t product_tasks() const {
     const int64_t input = args_.grad_input.data ? (grads_.chunk.rows + kInputRows - 1) / kInputRows : 0;
@@ -246,12 +297,12 @@ class BackwardPass {
   void run_product(int64_t task, T* input_apart, bool accumulate_input) {
     if (task < parameters_.tasks()) return parameters_.run(task, count_ == 1);
     const int64_t first = (task - parameters_.tasks()) * kInputRows;
-    input_gradient<Cell>(args_, weights_, grads_, input_apart, accumulate_input, first,
+    input_gradient<Cell>(args_, weight_ih_, grads_, input_apart, accumulate_input, first,
                          smaller(grads_.chunk.rows, first + kInputRows));
   }
 
   void finish() {
-    for (int64_t i = 0; i < slices_ * members_; ++i) scans_[i]->finish();
+    scans_->finish();
     parameters_.finish();
   }
 
@@ -260,11 +311,10 @@ class BackwardPass {
 
   const BackwardArgs<S>& args_;
   const int direction_;
-  const BackwardWeights<Cell, S> weights_;
+  const BackwardWeight<Cell, S> weight_ih_;
   Chunks chunks_;
   ChunkGrads<Cell, S> grads_;
-  Several<BackwardScan<Cell, S>> scans_;
-  const int64_t slices_;
+  const std::unique_ptr<Scans<Cell, S>> scans_;
   const int members_;
   Team team_;
   ParameterGradients<Cell, S> parameters_;

@@ -4,6 +4,7 @@
 /// lie in memory: packing the one, and a block of columns of the other after another, take longer (measured on a Xeon,
 /// one row and gradients beyond the second-level cache: 1.5 to 3 times; 128 rows: 1.02 to 1.25 times).
 constexpr int64_t kFewRows = 128;
+inline bool has_few_rows(const Layout& layout) { return layout.rows <= kFewRows; }
 
 /// A weight [G*H, width] that backward multiplies by: its rows are rows of B. For so few rows of A that packing would
 /// cost more than it saves, its whole blocks of columns are taken as they are, and only what is left of a block packed.
@@ -27,7 +28,7 @@ class BackwardWeight {
   void multiply(PlainProduct<S> p) const {
     const int64_t last = p.last < 0 ? blocks_of<T>(width_) : p.last;
     Buffer<T*> rest(plain_blocks_ > 0 ? p.rows : 0);
-    if constexpr (kPack<S> == 1) {
+    if constexpr (kPack<S> == 1 && !kWidens<S>) {
       if (plain_blocks_ > 0) {
         p.last = smaller(last, plain_blocks_);
         multiply_plain(p);
@@ -107,18 +108,30 @@ class BackwardWeight {
   Buffer<Element<S>> packed_;  // [blocks after those][G*H][lanes]
 };
 
-/// One direction's weights as the backward passes want them.
-template <class Cell, class S>
-struct BackwardWeights {
-  BackwardWeights(const BackwardArgs<S>& args, const Weights<const S>& w)
-      : hidden(w.weight_hh, args.sizes.hidden, args.sizes.output(), args.layout.steps > 1 || args.grad_h_0,
-               args.layout.steps <= 1 && args.layout.rows <= kFewRows),
-        input(w.weight_ih, args.sizes.hidden, args.sizes.input, args.grad_input.data, args.layout.rows <= kFewRows),
+/// weight_hh of a direction, which is stored as W.
+template <class W, class S>
+const W* stored_hh(const BackwardArgs<S>& args, int direction) {
+  if constexpr (std::is_same_v<W, S>) {
+    return args.weights[direction].weight_hh;
+  } else if constexpr (std::is_same_v<W, BFloat16>) {
+    return args.bfloat16_hh[direction];
+  } else {
+    return args.float16_hh[direction];
+  }
+}
+
+/// One direction's weights as its scan backward wants them, weight_hh stored as W.
+template <class Cell, class S, class W>
+struct ScanWeights {
+  ScanWeights(const BackwardArgs<S>& args, int direction)
+      : hidden(stored_hh<W>(args, direction), args.sizes.hidden, args.sizes.output(),
+               args.layout.steps > 1 || args.grad_h_0, args.layout.steps <= 1 && has_few_rows(args.layout)),
         proj(args.sizes.proj ? elements<S>(args.sizes.proj) * args.sizes.padded() : 0) {
     const Sizes& s = args.sizes;
-    if (s.proj) pack_rows<S>(proj.get(), [&](int64_t k) { return w.weight_hr + k * s.hidden; }, s.proj, 0, s.hidden);
+    const S* weight_hr = args.weights[direction].weight_hr;
+    if (s.proj) pack_rows<S>(proj.get(), [&](int64_t k) { return weight_hr + k * s.hidden; }, s.proj, 0, s.hidden);
   }
 
-  const BackwardWeight<Cell, S> hidden, input;
+  const BackwardWeight<Cell, W> hidden;
   Buffer<Element<S>> proj;  // [H / lanes][P][lanes]
 };

@@ -114,7 +114,7 @@ class ForwardScan {
         }
         if (joined_) copy_inputs(place_rows(t, 0));
         if constexpr (cells::kIsVariant<Cell>) {
-          variant_step(t, rows, gates, now, next);
+          variant_step({t, rows, gates, now, next});
         } else {
           step(t, rows, gates, now, next);
         }
@@ -220,7 +220,19 @@ class ForwardScan {
     }
   }
 
-  void variant_step(int64_t t, int64_t rows, T* const* gates, A* now, A* next);
+  // Of a variant, see variants.inl.
+  struct VariantStep {
+    int64_t t, rows;
+    T* const* gates;
+    A *now, *next;
+  };
+  void variant_step(const VariantStep& at);
+  void normed_step(const VariantStep& at);
+  void masked_step(const VariantStep& at);
+  void project_variant(const VariantStep& at);
+  template <class Init, class Finish>
+  void variant_product(const VariantStep& at, const Init& init, const Finish& finish);
+  V leave_cell(const VariantStep& at, int64_t r, int64_t unit, V h, V state);
 
   // See inputs.inl.
   int64_t least_joined() const;

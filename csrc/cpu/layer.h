@@ -181,6 +181,9 @@ struct BackwardArgs {
   Compute<S>* grad_h_0 = nullptr;
   Compute<S>* grad_c_0 = nullptr;
   Weights<Compute<S>> grad_weights[2];
+  // Where widens_backward(): weight_hh as it is stored, in the place of the one above.
+  const BFloat16* bfloat16_hh[2] = {};
+  const Float16* float16_hh[2] = {};
   Variant variant = Variant::kPlain;
   Masks<S> masks;
 };
@@ -209,11 +212,17 @@ bool computes_bfloat16();
 
 /// Whether layer_forward takes such a layer as it is stored: all but 16 bits, and these where the instruction set
 /// multiplies them, or where it widens them and each weight is used for few rows only. Else, and for layer_backward
-/// of 16 bits that it does not multiply, they must be converted to float.
+/// of 16 bits that it does not multiply, they must be converted to float, but see widens_backward().
 template <class S>
 bool computes_forward(CellKind cell, const Sizes& sizes, const Layout& layout);
 
-/// Let layer_forward take all layers of 16 bits that it can widen, for tests; else those that are faster so.
+/// Whether layer_backward of such a layer of 16 bits, all else of which has been converted to float, is faster if it
+/// gets weight_hh as it is stored.
+template <class S>
+bool widens_backward(CellKind cell, const Sizes& sizes, const Layout& layout);
+
+/// Let layer_forward and layer_backward take all layers of 16 bits that they can widen, for tests; else those that are
+/// faster so.
 void widen_always(bool always);
 
 /// Whether a layer's forward call uses packed weights. `itemsize`: bytes of a weight.

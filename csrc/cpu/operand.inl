@@ -80,15 +80,6 @@ struct Operand<BFloat16> : GatheredPairs {
     return (Vec<float>)_mm512_maskz_loadu_epi16(first_lanes<__mmask32>(count), p);
   }
 };
-
-/// 16 pairs, of two rows that follow each other in k.
-template <class From>
-ALWAYS_INLINE void store_pairs(Pair* to, const From* low, const From* high, int64_t count) {
-  const __m512i zero = _mm512_setzero_si512();
-  const __m512i a = low ? _mm512_cvtepu16_epi32((__m256i)bits_part<BFloat16>(low, count)) : zero;
-  const __m512i b = high ? _mm512_cvtepu16_epi32((__m256i)bits_part<BFloat16>(high, count)) : zero;
-  _mm512_storeu_si512(to, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
-}
 #else
 template <>
 struct Operand<BFloat16> : GatheredPairs {
@@ -117,6 +108,17 @@ struct Operand<BFloat16> : GatheredPairs {
   }
 };
 #endif
+
+/// Pairs of two rows that follow each other in k; null: zeros.
+template <class From>
+ALWAYS_INLINE void store_pairs(Pair* to, const From* low, const From* high, int64_t count) {
+  const Bits16 none = {};
+  const Bits32 first = as_words(low ? bits_part<BFloat16>(low, count) : none);
+  const Bits32 second = as_words(high ? bits_part<BFloat16>(high, count) : none);
+  const Bits32 pairs = first | second << 16;
+  __builtin_memcpy(static_cast<void*>(to), &pairs, sizeof(pairs));
+}
+
 /// Registers that as many elements take.
 template <class S>
 constexpr int kOperandRegisters = int(sizeof(typename Operand<S>::Lanes) / sizeof(Vec<Compute<S>>));

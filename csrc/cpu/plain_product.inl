@@ -9,8 +9,9 @@ void pack_rows(Element<S>* out, const Row& row, int64_t depth, int64_t first_col
     const auto* from = row(k * kPack<S>);
     if constexpr (kPack<S> == 1) {
       for (int64_t block = 0; block < blocks; ++block) {
-        const Vec<S> v = from ? load_part(from + first_column + block * n, columns - block * n) : Vec<S>{};
-        store(out + (block * depth + k) * n, v);
+        const int64_t at = block * n;
+        const auto v = from ? Operand<S>::gather(from + first_column + at, columns - at) : Vec<Compute<S>>{};
+        Operand<S>::store_gathered(out + (block * depth + k) * n, v);
       }
     } else {
       const auto* next = k * kPack<S> + 1 < depth ? row(k * kPack<S> + 1) : nullptr;

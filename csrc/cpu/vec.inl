@@ -101,22 +101,20 @@ ALWAYS_INLINE Vec<T> broadcast(T x) {
 typedef uint16_t Bits16 __attribute__((vector_size(RNN_EXT_VECTOR_BYTES / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
 
+#if RNN_EXT_VECTOR_BYTES == 64  // GCC makes halves and quarters of a general conversion
+ALWAYS_INLINE Bits32 as_words(Bits16 v) { return (Bits32)_mm512_cvtepu16_epi32((__m256i)v); }
+#elif RNN_EXT_VECTOR_BYTES == 32
+ALWAYS_INLINE Bits32 as_words(Bits16 v) { return (Bits32)_mm256_cvtepu16_epi32((__m128i)v); }
+#else
+ALWAYS_INLINE Bits32 as_words(Bits16 v) { return __builtin_convertvector(v, Bits32); }
+#endif
+
 /// 16-bit numbers as floats, and floats rounded to them, to the nearest and the even one of two.
 template <class S>
 struct Convert;
 template <>
 struct Convert<BFloat16> {
-#if RNN_EXT_VECTOR_BYTES == 64  // GCC makes halves and quarters of a general conversion
-  ALWAYS_INLINE static Vec<float> widen(Bits16 v) {
-    return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
-  }
-#elif RNN_EXT_VECTOR_BYTES == 32
-  ALWAYS_INLINE static Vec<float> widen(Bits16 v) {
-    return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
-  }
-#else
-  ALWAYS_INLINE static Vec<float> widen(Bits16 v) { return (Vec<float>)(__builtin_convertvector(v, Bits32) << 16); }
-#endif
+  ALWAYS_INLINE static Vec<float> widen(Bits16 v) { return (Vec<float>)(as_words(v) << 16); }
 #if defined(RNN_EXT_BFLOAT16)
   ALWAYS_INLINE static Bits16 narrow(Vec<float> v) { return (Bits16)_mm512_cvtneps_pbh(v); }
 #else

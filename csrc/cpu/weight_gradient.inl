@@ -7,22 +7,22 @@ class WeightGradient {
   using T = Compute<S>;
 
  public:
-  /// `grad` null: it is not wanted. `rows`: of all chunks.
-  WeightGradient(T* grad, int parts, int64_t height, int64_t width, int64_t rows)
+  /// `grad` null: it is not wanted.
+  WeightGradient(T* grad, int parts, int64_t height, int64_t width, const Layout& layout)
       : grad_(grad),
         parts_(parts),
         height_(height),
         width_(width),
-        few_(grad && rows <= kFewRows),
+        few_(grad && has_few_rows(layout)),
         rest_(grad && !few_ ? rest_of(width, height) : 0),
         padded_(Sizes::padded(height)),
-        packed_(few_ ? elements<S>(rows) * blocks_of<T>(width) * kLanes<T> : 0),
+        packed_(few_ ? elements<S>(layout.rows) * blocks_of<T>(width) * kLanes<T> : 0),
         transposed_(rest_ * parts * padded_) {}
 
-  /// Where there are few rows: takes B, for all tasks, before their add().
+  /// Of few rows: takes B, for all tasks, before their write(). b_row(row) is asked for in order, null is zeros.
   template <class Row>
   void take(int64_t rows, const Row& b_row) {
-    if (few_) pack_rows<S>(packed_.get(), b_row, rows, 0, width_);
+    if (grad_) pack_rows<S>(packed_.get(), b_row, rows, 0, width_);
   }
 
   int64_t tasks() const {
@@ -31,13 +31,11 @@ class WeightGradient {
   }
 
   /// Adds the rows of a chunk, or begins with them, to one task's share of the gradient. A's part p is the `height`
-  /// columns from a + offset[p], whose rows are elements, `stride` of them apart; b_row(row) is asked for in order,
-  /// null is zeros, but not where take() has been.
+  /// columns from a + offset[p], whose rows are elements, `stride` of them apart; b_row as of take().
   template <class Row>
   void add(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, int64_t rows, bool begin,
            const Row& b_row) {
     if (rows == 0) return;
-    if (few_) return write(task, a, stride, offset, rows);
     const int64_t first = task * kColumns, columns = smaller(kColumns, width_ - first);
     const int64_t whole = first + columns == width_ ? columns - rest_ : columns;
     constexpr int64_t kMost = 512;  // rows whose B stays in the second-level cache
@@ -79,6 +77,26 @@ class WeightGradient {
     }
   }
 
+  /// The same of few rows, which are the only chunk.
+  void write(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, int64_t rows) {
+    if (rows == 0) return;
+    // So little to compute that stores would wait for their lines (Xeon, one row of 512 units: a fifth off; from 8 rows
+    // on nothing).
+    constexpr int64_t kWaiting = 8;
+    const int64_t pieces = tasks_of_part(), part = task / pieces, piece = task % pieces;
+    const int64_t first = height_ * piece / pieces, last = height_ * (piece + 1) / pieces;
+    const S* from[kAtOnce];
+    T* to[kAtOnce];
+    PlainProduct<S> p;
+    p.columns = width_;
+    p.b = packed_.get();
+    p.fetch_c = rows < kWaiting;
+    p.segments.length = elements<S>(rows);
+    p.segments.stride = stride;
+    for (int64_t m = first; m < last; m += kAtOnce)
+      multiply_rows_of(int(part), m, smaller(kAtOnce, last - m), 0, a + offset[part], from, to, p);
+  }
+
   /// After the last chunk; `any`: there was one.
   void finish(bool any) {
     if (!grad_) return;
@@ -109,25 +127,6 @@ class WeightGradient {
 
   /// Of about equal heights.
   int64_t tasks_of_part() const { return (height_ + 4 * kAtOnce - 1) / (4 * kAtOnce); }
-
-  /// Of the only chunk.
-  void write(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, int64_t rows) {
-    // So little to compute that stores would wait for their lines (Xeon, one row of 512 units: a fifth off; from 8 rows
-    // on nothing).
-    constexpr int64_t kWaiting = 8;
-    const int64_t pieces = tasks_of_part(), part = task / pieces, piece = task % pieces;
-    const int64_t first = height_ * piece / pieces, last = height_ * (piece + 1) / pieces;
-    const S* from[kAtOnce];
-    T* to[kAtOnce];
-    PlainProduct<S> p;
-    p.columns = width_;
-    p.b = packed_.get();
-    p.fetch_c = rows < kWaiting;
-    p.segments.length = elements<S>(rows);
-    p.segments.stride = stride;
-    for (int64_t m = first; m < last; m += kAtOnce)
-      multiply_rows_of(int(part), m, smaller(kAtOnce, last - m), 0, a + offset[part], from, to, p);
-  }
 
   /// The product `p` for so many rows of a part of the gradient, from its row `first` and column `column` on. `a`: the
   /// columns of A for the part; `from` and `to`: room for so many.

@@ -127,6 +127,16 @@ at::ScalarType backward_type(const at::Tensor& input, cpu::Variant variant) {
   return is_bfloat16 && cpu::computes_bfloat16() ? at::kBFloat16 : compute_type(input);
 }
 
+/// What the kernels get weight_hh in, if all else is converted to `dtype`.
+at::ScalarType widened_backward_type(const at::Tensor& input, at::ScalarType dtype, const LayerShape& shape) {
+  const at::ScalarType type = input.scalar_type();
+  if (type == dtype || shape.variant != cpu::Variant::kPlain) return dtype;
+  const cpu::CellKind cell = shape.cell.kind;
+  const bool widens = type == at::kBFloat16 ? cpu::widens_backward<cpu::BFloat16>(cell, shape.sizes, shape.layout())
+                                            : cpu::widens_backward<cpu::Float16>(cell, shape.sizes, shape.layout());
+  return widens ? type : dtype;
+}
+
 template <class S>
 constexpr at::ScalarType kScalarType = at::kFloat;
 template <>
@@ -409,11 +419,15 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   const OptionalTensor dy = prepare_sequence(grad_output, dtype), dcells = prepare_sequence(grad_cells, dtype);
   const OptionalTensor dh_n = prepare(grad_h_n, dtype), dc_n = prepare(grad_c_n, dtype);
   std::vector<at::Tensor> w = weights.vec();
+  const at::ScalarType stored = widened_backward_type(input, dtype, shape);
+  std::vector<at::Tensor> narrow_hh(sizes.directions);
+  for (int d = 0; d < sizes.directions && stored != dtype; ++d)
+    narrow_hh[d] = weights[shape.index(d, LayerShape::kWeightHh)].contiguous();
   // What no gradient passes through the kernels do not look at.
   const bool plain = shape.variant == cpu::Variant::kPlain;
   const auto passed = [&](LayerShape::Weight weight) {
     if (weight == LayerShape::kWeightIh) return output_mask.get(0);
-    if (weight == LayerShape::kWeightHh) return output_mask.get(1) || shape.layout().steps > 1;
+    if (weight == LayerShape::kWeightHh) return stored == dtype && (output_mask.get(1) || shape.layout().steps > 1);
     return weight == LayerShape::kWeightHr || !plain;
   };
   for (int d = 0; d < sizes.directions; ++d) prepare_weights(w, shape, d, dtype, passed);
@@ -455,6 +469,12 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     for (int d = 0; d < sizes.directions; ++d) {
       args.weights[d] = named_weights<const scalar_t>(w, shape, d);
       args.grad_weights[d] = named_weights<compute_t>(dw, shape, d);
+      if (stored == dtype) continue;
+      if (stored == at::kBFloat16) {
+        args.bfloat16_hh[d] = data<const cpu::BFloat16>(narrow_hh[d]);
+      } else {
+        args.float16_hh[d] = data<const cpu::Float16>(narrow_hh[d]);
+      }
     }
     cpu::layer_backward(args, executor());
   });
