@@ -41,10 +41,12 @@ bench: $(VENV)/.bench
 
 # With a Python that has what it takes, since a machine with a GPU need not have a network. One process: one GPU.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/.test),$(BIN)/python,python3)
+# All that have the mark: to collect the others takes packages that such a machine need not have.
+GPU_TESTS := tests/test_cuda_device.py tests/test_backends.py
 gpu:
 	@PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --check
 	RNN_EXT_BUILD=cuda $(GPU_PYTHON) setup.py build_ext --inplace
-	$(GPU_PYTHON) -m pytest -m cuda -p no:xdist $(PYTEST_ARGS)
+	$(GPU_PYTHON) -m pytest -m cuda -p no:xdist $(GPU_TESTS) $(PYTEST_ARGS)
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 lint: $(VENV)/.lint

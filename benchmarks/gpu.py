@@ -38,6 +38,7 @@ from rnn_ext import ops
 from rnn_ext._nvcc import find_nvcc, library_folders
 
 FOLDER = Path(__file__).parent
+MICRO_SECONDS = 120
 CELLS = ("rnn_tanh", "gru", "lstm")
 DTYPES = ("float32", "tf32", "bfloat16", "float16")
 NOISE = 0.97  # a ratio above it is no loss
@@ -194,7 +195,11 @@ def micro(console: Console) -> dict[str, float] | None:
         program = str(Path(folder, "gpu_micro"))
         result = subprocess.run(compile_micro(nvcc, f"{major}{minor}", program), capture_output=True, text=True)
         if result.returncode == 0:
-            result = subprocess.run([program], capture_output=True, text=True, timeout=120)
+            try:
+                result = subprocess.run([program], capture_output=True, text=True, timeout=MICRO_SECONDS)
+            except subprocess.TimeoutExpired:
+                console.print(f"micro-measurements are left out: they hung, or took more than {MICRO_SECONDS} seconds")
+                return None
         if result.returncode:
             console.print(f"micro-measurements are left out: {(result.stderr or result.stdout).strip()[:300]}")
             return None
@@ -232,6 +237,11 @@ def losses(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows in which torch is faster beyond noise, worst first."""
     found = [row for row in result["rows"] if (ratio(row) or 1.0) < NOISE]
     return sorted(found, key=lambda row: ratio(row) or 0.0)
+
+
+def is_failure(row: dict[str, Any]) -> bool:
+    """Whether a row has no figure for another reason than memory: wrong numbers, a launch that was refused, ..."""
+    return "out of memory" not in row.get("problem", "out of memory")
 
 
 def row_of(row: dict[str, Any]) -> Row:
@@ -275,8 +285,15 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(f"  {name}: {microseconds:.3f} us")
 
 
-def run(rows: Sequence[Row], clock: Callable, device: str, seconds: float, console: Console) -> tuple[list[dict], int]:
-    """The rows that could be measured in the time, and how many were left."""
+def run(
+    rows: Sequence[Row],
+    clock: Callable,
+    device: str,
+    seconds: float,
+    console: Console,
+    save: Callable[[list[dict], int], None] = lambda done, left: None,
+) -> tuple[list[dict], int]:
+    """The rows that could be measured in the time, and how many were left; `save` is given both after each row."""
     done: list[dict] = []
     stop = time.monotonic() + seconds
     for index, row in enumerate(rows):
@@ -285,6 +302,7 @@ def run(rows: Sequence[Row], clock: Callable, device: str, seconds: float, conso
         done.append(measure(row, clock, device))
         if "problem" in done[-1]:
             console.print(f"{row}: {done[-1]['problem']}", style="yellow")
+        save(done, len(rows) - index - 1)
     return done, 0
 
 
@@ -325,17 +343,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problem:
         console.print(problem)
         return 1
-    result = card()
-    result["micro"] = micro(console)
-    result["rows"], result["left_out"] = run(grid(args.quick), CudaClock(), "cuda", args.seconds, console)
+    result = card() | {"micro": None}
     slug = result["card"].lower().replace(" ", "-").replace("/", "-")
     path = args.output or FOLDER / "results" / f"{slug}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+
+    def save(rows: list[dict], left: int) -> None:
+        result.update(rows=rows, left_out=left)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+    # What has been measured is kept, whatever the next row does to the GPU.
+    save(*run(grid(args.quick), CudaClock(), "cuda", args.seconds, console, save))
+    result["micro"] = micro(console)
+    save(result["rows"], result["left_out"])
     show(result, console)
     console.print(f"Written: {path}")
-    wrong = [row for row in result["rows"] if row.get("problem", "").startswith("outputs differ")]
-    return 1 if wrong else 0
+    return 1 if any(is_failure(row) for row in result["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -117,6 +117,47 @@ def test_rows_are_left_when_the_time_is_up(gpu):
     assert len(done) == 1 and left == 0
 
 
+def test_rows_are_kept_as_they_come(gpu):
+    """A GPU that hangs later takes none of them away."""
+    saved = []
+    rows = [gpu.Row("rnn_tanh", "float32", 4, 1, 2, "forward")] * 2
+    with emulated():
+        gpu.run(
+            rows, wall, "cpu", 60.0, Console(file=io.StringIO()), lambda done, left: saved.append((len(done), left))
+        )
+    assert saved == [(1, 1), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("problem", "fails"),
+    [
+        (None, False),
+        ("outputs differ by 1.00e+00", True),
+        ("rnn_ext on CUDA: grid_forward: invalid argument", True),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+    ],
+)
+def test_what_fails_the_gate(gpu, problem, fails):
+    assert gpu.is_failure(row(gpu, 1.0, 2.0) if problem is None else row(gpu, problem=problem)) is fails
+
+
+def test_micro_measurements_that_hang(gpu, monkeypatch):
+    """They are left out with a line, and the rest of the results stays."""
+    monkeypatch.setattr(gpu, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(gpu, "library_folders", lambda nvcc: [])
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_capability", lambda: (9, 0))
+
+    def run(command, timeout=None, **options):
+        if timeout:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    console = Console(file=io.StringIO())
+    assert gpu.micro(console) is None
+    assert "they hung" in console.file.getvalue()
+
+
 def test_table(gpu):
     rows = [
         row(gpu, 1.0, 2.0),

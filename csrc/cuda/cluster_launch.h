@@ -62,7 +62,7 @@ int launch_cluster(const char* name, const Args& args, cudaStream_t stream, RnnE
   const auto layer = persistent_layer<T>(args);
   const auto chosen = cluster_kernel_of<Pointers, T>(args.cell, layer.hidden);
   const int64_t clusters = (layer.batch + kClusterRows - 1) / kClusterRows;
-  if (layer.length > INT32_MAX || clusters * chosen.blocks > INT32_MAX) {
+  if (layer.length >= INT32_MAX || clusters * chosen.blocks > INT32_MAX) {
     std::snprintf(error->message, sizeof error->message, "%s: %lld timesteps of batch %lld are too many for one launch",
                   name, static_cast<long long>(layer.length), static_cast<long long>(layer.batch));
     return 1;

@@ -191,6 +191,8 @@ extern "C" int rnn_ext_cuda_set_device(int32_t device, RnnExtError* error) {
   return problem ? refuse(error, "cuda:%d: %s", device, problem) : 0;
 }
 
+extern "C" int rnn_ext_cuda_is_capturing(void* stream) { return is_capturing(static_cast<cudaStream_t>(stream)); }
+
 extern "C" int rnn_ext_cuda_check_device(int32_t device, RnnExtError* error) {
   const char* problem = check_device(device, reinterpret_cast<const void*>(&probe_kernel));
   return problem ? refuse(error, "cuda:%d: %s", device, problem) : 0;

@@ -1,6 +1,7 @@
 // The C interface of the CUDA kernels: plain structs of pointers and sizes. Nothing throws; every function returns 0,
 // or 1 with a sentence in `error`. All pointers are device memory unless said otherwise, owned by the caller, and stay
-// valid until the stream has passed the launches. Nothing synchronises: calls can be captured in a CUDA graph.
+// valid until the stream has passed the launches. Nothing synchronises: calls can be captured in a CUDA graph, which
+// then holds the numbers that lie on the host.
 //
 // Letters: L timesteps, N batch, H hidden, G gates, R rows (a row is one (timestep, batch) pair that has storage),
 // S saved values per unit, Q gate gradients per unit. T is the storage type, A its accumulator (double for double, else
@@ -137,6 +138,8 @@ typedef struct RnnExtBackward {
 
 // Makes the device current for the launches to come. The caller's CUDA runtime may be another one than the kernels'.
 int rnn_ext_cuda_set_device(int32_t device, RnnExtError* error);
+// 1 if the stream is being captured in a CUDA graph, which could not copy from the host again, else 0.
+int rnn_ext_cuda_is_capturing(void* stream);
 // Whether there is such a device and the kernels have code for it; leaves the current device as it is.
 int rnn_ext_cuda_check_device(int32_t device, RnnExtError* error);
 

@@ -15,6 +15,7 @@
 
 #include <map>
 #include <mutex>
+#include <set>
 #else
 #include <tuple>
 
@@ -43,6 +44,11 @@ inline const char* describe(cudaError_t error) {
     return "the library has no code for this GPU (no kernel image): build it again with RNN_EXT_CUDA_ARCHS set to the "
            "GPU's compute capability";
   }
+  if (error == cudaErrorInsufficientDriver) {
+    return "the GPU's driver is older than the CUDA release that compiled the library: update it, or build again with "
+           "an "
+           "nvcc of the release that torch.version.cuda names";
+  }
   return cudaGetErrorString(error);
 }
 #endif
@@ -56,10 +62,21 @@ struct LaunchConfig {
 };
 
 #if defined(__CUDACC__)
+// All that the current device has, once: what one thread needs for its launch, another must not take back. (The kernels
+// that ask have no static shared memory.)
 inline cudaError_t allow_shared_bytes(const void* kernel, size_t bytes) {
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
   if (bytes <= kSharedWithoutAsking) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (error != cudaSuccess || allowed.count({kernel, device})) return error;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) allowed.insert({kernel, device});
+  return error;
 }
 
 // Tells CUDA what a kernel is to have beyond the ordinary, and fills in the launch. `attributes` stays with it.
@@ -194,6 +211,17 @@ inline const char* check_device(int device, const void* kernel) {
   static_cast<void>(kernel);
   return select_device(device);
 #endif
+}
+
+// Whether what is queued on the stream goes to a CUDA graph that is being captured.
+inline bool is_capturing(cudaStream_t stream) {
+#if defined(__CUDACC__)
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &status) == cudaSuccess) return status != cudaStreamCaptureStatusNone;
+  cudaGetLastError();
+#endif
+  static_cast<void>(stream);
+  return false;
 }
 
 // Bytes of shared memory one block of the current device can have; 0 if there is no device.

@@ -79,6 +79,7 @@ Call::Call(const at::Tensor& input, const OptionalTensor& h_0_, const OptionalTe
   sequence.batch_stride = shape.batch_first ? length : 1;
   if (shape.packed) sequence.batch_sizes = shape.batch_sizes.data();
   if (lengths_.has_value()) {
+    if (lengths_->is_cpu() && !input.is_cpu()) check_not_captured("lengths on the CPU");
     lengths_on_device_ = lengths_->to(options.device(), at::kLong, /*non_blocking=*/true).contiguous();
     sequence.lengths = lengths_on_device_.const_data_ptr<int64_t>();
   }
@@ -214,8 +215,14 @@ at::Tensor Call::packed_neighbours(const at::Tensor& all, const at::Tensor& init
   return result;
 }
 
+void Call::check_not_captured(const char* what) const {
+  TORCH_CHECK(!rnn_ext_cuda_is_capturing(stream), what,
+              " cannot be captured in a CUDA graph: expected a padded input, ", "with lengths on ", options.device());
+}
+
 void Call::upload_packing() {
   if (offsets_on_device_.defined()) return;
+  check_not_captured("a packed sequence");
   const at::Tensor host = at::empty({2 * length + batch}, at::kLong);
   int64_t* to = host.mutable_data_ptr<int64_t>();
   std::copy(shape.offsets.begin(), shape.offsets.end(), to);

@@ -137,6 +137,8 @@ class Call {
   at::Tensor padded_neighbours(const at::Tensor& all, const at::Tensor& initial, bool after, bool begins) const;
   at::Tensor packed_neighbours(const at::Tensor& all, const at::Tensor& initial, bool after, bool begins);
   void upload_packing();
+  /// Raises where a CUDA graph is being captured: a replay would not copy from the host again.
+  void check_not_captured(const char* what) const;
   void locate_packed_rows();
 
   std::vector<at::Tensor> weights_;
