@@ -206,12 +206,13 @@ NO_MEMORY = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stddef.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 int refuses;  /* memory to all threads but the first */
 
 void* aligned_alloc(size_t alignment, size_t bytes) {
-  if (refuses && gettid() != getpid()) return NULL;
+  if (refuses && syscall(SYS_gettid) != getpid()) return NULL;
   return ((void* (*)(size_t, size_t))dlsym(RTLD_NEXT, "aligned_alloc"))(alignment, bytes);
 }
 """
