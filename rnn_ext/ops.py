@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
+from torch.utils import _pytree as pytree
 
 from rnn_ext import _loader, reference
 
@@ -465,15 +466,12 @@ def _select(value: Any, dim: Any, index: int) -> Any:
 def _loop(op: Callable, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[tuple, tuple]:
     """vmap the plain way: a call per entry."""
     outputs = _stacked([op(*(_select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(size)])
-    dims = tuple([0] * len(o) if isinstance(o, list) else 0 for o in outputs)
-    return tuple(outputs), dims
+    return outputs, pytree.tree_map(lambda _: 0, outputs)
 
 
 def _stacked(results: Sequence[Any]) -> Any:
-    """Results of the same structure, lists of tensors, as one of that structure."""
-    if isinstance(results[0], (list, tuple)):
-        return [_stacked(parts) for parts in zip(*results, strict=True)]
-    return torch.stack(results)
+    """Results of the same structure as one of that structure."""
+    return pytree.tree_map(lambda *parts: torch.stack(parts), *results)
 
 
 def _layer_vmap(info, in_dims, *args):
@@ -530,36 +528,22 @@ def _batched(op: Callable) -> Callable:
     """The op under the vmap that autograd has for `is_grads_batched` and `vectorize`, which is not torch.func's: an
     entry after the other. (What torch does itself for an op without such a rule fails at lists of tensors.)"""
 
+    def entry(args: Any, i: int) -> Any:
+        return pytree.tree_map_only(Tensor, lambda x: x[i % x.shape[0]], args)
+
     def call(*args: Any) -> Any:
         level = torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
 
-        def unwrap(x: Any) -> Any:  # the entries, or one of what is not mapped
-            if isinstance(x, (list, tuple)):
-                return [unwrap(v) for v in x]
-            return torch._remove_batch_dim(x, level, 1, 0) if isinstance(x, Tensor) else x
-
-        def wrap(x: Any) -> Any:
-            return [wrap(v) for v in x] if isinstance(x, (list, tuple)) else torch._add_batch_dim(x, 0, level)
-
-        def size_of(x: Any) -> int:
-            if isinstance(x, (list, tuple)):
-                return max(map(size_of, x), default=1)
-            return x.shape[0] if isinstance(x, Tensor) else 1
-
-        def entry(x: Any, i: int) -> Any:
-            if isinstance(x, (list, tuple)):
-                return [entry(v, i) for v in x]
-            return x[i if x.shape[0] > 1 else 0] if isinstance(x, Tensor) else x
-
-        args = [unwrap(x) for x in args]
+        # Of each tensor the entries, or one of what is not mapped.
+        args = pytree.tree_map_only(Tensor, lambda x: torch._remove_batch_dim(x, level, 1, 0), args)
+        size = max(x.shape[0] for x in pytree.tree_leaves(args) if isinstance(x, Tensor))
         torch._C._vmapmode_decrement_nesting()  # an outer vmap is the innermost one now
         try:
-            results = [op(*(entry(x, i) for x in args)) for i in range(size_of(args))]
+            results = [op(*entry(args, i)) for i in range(size)]
         finally:
             torch._C._vmapmode_increment_nesting()
-        wrapped = wrap(_stacked(results))
-        return wrapped if isinstance(results[0], list) else tuple(wrapped)
+        return pytree.tree_map(lambda x: torch._add_batch_dim(x, 0, level), _stacked(results))
 
     return call
 

@@ -50,13 +50,14 @@ static CellInfo info_of(cpu::CellKind kind) {
 }
 
 CellInfo cell_info(std::string_view name) {
-  std::string names;
-#define RNN_EXT_FIND(Cell)                                                             \
-  if (name == cells::Cell::kName) return info_of<cells::Cell>(cpu::CellKind::k##Cell); \
-  names += std::string(" ") + cells::Cell::kName;
+#define RNN_EXT_FIND(Cell) \
+  if (name == cells::Cell::kName) return info_of<cells::Cell>(cpu::CellKind::k##Cell);
   RNN_EXT_FOR_EACH_CELL(RNN_EXT_FIND)
 #undef RNN_EXT_FIND
-  TORCH_CHECK_VALUE(false, "unknown cell '", std::string(name), "': expected one of", names);
+#define RNN_EXT_NAME(Cell) , " ", cells::Cell::kName
+  TORCH_CHECK_VALUE(false, "unknown cell '", std::string(name),
+                    "': expected one of" RNN_EXT_FOR_EACH_CELL(RNN_EXT_NAME));
+#undef RNN_EXT_NAME
 }
 
 namespace {
