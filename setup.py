@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -37,9 +38,12 @@ def sources(folder: str, pattern: str) -> list[str]:
 
 def find_cxx() -> str:
     """The C++ compiler's command line; raises SystemExit where there is none."""
-    named = os.environ.get("CXX")
+    named = os.environ.get("CXX", "").strip()
     for command in [named] if named else ["c++", "g++", "clang++"]:
-        if shutil.which(shlex.split(command)[0]):
+        words = shlex.split(command)
+        if shutil.which(words[0]):
+            if subprocess.run([*words, "--version"], capture_output=True).returncode != 0:
+                raise SystemExit(f"rnn_ext needs a C++ compiler, and {command} fails when asked for its --version.")
             return command
     what = f"CXX={named} is not a program" if named else "none of c++, g++ and clang++ is on the PATH"
     raise SystemExit(f"rnn_ext needs a C++ compiler, and {what}: install g++ (Debian: apt-get install g++) or set CXX.")
@@ -64,7 +68,12 @@ def choose_cuda(mode: str, cuda_ops: list[str], nvcc: str | None, ninja: str | N
 
 
 def cuda_arch_flags() -> list[str]:
-    archs = (os.environ.get("RNN_EXT_CUDA_ARCHS") or CUDA_ARCHS).replace(".", "").replace(",", ";").split(";")
+    """nvcc's options; raises SystemExit for what it cannot compile the kernels for."""
+    archs = re.findall(r"[^\s,;]+", (os.environ.get("RNN_EXT_CUDA_ARCHS") or CUDA_ARCHS).replace(".", ""))
+    wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch) or int(arch.rstrip("af")) < 80]
+    if wrong or not archs:
+        named = os.environ["RNN_EXT_CUDA_ARCHS"]
+        raise SystemExit(f"RNN_EXT_CUDA_ARCHS is {named!r}; expected compute capabilities from 8.0 on, '80;90' say.")
     machine_code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [*machine_code, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 

@@ -232,7 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=2, help="for each comparison")
     parser.add_argument("--only", default="", help="comparisons with this in their description")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help="(results/features.md; with --only: none)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -246,6 +246,7 @@ def main() -> None:
         "| comparison | option (ms) | plain (ms) | ratio | target |",
         "|---|---:|---:|---:|---:|",
     ]
+    head = len(lines)
     for row in (*resets(), *cell_states(), *lengths(), *variants(), *streaming()):
         if args.only not in row.what:
             continue
@@ -257,8 +258,11 @@ def main() -> None:
         target = "" if row.target is None else f"{row.target:g}{missed}"
         lines.append(f"| {row.what} | {option * 1e3:.3f} | {plain * 1e3:.3f} | {ratio:.2f} | {target} |")
         print(lines[-1], flush=True)
-    if not args.only:
-        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if not lines[head:]:
+        parser.error(f"--only {args.only!r} matches no comparison")
+    output = args.output or (None if args.only else RESULTS)
+    if output:
+        output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

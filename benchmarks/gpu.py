@@ -44,6 +44,8 @@ DTYPES = ("float32", "tf32", "bfloat16", "float16")
 NOISE = 0.97  # a ratio above it is no loss
 # Largest difference of two outputs, which are bounded by 1.
 TOLERANCE = {"float32": 1e-4, "tf32": 2e-2, "bfloat16": 6e-2, "float16": 1e-2}
+# Times that, of gradients as a share of the largest: both sides round at every timestep, and gradients sum over all.
+GRADIENT_TOLERANCE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +95,13 @@ def grid(quick: bool = False) -> list[Row]:
 
 
 class CudaClock:
-    """Seconds of a call on the current stream."""
+    """Seconds of a call on the current stream, which first waits while the host launches what it can of it."""
+
+    WAIT = 500_000  # clock cycles, a quarter of a millisecond
 
     def __call__(self, call: Callable[[], object]) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(self.WAIT)
         begin.record()
         call()
         end.record()
@@ -133,29 +138,36 @@ def contestants(row: Row, device: str) -> tuple[nn.Module, nn.Module, Tensor | P
     return ours, theirs, input
 
 
-def call_of(module: nn.Module, input: Tensor | PackedSequence, mode: str) -> Callable[[], Tensor]:
-    """What is timed. Returns the output's rows."""
+def call_of(module: nn.Module, input: Tensor | PackedSequence, mode: str) -> Callable[[], list[Tensor]]:
+    """What is timed. Returns the output's rows and, in training, the gradients of the input and the parameters."""
 
     def rows(output: Tensor | PackedSequence) -> Tensor:
         return output.data if isinstance(output, PackedSequence) else output
 
-    def forward() -> Tensor:
+    def forward() -> list[Tensor]:
         with torch.no_grad():
-            return rows(module(input)[0])
+            return [rows(module(input)[0])]
 
     if mode == "forward":
         return forward
     data = rows(input).detach().requires_grad_()
     given = input._replace(data=data) if isinstance(input, PackedSequence) else data
     leaves = [data, *module.parameters()]
-    cotangent = torch.randn_like(forward())
+    (output,) = forward()
+    generator = torch.Generator(output.device).manual_seed(1)  # the same for both contestants
+    cotangent = torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
 
-    def training() -> Tensor:
+    def training() -> list[Tensor]:
         output = rows(module(given)[0])
-        torch.autograd.grad(output, leaves, cotangent)
-        return output.detach()
+        return [output.detach(), *torch.autograd.grad(output, leaves, cotangent)]
 
     return training
+
+
+def differences(ours: list[Tensor], theirs: list[Tensor]) -> list[float]:
+    """The largest of each pair: of the outputs as it is, of gradients as a share of the largest value."""
+    found = [(a.float() - b.float()).abs().max().item() for a, b in zip(ours, theirs, strict=True)]
+    return [found[0], *(d / b.float().abs().max().item() for d, b in zip(found[1:], theirs[1:], strict=True))]
 
 
 def measure(row: Row, clock: Callable[[Callable[[], object]], float], device: str, seconds: float = 0.3) -> dict:
@@ -168,10 +180,11 @@ def measure(row: Row, clock: Callable[[Callable[[], object]], float], device: st
                 explained = rnn_ext.explain(ours, input)
                 result["kernel"] = explained.kernel.rsplit(" ", 1)[-1]
             calls = {"ours": call_of(ours, input, row.mode), "torch": call_of(theirs, input, row.mode)}
-            outputs = [call().float() for call in calls.values()]
-            result["difference"] = (outputs[0] - outputs[1]).abs().max().item()
+            result["difference"], *of_gradients = differences(*(call() for call in calls.values()))
             if not result["difference"] <= TOLERANCE[row.dtype]:
                 return result | {"problem": f"outputs differ by {result['difference']:.2e}"}
+            if not max(of_gradients, default=0) <= GRADIENT_TOLERANCE * TOLERANCE[row.dtype]:
+                return result | {"problem": f"gradients differ by {max(of_gradients):.2e} of the largest value"}
             for call in calls.values():
                 call()
             times: dict[str, list[float]] = {name: [] for name in calls}
@@ -328,7 +341,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     if args.show:
-        show(json.loads(args.show.read_text()), console)
+        try:
+            show(json.loads(args.show.read_text()), console)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            console.print(
+                f"error: {args.show} holds no results of gpu.py ({type(error).__name__}: {error})", markup=False
+            )
+            return 2
         return 0
     problem = why_not()
     if problem or args.check:

@@ -266,6 +266,9 @@ def main(argv: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {argv[0]} cannot be read: {error}", file=sys.stderr)
         return 2
+    if not isinstance(result, dict) or "rows" not in result:
+        print(f"error: {argv[0]} holds no results of run.py", file=sys.stderr)
+        return 2
     folder = Path(argv[1]) if len(argv) == 2 else Path(__file__).parent / "plots"
     for path in draw(result, folder):
         print(path)

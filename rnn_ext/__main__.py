@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
+
+from rnn_ext._version import __version__
 
 DELEGATED = {
     "doctor": "versions, compiler, instruction set, CUDA, what each backend can do, and how to mend what is wrong",
@@ -54,6 +58,7 @@ def fraction(text: str) -> float:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m rnn_ext", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"rnn_ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="train both models on real data with torch's kernels and with ours")
@@ -104,11 +109,13 @@ def train(options: dict[str, Any]) -> int:
     from rnn_ext.demo import progress_bars
     from rnn_ext.training import DEFAULTS, Config, Forecasting, Sentiment, Training, load_checkpoint
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # which would read brackets in the name of a file
     task_name = options["task"]
     path = options.get("checkpoint", Path(f"rnn_ext_{task_name}.pt"))
     resume, evaluate = options.get("resume", False), options.get("evaluate", False)
     checkpoint = load_checkpoint(path, task_name) if resume or evaluate else None
+    if not evaluate:
+        datasets.output_file(path)
     config = Config(**checkpoint["config"]) if checkpoint else DEFAULTS[task_name]
     given = {field.name: options[field.name] for field in dataclasses.fields(Config) if field.name in options}
     for name in FIXED if checkpoint else ():
@@ -148,7 +155,7 @@ def train(options: dict[str, Any]) -> int:
     score = run.evaluate()
     what = f"{len(task.test)} test examples after {run.epoch} epochs"
     beside = ", ".join(f"{name} {value:.4f}" for name, value in task.baselines.items())
-    console.print(f"{task.metric} {score:.4f} on {what} ({beside})")
+    console.print(f"{task.metric} {score:.4f} on {what} ({beside})", soft_wrap=True)
     return 0
 
 
@@ -163,14 +170,17 @@ def train_to_the_end(run: Any, path: Path, console: Any, progress_bars: Any) -> 
         )
         while run.epoch < epochs:
             progress.update(bar, description=f"epoch {run.epoch + 1}/{epochs}", seconds=sum(run.seconds))
-            for loss in run.run_epoch():
-                progress.update(bar, advance=1, loss=loss)
+            try:
+                for loss in run.run_epoch():
+                    progress.update(bar, advance=1, loss=loss)
+            except KeyboardInterrupt:
+                kept = f": {path} holds the epochs before this one (--resume goes on)" if run.epoch else ""
+                raise KeyboardInterrupt(f"stopped in epoch {run.epoch + 1}{kept}") from None
             run.save(path)
-    console.print(f"saved to {path}")
+    console.print(f"saved to {path}", soft_wrap=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+def run(argv: list[str]) -> int:
     if argv and argv[0] in DELEGATED and importlib.util.find_spec(f"rnn_ext.{argv[0]}"):
         # they read their own options, and work without the packages of the demo
         return importlib.import_module(f"rnn_ext.{argv[0]}").main(argv[1:]) or 0
@@ -184,11 +194,25 @@ def main(argv: list[str] | None = None) -> int:
         if options["command"] == "demo":
             return demo.main(options["out"], options["quick"])
         return train(options)
-    except (datasets.InputError, OSError) as error:
+    except datasets.InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; a checkpoint holds the epochs before this one (--resume goes on)", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # not every terminal has an ñ
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:  # by head, for instance, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(*(stop.args or ["stopped"]), file=sys.stderr)
         return 130
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import struct
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -24,6 +25,20 @@ def release(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a library is as long as its header says: a process that loads a part of one may be killed for it.
+
+    Of what is no 64-bit ELF file the system's own loader says so.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF\x02\x01"):
+        return True
+    (sections,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size >= sections + size * count
+
+
 def load() -> str | None:
     """Loads rnn_ext._C, which registers the ops; returns None, or one sentence on what is wrong with its remedy."""
     libraries = [path.name for path in FOLDER.glob("_C.*")]
@@ -39,6 +54,9 @@ def load() -> str | None:
         return f"the C++ library of rnn_ext was built for torch {info.TORCH_VERSION}, not for {running}; {remedy()}"
     if not any(f"_C{suffix}" in libraries for suffix in EXTENSION_SUFFIXES):
         return f"the C++ library of rnn_ext was built for another Python ({libraries[0]}); {remedy()}"
+    broken = next((name for name in libraries if not is_whole(FOLDER / name)), None)
+    if broken:
+        return f"the C++ library of rnn_ext is damaged: {broken} ends before its last section; {remedy()}"
     try:
         importlib.import_module("._C", __package__)
     except (ImportError, OSError) as error:

@@ -501,8 +501,10 @@ def main(argv: list[str] | None = None) -> int:
         if problem:
             print(f"error: {case} {problem}", file=sys.stderr)
             return 2
-    if options.output and not options.output.parent.is_dir():
-        print(f"error: --output: there is no folder {options.output.parent}", file=sys.stderr)
+    if options.output and (options.output.is_dir() or not options.output.parent.is_dir()):
+        folder = options.output.parent
+        what = f"{options.output} is a folder" if options.output.is_dir() else f"there is no folder {folder}"
+        print(f"error: --output: {what}", file=sys.stderr)
         return 2
 
     about = machine()

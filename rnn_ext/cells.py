@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from rnn_ext import backends, functional, modules, ops
 
 
-class _Cell(nn.RNNCellBase):
+class _Cell(modules.Leaf, nn.RNNCellBase):
     """What the three cells share. Like the layers they derive from torch.nn's base, not from its cells."""
 
     backend: str
     mode: str  # as the layers'
     _gates: int
-    _fx_leaf = modules._Layer._fx_leaf
 
     def __init__(
         self,
@@ -34,6 +32,7 @@ class _Cell(nn.RNNCellBase):
         self.backend = backends.check_backend(backend)
 
     def _step(self, input: Tensor, h: Tensor | None, c: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        self._check_not_traced(input, "forward")
         for name, tensor in (("input", input), ("hx", h), ("hx", c)):
             if tensor is not None and tensor.dim() not in (1, 2):
                 kind, size = type(self).__name__, list(tensor.shape)
@@ -60,8 +59,6 @@ class _Cell(nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The next state, (N, H) or unbatched (H,), from `input` (N, I) or (I,) and `hx`, like the result or None."""
-        if isinstance(input, Proxy):
-            return self._fx_leaf(input, hx=hx)
         return self._step(input, hx)[0]
 
     def extra_repr(self) -> str:
@@ -132,6 +129,4 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The next ``(h, c)``, each (N, H) or unbatched (H,), from `input` (N, I) or (I,) and such a pair or None."""
-        if isinstance(input, Proxy):
-            return self._fx_leaf(input, hx=hx)
         return self._step(input, *functional.split_state(hx))

@@ -42,9 +42,29 @@ class FetchError(InputError):
     """The movie reviews are neither cached nor to be had: offline, mostly."""
 
 
+def output_file(path: Path) -> Path:
+    """The file that ``path`` names, links followed: one that can be written, or replaced.
+
+    Raises:
+        InputError: it is a folder or a device, or lies where nothing can be written.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise InputError(f"{path} is a {'folder' if target.is_dir() else 'device'}, expected the name of a file")
+    folder = next(parent for parent in target.parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"{path} cannot be written: {folder} is {'read-only' if folder.is_dir() else 'no folder'}")
+    return target
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into that becomes ``path`` once it is complete and on the disk, and vanishes after an error."""
+    """A file to write into that becomes ``path`` once it is complete and on the disk, and vanishes after an error.
+
+    Raises:
+        InputError: see :func:`output_file`.
+    """
+    path = output_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -153,7 +173,7 @@ def movie_reviews(
         try:
             with replacing(cached) as file:
                 file.write(data)
-        except OSError as error:
+        except (OSError, InputError) as error:
             note(f"not cached: {error}")  # a read-only home costs a download a run, no more
     table = pd.read_csv(
         io.BytesIO(data), sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, names=["id", "rating", "text"]
@@ -178,11 +198,15 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         raise InputError(f"{path} is empty, expected a CSV file with a header row") from None
     except pd.errors.ParserWarning:
-        raise InputError(f"{path}: the rows have more cells than the header") from None
+        raise InputError(f"{path}: the rows have more cells, separated by commas, than the header") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error})") from None
     except pd.errors.ParserError as error:
         raise InputError(f"{path} is not a CSV file ({' '.join(str(error).split())})") from None
+    if table.columns.empty or list(table.columns) == ["Unnamed: 0"]:
+        raise InputError(f"{path} begins with a blank line, expected a header row")
+    if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t"):
+        raise InputError(f"{path} has the one column {table.columns[0]!r}: expected cells separated by commas")
     filled = (table != "").any(axis=1)
     table = table[: filled[filled].index.max() + 1] if filled.any() else table[:0]
     if table.empty:

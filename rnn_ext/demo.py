@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.box import HORIZONTALS
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -158,7 +159,7 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     backends = ["native", "custom"]
     if not ops.is_available():
-        console.print(f"[bold red]Only torch's kernels can run:[/bold red] {ops.load_error()}\n")
+        console.print(f"[bold red]Only torch's kernels can run:[/bold red] {escape(str(ops.load_error()))}\n")
         backends = ["native"]
     report: dict[str, Any] = {"machine": machine(), "tasks": {}}
     results = report["tasks"]
@@ -185,9 +186,9 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
     console.rule("3. Classifying: movie-review snippets, positive or negative", align="left")
     config = DEFAULTS["classifier"]
     try:
-        reviews = datasets.movie_reviews(note=lambda text: console.print(text, highlight=False))
+        reviews = datasets.movie_reviews(note=lambda text: console.print(text, highlight=False, markup=False))
     except datasets.FetchError as error:
-        console.print(f"[bold]Left out:[/bold] {error}.", highlight=False)
+        console.print(f"[bold]Left out:[/bold] {escape(str(error))}.", highlight=False)
         console.print(
             "It needs the network once. Offline, the classifier trains on a file of your own with the columns text and "
             "label:\n  python -m rnn_ext train classifier --data my.csv\n",
@@ -204,5 +205,6 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
     plots.losses(out / "losses.png", races)
     plots.epoch_time(out / "epoch_time.png", races)
     (out / "results.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    console.print(f"Written to {out}/: forecast.png, losses.png, epoch_time.png, results.json", highlight=False)
+    files = "forecast.png, losses.png, epoch_time.png, results.json"
+    console.print(f"Written to {out}/: {files}", highlight=False, markup=False)
     return 0 if len(backends) == 2 else 1

@@ -66,7 +66,7 @@ def check_library() -> Check:
 
 def check_compiler() -> Check:
     """The C++ compiler; one is missed only where the library is yet to be built."""
-    named = os.environ.get("CXX")
+    named = os.environ.get("CXX", "").strip()
     for command in [named] if named else ["c++", "g++", "clang++"]:
         words = shlex.split(command)
         if shutil.which(words[0]):

@@ -230,6 +230,10 @@ def step(
     zoneout: float | tuple[float, float] = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One timestep of any cell, in one direction: `input` is (N, I) or (I,); output, h_n, c_n (None unless lstm)."""
+    if ops.is_cast(input) and backends.use_custom(backend, input):
+        options = (weights, num_layers, dropout, training, backend, layer_norm, zoneout)
+        with torch.autocast("cpu", enabled=False):
+            return step(cell, *ops.uncast(weights[0], input, h_0, c_0), *options)
     plain = not (layer_norm or zoneout)
     if (
         plain
@@ -419,6 +423,7 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
         wrong = [value for value in lengths.tolist() if not 0 <= value <= length]
         if wrong:
             raise ValueError(f"lengths must be from 0 to {length}, the timesteps of input, got {wrong[0]}")
+        return lengths.to(torch.int64)  # goes to the device with the call, which does not wait for it
     return lengths.to(input.device, torch.int64)
 
 

@@ -6,13 +6,15 @@ the shapes, the dtypes and the errors are documented in :mod:`rnn_ext.functional
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
+from torch.fx import Proxy, _symbolic_trace
 from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
 from rnn_ext import functional, ops
 from rnn_ext.backends import check_backend
@@ -36,7 +38,37 @@ _READ_BY_PLAIN_FORWARD = frozenset(
 )
 
 
-class _Layer(nn.RNNBase):
+class Leaf(nn.Module):
+    """What torch.nn's layers are to torch's tools, which know those by name."""
+
+    def __call__(self, *args, **kwargs):
+        """Stay one node of a symbolic trace: before the hooks run, which the node will call."""
+        if _symbolic_trace._is_fx_tracing_flag:
+            for value in pytree.tree_leaves((args, kwargs)):
+                if isinstance(value, Proxy):
+                    target = value.tracer.path_of_module(self)
+                    return value.tracer.create_proxy("call_module", target, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For torch.jit.script, which cannot read our forward: the layer of torch.nn with the same parameters.
+
+        Raises:
+            ValueError: it has an option that torch.nn lacks.
+        """
+        from rnn_ext.convert import to_native
+
+        return to_native(copy.copy(self))
+
+    def _check_not_traced(self, input: Tensor, name: str) -> None:
+        if isinstance(input, Proxy):
+            kind = type(self).__name__
+            raise TraceError(
+                f"{kind}.{name} can be no node of a symbolic trace, which a call of the {kind} in a model can"
+            )
+
+
+class _Layer(Leaf, nn.RNNBase):
     """What the three layers share.
 
     It derives from nn.RNNBase and not from nn.RNN, nn.LSTM or nn.GRU: torch.compile breaks the graph at those.
@@ -101,8 +133,7 @@ class _Layer(nn.RNNBase):
             results = ops.plain_forward(self.__dict__, input, hx)
             if results is not None:
                 return results
-        if isinstance(input, Proxy):
-            return self._fx_leaf(input, hx=hx, lengths=lengths, resets=resets)
+        self._check_not_traced(input, "forward")
         output, h_n, _, _ = functional.recurrent(
             self.mode.lower(),
             input,
@@ -125,14 +156,6 @@ class _Layer(nn.RNNBase):
         )
         return output, h_n
 
-    def _fx_leaf(self, input: Proxy, **options) -> Proxy:
-        """Stay one node of a symbolic trace, as every module of torch.nn does (torch.fx knows those by name)."""
-        target = input.tracer.path_of_module(self)
-        if not target:
-            raise TraceError(f"{type(self).__name__} can be traced inside a model, not as the model itself")
-        options = {name: value for name, value in options.items() if value is not None}
-        return input.tracer.create_proxy("call_module", target, (input,), options)
-
     def step(self, input: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One timestep of the whole stack, for streaming: ``forward`` with L = 1 and without that dimension.
 
@@ -152,6 +175,7 @@ class _Layer(nn.RNNBase):
         return output, h_n
 
     def _step(self, input: Tensor, h_0: Tensor | None, c_0: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        self._check_not_traced(input, "step")
         if self.bidirectional:
             raise ValueError("step: a bidirectional layer needs the whole sequence, got bidirectional=True")
         for name in ("recurrent_dropout", "weight_dropout"):
@@ -329,6 +353,11 @@ class LSTM(_Layer):
     1.8, 1.3, 1.2 (1.5, 1.3, 1.2). In eval layer_norm 1.3, 1.1, 1.05 and zoneout 1.1, 1.05, 1.0.
     """
 
+    # For subclasses whose forward is written after torch's: two states, where nn.RNNBase knows one.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
     def __init__(
         self,
         input_size: int,
@@ -417,10 +446,7 @@ class LSTM(_Layer):
             results = ops.plain_forward(self.__dict__, input, hx)
             if results is not None:
                 return results
-        if isinstance(input, Proxy):
-            return self._fx_leaf(
-                input, hx=hx, lengths=lengths, resets=resets, return_cell_states=return_cell_states or None
-            )
+        self._check_not_traced(input, "forward")
         h_0, c_0 = functional.split_state(hx)
         output, h_n, c_n, cells = functional.recurrent(
             "lstm",

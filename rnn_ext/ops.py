@@ -34,6 +34,7 @@ numbers, those below 1.2e-38 (float64: 2.3e-308), count as zero.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from rnn_ext import _loader, reference
 
@@ -209,6 +211,9 @@ def step(
 
     With `flat_states` the states, given and returned, have no dimension D.
     """
+    if is_cast(input):
+        with torch.autocast("cpu", enabled=False):
+            return step(*uncast(weights[0], input, h_0, c_0), weights, cell, flat_states)
     if not _is_traced(input, h_0, c_0, weights):
         return _fast_step(input, h_0, c_0, weights, cell, flat_states)
     if flat_states:
@@ -218,6 +223,19 @@ def step(
     if flat_states:
         h_n, c_n = h_n.squeeze(0), c_n.squeeze(0)
     return output.squeeze(0), h_n, c_n
+
+
+def is_cast(input: Tensor) -> bool:
+    """Whether autocast would have one timestep computed in 16 bits on the CPU, and round the states in every call.
+
+    torch.nn's cells return float32 there.
+    """
+    return torch.is_autocast_enabled("cpu") and input.device.type == "cpu"
+
+
+def uncast(weight: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """What autocast would have cast, in the dtype of the weights. (It leaves float64 alone.)"""
+    return [x if x is None or torch.float64 in (x.dtype, weight.dtype) else x.to(weight.dtype) for x in tensors]
 
 
 def random_mask(shape: Sequence[int], p: float, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -305,9 +323,11 @@ def _layer_double_backward_reference(
     bidirectional: bool,
     batch_first: bool,
     cell_states: bool,
+    output_mask: Sequence[bool],
 ) -> list[Tensor]:
-    """The vector-Jacobian product of the above, in its grad_output .. grad_cells, input, h_0, c_0 and weights."""
-    places = [i for i, x in enumerate(tensors) if x is not None]
+    """The vector-Jacobian product of the above, in its grad_output .. grad_cells, input, h_0, c_0 and weights: in those
+    that are given and, by `output_mask`, wanted."""
+    places = [i for i, x in enumerate(tensors) if x is not None and output_mask[i]]
     mask = [g is not None for g in grad_grads]
 
     def backward(*present: Tensor) -> Sequence[Tensor]:
@@ -345,7 +365,7 @@ def _vjp(function: Callable, inputs: Sequence[Tensor], cotangents: Sequence[Tens
         ]
         if pairs and aliases:
             outputs, given = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outputs, aliases, given, create_graph=True, allow_unused=True)
+            found = torch.autograd.grad(outputs, aliases, given, create_graph=keep_graph, allow_unused=True)
         else:
             found = [None] * len(aliases)
     grads = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
@@ -548,6 +568,17 @@ def _batched(op: Callable) -> Callable:
     return call
 
 
+def _layer_flops(input_shape, h_0, c_0, weights, batch_sizes, lengths, *args, **kwargs) -> int:
+    """Flops of the products of a layer over all of its rows, for torch.utils.flop_counter; shapes for tensors."""
+    rows = math.prod(input_shape[:-1])
+    return 2 * rows * sum(math.prod(shape) for shape in weights if len(shape) == 2)
+
+
+def _layer_backward_flops(grad_output, grad_h_n, grad_c_n, grad_cells, *args, **kwargs) -> int:
+    """For each product of the layer one by the weight and one for its gradient."""
+    return 2 * _layer_flops(*args, **kwargs)
+
+
 def _random_mask_vmap(info, in_dims, *args):
     draw = torch.ops.rnn_ext.random_mask
     return torch.stack([draw(seed, *args[1:]) for seed in args[0].unbind(in_dims[0])]), 0
@@ -577,6 +608,12 @@ if is_available():
         "layer_double_backward_reference",
     ):
         _library.impl(_name, _batched(getattr(torch.ops.rnn_ext, _name)), "Batched")
+    for _op, _formula in (
+        (torch.ops.rnn_ext.layer, _layer_flops),
+        (torch.ops.rnn_ext.layer_backward, _layer_backward_flops),
+    ):
+        if _op not in flop_registry:  # this module is loaded again
+            register_flop_formula(_op)(_formula)
     if "RNN_EXT_CPU_CAPABILITY" in os.environ:
         set_cpu_capability(os.environ["RNN_EXT_CPU_CAPABILITY"])
 else:

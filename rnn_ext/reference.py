@@ -122,7 +122,7 @@ def scan(
     input: Tensor,
     state: State,
     weights: LayerWeights,
-    active: Tensor,
+    active: Tensor | None,
     resets: Tensor | None = None,
     reverse: bool = False,
     masks: Masks = NO_MASKS,
@@ -135,6 +135,7 @@ def scan(
         state: ``(h_0,)`` or ``(h_0, c_0)``, (N, P or H) and (N, H).
         weights: of this direction.
         active: (L, N) bool, True where the timestep exists; elsewhere the state stands still and the output is zero.
+            None: all exist.
         resets: (L, N) bool, True where an independent sequence begins (the state before it is zero).
         reverse: run from the last timestep to the first.
         masks: of this direction.
@@ -149,8 +150,9 @@ def scan(
     def gates(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None) -> Tensor:
         return layer_norm(linear(x, weight), norm, bias) if normed else linear(x, weight, bias)
 
-    visible = torch.where(active.unsqueeze(-1), input, 0)
-    igates = gates(visible, weights.weight_ih, weights.weight_norm_ih, weights.bias_ih)
+    visible = input if active is None else torch.where(active.unsqueeze(-1), input, 0)
+    # Not indexed: a gradient of each timestep alone is zeros for all the others.
+    igates = gates(visible, weights.weight_ih, weights.weight_norm_ih, weights.bias_ih).unbind(0)
     norm_c = (weights.weight_norm_c, weights.bias_norm_c) if normed else ()
     hidden_mask = None if masks.hidden_mask is None else masks.hidden_mask.to(input.dtype)
     outputs: list[Tensor] = []
@@ -160,7 +162,7 @@ def scan(
         if resets is not None:
             first = t + 1 if reverse else t  # the timestep at which the later of the two sequences begins
             if first < length:
-                begins = (resets[first] & active[first]).unsqueeze(-1)
+                begins = (resets[first] if active is None else resets[first] & active[first]).unsqueeze(-1)
                 state = tuple(torch.where(begins, 0, s) for s in state)
         h = state[0] if hidden_mask is None else state[0] * hidden_mask
         hgates = gates(h, weights.weight_hh, weights.weight_norm_hh, weights.bias_hh)
@@ -169,11 +171,14 @@ def scan(
             new = (linear(new[0], weights.weight_hr), *new[1:])
         keeps = (masks.zoneout_h, masks.zoneout_c)
         new = tuple(n if k is None else zoneout(k[t], s, n) for k, s, n in zip(keeps, state, new, strict=False))
-        row = active[t].unsqueeze(-1)
-        state = tuple(torch.where(row, n, s) for n, s in zip(new, state, strict=True))
-        outputs.append(torch.where(row, state[0], 0))
-        if len(state) == 2:
-            cells.append(torch.where(row, state[1], 0))
+        if active is None:
+            state = shown = new
+        else:
+            row = active[t].unsqueeze(-1)
+            state = tuple(torch.where(row, n, s) for n, s in zip(new, state, strict=True))
+            shown = tuple(torch.where(row, s, 0) for s in state)
+        outputs.append(shown[0])
+        cells += shown[1:]
     if reverse:
         outputs.reverse()
         cells.reverse()
@@ -185,10 +190,10 @@ def scan(
     return output, state, torch.stack(cells) if cells else input.new_zeros(0, input.shape[1], hidden)
 
 
-def active_mask(length: int, batch: int, lengths: Tensor | None, device: torch.device) -> Tensor:
-    """(L, N) bool: ``t < lengths[n]``, or all True."""
+def active_mask(length: int, lengths: Tensor | None, device: torch.device) -> Tensor | None:
+    """(L, N) bool: ``t < lengths[n]``; None of None."""
     if lengths is None:
-        return torch.ones(length, batch, dtype=torch.bool, device=device)
+        return None
     return torch.arange(length, device=device).unsqueeze(1) < lengths.to(device).unsqueeze(0)
 
 
@@ -224,7 +229,7 @@ def layer(
         resets = padded_sequence(resets)
     hidden_mask, *zoneouts = masks or (None, None, None)
     zoneouts = [None if z is None else padded_sequence(z).chunk(directions, -1) for z in zoneouts]
-    active = active_mask(length, batch, lengths, input.device)
+    active = active_mask(length, lengths, input.device)
     parts = []
     for d, w in enumerate(split_weights(weights, directions)):
         hidden = w.weight_hh.shape[0] // CELLS[cell].gates

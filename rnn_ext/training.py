@@ -12,6 +12,7 @@ import collections
 import copy
 import dataclasses
 import io
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -138,6 +139,8 @@ class Forecasting(Task):
             seen = values[: window + trained]
             std = float(seen.std(correction=0))
             state = {"mean": float(seen.mean()), "std": std if std > 0 else 1.0}
+        if not (math.isfinite(state["mean"]) and math.isfinite(state["std"])):
+            raise InputError(f"{name} has values too large to be normalised (up to {float(values.abs().max()):g})")
         self.state = state
         self.index = series.index[window + trained :]
         past, future = values.unfold(0, window, 1)[:count], values[window:]
@@ -284,7 +287,7 @@ class Training:
                 self.model.load_state_dict(checkpoint["model"])
                 # a copy: the optimizer would go on in the tensors of the training that made the checkpoint
                 self.optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, KeyError, TypeError) as error:
                 raise InputError(f"the checkpoint does not fit its own configuration ({one_line(error)})") from None
             for group in self.optimizer.param_groups:
                 group["lr"] = config.lr
@@ -374,6 +377,9 @@ def load_checkpoint(path: Path, task: str) -> dict[str, Any]:
     keys = {"format", "config", "task", "epoch", "losses", "model", "optimizer"}
     if not isinstance(checkpoint, dict) or set(checkpoint) != keys or checkpoint["format"] != CHECKPOINT_FORMAT:
         raise InputError(f"{path} is not a checkpoint of rnn_ext ({CHECKPOINT_FORMAT!r})")
+    unknown = set(checkpoint["config"]) ^ {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise InputError(f"{path} is of another version of rnn_ext, which configures {', '.join(sorted(unknown))}")
     kind = checkpoint["config"]["task"]
     if kind != task:
         raise InputError(f"{path} is a checkpoint of a {kind}, expected one of a {task}")

@@ -93,6 +93,14 @@ def test_cuda_archs(setup_py, monkeypatch):
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
     ]
+    monkeypatch.setenv("RNN_EXT_CUDA_ARCHS", "8.0 9.0a")
+    assert setup_py.cuda_arch_flags()[1] == "-gencode=arch=compute_90a,code=sm_90a"
+    for wrong in ("75", "8.0;volta", ";"):
+        monkeypatch.setenv("RNN_EXT_CUDA_ARCHS", wrong)
+        with pytest.raises(
+            SystemExit, match=f"RNN_EXT_CUDA_ARCHS is '{wrong}'; expected compute capabilities from 8.0"
+        ):
+            setup_py.cuda_arch_flags()
     monkeypatch.setenv("RNN_EXT_CUDA_ARCHS", "")
     assert f"-gencode=arch=compute_{setup_py.CUDA_ARCHS.split(';')[0]}" in setup_py.cuda_arch_flags()[0]
 
@@ -151,7 +159,10 @@ def test_find_cxx(setup_py, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
     with pytest.raises(SystemExit, match="CXX=no-such-compiler -m64 is not a program: install g"):
         setup_py.find_cxx()
-    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(SystemExit, match="and false fails when asked for its --version"):
+        setup_py.find_cxx()
+    monkeypatch.setenv("CXX", " ")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SystemExit, match=r"none of c\+\+, g\+\+ and clang\+\+ is on the PATH"):
         setup_py.find_cxx()
@@ -280,6 +291,16 @@ def test_library_that_is_no_library(package):
         path.unlink()
         path.write_bytes(b"not a library")
     assert re.search(r"cannot be loaded \(.*_C\..*\); run", load_error(package))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
+def test_library_that_was_cut_off(package, share):
+    """By a full disk or a broken download: loading it would end the process."""
+    for path in libraries(package):
+        data = path.read_bytes()
+        path.write_bytes(data[: int(share * len(data))])
+    expected = r"is damaged: _C\..* ends before its last section; run" if share else r"cannot be loaded \("
+    assert re.search(expected, load_error(package))
 
 
 def test_built_for_another_python(package):

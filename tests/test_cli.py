@@ -16,9 +16,11 @@ for package in ("matplotlib", "pandas", "rich"):
 
 import pandas as pd  # noqa: E402
 
+import rnn_ext  # noqa: E402
 from rnn_ext import by_hand, datasets, demo, ops, training  # noqa: E402
 from rnn_ext.__main__ import main  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
 needs_kernels = pytest.mark.skipif(not ops.is_available(), reason="the kernels are not built")
 REGRESSOR = ["train", "regressor", "--window", "6", "--hidden-size", "4", "--batch-size", "16"]
 CLASSIFIER = ["train", "classifier", "--hidden-size", "4", "--batch-size", "8"]
@@ -183,6 +185,10 @@ def test_no_cuda(capsys, series):
         ),
         ("", "bad.csv is empty"),
         ("level\n1\n2\n3\n", "bad.csv has 3 values: a window of 24 needs at least 26"),
+        ("\nlevel\n1\n", "bad.csv begins with a blank line, expected a header row"),
+        ("month;level\nm0;1\n", "bad.csv has the one column 'month;level': expected cells separated by commas"),
+        ("month;level\nm0;1,5\n", "bad.csv: the rows have more cells, separated by commas, than the header"),
+        ("level\n" + "3e301\n-2e301\n" * 30, "bad.csv has values too large to be normalised (up to 3e+301)"),
     ],
 )
 def test_bad_data(capsys, text, message):
@@ -205,6 +211,13 @@ def test_bad_checkpoints(capsys, series, reviews):
     assert "was trained with --cell rnn, not gru" in fails(capsys, [*resume, "--cell", "gru"])
     argv = ["train", "classifier", *reviews, "--resume", "--checkpoint", "rnn_ext_regressor.pt"]
     assert "is a checkpoint of a regressor, expected one of a classifier" in fails(capsys, argv)
+    checkpoint = torch.load("rnn_ext_regressor.pt", weights_only=True)
+    for changed, message in (
+        ({"config": checkpoint["config"] | {"depth": 3}}, "is of another version of rnn_ext, which configures depth"),
+        ({"optimizer": {}}, "the checkpoint does not fit its own configuration"),
+    ):
+        torch.save(checkpoint | changed, "changed.pt")
+        assert message in fails(capsys, [*resume, "--checkpoint", "changed.pt"])
     data = Path("rnn_ext_regressor.pt").read_bytes()
     Path("rnn_ext_regressor.pt").write_bytes(data[:-100])
     assert "rnn_ext_regressor.pt is damaged or not a checkpoint" in fails(capsys, resume)
@@ -237,8 +250,60 @@ def test_interrupted(capsys, series, monkeypatch):
     original = training.Training.run_epoch
     monkeypatch.setattr(training.Training, "run_epoch", run_epoch)
     assert main([*REGRESSOR, *series, "--epochs", "3"]) == 130
-    assert "--resume" in capsys.readouterr().err
+    expected = "stopped in epoch 2: rnn_ext_regressor.pt holds the epochs before this one (--resume goes on)\n"
+    assert capsys.readouterr().err == expected
     assert torch.load("rnn_ext_regressor.pt", weights_only=True)["epoch"] == 1
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Training, "run_epoch", interrupt)
+    assert main([*REGRESSOR, *series, "--checkpoint", "new.pt"]) == 130
+    assert capsys.readouterr().err == "stopped in epoch 1\n"
+    monkeypatch.setattr("rnn_ext.demo.main", interrupt)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+    monkeypatch.setattr("rnn_ext.bench.main", interrupt)
+    assert main(["bench"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_where_a_checkpoint_can_go(capsys, series, tmp_path):
+    """Said before the training, and no device or link is replaced."""
+    Path("folder").mkdir()
+    train = [*REGRESSOR, *series, "--epochs", "1", "--checkpoint"]
+    assert "folder is a folder, expected the name of a file" in fails(capsys, [*train, "folder"])
+    assert "is a folder, expected the name of a file" in fails(capsys, [*train, ""])
+    os.mkfifo("pipe")
+    assert "pipe is a device, expected the name of a file" in fails(capsys, [*train, "pipe"])
+    assert Path("pipe").is_fifo()
+    Path("link.pt").symlink_to("real.pt")
+    assert main([*train, "link.pt"]) == 0
+    assert Path("link.pt").is_symlink() and torch.load("real.pt", weights_only=True)["epoch"] == 1
+    capsys.readouterr()
+    for name in ("run[lr=0.01].pt", "a[/b].pt"):
+        assert main([*train, name]) == 0
+        assert f"saved to {name}\n" in capsys.readouterr().out
+        assert Path(name).is_file()
+
+
+def test_terminals_of_few_letters():
+    environ = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "rnn_ext", "train", "regressor", "-h"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0 and "El Ni?o" in done.stdout, done.stderr
+
+
+def test_a_reader_that_has_seen_enough():
+    command = f"{sys.executable} -m rnn_ext doctor | head -c 1"
+    done = subprocess.run(command, shell=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert (done.stdout, done.stderr) == (b" ", b"")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"rnn_ext {rnn_ext.__version__}\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------- demo

@@ -140,7 +140,7 @@ def agree(case: Case, dtype: torch.dtype, kernel: str | None, options: str = "")
         1.0,
         f"{case} {kernel}: value of",
     )
-    if case.cell == "rnn_relu" and dtype.itemsize == 2:
+    if case.cell == "rnn_relu" and (dtype.itemsize == 2 or tf32):
         return  # a rounding takes some unit across the kink, and its gradient with it
     floor = 1e-3 * util.largest(expected_grads.values())
     grads = {name: t.cpu() for name, t in grads.items()}

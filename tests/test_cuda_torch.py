@@ -652,3 +652,26 @@ def test_without_cuda_kernels(monkeypatch):
     assert not supported and "built without CUDA kernels; run" in reason
     with pytest.raises(ValueError, match="built without CUDA kernels"):
         ops.force_cuda_kernel("step")
+
+
+@pytest.mark.parametrize("kernel", ["step", "pointwise"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layer", ["gru", "zoneout", "projected"])
+def test_small_changes_of_a_16_bit_state_add_up(kernel, dtype, layer):
+    """A state that changes by less than its last bit in each timestep: h goes on in float32."""
+    length = 400
+    if layer == "gru":
+        module = rnn_ext.GRU(1, 5, backend="custom")
+        with torch.no_grad():
+            module.bias_ih_l0[5:10] = 6  # z: a change of 1/400 in each timestep
+    else:
+        options = {"proj_size": 3} if layer == "projected" else {}
+        module = rnn_ext.LSTM(1, 5, zoneout=(0.996, 0), backend="custom", **options)
+    module = module.to(dtype).eval()
+    input = torch.randn(length, 2, 1).to(dtype)
+    with torch.no_grad():
+        expected = copy.deepcopy(module).double()(input.double())[0]
+        with emulated(kernel):
+            found = module(input)[0]
+    largest = (found.double() - expected).abs().max() / expected.abs().max()
+    assert largest < (0.02 if dtype == torch.bfloat16 else 0.003)

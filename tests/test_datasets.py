@@ -239,7 +239,7 @@ def test_series(csv):
         ("a\n1\ninf\n", None, r"row 3 .* holds 'inf'"),
         ("a\n1\nNaN\n", None, r"row 3 .* holds 'NaN'"),
         ("a\n1\n1,5\n", None, r"not a CSV file .*Expected 1 fields in line 3, saw 2"),
-        ("a,b\n1,2,3\n4,5,6\n", "a", r"the rows have more cells than the header"),
+        ("a,b\n1,2,3\n4,5,6\n", "a", r"the rows have more cells, separated by commas, than the header"),
         ("a,b\n1,2\n", "c", r"my\.csv has no column 'c': --column takes one of 'a', 'b'"),
         ("a,b\n1,2\n", None, r"has 2 columns of numbers: name one of \['a', 'b'\] with --column"),
         ("a,b\nx,y\n", None, r"has 0 columns of numbers"),

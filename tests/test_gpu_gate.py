@@ -108,6 +108,21 @@ def test_a_wrong_row_has_no_figure(gpu, monkeypatch):
 
 
 @needs_emulator
+def test_wrong_gradients_have_no_figure(gpu, monkeypatch):
+    contestants = gpu.contestants
+
+    def wrong(row, device):
+        ours, theirs, input = contestants(row, device)
+        ours.weight_hh_l0.register_hook(lambda grad: grad * 1.5)
+        return ours, theirs, input
+
+    monkeypatch.setattr(gpu, "contestants", wrong)
+    with emulated():
+        found = gpu.measure(gpu.Row("lstm", "float32", 6, 2, 4, "training"), wall, "cpu", seconds=0)
+    assert found["problem"].startswith("gradients differ by 5.00e-01") and "ours" not in found
+
+
+@needs_emulator
 def test_rows_are_left_when_the_time_is_up(gpu):
     rows = [gpu.Row("rnn_tanh", "float32", 4, 1, 2, "forward")] * 3
     console = Console(file=io.StringIO())

@@ -13,8 +13,11 @@ import torch
 import torch._dynamo.testing
 from test_modules import OURS, H, I, flatten, initial, native, options, ours, pair, randn, same
 from torch import nn
+from torch.fx.proxy import TraceError
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 from util import CELLS, check_gradients, check_values, same_bits
 
 import rnn_ext
@@ -174,6 +177,55 @@ def test_fx_trace(cell):
                 return self.rnn(x, return_cell_states=True)[2]
 
         assert torch.equal(torch.fx.symbolic_trace(Cells())(given[0]), Cells()(given[0]))
+
+    class Learned(Model):  # only the state is an input of the graph
+        def forward(self, hx):
+            return self.rnn(torch.ones(3, 5, I, dtype=torch.float64), hx)[0]
+
+    model = Learned()
+    assert torch.equal(torch.fx.symbolic_trace(model)(given[1]), model(given[1]))
+
+
+@pytest.mark.parametrize("layer", [*OURS.values(), rnn_ext.RNNCell, rnn_ext.GRUCell, rnn_ext.LSTMCell])
+def test_fx_trace_leaves_hooks_to_the_node(layer):
+    """They run once, when the traced model runs; they may do what a trace could not follow."""
+
+    def double(module, args):
+        assert args[0].abs().max() > 0
+        return (args[0] * 2,)
+
+    def third(module, args, result):
+        return result if result[0].isnan().any() else tree_map(lambda x: x / 3, result)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer(I, H, dtype=torch.float64)
+
+        def forward(self, x):
+            return self.layer(x)[0]
+
+    model, input = Model(), randn(4, I) if issubclass(layer, nn.RNNCellBase) else randn(5, 3, I)
+    model.layer.register_forward_pre_hook(double)
+    model.layer.register_forward_hook(third)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(input), model(input))
+    assert len([node for node in traced.graph.nodes if node.op == "call_module"]) == 1
+
+
+def test_fx_trace_of_what_is_no_call():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = rnn_ext.GRU(I, H)
+
+        def forward(self, x):
+            return self.rnn.step(x)[0]
+
+    with pytest.raises(TraceError, match=r"GRU\.step can be no node of a symbolic trace"):
+        torch.fx.symbolic_trace(Model())
+    with pytest.raises(TraceError, match=r"GRU\.forward can be no node"):
+        torch.fx.symbolic_trace(rnn_ext.GRU(I, H))
 
 
 def test_hooks_and_apply():
@@ -397,3 +449,80 @@ def test_jit_trace(name):
 
 def flatten_all(results) -> list[torch.Tensor]:
     return [results] if isinstance(results, torch.Tensor) else [t for r in results for t in flatten_all(r)]
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_jit_script(name):
+    """torch.jit.script gets torch.nn's layer with the same parameters; the model it is given stays ours."""
+    layer = getattr(rnn_ext, name)(I, H)
+    input = torch.randn(3, I) if name.endswith("Cell") else torch.randn(5, 3, I)
+    # In a model: of its layers alone torch makes scripts that cannot be called.
+    torch.testing.assert_close(torch.jit.script(nn.Sequential(layer))(input), layer(input))
+    assert torch.jit.script(layer).original_name == name
+    assert isinstance(layer, getattr(rnn_ext, name)) and layer.backend == "auto"
+    if not name.endswith("Cell"):
+        with pytest.raises(ValueError, match=r"zoneout=0\.5, torch\.nn has not"):
+            torch.jit.script(getattr(rnn_ext, name)(I, H, zoneout=0.5))
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_methods_that_subclasses_of_torchs_lstm_call(projected):
+    options = {"proj_size": 2} if projected else {}
+    theirs, mine = nn.LSTM(I, H, bidirectional=True, **options), rnn_ext.LSTM(I, H, bidirectional=True, **options)
+    input, states = torch.randn(5, 3, I), (torch.randn(2, 3, 2 if projected else H), torch.randn(2, 3, H))
+    order = torch.tensor([2, 0, 1])
+    for layer in (theirs, mine):
+        layer.check_forward_args(input, states, None)
+        with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size"):
+            layer.check_forward_args(input, (states[0], states[1][:1]), None)
+    assert mine.get_expected_cell_size(input, None) == theirs.get_expected_cell_size(input, None)
+    for found, expected in zip(mine.permute_hidden(states, order), theirs.permute_hidden(states, order), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU"])
+def test_flops_are_counted(name):
+    """As many as of torch.nn's layer, but for the products with an initial state that needs no gradient."""
+    counts = []
+    for library in (nn, rnn_ext):
+        layer = getattr(library, name)(64, 32, bidirectional=True)
+        input = torch.randn(50, 8, 64, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            layer(input)[0].sum().backward()
+        counts.append(counter.get_total_flops())
+    theirs, mine = counts
+    assert 0 <= mine - theirs < 0.02 * theirs
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_hooks_on_saved_tensors_see_no_empty_one(name):
+    """Which they may reduce, to compress it say."""
+    layer = getattr(rnn_ext, name)(I, H)
+    input = torch.randn(5, 3, I, requires_grad=True)
+    expected = torch.autograd.grad(layer(input)[0].sum(), [input, *layer.parameters()])
+
+    def pack(tensor):
+        return tensor, tensor.max()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[0]):
+        output = layer(input)[0]
+    for found, want in zip(torch.autograd.grad(output.sum(), [input, *layer.parameters()]), expected, strict=True):
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_compiled_autograd(name):
+    """An eager forward whose backward is compiled."""
+    layer = getattr(rnn_ext, name)(I, H, bidirectional=True, dtype=torch.float64)
+    input = randn(5, 3, I).requires_grad_()
+    weights = list(layer.parameters())
+    leaves = [input, *weights]
+    for lengths in (None, [5, 2, 0]):
+        expected = torch.autograd.grad(layer(input, lengths=lengths)[0].square().sum(), leaves)
+        for leaf in leaves:
+            leaf.grad = None
+        torch._dynamo.reset()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            layer(input, lengths=lengths)[0].square().sum().backward()
+        for leaf, want in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(leaf.grad, want)

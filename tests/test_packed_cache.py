@@ -119,10 +119,15 @@ def test_nothing_is_kept_for_one_call_or_in_training():
 
 def test_they_go_with_the_weights_and_are_bounded():
     input = randn(L, N, INPUTS)
+    other = ours("rnn_tanh", INPUTS, 3)
+    kept(other, input)
     for hidden in range(1, 600):
         kept(ours("rnn_tanh", INPUTS, hidden % 40 + 1), input)
     gc.collect()
-    assert _C.cached_weights_count() == 0
+    with torch.no_grad():
+        other(input)  # finds its own, and none of theirs stay
+    assert _C.cached_weights_count() == 1
+    del other
     modules = [ours("rnn_tanh", INPUTS, 3) for _ in range(300)]
     for module in modules:
         kept(module, input)

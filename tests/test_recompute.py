@@ -147,3 +147,30 @@ def test_module_option():
     output, _ = rnn_ext.functional.gru(x, None, weights, recompute=True)
     output.sum().backward()
     assert weights[0].grad is not None
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast_around_backward_alone(cell, changed):
+    """What is computed again is what forward computed, which was not cast."""
+    torch.manual_seed(0)
+    layer = {"rnn_tanh": rnn_ext.RNN, "rnn_relu": rnn_ext.RNN, "gru": rnn_ext.GRU, "lstm": rnn_ext.LSTM}[cell](5, 7)
+    input = torch.randn(9, 3, 5, requires_grad=True)
+    leaves = [input, *layer.parameters()]
+    expected = torch.autograd.grad(layer(input)[0].square().sum(), leaves)
+    layer.recompute = not changed
+    output = layer(input)[0]
+    loss = output.square().sum()
+    if changed:
+        output.mul_(2)
+    context = torch.autocast("cpu", torch.bfloat16)
+    if changed:  # the square, too, keeps what has been changed
+        with context:
+            found = torch.autograd.grad(output, leaves, torch.ones_like(output))
+        fresh = layer(input)[0]
+        expected = torch.autograd.grad(fresh * 2, leaves, torch.ones_like(fresh))
+    else:
+        with context:
+            found = torch.autograd.grad(loss, leaves)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)

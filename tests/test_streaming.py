@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import time
 
 import pytest
@@ -135,8 +136,6 @@ def test_cells_in_their_surroundings(cell):
     traced = torch.fx.symbolic_trace(Model(first))
     assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["cell"]
     check_values(tensors(traced(input, hx)), expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert tensors(copy.deepcopy(first).float()(input.float()))["h"].dtype == torch.bfloat16
     mapped = torch.vmap(lambda x, *state: first(x, state if cell == "lstm" else state[0]))
     check_values(tensors(mapped(input, *tensors(hx).values())), expected)
 
@@ -360,3 +359,36 @@ def test_steps_of_a_regularised_layer():
         outputs.append(output)
     check_values({"output": torch.stack(outputs), "h": state[0], "c": state[1]},
                  {"output": want, "h": want_state[0], "c": want_state[1]})  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_states_are_not_rounded_under_autocast(cell, compiled):
+    """A cell, and a step of a stack, keep float32 states on the CPU from call to call, as torch.nn's cells do: 16 bits
+    would lose what is small against the state."""
+    layer = ours(cell, num_layers=2, dtype=torch.float32)
+    one = cells(cell)[0].float()
+    for call, size in ((one, ()), (layer.step, (2,))):
+        if compiled:
+            torch._dynamo.reset()
+            call = torch.compile(call, backend="eager", fullgraph=True)
+        for dtype in (torch.float32, torch.bfloat16):  # of the input: what comes from a linear layer has 16 bits
+            input = randn(N, I).to(dtype)
+            state = torch.randn(*size, N, H)
+            state = (state, torch.randn(*size, N, H)) if cell == "lstm" else state
+            expected = torch.utils._pytree.tree_leaves(call(input.float(), state))
+            with torch.autocast("cpu", torch.bfloat16):
+                found = torch.utils._pytree.tree_leaves(call(input, state))
+            for a, b in zip(found, expected, strict=True):
+                assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cells_states_of_other_sizes(cell):
+    one = cells(cell)[0]
+    wrong = randn(1, H)
+    states = (randn(N, H), randn(N, H + 1)) if cell == "lstm" else wrong
+    name, found = ("c_0", [N, H + 1]) if cell == "lstm" else ("h_0", [1, H])
+    size = re.escape(f"expected {name} of size {[N, H]}, got {found}")
+    with pytest.raises(RuntimeError, match=size):
+        one(randn(N, I), states)

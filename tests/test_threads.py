@@ -395,3 +395,23 @@ print("well")
 def test_process_is_left_as_it_was(flush):
     """Importing and calling change neither thread count nor precision nor, on any thread, the floating-point unit."""
     assert script(UNDISTURBED.replace("FLUSH", str(flush))) == "well\n"
+
+
+FORKED_ALONE = """
+import os, torch, rnn_ext
+assert len(os.listdir("/proc/self/task")) == 1
+torch.set_num_threads(2)
+pid = os.fork()
+if pid == 0:
+    layer, input = rnn_ext.LSTM(64, 256), torch.randn(64, 32, 64)
+    with torch.no_grad():
+        layer(input)
+    print(len(os.listdir("/proc/self/task")), flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+"""
+
+
+def test_fork_before_use():
+    """A parent of one thread leaves its child no pool to wait for: the child makes its own."""
+    assert script(FORKED_ALONE, OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1") == "2\n"

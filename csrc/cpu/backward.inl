@@ -617,16 +617,12 @@ class BackwardScan {
     if constexpr (cells::kIsVariant<Cell>) {
       if (args_.grad_h_0) add_recurrent(from, rows, Order::kRows, [&](int64_t r) { return gate_grads(t, r); });
     } else if (args_.grad_h_0) {
-      Buffer<const Activation<W>*> dgates(rows - from);
       Buffer<T*> dh(rows - from);
-      for (int64_t r = from; r < rows; ++r) {
-        dgates.get()[r - from] = gate_grads(t, r);
-        dh.get()[r - from] = dh_.get() + r * out_padded_;
-      }
+      space_rows(dh.get(), dh_.get() + from * out_padded_, out_padded_, rows - from);
       PlainProduct<W> p;
       p.rows = rows - from;
       p.columns = out_;
-      p.a = dgates.get();
+      p.a = gate_rows_.get() + from;
       p.c = dh.get();
       p.segments = hidden_segments_;
       p.first = out_part_.first;

@@ -30,18 +30,22 @@ void input_gradient(const BackwardArgs<S>& args, const BackwardWeight<Cell, S>& 
   weight_ih.multiply(p);
 }
 
-/// Adds the rows of N vectors up, one after another, on top of what `sums` holds.
+/// So many rows are added up before what comes of them is added to the sum of all: in one chain roundings would grow
+/// like the rows, and ones would not be counted beyond 2^24.
+constexpr int64_t kSummedRows = 256;
+
+/// Adds the rows of N vectors to what `sums` holds.
 template <int N, class T, class S>
 ALWAYS_INLINE void add_columns(T* sums, const S* from, int64_t stride, int64_t rows) {
-  Vec<T> sum[N];
+  for (int64_t left = rows; left > 0; left -= kSummedRows) {
+    Vec<T> sum[N] = {};
+    for (int64_t r = smaller(left, kSummedRows); r > 0; --r, from += stride) {
 #pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) sum[i] = load(sums + i * kLanes<T>);
-  for (int64_t r = 0; r < rows; ++r, from += stride) {
+      for (int i = 0; i < N; ++i) sum[i] += load(from + i * kLanes<T>);
+    }
 #pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) sum[i] += load(from + i * kLanes<T>);
+    for (int i = 0; i < N; ++i) store(sums + i * kLanes<T>, load(sums + i * kLanes<T>) + sum[i]);
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) store(sums + i * kLanes<T>, sum[i]);
 }
 
 /// The sums over a chunk's rows that the gradients of the biases and of layer normalisation consist of.
@@ -218,8 +222,8 @@ class ScansOf final : public Scans<Cell, S> {
 
  public:
   ScansOf(const BackwardArgs<S>& args, int direction, Shares shares)
-      : weights_(args, direction), count_(shares.slices * shares.members), scans_(count_) {
-    for (int64_t i = 0; i < count_; ++i) {
+      : weights_(args, direction), scans_(shares.slices * shares.members) {
+    for (int64_t i = 0; i < scans_.size(); ++i) {
       const Slice slice = slice_of(args.layout, i / shares.members, shares.slices);
       scans_[i] = new Scan(args, weights_, direction, slice, int(i % shares.members), shares.members);
     }
@@ -229,12 +233,11 @@ class ScansOf final : public Scans<Cell, S> {
     Scan::run(&scans_[first], int(last - first), now, team, thread, threads);
   }
   void finish() const override {
-    for (int64_t i = 0; i < count_; ++i) scans_[i]->finish();
+    for (int64_t i = 0; i < scans_.size(); ++i) scans_[i]->finish();
   }
 
  private:
   const ScanWeights<Cell, S, W> weights_;
-  const int64_t count_;
   Several<Scan> scans_;
 };
 
@@ -328,38 +331,37 @@ void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int 
           bool accumulate) {
   const Shares shares =
       share_out(args.layout, args.sizes, Cell::kGates, sizeof(S), executor, !cells::kIsVariant<Cell>, true);
-  Both<BackwardPass<Cell, S>> passes;
+  Several<BackwardPass<Cell, S>> passes(last - first);
   parallel(executor, last - first,
-           [&](int64_t i) { passes.item[i] = new BackwardPass<Cell, S>(args, first + int(i), shares); });
+           [&](int64_t i) { passes[i] = new BackwardPass<Cell, S>(args, first + int(i), shares); });
   for (;;) {
     bool more[2] = {false, false};
     int64_t scans = 0, products[2] = {0, 0};
     for (int i = 0; i < last - first; ++i) {
-      more[i] = passes.item[i]->next_chunk();
+      more[i] = passes[i]->next_chunk();
       if (!more[i]) continue;
       scans += shares.slices;
-      products[i] = passes.item[i]->product_tasks();
+      products[i] = passes[i]->product_tasks();
     }
     if (scans == 0) break;
     const int lead = more[0] ? 0 : 1;
     if (shares.members > 1) {
       run_teams(executor, int(scans), shares.members,
-                [&](int i, int thread, int threads) { passes.item[lead + i]->scan_share(thread, threads); });
+                [&](int i, int thread, int threads) { passes[lead + i]->scan_share(thread, threads); });
     } else {
-      parallel(executor, scans,
-               [&](int64_t task) { passes.item[lead + task / shares.slices]->scan(task % shares.slices); });
+      parallel(executor, scans, [&](int64_t task) { passes[lead + task / shares.slices]->scan(task % shares.slices); });
     }
     if (BackwardPass<Cell, S>::prepares(args.layout)) {
       parallel(executor, last - first, [&](int64_t i) {
-        if (more[i]) passes.item[i]->prepare();
+        if (more[i]) passes[i]->prepare();
       });
     }
     parallel(executor, products[0] + products[1], [&](int64_t task) {
       const int i = task < products[0] ? 0 : 1;
-      passes.item[i]->run_product(i ? task - products[0] : task, i ? apart : nullptr, accumulate);
+      passes[i]->run_product(i ? task - products[0] : task, i ? apart : nullptr, accumulate);
     });
   }
-  for (int i = 0; i < last - first; ++i) passes.item[i]->finish();
+  for (int i = 0; i < last - first; ++i) passes[i]->finish();
 }
 
 template <class Cell, class S>

@@ -8,12 +8,12 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
   // A product of one timestep is the only one of its thread that reads the weights. (A tail has no panel of its own.)
   const bool panels = args.layout.steps == 1 && !has_tail<Compute<S>>(Cell::kGates, args.sizes.hidden);
   const Packing packing = !pack ? Packing::kNone : panels ? Packing::kPanels : Packing::kWhole;
-  Both<Packed> own;
+  Several<Packed> own(directions);
   const Packed* weights[2] = {};
   parallel(executor, directions, [&](int64_t d) {
     const bool given = pack && args.packed[d];
-    if (!given) own.item[d] = new Packed(args.weights[d], args.sizes, packing);
-    weights[d] = given ? static_cast<const Packed*>(args.packed[d]) : own.item[d];
+    if (!given) own[d] = new Packed(args.weights[d], args.sizes, packing);
+    weights[d] = given ? static_cast<const Packed*>(args.packed[d]) : own[d];
   });
   const Shares shares = share_out(args.layout, args.sizes, Cell::kGates, sizeof(S), executor, !cells::kIsNormed<Cell>,
                                   weights[0]->packing == Packing::kWhole);
@@ -30,11 +30,11 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
     });
   }
   const Slice whole = slice_of(args.layout, 0, 1);
-  Both<ForwardStates<S>> states;
+  Several<ForwardStates<S>> states(directions);
   Team teams[2];
-  for (int d = 0; d < directions; ++d) states.item[d] = new ForwardStates<S>(args, d, whole);
+  for (int d = 0; d < directions; ++d) states[d] = new ForwardStates<S>(args, d, whole);
   run_teams(executor, directions, shares.members, [&](int d, int member, int actual) {
-    teams[d].run([&] { scan(d, whole, *states.item[d], teams[d], member, actual); });
+    teams[d].run([&] { scan(d, whole, *states[d], teams[d], member, actual); });
   });
 }
 

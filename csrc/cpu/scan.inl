@@ -18,19 +18,6 @@ class Buffer {
   T* data_;
 };
 
-/// One of something for each direction.
-template <class Item>
-struct Both {
-  Both() = default;
-  ~Both() {
-    delete item[0];
-    delete item[1];
-  }
-  Both(const Both&) = delete;
-  Both& operator=(const Both&) = delete;
-  Item* item[2] = {nullptr, nullptr};
-};
-
 /// Some of something, each to be made with new when it is its turn.
 template <class Item>
 class Several {
@@ -42,6 +29,7 @@ class Several {
   Several(const Several&) = delete;
   Several& operator=(const Several&) = delete;
   Item*& operator[](int64_t i) const { return items_.get()[i]; }
+  int64_t size() const { return count_; }
 
  private:
   const int64_t count_;

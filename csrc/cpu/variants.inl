@@ -522,8 +522,16 @@ void norm_sums(const BackwardArgs<T>& args, const ChunkGrads<cells::LayerNormLst
   const int64_t hidden = args.sizes.hidden, padded = args.sizes.padded();
   const int64_t stride = saved_values(args.cell, args.sizes.proj != 0, args.variant) * padded;
   const T* saved = args.saved + (direction * args.layout.rows + grads.chunk.row) * stride;
-  const auto add = [&](int64_t at, V x) ALWAYS_INLINE_LAMBDA { store(sums + at, load(sums + at) + x); };
+  Buffer<T> some(grads.stride, true);  // of kSummedRows
+  const auto add = [&](int64_t at, V x) ALWAYS_INLINE_LAMBDA {
+    T* to = some.get() + at;
+    store(to, load(to) + x);
+  };
   for (int64_t r = 0; r < grads.chunk.rows; ++r) {
+    if (r > 0 && r % kSummedRows == 0) {
+      add_row(sums, some.get(), grads.stride);
+      std::memset(some.get(), 0, size_t(grads.stride) * sizeof(T));
+    }
     const T *from = grads.gates.get() + r * grads.stride, *kept = saved + r * stride;
     for (int g = 0; g < Cell::kGates; ++g) {
       for (int64_t at = g * padded; at < g * padded + hidden; at += kLanes<T>) {
@@ -539,6 +547,7 @@ void norm_sums(const BackwardArgs<T>& args, const ChunkGrads<cells::LayerNormLst
       add(13 * padded + unit, d);
     }
   }
+  add_row(sums, some.get(), grads.stride);
 }
 
 template <class T>

@@ -29,7 +29,10 @@ int launch_grid(const char* name, void (*kernel)(Layer), int gates, bool backwar
   const auto shared = static_cast<size_t>(plan.shared_bytes);
   const int64_t blocks = plan.blocks(problem.directions);
   const int threads = grid_threads(problem.columns(), plan.units);
-  const int64_t resident = plan.shared_bytes > device.shared_bytes ? 0 : resident_blocks(kernel, threads, shared);
+  const char* problem_of_device = nullptr;
+  const int64_t resident =
+      plan.shared_bytes > device.shared_bytes ? 0 : resident_blocks(kernel, threads, shared, problem_of_device);
+  if (problem_of_device) return refuse("%s: %s", problem_of_device);
   if (blocks > resident) {  // they would wait for ever
     return refuse(
         "%s: hidden size %lld, batch %lld: %lld blocks of %lld bytes of shared memory would wait for each other; the "

@@ -85,6 +85,8 @@ typedef struct RnnExtForwardDirection {
   void* saved;       // T [R, S, H] or null: inference
   void* cells;       // A [R, H] or null: inference. The cell state of every row.
   void* cell_state;  // A [N, H], scratch; where there is a cell state and `cells` is null
+  void* h_state;     // A [N, H], scratch or null: h as it goes on where the product does not read it (the gru's direct
+                     //   way, zoneout). Null: from `output`, whose 16 bits would lose small changes at every step
   RnnExtMasks masks;
   void* h_masked;  // T [N, H] or null: with hgates, h_n times masks.hidden, written at every step
   RnnExtNorm norm;

@@ -24,6 +24,7 @@ struct ForwardPointers {
   T* saved;
   AccumulatorOf<T>* cells;
   AccumulatorOf<T>* cell_state;
+  AccumulatorOf<T>* h_state;
 };
 
 template <class T>
@@ -68,6 +69,7 @@ ForwardPointers<T> typed(const RnnExtForwardDirection& from) {
   to.saved = static_cast<T*>(from.saved);
   to.cells = static_cast<A*>(from.cells);
   to.cell_state = static_cast<A*>(from.cell_state);
+  to.h_state = static_cast<A*>(from.h_state);
   return to;
 }
 

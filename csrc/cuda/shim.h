@@ -183,7 +183,7 @@ inline const char* clusters_missing(const void* kernel, const LaunchConfig& conf
 #endif
 }
 
-// Null, or what is wrong with a device.
+// Null, or what is wrong with a device, which becomes the current one.
 inline const char* select_device(int device) {
 #if defined(__CUDACC__)
   const cudaError_t error = cudaSetDevice(device);
@@ -196,14 +196,12 @@ inline const char* select_device(int device) {
 }
 inline const char* check_device(int device, const void* kernel) {
 #if defined(__CUDACC__)
-  int current = 0;
+  int major = 0;
   cudaFuncAttributes attributes;
-  cudaError_t error = cudaGetDevice(&current);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
-  if (error == cudaSuccess) {
-    error = cudaFuncGetAttributes(&attributes, kernel);
-    cudaSetDevice(current);
-  }
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess && major < 8) return "the kernels need compute capability 8.0 or later";
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();
   return describe(error);
@@ -248,9 +246,10 @@ inline int64_t multiprocessors() {
 #endif
 }
 
-// How many blocks of a kernel the current device holds at once, that is how many a cooperative launch can have.
+// How many blocks of a kernel the current device holds at once, that is how many a cooperative launch can have;
+// `problem` is set where CUDA cannot say.
 template <class... Params>
-int64_t resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes) {
+int64_t resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes, const char*& problem) {
 #if defined(__CUDACC__)
   int of_each = 0;
   cudaError_t error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
@@ -259,9 +258,11 @@ int64_t resident_blocks(void (*kernel)(Params...), int threads, size_t shared_by
   }
   if (error == cudaSuccess) return of_each * multiprocessors();
   cudaGetLastError();
+  problem = describe(error);
   return 0;
 #else
   static_cast<void>(kernel);
+  static_cast<void>(problem);
   return emu::resident_blocks(static_cast<size_t>(threads), shared_bytes);
 #endif
 }

@@ -100,9 +100,10 @@ RNN_EXT_DEVICE void leave_absent_unit(const ForwardStep<T>& step, const ForwardS
 template <class T>
 RNN_EXT_DEVICE AccumulatorOf<T> previous_h(const ForwardStep<T>& step, const ForwardStepDirection<T>& d, int64_t n,
                                            int64_t unit) {
-  const int64_t row_before = d.before.row(n, step.rules.batch_stride);
-  return previous_state(step.rules.cut(d.before, d.now, n), step.rules.exists(d.before, n),
-                        d.output + row_before * d.output_stride + unit, d.h_0, n * step.hidden + unit);
+  const int64_t row_before = d.before.row(n, step.rules.batch_stride), state = n * step.hidden + unit;
+  const bool cut = step.rules.cut(d.before, d.now, n), has_before = step.rules.exists(d.before, n);
+  if (d.h_state) return previous_state(cut, has_before, d.h_state + state, d.h_0, state);
+  return previous_state(cut, has_before, d.output + row_before * d.output_stride + unit, d.h_0, state);
 }
 template <class T>
 RNN_EXT_DEVICE AccumulatorOf<T> previous_c(const ForwardStep<T>& step, const ForwardStepDirection<T>& d, int64_t n,
@@ -128,6 +129,7 @@ RNN_EXT_DEVICE void leave_unit(const ForwardStep<T>& step, const ForwardStepDire
     if (d.h_masked) d.h_masked[state] = narrow<T>(h * m.hidden[state]);
   }
   d.output[row * d.output_stride + unit] = narrow<T>(h);
+  if (d.h_state) d.h_state[state] = h;
   if constexpr (Cell::kHasCell) (d.cells ? d.cells[row * hidden + unit] : d.cell_state[state]) = c;
   const bool last = !step.rules.exists(d.after, n);
   if (kKeepsState || last) d.h_n[state] = narrow<T>(h);

@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
 #include <string>
@@ -21,6 +22,8 @@ namespace {
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
+using torch::dynamo::autograd::CompiledNodeArgs;
+using torch::dynamo::autograd::SwapSavedVariables;
 using NodePtr = decltype(std::declval<Node&>().getptr());  // a shared_ptr or, in newer torch, an intrusive_ptr
 
 template <class T>
@@ -61,9 +64,21 @@ struct SavedCall {
     cell_states = options.cell_states;
   }
   void release() {
-    for (SavedVariable* saved : {&input, &h_0, &c_0, &batch_sizes, &lengths, &resets}) saved->reset_data();
-    for (SavedVariable& weight : weights) weight.reset_data();
-    for (SavedVariable& mask : masks) mask.reset_data();
+    each([](SavedVariable& saved) { saved.reset_data(); });
+  }
+  template <class Fn>
+  void each(const Fn& fn) {
+    for (SavedVariable* saved : {&input, &h_0, &c_0, &batch_sizes, &lengths, &resets}) fn(*saved);
+    for (SavedVariable& weight : weights) fn(weight);
+    for (SavedVariable& mask : masks) fn(mask);
+  }
+  /// What compiled autograd is to know of a call. (Of the list of masks it cannot tell which are there.)
+  void collect(CompiledNodeArgs& args) const {
+    const_cast<SavedCall*>(this)->each([&](const SavedVariable& saved) { args.collect(saved, false); });
+    args.collect(weights.size());
+    args.collect(masks.size());
+    args.collect(cell);
+    for (const bool option : {bidirectional, batch_first, cell_states}) args.collect(option);
   }
   std::vector<at::Tensor> unpack_weights() const {
     std::vector<at::Tensor> result;
@@ -128,7 +143,7 @@ const auto& layer_double_backward_reference_op() {
           .findSchemaOrThrow("rnn_ext::layer_double_backward_reference", "")
           .typed<std::vector<at::Tensor>(const OptionalTensors&, const OptionalTensors&, const OptionalTensor&,
                                          const OptionalTensor&, const OptionalTensor&, const OptionalTensors&,
-                                         std::string_view, bool, bool, bool)>();
+                                         std::string_view, bool, bool, bool, const c10::List<bool>&)>();
   return op;
 }
 
@@ -164,6 +179,18 @@ bool any_has_tangent(at::TensorList tensors) {
   return false;
 }
 
+/// How compiled autograd has a node run: with other tensors in the place of those it has saved.
+template <class AnyNode>
+variable_list apply_with_swapped(AnyNode& node, const variable_list& grads, SwapSavedVariables& saved) {
+  node.each([&](SavedVariable& variable) { saved.before(variable); });
+  variable_list result = node.apply(variable_list(grads));
+  node.each([&](SavedVariable& variable) { saved.after(variable); });
+  return result;
+}
+
+/// Recomputing in backward is as forward was, which autocast has had its say in.
+using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
+
 /// Backward of layer_backward. Derivatives go through grad_* and the layer's inputs; `output` and `saved` are functions
 /// of the latter, so their share is already counted there.
 struct LayerBackwardBackward : public Node {
@@ -171,11 +198,23 @@ struct LayerBackwardBackward : public Node {
   SavedCall call;
   SavedVariable grads[kGrads];
 
+  template <class Fn>
+  void each(const Fn& fn) {
+    call.each(fn);
+    for (SavedVariable& grad : grads) fn(grad);
+  }
+
   std::string name() const override { return "RnnExtLayerBackwardBackward"; }
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    call.release();
-    for (SavedVariable& grad : grads) grad.reset_data();
+    each([](SavedVariable& saved) { saved.reset_data(); });
+  }
+  void compiled_args(CompiledNodeArgs& args) const override {
+    call.collect(args);
+    for (const SavedVariable& grad : grads) args.collect(grad, false);
+  }
+  variable_list apply_with_saved(const variable_list& grad_grads, SwapSavedVariables& saved) override {
+    return apply_with_swapped(*this, grad_grads, saved);
   }
   variable_list apply(variable_list&& grad_grads) override;
 };
@@ -183,6 +222,7 @@ struct LayerBackwardBackward : public Node {
 struct LayerBackward : public Node {
   SavedCall call;
   SavedVariable output, saved;  // neither where `recompute`
+  at::Tensor nothing_saved;     // in the place of the latter if it is empty, which hooks may not expect
   c10::VariableVersion output_version{c10::VariableVersion::DISABLED};
   uint32_t saved_version = 0;
   bool recompute = false;
@@ -191,12 +231,26 @@ struct LayerBackward : public Node {
   /// other tensors, allow that.
   bool recomputes() const { return recompute || output_version.current_version() != saved_version; }
 
+  template <class Fn>
+  void each(const Fn& fn) {
+    call.each(fn);
+    fn(output);
+    fn(saved);
+  }
+
   std::string name() const override { return "RnnExtLayerBackward"; }
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    call.release();
-    output.reset_data();
-    saved.reset_data();
+    each([](SavedVariable& variable) { variable.reset_data(); });
+  }
+  void compiled_args(CompiledNodeArgs& args) const override {
+    call.collect(args);
+    args.collect(output, true);
+    args.collect(saved, false);
+    args.collect(recomputes());
+  }
+  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& swapped) override {
+    return apply_with_swapped(*this, grads, swapped);
   }
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -214,14 +268,15 @@ struct LayerBackward : public Node {
     const OptionalTensors masks = call.unpack_masks();
     at::Tensor forward_output, forward_saved;
     if (recomputes()) {
-      at::NoGradGuard no_grad;  // derivatives of a derivative go through the inputs alone
+      const at::NoGradGuard no_grad;  // derivatives of a derivative go through the inputs alone
+      const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
       LayerResult again =
           layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, call.options(), true, true);
       forward_output = std::get<0>(again);
       forward_saved = std::get<4>(again);
     } else {
       forward_output = output.unpack(getptr());
-      forward_saved = saved.unpack();
+      forward_saved = nothing_saved.defined() ? nothing_saved : saved.unpack();
     }
     auto [dx, dh_0, dc_0, dw] = layer_backward_call(optional(grads[0]), optional(grads[1]), optional(grads[2]),
                                                     optional(grads[3]), input, h_0, c_0, weights, batch_sizes, lengths,
@@ -246,15 +301,18 @@ variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
     cotangents.push_back(optional(grad));
   }
   if (!any) return result;
+  const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   for (const SavedVariable& grad : grads) tensors.push_back(unpack(grad));
   for (const SavedVariable* saved : {&call.input, &call.h_0, &call.c_0}) tensors.push_back(unpack(*saved));
   for (at::Tensor& weight : call.unpack_weights()) tensors.push_back(std::move(weight));
+  c10::List<bool> mask;
+  for (size_t i = 0; i < result.size(); ++i) mask.push_back(task_should_compute_output(i));
   std::vector<at::Tensor> found = layer_double_backward_reference_op().call(
       cotangents, tensors, unpack(call.batch_sizes), unpack(call.lengths), unpack(call.resets), call.unpack_masks(),
-      call.cell, call.bidirectional, call.batch_first, call.cell_states);
+      call.cell, call.bidirectional, call.batch_first, call.cell_states, mask);
   size_t next = 0;
   for (size_t i = 0; i < result.size(); ++i) {
-    if (tensors.get(i).has_value()) result[i] = std::move(found[next++]);
+    if (tensors.get(i).has_value() && mask.get(i)) result[i] = std::move(found[next++]);
   }
   return result;
 }
@@ -288,7 +346,12 @@ LayerResult record_layer(const at::Tensor& input, const OptionalTensor& h_0, con
     node->output = SavedVariable(output, true);
     node->output_version = torch::autograd::impl::version_counter(output);
     node->saved_version = node->output_version.current_version();
-    node->saved = SavedVariable(saved, false);
+    const bool nothing = !saved.unsafeGetTensorImpl()->has_symbolic_sizes_strides() && saved.numel() == 0;
+    if (nothing) {
+      node->nothing_saved = saved;
+    } else {
+      node->saved = SavedVariable(saved, false);
+    }
   }
   if (!save) saved = saved.new_empty({0});
   return result;

@@ -40,6 +40,12 @@ RnnExtKernel Call::choose(bool backward) const {
 
 namespace {
 
+/// Where h goes on in the precision of sums, if the step's kernels have use for it; see RnnExtForwardDirection.
+at::Tensor h_state_of(const Call& call, const RnnExtMasks& masks, int64_t width) {
+  const bool reads_h = call.cell.direct_carry || masks.zoneout_h;
+  return reads_h && call.options.dtype().itemsize() < 4 ? call.empty_accumulators({call.batch, width}) : at::Tensor();
+}
+
 /// The layer with the recurrent product, and a projection, from torch's GEMM at every timestep. h_n holds the running
 /// state: where a row does not take part, it stands still.
 void pointwise_forward(const Call& call, RnnExtForward& args, const Kept& kept, const at::Tensor& output_rows,
@@ -57,6 +63,7 @@ void pointwise_forward(const Call& call, RnnExtForward& args, const Kept& kept, 
   const at::Tensor& state = masked.defined() ? masked : h_n;
   auto states = call.arguments<RnnExtForward>();  // of a projected variant
   states.sequence.hidden = out;
+  at::Tensor h_state[2];
   for (int64_t d = 0; d < call.directions; ++d) {
     RnnExtForwardDirection& to = (call.projected ? states : args).direction[d];
     to.h_masked = pointer(of_direction(masked, d));
@@ -67,6 +74,8 @@ void pointwise_forward(const Call& call, RnnExtForward& args, const Kept& kept, 
       to.output_stride = call.directions * out;
       to.h_n = h_n[d].data_ptr();
       to.masks = call.state_masks(d);
+      h_state[d] = h_state_of(call, to.masks, out);
+      to.h_state = pointer(h_state[d]);
     }
     hgates[d] = call.empty({call.batch, call.cell.gates * call.hidden});
     args.direction[d].hgates = hgates[d].data_ptr();
@@ -143,7 +152,7 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
   auto args = call.arguments<RnnExtForward>();
   const at::Tensor x = input.reshape({R, call.shape.sizes.input}), output_rows = output.view({R, D * P});
   const at::Tensor raw_h_n = call.projected ? call.empty({D, N, H}) : h_n;
-  at::Tensor igates[2], cell_of_row[2], cell_state[2], planes[2], scratch[2];
+  at::Tensor igates[2], cell_of_row[2], cell_state[2], h_state[2], planes[2], scratch[2];
   for (int64_t d = 0; d < D; ++d) {
     const at::Tensor weight_ih = call.weight(d, LayerShape::kWeightIh), bias = call.weight(d, LayerShape::kBiasIh);
     igates[d] = bias.defined() && !call.normed() ? at::addmm(bias, x, weight_ih.t()) : at::mm(x, weight_ih.t());
@@ -175,6 +184,10 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
     to.cells = pointer(cell_of_row[d]);
     to.cell_state = pointer(cell_state[d]);
     to.masks = call.cell_masks(d);
+    if (kernel == RNN_EXT_KERNEL_STEP || kernel == RNN_EXT_KERNEL_POINTWISE) {
+      h_state[d] = h_state_of(call, to.masks, H);
+      to.h_state = pointer(h_state[d]);
+    }
     if (call.normed()) {
       scratch[d] = call.empty_accumulators({N, RNN_EXT_NORM_SCRATCH, H});
       to.norm = norm_of(call, kept, d, save, scratch[d]);

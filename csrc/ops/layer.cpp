@@ -37,10 +37,11 @@ TORCH_LIBRARY(rnn_ext, m) {
       "Tensor?[] masks, str cell, bool bidirectional, bool batch_first, bool cell_states, bool[] output_mask) "
       "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)");
   // The gradient of layer_backward: `tensors` are its first eight arguments, `grad_grads` the cotangents of its results
-  // in the order input, h_0, c_0, weights. Returns a gradient for each of `tensors` that is there.
+  // in the order input, h_0, c_0, weights. Returns a gradient for each of `tensors` that is there and wanted.
   m.def(
       "layer_double_backward_reference(Tensor?[] grad_grads, Tensor?[] tensors, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? resets, Tensor?[] masks, str cell, bool bidirectional, bool batch_first, bool cell_states) -> Tensor[]");
+      "Tensor? resets, Tensor?[] masks, str cell, bool bidirectional, bool batch_first, bool cell_states, "
+      "bool[] output_mask) -> Tensor[]");
 }
 #endif
 

@@ -11,6 +11,9 @@
 #include <cstdlib>
 #include <deque>
 #include <exception>
+#include <filesystem>
+#include <iterator>
+#include <system_error>
 #include <thread>
 
 #include "cpu/subnormal.h"
@@ -28,9 +31,19 @@ int omp_get_num_threads() noexcept;
 namespace rnn_ext::ops {
 namespace {
 
-// A forked child inherits an OpenMP pool whose threads do not exist: it would wait for them forever.
+/// Whether this process has no other thread.
+bool has_one_thread() {
+  std::error_code error;
+  const std::filesystem::directory_iterator tasks("/proc/self/task", error);
+  return !error && std::distance(tasks, std::filesystem::directory_iterator()) == 1;
+}
+
+// A forked child inherits an OpenMP pool whose threads do not exist: it would wait for them forever. Unless there was
+// none: a parent of one thread has no pool.
 std::atomic<bool> forked{false};
-const int watch_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+bool forks_alone = false;
+const int watch_forks =
+    pthread_atfork([] { forks_alone = has_one_thread(); }, nullptr, [] { forked = forked || !forks_alone; });
 
 /// Calls fn(thread, threads) on every thread of torch's pool: libgomp ends those that a smaller team leaves out, and
 /// starts others in their place when they are wanted again. It is called by name because clang turns `#pragma omp` into

@@ -1,4 +1,5 @@
 // The Python module rnn_ext._C: importing it registers the ops.
+#include <ATen/Context.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
@@ -45,13 +46,17 @@ rnn_ext::ops::LayerResult extended_layer(const at::Tensor& input, const Optional
 std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const at::Tensor& input, const OptionalTensor& h_0,
                                                     const OptionalTensor& c_0, const std::vector<at::Tensor>& weights,
                                                     std::string_view cell, bool flat_states) {
-  const auto lift = [&](const OptionalTensor& state) {
-    return flat_states && state.has_value() ? OptionalTensor(state->unsqueeze(0)) : state;
+  const auto lift = [&](const OptionalTensor& state, const char* name) {
+    if (!flat_states || !state.has_value()) return state;
+    const int64_t batch = input.size(0), width = weights.at(1).size(1);
+    TORCH_CHECK(state->dim() == 2 && state->size(0) == batch && state->size(1) == width, "expected ", name,
+                " of size [", batch, ", ", width, "], got ", state->sizes());
+    return OptionalTensor(state->unsqueeze(0));
   };
   const auto lower = [&](at::Tensor& state) { return flat_states ? state.squeeze(0) : std::move(state); };
-  auto [output, h_n, c_n, cells, saved] =
-      rnn_ext::ops::layer_call(input.unsqueeze(0), lift(h_0), lift(c_0), weights, std::nullopt, std::nullopt,
-                               std::nullopt, OptionalTensors(), {cell, false, false, false}, false, false);
+  auto [output, h_n, c_n, cells, saved] = rnn_ext::ops::layer_call(
+      input.unsqueeze(0), lift(h_0, "h_0"), lift(c_0, "c_0"), weights, std::nullopt, std::nullopt, std::nullopt,
+      OptionalTensors(), {cell, false, false, false}, false, false);
   return {output.squeeze(0), lower(h_n), lower(c_n)};
 }
 
@@ -79,6 +84,9 @@ std::pair<int64_t, int64_t> cuda_saved_bytes(const std::string& cell, bool proje
 constexpr bool kWithCuda = true;
 
 std::optional<std::string> cuda_problem(int device) {
+  // The kernels' CUDA runtime stays with the device that it is asked about; torch returns to its own.
+  std::optional<c10::DeviceGuard> guard;
+  if (at::hasCUDA()) guard.emplace(c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(device)));
   RnnExtError error{};
   if (rnn_ext_cuda_check_device(device, &error)) return error.message;
   return std::nullopt;

@@ -45,6 +45,10 @@ Entry* find(const Key& key) {
   return &entries.back();
 }
 
+void forget_expired() {
+  std::erase_if(entries, [](const Entry& entry) { return entry.storage.expired(); });
+}
+
 cpu::Digest digest_of(at::TensorList weights) {
   cpu::Digest digest;
   for (const at::Tensor& weight : weights)
@@ -70,9 +74,10 @@ std::shared_ptr<const cpu::PackedWeights> cached_weights(
   const cpu::Digest digest = digest_of(weights);
   {
     const std::lock_guard<std::mutex> lock(mutex);
+    forget_expired();
     Entry* entry = find(key);
-    if (!entry || entry->storage.expired() || entry->digest != digest) {
-      std::erase_if(entries, [&](const Entry& e) { return e.key == key || e.storage.expired(); });
+    if (!entry || entry->digest != digest) {
+      if (entry) entries.pop_back();
       if (entries.size() == kMost) entries.erase(entries.begin());
       const auto& storage = weight_hh.storage();
       entries.push_back(
@@ -91,7 +96,6 @@ std::shared_ptr<const cpu::PackedWeights> cached_weights(
 
 int64_t cached_weights_count() {
   const std::lock_guard<std::mutex> lock(mutex);
-  std::erase_if(entries, [](const Entry& e) { return e.storage.expired(); });
   return std::count_if(entries.begin(), entries.end(), [](const Entry& e) { return e.packed != nullptr; });
 }
 

@@ -158,6 +158,7 @@ RnnExtForward forward_of(const Request& request) {
     d.saved = request.array("saved" + suffix);
     d.cells = request.array("cells" + suffix);
     d.cell_state = request.array("cell_state" + suffix);
+    d.h_state = request.array("h_state" + suffix);
     d.masks = masks_of<T>(request, suffix);
     d.h_masked = request.array("h_masked" + suffix);
     d.norm = norm_of(request, suffix);
