@@ -400,13 +400,15 @@ def test_process_is_left_as_it_was(flush):
 FORKED_ALONE = """
 import os, torch, rnn_ext
 assert len(os.listdir("/proc/self/task")) == 1
-torch.set_num_threads(2)
 pid = os.fork()
 if pid == 0:
-    layer, input = rnn_ext.LSTM(64, 256), torch.randn(64, 32, 64)
+    torch.set_num_threads(2)
+    layer, input = rnn_ext.LSTM(64, 512), torch.randn(400, 1, 64)
     with torch.no_grad():
-        layer(input)
-    print(len(os.listdir("/proc/self/task")), flush=True)
+        for _ in range(20):  # the threads share the units: neither can do without the other
+            layer(input)
+    stats = [open(f"/proc/self/task/{task}/stat").read().split() for task in os.listdir("/proc/self/task")]
+    print(sum(int(stat[13]) > 5 for stat in stats), flush=True)
     os._exit(0)
 os.waitpid(pid, 0)
 """
