@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from util import CELLS, check_gradients
 
@@ -57,6 +57,19 @@ def train(model: nn.Module, wrapped: nn.Module, share: slice) -> list[torch.Tens
     return [p.detach().clone() for p in parameters]
 
 
+def check_sharded_batch(mesh: dist.DeviceMesh) -> None:
+    """Input and states that lie on several processes: torch's operators, whose parts know how to be shared out."""
+    layer = rnn_ext.GRU(I, H).double()
+    input, hx = torch.randn(L, N, I, dtype=torch.float64), torch.randn(1, N, H, dtype=torch.float64)
+    expected = torch.autograd.grad(layer(input, hx)[0].square().sum(), list(layer.parameters()))
+    distribute_module(layer, mesh)
+    given = [distribute_tensor(x, mesh, [Shard(1)]) for x in (input, hx)]
+    assert "sharding strategy" in rnn_ext.explain(layer, given[0]).reason
+    found = torch.autograd.grad(layer(*given)[0].square().sum(), list(layer.parameters()))
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.full_tensor(), want)
+
+
 def work(rank: int, folder: str) -> None:
     """One of the two processes."""
     torch.set_num_threads(1)
@@ -75,6 +88,7 @@ def work(rank: int, folder: str) -> None:
         fully_shard(sharded, mesh=mesh)
         assert all(isinstance(p, DTensor) for p in sharded.parameters())
         results[name] = train(sharded, sharded, share)
+    check_sharded_batch(mesh)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
     # What torch caches of a DTensor holds the process group, whose threads outlive it: one that lets go of a tensor

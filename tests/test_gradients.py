@@ -181,8 +181,9 @@ def test_second_backward_through_the_same_graph(cell, layout):
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_changes_in_place_are_never_silent(cell, layout):
-    """What backward needs and the user overwrites is refused, as torch's operators do, or (the output) computed again;
-    a wrong gradient never comes."""
+    """What backward needs and the user overwrites is refused, as torch's operators do, or (the output) computed again.
+
+    Writes that torch does not count, through `.data` or numpy, go unseen, as those to an nn.LSTM's output do."""
     flags = {"lengths": True, "resets": True} if layout == "dense" else {}
     case = Case(cell, layout, True, proj=3 if cell == "lstm" else 0, **flags)
     sound = build(case)
