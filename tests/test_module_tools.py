@@ -510,10 +510,11 @@ def test_hooks_on_saved_tensors_see_no_empty_one(name):
         assert torch.equal(found, want)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
-def test_compiled_autograd(name):
+def test_compiled_autograd(name, recompute):
     """An eager forward whose backward is compiled."""
-    layer = getattr(rnn_ext, name)(I, H, bidirectional=True, dtype=torch.float64)
+    layer = getattr(rnn_ext, name)(I, H, bidirectional=True, recompute=recompute, dtype=torch.float64)
     input = randn(5, 3, I).requires_grad_()
     weights = list(layer.parameters())
     leaves = [input, *weights]

@@ -72,7 +72,7 @@ struct SavedCall {
     for (SavedVariable& weight : weights) fn(weight);
     for (SavedVariable& mask : masks) fn(mask);
   }
-  /// What compiled autograd is to know of a call. (Of the list of masks it cannot tell which are there.)
+  /// What compiled autograd is to know of a call.
   void collect(CompiledNodeArgs& args) const {
     const_cast<SavedCall*>(this)->each([&](const SavedVariable& saved) { args.collect(saved, false); });
     args.collect(weights.size());
