@@ -40,12 +40,15 @@ def find_cxx() -> str:
     """The C++ compiler's command line; raises SystemExit where there is none."""
     named = os.environ.get("CXX", "").strip()
     for command in [named] if named else ["c++", "g++", "clang++"]:
-        words = shlex.split(command)
+        words, failed = shlex.split(command), False
         if shutil.which(words[0]):
-            if subprocess.run([*words, "--version"], capture_output=True).returncode != 0:
-                raise SystemExit(f"rnn_ext needs a C++ compiler, and {command} fails when asked for its --version.")
-            return command
-    what = f"CXX={named} is not a program" if named else "none of c++, g++ and clang++ is on the PATH"
+            with contextlib.suppress(OSError):  # of a file that is none for this machine
+                if subprocess.run([*words, "--version"], capture_output=True).returncode == 0:
+                    return command
+            failed = True
+    what = "none of c++, g++ and clang++ is on the PATH, or works"
+    if named:
+        what = f"CXX={named} {'fails when asked for its --version' if failed else 'is not a program'}"
     raise SystemExit(f"rnn_ext needs a C++ compiler, and {what}: install g++ (Debian: apt-get install g++) or set CXX.")
 
 

@@ -205,7 +205,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # not every terminal has an ñ
     try:
         code = run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
+        if sys.stdout:  # which may be closed
+            sys.stdout.flush()
         return code
     except BrokenPipeError:  # by head, for instance, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

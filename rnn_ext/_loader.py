@@ -28,10 +28,13 @@ def release(version: str) -> str:
 def is_whole(path: Path) -> bool:
     """Whether a library is as long as its header says: a process that loads a part of one may be killed for it.
 
-    Of what is no 64-bit ELF file the system's own loader says so.
+    Of what cannot be read or is no 64-bit ELF file the system's own loader says so.
     """
-    with path.open("rb") as file:
-        header = file.read(64)
+    try:
+        with path.open("rb") as file:
+            header = file.read(64)
+    except OSError:
+        return True
     if len(header) < 64 or not header.startswith(b"\x7fELF\x02\x01"):
         return True
     (sections,) = struct.unpack_from("<Q", header, 40)
@@ -52,9 +55,10 @@ def load() -> str | None:
     if release(info.TORCH_VERSION) != release(running):
         # Not even tried: missing symbols give an error, but a changed struct crashes the process.
         return f"the C++ library of rnn_ext was built for torch {info.TORCH_VERSION}, not for {running}; {remedy()}"
-    if not any(f"_C{suffix}" in libraries for suffix in EXTENSION_SUFFIXES):
+    loadable = [f"_C{suffix}" for suffix in EXTENSION_SUFFIXES if f"_C{suffix}" in libraries]
+    if not loadable:
         return f"the C++ library of rnn_ext was built for another Python ({libraries[0]}); {remedy()}"
-    broken = next((name for name in libraries if not is_whole(FOLDER / name)), None)
+    broken = next((name for name in loadable if not is_whole(FOLDER / name)), None)
     if broken:
         return f"the C++ library of rnn_ext is damaged: {broken} ends before its last section; {remedy()}"
     try:

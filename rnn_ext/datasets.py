@@ -203,10 +203,12 @@ def read_csv(path: str | Path) -> pd.DataFrame:
         raise InputError(f"{path} is not UTF-8 text ({error})") from None
     except pd.errors.ParserError as error:
         raise InputError(f"{path} is not a CSV file ({' '.join(str(error).split())})") from None
-    if table.columns.empty or list(table.columns) == ["Unnamed: 0"]:
+    if table.columns.empty:
         raise InputError(f"{path} begins with a blank line, expected a header row")
-    if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t"):
-        raise InputError(f"{path} has the one column {table.columns[0]!r}: expected cells separated by commas")
+    if len(table.columns) == 1 and not table.empty:
+        header, first = table.columns[0], table.iloc[0, 0]
+        if any(header.count(mark) == first.count(mark) > 0 for mark in ";\t"):
+            raise InputError(f"{path} has the one column {header!r}: expected cells separated by commas")
     filled = (table != "").any(axis=1)
     table = table[: filled[filled].index.max() + 1] if filled.any() else table[:0]
     if table.empty:

@@ -24,11 +24,12 @@ The four functions take the same options:
   is computed from c before zoneout. Custom backend only.
 - `backend` (``"auto"``, ``"custom"`` or ``"native"``): see :mod:`rnn_ext.backends`.
 
-`weights` is flat, in the order of ``module.parameters()``: for each layer, for each direction, weight_ih (G*H, I),
-weight_hh (G*H, P or H), then bias_ih and bias_hh (G*H,) if there are biases, then weight_hr (P, H) if the LSTM is
-projected, then weight_norm_ih, weight_norm_hh (G*H,), weight_norm_c and bias_norm_c (H,) if it has layer normalisation,
-see :class:`rnn_ext.LSTM`. G is 1 for an RNN, 3 for a GRU, 4 for an LSTM. All tensors have the same dtype, float32,
-float64, bfloat16 or float16 (native: whatever torch supports), and are on the same device.
+`weights` is flat, without layer normalisation in the order of ``module.parameters()``: for each layer, for each
+direction, weight_ih (G*H, I), weight_hh (G*H, P or H), then bias_ih and bias_hh (G*H,) if there are biases, then
+weight_hr (P, H) if the LSTM is projected, then weight_norm_ih, weight_norm_hh (G*H,), weight_norm_c and bias_norm_c
+(H,) if it has layer normalisation, see :class:`rnn_ext.LSTM`. G is 1 for an RNN, 3 for a GRU, 4 for an LSTM. All
+tensors have the same dtype, float32, float64, bfloat16 or float16 (native: whatever torch supports), and are on the
+same device.
 
 They raise
 
@@ -231,9 +232,10 @@ def step(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One timestep of any cell, in one direction: `input` is (N, I) or (I,); output, h_n, c_n (None unless lstm)."""
     if ops.is_cast(input) and backends.use_custom(backend, input):
-        options = (weights, num_layers, dropout, training, backend, layer_norm, zoneout)
+        options = (num_layers, dropout, training, backend, layer_norm, zoneout)
         with torch.autocast("cpu", enabled=False):
-            return step(cell, *ops.uncast(weights[0], input, h_0, c_0), *options)
+            input, h_0, c_0, *weights = ops.uncast(weights[0], input, h_0, c_0, *weights)
+            return step(cell, input, h_0, c_0, weights, *options)
     plain = not (layer_norm or zoneout)
     if (
         plain
@@ -423,7 +425,8 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
         wrong = [value for value in lengths.tolist() if not 0 <= value <= length]
         if wrong:
             raise ValueError(f"lengths must be from 0 to {length}, the timesteps of input, got {wrong[0]}")
-        return lengths.to(torch.int64)  # goes to the device with the call, which does not wait for it
+        # A copy from pageable memory is taken at once and does not wait for what the device has to do.
+        return lengths.to(input.device, torch.int64, non_blocking=not lengths.is_pinned())
     return lengths.to(input.device, torch.int64)
 
 

@@ -6,7 +6,6 @@ the shapes, the dtypes and the errors are documented in :mod:`rnn_ext.functional
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -44,21 +43,23 @@ class Leaf(nn.Module):
     def __call__(self, *args, **kwargs):
         """Stay one node of a symbolic trace: before the hooks run, which the node will call."""
         if _symbolic_trace._is_fx_tracing_flag:
-            for value in pytree.tree_leaves((args, kwargs)):
-                if isinstance(value, Proxy):
-                    target = value.tracer.path_of_module(self)
-                    return value.tracer.create_proxy("call_module", target, args, kwargs)
+            proxy = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Proxy)), None)
+            if proxy is not None:
+                tracer = proxy.tracer
+
+                def leaf(*args, **kwargs):
+                    return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
+                return tracer.call_module(self, leaf, args, kwargs)
         return super().__call__(*args, **kwargs)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """For torch.jit.script, which cannot read our forward: the layer of torch.nn with the same parameters.
-
-        Raises:
-            ValueError: it has an option that torch.nn lacks.
-        """
-        from rnn_ext.convert import to_native
-
-        return to_native(copy.copy(self))
+        """torch.jit.script cannot read our forward, and what this returned would stay in the user's model."""
+        kind = type(self).__name__
+        raise RuntimeError(
+            f"torch.jit.script cannot compile rnn_ext.{kind}: script rnn_ext.to_native(copy.deepcopy(model)) instead, "
+            "whose layers are torch.nn's"
+        )
 
     def _check_not_traced(self, input: Tensor, name: str) -> None:
         if isinstance(input, Proxy):

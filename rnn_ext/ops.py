@@ -213,7 +213,8 @@ def step(
     """
     if is_cast(input):
         with torch.autocast("cpu", enabled=False):
-            return step(*uncast(weights[0], input, h_0, c_0), weights, cell, flat_states)
+            input, h_0, c_0, *weights = uncast(weights[0], input, h_0, c_0, *weights)
+            return step(input, h_0, c_0, weights, cell, flat_states)
     if not _is_traced(input, h_0, c_0, weights):
         return _fast_step(input, h_0, c_0, weights, cell, flat_states)
     if flat_states:
@@ -228,14 +229,19 @@ def step(
 def is_cast(input: Tensor) -> bool:
     """Whether autocast would have one timestep computed in 16 bits on the CPU, and round the states in every call.
 
-    torch.nn's cells return float32 there.
+    torch.nn's cells, given float32 states, return float32 there.
     """
     return torch.is_autocast_enabled("cpu") and input.device.type == "cpu"
 
 
 def uncast(weight: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """What autocast would have cast, in the dtype of the weights. (It leaves float64 alone.)"""
-    return [x if x is None or torch.float64 in (x.dtype, weight.dtype) else x.to(weight.dtype) for x in tensors]
+    """What autocast would have cast, in the dtype of `weight`. (It leaves alone what is float64 or no number.)"""
+
+    def same(x: Tensor | None) -> Tensor | None:
+        casts = x is not None and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
+        return x.to(weight.dtype) if casts else x
+
+    return [same(x) for x in tensors]
 
 
 def random_mask(shape: Sequence[int], p: float, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -368,8 +374,7 @@ def _vjp(function: Callable, inputs: Sequence[Tensor], cotangents: Sequence[Tens
             found = torch.autograd.grad(outputs, aliases, given, create_graph=keep_graph, allow_unused=True)
         else:
             found = [None] * len(aliases)
-    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
-    return grads if keep_graph else [g.detach() for g in grads]
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
 def variant_of(weights: int, masked: bool) -> int:
@@ -574,9 +579,22 @@ def _layer_flops(input_shape, h_0, c_0, weights, batch_sizes, lengths, *args, **
     return 2 * rows * sum(math.prod(shape) for shape in weights if len(shape) == 2)
 
 
-def _layer_backward_flops(grad_output, grad_h_n, grad_c_n, grad_cells, *args, **kwargs) -> int:
-    """For each product of the layer one by the weight and one for its gradient."""
-    return 2 * _layer_flops(*args, **kwargs)
+def _layer_backward_flops(
+    grad_output, grad_h_n, grad_c_n, grad_cells, input_shape, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
+    output, saved, cell, bidirectional, batch_first, cell_states, output_mask, **kwargs
+) -> int:  # fmt: skip
+    """For each product of the layer one by its weight (by W_ih if the input's gradient is wanted) and one for it."""
+    rows, count = math.prod(input_shape[:-1]), len(weights) // (2 if bidirectional else 1)
+    flops = 0
+    for i, shape in enumerate(weights):
+        if len(shape) == 2:
+            products = output_mask[3 + i] + (output_mask[0] if i % count == 0 else 1)
+            flops += 2 * rows * math.prod(shape) * products
+    return flops
+
+
+def _layer_double_backward_vmap(info, in_dims, *args):
+    return _loop(torch.ops.rnn_ext.layer_double_backward_reference, info.batch_size, in_dims, args)
 
 
 def _random_mask_vmap(info, in_dims, *args):
@@ -602,6 +620,7 @@ if is_available():
     torch.library.register_fake("rnn_ext::random_mask", _random_mask_fake)
     torch.library.register_vmap("rnn_ext::layer", _layer_vmap)
     torch.library.register_vmap("rnn_ext::layer_backward", _layer_backward_vmap)
+    torch.library.register_vmap("rnn_ext::layer_double_backward_reference", _layer_double_backward_vmap)
     torch.library.register_vmap("rnn_ext::random_mask", _random_mask_vmap)
     for _name in (
         *("layer", "layer_reference", "layer_backward", "layer_backward_reference"),

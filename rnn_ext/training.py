@@ -274,7 +274,11 @@ class Training:
         torch.manual_seed(config.seed)
         try:
             self.model = task.build(config).to(config.device)
-        except (RuntimeError, MemoryError) as error:  # torch has no exception of its own for what no memory holds
+        except (
+            RuntimeError,
+            MemoryError,
+            ValueError,
+        ) as error:  # torch has no exception of its own for what no memory holds
             reason = one_line(error)
             raise InputError(f"no model of hidden_size {config.hidden_size} can be made ({reason})") from None
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
@@ -377,10 +381,15 @@ def load_checkpoint(path: Path, task: str) -> dict[str, Any]:
     keys = {"format", "config", "task", "epoch", "losses", "model", "optimizer"}
     if not isinstance(checkpoint, dict) or set(checkpoint) != keys or checkpoint["format"] != CHECKPOINT_FORMAT:
         raise InputError(f"{path} is not a checkpoint of rnn_ext ({CHECKPOINT_FORMAT!r})")
-    unknown = set(checkpoint["config"]) ^ {field.name for field in dataclasses.fields(Config)}
+    held = {"regressor": {"mean", "std"}, "classifier": {"vocabulary", "labels"}}[task]
+    config, state = checkpoint["config"], checkpoint["task"]
+    if not (isinstance(config, dict) and isinstance(state, dict) and all(isinstance(name, str) for name in config)):
+        raise InputError(f"{path} is damaged: its configuration or its task is no table")
+    unknown = set(config) ^ {field.name for field in dataclasses.fields(Config)}
     if unknown:
         raise InputError(f"{path} is of another version of rnn_ext, which configures {', '.join(sorted(unknown))}")
-    kind = checkpoint["config"]["task"]
-    if kind != task:
-        raise InputError(f"{path} is a checkpoint of a {kind}, expected one of a {task}")
+    if config["task"] != task:
+        raise InputError(f"{path} is a checkpoint of a {config['task']}, expected one of a {task}")
+    if set(state) != held:
+        raise InputError(f"{path} is damaged: expected {', '.join(sorted(held))} of its task, got {sorted(state)}")
     return checkpoint

@@ -160,11 +160,11 @@ def test_find_cxx(setup_py, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="CXX=no-such-compiler -m64 is not a program: install g"):
         setup_py.find_cxx()
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(SystemExit, match="and false fails when asked for its --version"):
+    with pytest.raises(SystemExit, match="and CXX=false fails when asked for its --version"):
         setup_py.find_cxx()
     monkeypatch.setenv("CXX", " ")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SystemExit, match=r"none of c\+\+, g\+\+ and clang\+\+ is on the PATH"):
+    with pytest.raises(SystemExit, match=r"none of c\+\+, g\+\+ and clang\+\+ is on the PATH, or works"):
         setup_py.find_cxx()
     (tmp_path / "g++").write_text("#!/bin/sh\n")
     (tmp_path / "g++").chmod(0o755)

@@ -288,7 +288,8 @@ def test_where_a_checkpoint_can_go(capsys, series, tmp_path):
 
 
 def test_terminals_of_few_letters():
-    environ = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONIOENCODING"}
+    environ |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "rnn_ext", "train", "regressor", "-h"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 0 and "El Ni?o" in done.stdout, done.stderr

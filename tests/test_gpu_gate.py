@@ -108,18 +108,20 @@ def test_a_wrong_row_has_no_figure(gpu, monkeypatch):
 
 
 @needs_emulator
-def test_wrong_gradients_have_no_figure(gpu, monkeypatch):
+@pytest.mark.parametrize("factor", [1.5, float("nan")])
+def test_wrong_gradients_have_no_figure(gpu, monkeypatch, factor):
     contestants = gpu.contestants
 
     def wrong(row, device):
         ours, theirs, input = contestants(row, device)
-        ours.weight_hh_l0.register_hook(lambda grad: grad * 1.5)
+        ours.weight_hh_l0.register_hook(lambda grad: grad * factor)
         return ours, theirs, input
 
     monkeypatch.setattr(gpu, "contestants", wrong)
     with emulated():
         found = gpu.measure(gpu.Row("lstm", "float32", 6, 2, 4, "training"), wall, "cpu", seconds=0)
-    assert found["problem"].startswith("gradients differ by 5.00e-01") and "ours" not in found
+    expected = "5.00e-01" if factor == 1.5 else "nan"
+    assert found["problem"].startswith(f"gradients differ by {expected}") and "ours" not in found
 
 
 @needs_emulator

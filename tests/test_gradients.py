@@ -13,7 +13,7 @@ import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from util import (
     CELLS,
@@ -688,3 +688,33 @@ def test_biases_of_many_rows(name, options):
         )
         apart = (found.double() - expected).abs().max() / expected.abs().max()
         assert apart < 2e-6, (name, parameter.shape, float(apart))
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_reverse_over_reverse_mode_of_vmap(name):
+    """The second derivatives by two vmaps of backward, as by forward mode over it."""
+    layer = getattr(rnn_ext, name)(2, 3, dtype=torch.float64)
+    input = torch.randn(3, 1, 2, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x)[0].pow(3).sum()
+
+    found = torch.func.jacrev(torch.func.jacrev(loss))(input)
+    torch.testing.assert_close(found, torch.func.hessian(loss)(input))
+
+
+@pytest.mark.parametrize("create_graph", [True, False])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_tangent_of_a_cotangent(name, create_graph):
+    """Forward mode over backward, of which the graph is not kept, inside autocast or not."""
+    layer = getattr(rnn_ext, name)(2, 3)
+    input = torch.randn(4, 2, 2, requires_grad=True)
+    output = layer(input)[0]
+    doubled = torch.autograd.grad(output, input, 2 * torch.ones_like(output), retain_graph=True)[0]
+    for enabled in (False, True):
+        with forward_ad.dual_level(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            cotangent = forward_ad.make_dual(torch.ones_like(output), 2 * torch.ones_like(output))
+            (grad,) = torch.autograd.grad(output, input, cotangent, retain_graph=True, create_graph=create_graph)
+            primal, tangent = forward_ad.unpack_dual(grad)
+        torch.testing.assert_close(tangent, doubled, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(2 * primal, doubled, rtol=1e-4, atol=1e-6)

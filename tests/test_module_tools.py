@@ -210,7 +210,8 @@ def test_fx_trace_leaves_hooks_to_the_node(layer):
     model.layer.register_forward_hook(third)
     traced = torch.fx.symbolic_trace(model)
     assert torch.equal(traced(input), model(input))
-    assert len([node for node in traced.graph.nodes if node.op == "call_module"]) == 1
+    (node,) = (node for node in traced.graph.nodes if node.op == "call_module")
+    assert node.meta["nn_module_stack"] == {"layer": ("layer", layer)}
 
 
 def test_fx_trace_of_what_is_no_call():
@@ -453,16 +454,15 @@ def flatten_all(results) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
 def test_jit_script(name):
-    """torch.jit.script gets torch.nn's layer with the same parameters; the model it is given stays ours."""
+    """torch.jit.script is told to take torch.nn's layers, and leaves the model alone."""
     layer = getattr(rnn_ext, name)(I, H)
     input = torch.randn(3, I) if name.endswith("Cell") else torch.randn(5, 3, I)
-    # In a model: of its layers alone torch makes scripts that cannot be called.
-    torch.testing.assert_close(torch.jit.script(nn.Sequential(layer))(input), layer(input))
-    assert torch.jit.script(layer).original_name == name
-    assert isinstance(layer, getattr(rnn_ext, name)) and layer.backend == "auto"
-    if not name.endswith("Cell"):
-        with pytest.raises(ValueError, match=r"zoneout=0\.5, torch\.nn has not"):
-            torch.jit.script(getattr(rnn_ext, name)(I, H, zoneout=0.5))
+    model = nn.Sequential(layer)
+    with pytest.raises(RuntimeError, match=rf"rnn_ext\.{name}: script rnn_ext\.to_native\(copy\.deepcopy\(model\)\)"):
+        torch.jit.script(model)
+    scripted = torch.jit.script(rnn_ext.to_native(copy.deepcopy(model)))
+    assert type(model[0]) is getattr(rnn_ext, name)
+    torch.testing.assert_close(scripted(input), model(input))
 
 
 @pytest.mark.parametrize("projected", [False, True])

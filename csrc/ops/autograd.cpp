@@ -179,15 +179,6 @@ bool any_has_tangent(at::TensorList tensors) {
   return false;
 }
 
-/// How compiled autograd has a node run: with other tensors in the place of those it has saved.
-template <class AnyNode>
-variable_list apply_with_swapped(AnyNode& node, const variable_list& grads, SwapSavedVariables& saved) {
-  node.each([&](SavedVariable& variable) { saved.before(variable); });
-  variable_list result = node.apply(variable_list(grads));
-  node.each([&](SavedVariable& variable) { saved.after(variable); });
-  return result;
-}
-
 /// Recomputing in backward is as forward was, which autocast has had its say in.
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
@@ -198,23 +189,11 @@ struct LayerBackwardBackward : public Node {
   SavedCall call;
   SavedVariable grads[kGrads];
 
-  template <class Fn>
-  void each(const Fn& fn) {
-    call.each(fn);
-    for (SavedVariable& grad : grads) fn(grad);
-  }
-
   std::string name() const override { return "RnnExtLayerBackwardBackward"; }
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    each([](SavedVariable& saved) { saved.reset_data(); });
-  }
-  void compiled_args(CompiledNodeArgs& args) const override {
-    call.collect(args);
-    for (const SavedVariable& grad : grads) args.collect(grad, false);
-  }
-  variable_list apply_with_saved(const variable_list& grad_grads, SwapSavedVariables& saved) override {
-    return apply_with_swapped(*this, grad_grads, saved);
+    call.release();
+    for (SavedVariable& grad : grads) grad.reset_data();
   }
   variable_list apply(variable_list&& grad_grads) override;
 };
@@ -231,26 +210,31 @@ struct LayerBackward : public Node {
   /// other tensors, allow that.
   bool recomputes() const { return recompute || output_version.current_version() != saved_version; }
 
-  template <class Fn>
-  void each(const Fn& fn) {
-    call.each(fn);
-    fn(output);
-    fn(saved);
-  }
-
   std::string name() const override { return "RnnExtLayerBackward"; }
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    each([](SavedVariable& variable) { variable.reset_data(); });
+    call.release();
+    output.reset_data();
+    saved.reset_data();
   }
   void compiled_args(CompiledNodeArgs& args) const override {
     call.collect(args);
+    args.collect(recomputes());
+    if (recomputes()) return;
     args.collect(output, true);
     args.collect(saved, false);
-    args.collect(recomputes());
   }
-  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& swapped) override {
-    return apply_with_swapped(*this, grads, swapped);
+  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& others) override {
+    const auto each = [&](const auto& fn) {
+      call.each(fn);
+      if (recomputes()) return;
+      fn(output);
+      fn(saved);
+    };
+    each([&](SavedVariable& variable) { others.before(variable); });
+    variable_list result = apply(variable_list(grads));
+    each([&](SavedVariable& variable) { others.after(variable); });
+    return result;
   }
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -391,6 +375,7 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
   const LayerOptions options{cell, bidirectional, batch_first, cell_states};
   if (has_tangent(grad_output) || has_tangent(grad_h_n) || has_tangent(grad_c_n) || has_tangent(grad_cells) ||
       has_tangent(input) || has_tangent(h_0) || has_tangent(c_0) || any_has_tangent(weights)) {
+    const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
     return layer_backward_reference_op().call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights,
                                               batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first,
                                               cell_states, output_mask);

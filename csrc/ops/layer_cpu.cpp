@@ -12,7 +12,6 @@
 #include <deque>
 #include <exception>
 #include <filesystem>
-#include <iterator>
 #include <system_error>
 #include <thread>
 
@@ -34,8 +33,10 @@ namespace {
 /// Whether this process has no other thread.
 bool has_one_thread() {
   std::error_code error;
-  const std::filesystem::directory_iterator tasks("/proc/self/task", error);
-  return !error && std::distance(tasks, std::filesystem::directory_iterator()) == 1;
+  std::filesystem::directory_iterator tasks("/proc/self/task", error);
+  int count = 0;
+  for (; !error && tasks != std::filesystem::directory_iterator(); tasks.increment(error)) ++count;
+  return !error && count == 1;
 }
 
 // A forked child inherits an OpenMP pool whose threads do not exist: it would wait for them forever. Unless there was

@@ -127,6 +127,7 @@ def make_inputs(case: Case) -> Inputs:
         return (ones(1 - case.recurrent_dropout, batch, hidden) / (1 - case.recurrent_dropout)).float().double()
 
     masks = torch.Generator().manual_seed(case.seed + 1)
+    every = torch.full((batch,), length)
     norm_sizes = (gates * hidden, gates * hidden, hidden, hidden)
     return Inputs(
         hidden_mask=[mask() for _ in range(count)] if case.recurrent_dropout else None,
@@ -138,7 +139,7 @@ def make_inputs(case: Case) -> Inputs:
         h_0=each(batch, hidden) if case.initial else None,
         c_0=each(batch, hidden) if case.initial else None,
         resets=resets,
-        active=reference.active_mask(length, batch, lengths, torch.device("cpu")),
+        active=reference.active_mask(length, every if lengths is None else lengths, torch.device("cpu")),
         doutput=draw(length, batch, count * hidden),
         dcells=draw(length, batch, count * hidden),
         dh_n=each(batch, hidden),
