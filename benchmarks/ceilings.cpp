@@ -86,7 +86,7 @@ struct Kernels {
 /// Whether RNN_EXT_CPU_CAPABILITY, which holds our kernels to fewer instructions than there are, allows these.
 bool allowed(const char* name) {
   const char* held = std::getenv("RNN_EXT_CPU_CAPABILITY");
-  return !held || !std::strcmp(held, "avx512") || !std::strcmp(held, name);
+  return !held || !*held || !std::strcmp(held, "avx512") || !std::strcmp(held, name);
 }
 
 Kernels kernels() {

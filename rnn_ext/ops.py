@@ -633,7 +633,7 @@ if is_available():
     ):
         if _op not in flop_registry:  # this module is loaded again
             register_flop_formula(_op)(_formula)
-    if "RNN_EXT_CPU_CAPABILITY" in os.environ:
+    if os.environ.get("RNN_EXT_CPU_CAPABILITY"):
         set_cpu_capability(os.environ["RNN_EXT_CPU_CAPABILITY"])
 else:
 
