@@ -46,6 +46,7 @@ def can_run_custom(input: Tensor) -> tuple[bool, str]:
             return False, problem
     elif not (input.is_cpu or input.is_meta):
         return False, f"device {input.device.type!r} has no custom kernel (cpu and cuda have)"
+    # By its name, so that torch.distributed.tensor need not be imported to ask.
     if type(input) is not Tensor and type(input).__name__ == "DTensor":
         return False, "the op has no sharding strategy for a DTensor"
     return True, "the input's device and dtype have a custom kernel"
