@@ -175,13 +175,14 @@ def test_sums_are_of_float32(cell, widening):
         problem = build(Case(cell, size=(steps, 1, inputs, hidden)))
         problem = problem.map(lambda t: torch.full_like(t, 0.01)).to(torch.bfloat16)
         with torch.no_grad():
-            check(run(problem), oracle(problem.to(torch.float64)))
+            # h may go on rounded: about half of what that adds to one timestep is still there after the next.
+            check(run(problem), oracle(problem.to(torch.float64)), roundings=min(steps, 2))
 
 
-def check(actual, expected):
-    # One rounding of a result to bfloat16 (4e-3), no more: values here are around 0.4 to 1.
+def check(actual, expected, roundings=1):
+    # So many roundings of a result to bfloat16 (4e-3 each), no more: values here are around 0.4 to 1.
     for name, want in expected.items():
-        torch.testing.assert_close(actual[name].double(), want.double(), rtol=4e-3, atol=1e-4)
+        torch.testing.assert_close(actual[name].double(), want.double(), rtol=roundings * 4e-3, atol=1e-4)
 
 
 # L, N, I, H of at most four rows: 1, less and more than one vector or two of every width, with and without a rest.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import re
-import time
+import sys
 
 import pytest
 import torch
@@ -328,21 +328,25 @@ def test_any_chunking_is_one_call(cell, proj, dtype):
             check(flatten((torch.cat(outputs), state)), whole, tolerance, 1.0, f"cut at {cuts}:")
 
 
-def test_a_step_costs_half_of_torchs_cell():
-    """Without gradients, at H=64 and N=1: least of many, again where the machine was busy meanwhile."""
-    layer, cell = rnn_ext.LSTM(64, 64), nn.LSTMCell(64, 64)
-    input, state, flat = torch.randn(1, 64), (torch.zeros(1, 1, 64),) * 2, (torch.zeros(1, 64),) * 2
-    best = {"step": float("inf"), "cell": float("inf")}
+def test_a_step_is_one_call_of_the_binding():
+    """That it takes half of nn.LSTMCell's time is for benchmarks/features.py to say, since a busy machine can fail no
+    test. What a step must not do on the way to the kernel can be counted."""
+    layer, input, state = rnn_ext.LSTM(64, 64), torch.randn(1, 64), (torch.zeros(1, 1, 64),) * 2
+    called = []
+
+    def note(frame, event, arg):
+        if event in ("call", "c_call"):
+            called.append(frame.f_code.co_name if event == "call" else arg)
+
     with torch.inference_mode():
-        for _ in range(300):
-            for name, call in (("step", lambda: layer.step(input, state)), ("cell", lambda: cell(input, flat))):
-                begin = time.perf_counter()
-                for _ in range(50):
-                    call()
-                best[name] = min(best[name], time.perf_counter() - begin)
-            if best["step"] <= 0.45 * best["cell"]:
-                return
-    pytest.fail(f"{best['step'] / best['cell']:.2f} of nn.LSTMCell's time")
+        sys.setprofile(note)
+        try:
+            layer.step(input, state)
+        finally:
+            sys.setprofile(None)
+    assert called.count(ops._fast_step) == 1
+    assert {getattr(one, "__name__", one) for one in called}.isdisjoint(("layer", "recurrent", "unsqueeze", "squeeze"))
+    assert len(called) < 40, called  # 32 with Python 3.11 and torch 2.13
 
 
 def test_steps_of_a_regularised_layer():

@@ -122,29 +122,34 @@ def test_shared_module_and_backward_in_another_thread():
         torch.testing.assert_close(p.grad, 6 * one[name], rtol=1e-12, atol=1e-12)
 
 
-def test_other_python_threads_run_meanwhile():
-    """The GIL is released: this thread gets on while another is inside one call."""
-    problem = build(Case("lstm", size=(600, 16, 64, 128))).to(torch.float32).requiring()
-    done, ticks, span = threading.Event(), [], {}
+def ticks_during(call) -> int:
+    """How often this thread gets on in the middle of a call that another one makes."""
+    ticks, span = [], []
 
-    def call() -> None:
+    def timed() -> None:
         start = time.perf_counter()
-        results = run(problem)
-        span["forward"] = (start, time.perf_counter())
-        start = time.perf_counter()
-        torch.autograd.backward(list(results.values()), list(cotangents(results).values()))
-        span["backward"] = (start, time.perf_counter())
-        done.set()
+        call()
+        span.extend((start, time.perf_counter()))
 
-    thread = threading.Thread(target=call)
+    thread = threading.Thread(target=timed)
     thread.start()
-    while not done.is_set():
+    while thread.is_alive():
         ticks.append(time.perf_counter())
         time.sleep(0.0005)
-    thread.join()
-    for name, (start, end) in span.items():
-        middle = [t for t in ticks if start + (end - start) * 0.2 < t < end - (end - start) * 0.2]
-        assert middle, f"no other thread ran during {name}"
+    start, end = span
+    return sum(start + (end - start) * 0.2 < tick < end - (end - start) * 0.2 for tick in ticks)
+
+
+def test_other_python_threads_run_meanwhile():
+    """The GIL is released: this thread gets on while another is inside one call; not in each, on a busy machine."""
+    problem = build(Case("lstm", size=(600, 16, 64, 128))).to(torch.float32).requiring()
+    results = run(problem)
+    grads = list(cotangents(results).values())
+    assert any(ticks_during(lambda: run(problem)) for _ in range(20)), "no other thread ran during forward"
+    backward = torch.autograd.backward
+    assert any(ticks_during(lambda: backward(list(results.values()), grads, retain_graph=True)) for _ in range(20)), (
+        "no other thread ran during backward"
+    )
 
 
 def script(text: str, **env: str) -> str:
