@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -12,6 +13,7 @@ from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 CLANG = [name for name in ("clang++", *(f"clang++-{version}" for version in range(30, 13, -1))) if shutil.which(name)]
+AARCH64 = "aarch64-linux-gnu-g++"
 
 SOURCES = sorted(path for folder in ("cpu", "ops") for path in (ROOT / "csrc" / folder).glob("*.cpp"))
 
@@ -23,3 +25,26 @@ def test_clang(source):
     command = [CLANG[0], "-std=c++20", "-fsyntax-only", f"-I{ROOT / 'csrc'}", *libraries, "-DTORCH_EXTENSION_NAME=_C"]
     done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(shutil.which, (AARCH64, "qemu-aarch64"))), reason=f"no {AARCH64} or qemu-aarch64")
+def test_aarch64(tmp_path):
+    """The kernels for NEON, run by an emulator (tests/cpu_sanitize/main.cpp without sanitizers), against those for SSE2
+    on this machine: without and with fused multiply-adds, so to rounding."""
+    flags = ["-std=c++20", "-Og", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
+    flags += ["-DRNN_EXT_OUT_OF_LINE", "-DRNN_EXT_BASELINE_ONLY"]  # -Og and the first: a tenth of the time
+    sources = [*(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "tests" / "cpu_sanitize" / "main.cpp"]
+    for compiler, program in ((os.environ.get("CXX", "c++"), "write"), (f"{AARCH64} -static", "compare")):
+        command = [*compiler.split(), *flags, *map(str, sources), "-o", str(tmp_path / program)]
+        subprocess.run(command, check=True)
+    results = tmp_path / "results"  # most of a gigabyte, so it goes from one to the other
+    os.mkfifo(results)
+    with subprocess.Popen([tmp_path / "write", "write", results], stderr=subprocess.PIPE, text=True) as writer:
+        command = ["qemu-aarch64", tmp_path / "compare", "compare", results]
+        reader = subprocess.run(command, capture_output=True, text=True, check=False)
+        if reader.returncode:
+            writer.kill()  # it may wait for a reader
+        assert reader.returncode == 0, reader.stderr
+        assert "952 configurations" in reader.stdout
+        assert writer.wait() == 0, writer.stderr.read()

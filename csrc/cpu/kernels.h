@@ -41,7 +41,7 @@ extern const Kernels<BFloat16> kWidenedBFloat16;
 extern const Kernels<Float16> kWidenedFloat16;
 void add_to_digest(Digest* digest, const void* data, size_t bytes);
 }  // namespace baseline
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(RNN_EXT_BASELINE_ONLY)
 #define RNN_EXT_X86_KERNELS 1
 namespace avx2 {
 extern const Kernels<float> kFloat;

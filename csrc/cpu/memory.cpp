@@ -35,8 +35,8 @@ constexpr bool kKeeps = true;
 
 /// What lies before the memory that is handed out.
 struct alignas(kLine) Block {
-  size_t bytes;  // of that memory
-  Block* next;   // of SmallBlocks
+  size_t bytes;           // of that memory
+  Block* next = nullptr;  // of SmallBlocks
 };
 
 /// The small blocks that wait with a thread, by their size in lines; the last to come back first, which may be in a

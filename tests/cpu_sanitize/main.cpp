@@ -4,6 +4,8 @@
 //   main           every configuration by every instruction set: all that must be written is, nothing else, and the
 //                  instruction sets agree
 //   main threads   a problem large enough to be shared out, by four threads: the bits of one
+//   main write FILE, main compare FILE
+//                  as main, and the baseline's results are kept for, or agree with those of, another processor's build
 #include <algorithm>
 #include <bit>
 #include <atomic>
@@ -407,12 +409,42 @@ void compare_16_bits(const Config& config, const Results& exact, double allowed)
   widen_always(false);
 }
 
+struct {
+  std::FILE* file = nullptr;
+  bool writing = false;
+
+  void open(const char* mode, const char* path) {
+    writing = std::strcmp(mode, "write") == 0;
+    file = std::fopen(path, writing ? "wb" : "rb");
+    if (!file || (!writing && std::strcmp(mode, "compare") != 0)) {
+      std::fprintf(stderr, "expected write or compare, and a file for it: %s %s\n", mode, path);
+      std::exit(1);
+    }
+  }
+  void exchange(const Config& config, const Results& results, double allowed) {
+    if (!file) return;
+    Results other = results;
+    const size_t size = results.values.size();
+    const size_t done = writing ? std::fwrite(results.values.data(), sizeof(double), size, file)
+                                : std::fread(other.values.data(), sizeof(double), size, file);
+    if (done != size) fail(config, "the file has an end here");
+    if (difference(config, results, other) > allowed) fail(config, "differs from the other processor's");
+  }
+  /// Everything is on the disk, or has been read.
+  void close() {
+    if (!file || (writing ? std::fclose(file) == 0 : std::fgetc(file) == EOF)) return;
+    std::fprintf(stderr, "the file could not be written, or has more than was compared\n");
+    std::exit(1);
+  }
+} record;
+
 template <class T>
 void compare(const Config& config, double allowed) {
   Results baseline;
   for (const char* name : {"baseline", "avx2", "avx512"}) {
     if (!set_capability(name)) continue;
     Results results = run<T>(config, Executor{});
+    if (std::strcmp(name, "baseline") == 0) record.exchange(config, results, allowed);
     if (baseline.values.empty())
       baseline = std::move(results);
     else if (difference(config, baseline, results) > allowed)
@@ -487,6 +519,7 @@ int every_configuration() {
     }
   }
   random_masks();
+  record.close();
   std::printf("%d configurations\n", count);
   return 0;
 }
@@ -690,5 +723,6 @@ int threads() {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 3) record.open(argv[1], argv[2]);
   return argc > 1 && std::strcmp(argv[1], "threads") == 0 ? threads() : every_configuration();
 }
