@@ -85,6 +85,8 @@ class WeightGradient {
     constexpr int64_t kWaiting = 8;
     const int64_t pieces = tasks_of_part(), part = task / pieces, piece = task % pieces;
     const int64_t first = height_ * piece / pieces, last = height_ * (piece + 1) / pieces;
+    if (elements<S>(rows) <= kMostAtOnce)
+      return write_rows<kMostAtOnce>(elements<S>(rows), int(part), first, last, a + offset[part], stride);
     const S* from[kAtOnce];
     T* to[kAtOnce];
     PlainProduct<S> p;
@@ -124,6 +126,35 @@ class WeightGradient {
 
  private:
   static constexpr int64_t kAtOnce = 24;  // rows of the gradient that are written together, where there are few of A
+
+  /// Of A, where a tile would take longer to begin and to end than to multiply.
+  static constexpr int kMostAtOnce = 4;
+
+  /// The rows [first, last) of a part of the gradient, each from its first to its last column: sums of `depth`
+  /// products.
+  template <int Depth>
+  void write_rows(int64_t depth, int part, int64_t first, int64_t last, const Element<S>* a, int64_t stride) const {
+    if constexpr (Depth > 1) {
+      if (depth < Depth) return write_rows<Depth - 1>(depth, part, first, last, a, stride);
+    }
+    using Op = Operand<S>;
+    constexpr int64_t kFetched = 1024;  // bytes ahead
+    constexpr int n = kLanes<T>;
+    T* to = grad_ + (part * height_ + first) * width_;
+    for (int64_t m = first; m < last; ++m, to += width_) {
+      typename Op::Lanes x[Depth];
+#pragma GCC unroll 4
+      for (int k = 0; k < Depth; ++k) x[k] = Op::broadcast(reinterpret_cast<const Factor<S>&>(a[k * stride + m]));
+      const Element<S>* b = packed_.get();
+      for (int64_t column = 0; column < width_; column += n, b += Depth * n) {
+        Vec<T> sum = {};
+#pragma GCC unroll 4
+        for (int k = 0; k < Depth; ++k) sum = Op::multiply_add(x[k], Op::load(b + k * n), sum);
+        __builtin_prefetch(reinterpret_cast<const char*>(to + column) + kFetched, 1);
+        store_part(to + column, sum, width_ - column);
+      }
+    }
+  }
 
   /// Of about equal heights.
   int64_t tasks_of_part() const { return (height_ + 4 * kAtOnce - 1) / (4 * kAtOnce); }
