@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import test_cpu_sanitize
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,9 +35,8 @@ def test_aarch64(tmp_path):
     on this machine: without and with fused multiply-adds, so to rounding."""
     flags = ["-std=c++20", "-Og", "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"]
     flags += ["-DRNN_EXT_OUT_OF_LINE", "-DRNN_EXT_BASELINE_ONLY"]  # -Og and the first: a tenth of the time
-    sources = [*(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "tests" / "cpu_sanitize" / "main.cpp"]
-    for compiler, program in ((os.environ.get("CXX", "c++"), "write"), (f"{AARCH64} -static", "compare")):
-        command = [*compiler.split(), *flags, *map(str, sources), "-o", str(tmp_path / program)]
+    for compiler, program in ((test_cpu_sanitize.compiler(), "write"), (f"{AARCH64} -static", "compare")):
+        command = [*compiler.split(), *flags, *map(str, test_cpu_sanitize.SOURCES), "-o", str(tmp_path / program)]
         subprocess.run(command, check=True)
     results = tmp_path / "results"  # most of a gigabyte, so it goes from one to the other
     os.mkfifo(results)

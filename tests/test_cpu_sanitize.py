@@ -11,6 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
+SOURCES = [*sorted((CSRC / "cpu").glob("*.cpp")), HERE / "cpu_sanitize" / "main.cpp"]
 # Unoptimized, so that no access is optimized away, and not inlined: a tenth of the time to compile.
 FLAGS = ["-std=c++20", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
 FLAGS += ["-DRNN_EXT_OUT_OF_LINE"]
@@ -30,9 +31,8 @@ def build(folder: Path) -> Path:
     probe.write_text("int main() { return 0; }\n")
     if subprocess.run([cxx, *FLAGS, str(probe), "-o", str(folder / "probe")], capture_output=True).returncode:
         pytest.skip(f"{cxx} cannot link the sanitizers' libraries")
-    sources = [*sorted((CSRC / "cpu").glob("*.cpp")), HERE / "cpu_sanitize" / "main.cpp"]
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    for source, target in zip(sources, objects, strict=True):
+    objects = [folder / f"{source.stem}.o" for source in SOURCES]
+    for source, target in zip(SOURCES, objects, strict=True):
         subprocess.run([cxx, *FLAGS, f"-I{CSRC}", "-c", str(source), "-o", str(target)], check=True)
     program = folder / "main"
     subprocess.run([cxx, *FLAGS, *map(str, objects), "-o", str(program)], check=True)

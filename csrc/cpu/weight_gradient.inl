@@ -85,8 +85,8 @@ class WeightGradient {
     constexpr int64_t kWaiting = 8;
     const int64_t pieces = tasks_of_part(), part = task / pieces, piece = task % pieces;
     const int64_t first = height_ * piece / pieces, last = height_ * (piece + 1) / pieces;
-    if (elements<S>(rows) <= kMostAtOnce)
-      return write_rows<kMostAtOnce>(elements<S>(rows), int(part), first, last, a + offset[part], stride);
+    if (elements<S>(rows) <= kShallow)
+      return write_rows<kShallow>(elements<S>(rows), int(part), first, last, a + offset[part], stride);
     const S* from[kAtOnce];
     T* to[kAtOnce];
     PlainProduct<S> p;
@@ -127,8 +127,8 @@ class WeightGradient {
  private:
   static constexpr int64_t kAtOnce = 24;  // rows of the gradient that are written together, where there are few of A
 
-  /// Of A, where a tile would take longer to begin and to end than to multiply.
-  static constexpr int kMostAtOnce = 4;
+  /// Sums of so few products that a tile would take longer to begin and to end than to multiply.
+  static constexpr int kShallow = 4;
 
   /// The rows [first, last) of a part of the gradient, each from its first to its last column: sums of `depth`
   /// products.
