@@ -91,34 +91,35 @@ def layers(row: Row, threads: int, left_out: dict[str, str]) -> list[Contestant]
     return found
 
 
-def calls(row: Row, threads: int, left_out: dict[str, str]) -> list[Contestant]:
-    """A call of one timestep: the modules, and torch's cell, which exists for this."""
-    case = row.case
-    assert case is not None
-    work = Workload(case)
+def torch_cell(work: Workload, training: bool) -> Contestant:
+    """Of one timestep, for which it exists."""
+    case = work.case
     cell = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}[case.cell](case.input_size, case.hidden_size)
+    cell.to(work.input.dtype)
     cell.load_state_dict({name.removesuffix("_l0"): value for name, value in work.torch.state_dict().items()})
-    input = work.input[0].clone().requires_grad_(row.mode == "training")
+    input = work.input[0].clone().requires_grad_(training)
     tensors, grad = [input, *cell.parameters()], work.grad_output[0]
 
     def run() -> Any:
         state = cell(input)
         output = state[0] if isinstance(state, tuple) else state
-        return (output, torch.autograd.grad(output, tensors, grad)) if row.mode == "training" else (output, ())
+        return (output, torch.autograd.grad(output, tensors, grad)) if training else (output, ())
 
     def results(returned: Any) -> dict[str, Tensor]:
         return {"output": returned[0].detach().unsqueeze(0)}
 
-    training = row.mode == "training"
-    return [
-        *peers.ours(work, training, threads),
-        *peers.torch_nn(work, training, threads),
-        Contestant(f"torch.nn.{type(cell).__name__}", run, results),
-    ]
+    return Contestant(f"torch.nn.{type(cell).__name__}", run, results)
+
+
+def calls(row: Row, threads: int, left_out: dict[str, str]) -> list[Contestant]:
+    """A call of one timestep: the modules, and torch's cell."""
+    assert row.case is not None
+    work, training = Workload(row.case), row.mode == "training"
+    return [*peers.ours(work, training, threads), *peers.torch_nn(work, training, threads), torch_cell(work, training)]
 
 
 def dtypes(row: Row, threads: int, left_out: dict[str, str]) -> list[Contestant]:
-    """Ours in a reduced precision against ours in float32, and torch.nn in the reduced one."""
+    """Ours in a reduced precision against ours in float32, and torch.nn's layer and cell in the reduced one."""
     case = row.case
     assert case is not None
     training = row.mode == "training"
@@ -127,6 +128,8 @@ def dtypes(row: Row, threads: int, left_out: dict[str, str]) -> list[Contestant]
     found.append(Contestant("rnn_ext float32", full.run, full.results))
     try:
         found += peers.torch_nn(Workload(case), training, threads)
+        if case.length == 1:
+            found.append(torch_cell(Workload(case), training))
     except RuntimeError as error:
         left_out["torch.nn"] = str(error).splitlines()[0]
     return found
@@ -211,7 +214,7 @@ def all_rows() -> list[Row]:
         *rows(
             "dtype",
             [Case(c, n, t, h, h, dtype="bfloat16") for c in CELLS for n, t, h in (shapes[1], shapes[4], shapes[6])]
-            + [Case(c, 1, t, 512, 512, dtype=dtype) for c in CELLS for t in (1, 128) for dtype in halves],
+            + [Case(c, n, t, 512, 512, dtype=d) for c in CELLS for n, t in ((1, 1), (32, 1), (1, 128)) for d in halves],
             dtypes,
         ),
         *rows("length", [Case("lstm", 8, t, 64, 64, lengths=ragged(8, t // 8, t)) for t in lengths]),

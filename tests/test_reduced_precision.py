@@ -200,13 +200,66 @@ def test_few_rows(size, dtype):
             forward_agrees(build(Case(cell, layout, True, proj=proj, size=size, **flags)).to(dtype), dtype)
 
 
+# L, N, I, H of one to 129 rows: gradients are written row by row, in strips, or (129) summed up in float32; of one step
+# weights are widened or packed a piece at a time, of which 300 units take several.
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
-    "size", [(1, 1, 33, 65), (2, 2, 31, 33), (4, 1, 64, 40)], ids=lambda size: "x".join(map(str, size))
+    "size",
+    [
+        (1, 1, 1, 1),
+        (1, 1, 33, 65),
+        (2, 2, 31, 33),
+        (4, 1, 64, 40),
+        (1, 5, 129, 66),
+        (1, 33, 250, 129),
+        (1, 2, 250, 300),
+        (1, 6, 250, 300),
+        (3, 40, 7, 33),
+        (3, 43, 7, 33),
+    ],
+    ids=lambda size: "x".join(map(str, size)),
 )
 def test_gradients_of_few_rows(size, dtype):
-    for cell in ("rnn_tanh", "gru", "lstm"):
-        agree(build(Case(cell, "dense", True, size=size)).to(dtype), dtype)
+    for cell, proj in (("rnn_tanh", 0), ("gru", 0), ("lstm", 0), ("lstm", (size[3] + 1) // 2)):
+        if proj < size[3]:
+            agree(build(Case(cell, "dense", True, proj=proj, size=size)).to(dtype), dtype)
+    ragged = build(Case("lstm", "batch_first", True, lengths=True, resets=True, size=size))
+    agree(ragged.to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 5, 33, 128])
+def test_gradients_are_rounded_once(rows, dtype):
+    """To the nearest, the even one of two; sums of whole numbers that float32 holds and 16 bits do not."""
+    generator = torch.Generator().manual_seed(rows)
+    whole = lambda *size: torch.randint(-60, 60, size, generator=generator).to(dtype)  # noqa: E731
+    input, grad = whole(1, rows, 65), whole(1, rows, 33)
+    weights = [torch.zeros(33, 65, dtype=dtype), torch.zeros(33, 33, dtype=dtype), torch.ones(33, dtype=dtype)]
+    weights = [weight.requires_grad_() for weight in (*weights, torch.ones(33, dtype=dtype))]
+    exact = (grad[0].double().T @ input[0].double()).to(dtype)
+    assert not torch.equal(exact.double(), grad[0].double().T @ input[0].double())
+    for _ in instruction_sets():
+        output = ops.layer(input, None, None, weights, cell="rnn_relu")[0]
+        weight_ih, weight_hh, *biases = torch.autograd.grad(output, weights, grad)
+        assert torch.equal(weight_ih, exact)
+        assert torch.equal(weight_hh, torch.zeros_like(weight_hh))
+        for bias in biases:
+            assert torch.equal(bias, grad[0].double().sum(0).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", COMBINED)
+@pytest.mark.parametrize("size", [(1, 3, 7, 17), (3, 50, 7, 17)], ids=str)
+def test_gradients_of_variants(name, size, dtype):
+    """Few rows and many: weights, biases and what layer normalisation has."""
+    problem, masks = sample(Case("lstm", bidirectional=True, size=size), name)
+    problem, masks = problem.to(dtype), [None if mask is None else mask.to(dtype) for mask in masks]
+    exact = [None if mask is None else mask.double() for mask in masks]
+    _, expected = gradients(lambda p: oracle(p, exact), problem.to(torch.float64))
+    for _ in instruction_sets():
+        _, grads = gradients(lambda p: run(p, masks=masks), problem)
+        assert all(grad.dtype == dtype for grad in grads.values())
+        check_gradients(grads, expected, dtype)
 
 
 def of_one_step(rows: torch.Tensor) -> torch.Tensor:

@@ -51,8 +51,8 @@ ALWAYS_INLINE void add_columns(T* sums, const S* from, int64_t stride, int64_t r
 /// The sums over a chunk's rows that the gradients of the biases and of layer normalisation consist of.
 template <class T>
 void norm_sums(const BackwardArgs<T>& args, const ChunkGrads<cells::LayerNormLstm, T>& grads, int direction, T* sums);
-template <class T>
-void write_norm_sums(const Weights<T>& to, const T* sums, int64_t hidden, int64_t padded);
+template <class To, class T>
+void write_norm_sums(const Weights<void>& to, const T* sums, int64_t hidden, int64_t padded);
 
 /// The gradients of one direction's parameters, a chunk's share at a time. Each task has gradients of its own.
 template <class Cell, class S>
@@ -65,9 +65,10 @@ class ParameterGradients {
         grads_(grads),
         to_(args.grad_weights[direction]),
         direction_(direction),
-        input_(to_.weight_ih, Cell::kGates, args.sizes.hidden, args.sizes.input, args.layout),
-        hidden_(to_.weight_hh, Cell::kGates, args.sizes.hidden, args.sizes.output(), args.layout),
-        proj_(to_.weight_hr, 1, args.sizes.proj, args.sizes.hidden, args.layout),
+        storage_(args.grad_storage()),
+        input_(to_.weight_ih, storage_, Cell::kGates, args.sizes.hidden, args.sizes.input, args.layout),
+        hidden_(to_.weight_hh, storage_, Cell::kGates, args.sizes.hidden, args.sizes.output(), args.layout),
+        proj_(to_.weight_hr, storage_, 1, args.sizes.proj, args.sizes.hidden, args.layout),
         bias_tasks_(to_.bias_ih || to_.bias_hh || to_.weight_norm_ih || to_.weight_norm_hh || to_.weight_norm_c ||
                     to_.bias_norm_c),
         bias_sums_(grads.stride, true) {}
@@ -107,16 +108,20 @@ class ParameterGradients {
     input_.finish(any);
     hidden_.finish(any);
     proj_.finish(any);
-    const int64_t hidden = args_.sizes.hidden, padded = args_.sizes.padded();
-    const size_t bytes = size_t(hidden) * sizeof(T);
-    if constexpr (cells::kIsNormed<Cell>) {
-      write_norm_sums(to_, bias_sums_.get(), hidden, padded);
-    } else {
-      for (int g = 0; g < Cell::kGates; ++g) {
-        if (to_.bias_ih) std::memcpy(to_.bias_ih + g * hidden, bias_sums_.get() + Cell::ih_slot(g) * padded, bytes);
-        if (to_.bias_hh) std::memcpy(to_.bias_hh + g * hidden, bias_sums_.get() + Cell::hh_slot(g) * padded, bytes);
+    with_storage<T>(storage_, [&]<class To>() {
+      const int64_t hidden = args_.sizes.hidden, padded = args_.sizes.padded();
+      if constexpr (cells::kIsNormed<Cell>) {
+        write_norm_sums<To>(to_, bias_sums_.get(), hidden, padded);
+      } else {
+        const auto write = [&](void* grad, int g, int slot) {
+          if (grad) copy_row(static_cast<To*>(grad) + g * hidden, bias_sums_.get() + slot * padded, hidden);
+        };
+        for (int g = 0; g < Cell::kGates; ++g) {
+          write(to_.bias_ih, g, Cell::ih_slot(g));
+          write(to_.bias_hh, g, Cell::hh_slot(g));
+        }
       }
-    }
+    });
   }
 
  private:
@@ -196,8 +201,9 @@ class ParameterGradients {
 
   const BackwardArgs<S>& args_;
   const ChunkGrads<Cell, S>& grads_;
-  const Weights<T>& to_;
+  const Weights<void>& to_;
   const int direction_;
+  const Storage storage_;  // of these gradients
   WeightGradient<S> input_, hidden_, proj_;
   const int64_t bias_tasks_;
   Buffer<T> bias_sums_;  // [gate gradients, padded H]
@@ -244,10 +250,12 @@ class ScansOf final : public Scans<Cell, S> {
 template <class Cell, class S>
 std::unique_ptr<Scans<Cell, S>> make_scans(const BackwardArgs<S>& args, int direction, Shares shares) {
   if constexpr (std::is_same_v<S, float> && !cells::kIsVariant<Cell>) {
-    if (args.bfloat16_hh[direction]) return std::make_unique<ScansOf<Cell, S, BFloat16>>(args, direction, shares);
-#if defined(RNN_EXT_WIDENS_FLOAT16)
-    if (args.float16_hh[direction]) return std::make_unique<ScansOf<Cell, S, Float16>>(args, direction, shares);
-#endif
+    // Of one timestep there is no scan, whose steps would widen it.
+    std::unique_ptr<Scans<Cell, S>> scans;
+    const bool widens = args.narrow_hh[direction] && args.layout.steps > 1;
+    with_storage<S>(widens ? args.narrow : Storage::kComputed,
+                    [&]<class W>() { scans = std::make_unique<ScansOf<Cell, S, W>>(args, direction, shares); });
+    return scans;
   }
   return std::make_unique<ScansOf<Cell, S, S>>(args, direction, shares);
 }
@@ -261,8 +269,8 @@ class BackwardPass {
   BackwardPass(const BackwardArgs<S>& args, int direction, Shares shares)
       : args_(args),
         direction_(direction),
-        weight_ih_(args.weights[direction].weight_ih, args.sizes.hidden, args.sizes.input, args.grad_input.data,
-                   has_few_rows(args.layout)),
+        weight_ih_({args.weights[direction].weight_ih, args.narrow_ih[direction], args.narrow}, args.sizes.hidden,
+                   args.sizes.input, args.grad_input.data, args.layout.rows),
         chunks_(args.layout, direction == 1),
         grads_(args.sizes, args.layout),
         scans_(make_scans<Cell>(args, direction, shares)),

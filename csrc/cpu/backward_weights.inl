@@ -1,24 +1,33 @@
 // The weights of a layer as the passes backward multiply by them; see product.inl.
 
-/// Of no more rows in all, backward reads a weight that it multiplies by once, and writes a weight's gradient, as they
-/// lie in memory: packing the one, and a block of columns of the other after another, take longer (measured on a Xeon,
-/// one row and gradients beyond the second-level cache: 1.5 to 3 times; 128 rows: 1.02 to 1.25 times).
-constexpr int64_t kFewRows = 128;
-inline bool has_few_rows(const Layout& layout) { return layout.rows <= kFewRows; }
+/// A weight as it is stored: its numbers or, in their place, 16 bits.
+template <class S>
+struct StoredWeight {
+  const S* numbers;
+  const void* narrow = nullptr;
+  Storage storage = Storage::kComputed;
+};
 
 /// A weight [G*H, width] that backward multiplies by: its rows are rows of B. For so few rows of A that packing would
-/// cost more than it saves, its whole blocks of columns are taken as they are, and only what is left of a block packed.
+/// cost more than it saves, its whole blocks of columns are taken as they are, and only what is left of a block packed;
+/// what is not floats in memory is made so, or packed, a piece at a time.
 template <class Cell, class S>
 class BackwardWeight {
   using T = Compute<S>;
 
  public:
-  BackwardWeight(const S* weight, int64_t hidden, int64_t width, bool wanted, bool few)
+  /// `rows`: of A, in all products.
+  BackwardWeight(StoredWeight<S> weight, int64_t hidden, int64_t width, bool wanted, int64_t rows)
       : weight_(weight),
+        hidden_(hidden),
         width_(width),
-        plain_blocks_(wanted && few && kPack<S> == 1 ? in_units_of<kLanes<T>>(width) : 0),
+        rows_(rows),
+        copies_(kPack<S> > 1 || weight.narrow),
+        plain_blocks_(!wanted || rows > kFewRows ? 0
+                      : copies_                  ? blocks_of<T>(width)
+                                                 : in_units_of<kLanes<T>>(width)),
         packed_(wanted ? Cell::kGates * elements<S>(hidden) * (blocks_of<T>(width) - plain_blocks_) * kLanes<T> : 0) {
-    if (packed_.get()) pack(packed_.get(), hidden);
+    if (packed_.get()) pack(packed_.get());
   }
 
   /// All of it, if it is wanted for more than a few rows. (Null or a part else, for products over no gates.)
@@ -27,17 +36,17 @@ class BackwardWeight {
   /// Of a product whose B this is, without a bias.
   void multiply(PlainProduct<S> p) const {
     const int64_t last = p.last < 0 ? blocks_of<T>(width_) : p.last;
-    Buffer<T*> rest(plain_blocks_ > 0 ? p.rows : 0);
-    if constexpr (kPack<S> == 1 && !kWidens<S>) {
+    Buffer<T*> rest(plain_blocks_ > 0 && last > plain_blocks_ ? p.rows : 0);
+    if constexpr (!kWidens<S>) {
       if (plain_blocks_ > 0) {
         p.last = smaller(last, plain_blocks_);
         multiply_plain(p);
+        if (last <= plain_blocks_) return;
         for (int64_t r = 0; r < p.rows; ++r) rest.get()[r] = p.c[r] + plain_blocks_ * kLanes<T>;
         p.c = rest.get();
         p.columns -= plain_blocks_ * kLanes<T>;
       }
     }
-    if (last <= plain_blocks_) return;
     p.b = packed_.get();
     p.first = larger(0, p.first - plain_blocks_);
     p.last = last - plain_blocks_;
@@ -49,26 +58,61 @@ class BackwardWeight {
   /// memory (Xeon, 512 units: three rows 0.35 ms -> 0.28, eight 0.73 -> 0.38).
   void multiply_plain(PlainProduct<S> p) const {
     constexpr int64_t kPiece = 256 * 1024;
+    // A copy that the first-level cache holds, for so few rows that they do not multiply it for longer than they write
+    // and read it (Zen 4, 512 units in 16 bits: one row 0.72 to 0.86 of the time; eight rows 1.0 to 1.2).
+    constexpr int64_t kCopiedPiece = 16 * 1024, kCopiedRows = 4;
     // Low tiles load a panel's scattered rows too often: for so many rows of A the panel is copied first (measured on a
     // Xeon: 1.1 to 1.35 times as fast from 12 rows on; tiles of 6 rows are slower for it).
     constexpr int64_t kCopied = RNN_EXT_VECTOR_REGISTERS < 32 ? 12 : kFewRows + 1;
     const Segments all = p.segments;
-    const int64_t most = larger(1, kPiece / (width_ * int64_t(sizeof(S))));
-    Buffer<Element<S>> room(p.rows >= kCopied ? smaller(most, all.size()) * 4 * kLanes<T> : 0);
-    p.b = weight_;
-    p.b_stride = width_;
+    const int64_t padded = blocks_of<T>(width_) * kLanes<T>, bytes = padded * int64_t(sizeof(Element<S>));
+    const int64_t most = larger(1, (copies_ && rows_ <= kCopiedRows ? kCopiedPiece : kPiece) / bytes);
+    const int64_t length = smaller(most, all.size());
+    Buffer<Element<S>> piece(copies_ ? length * padded : 0);
+    Buffer<Element<S>> room(p.rows >= kCopied && kPack<S> == 1 ? length * 4 * kLanes<T> : 0);
     p.room = room.get();
-    if (all.size() <= most) return plain_product<S, true>(p);
+    if (!copies_ && all.size() <= most) {
+      place(p, 0, 0, nullptr);
+      return plain_product<S, true>(p);
+    }
     if (p.accumulate) return add_plain(p);
+    const int64_t rows = Cell::kGates * hidden_ / all.count;  // of the weight, in a segment
     p.segments.count = 1;
     for (int s = 0; s < all.count; ++s) {
       for (int64_t k = 0; k < all.length; k += most) {
         p.segments.offset[0] = all.offset[s] + k;
         p.segments.length = smaller(most, all.length - k);
+        const int64_t row = k * kPack<S>, count = smaller(p.segments.length * kPack<S>, rows - row);
+        place(p, s * rows + row, count, piece.get());
         plain_product<S, true>(p);
-        p.b += p.segments.length * width_;
         p.accumulate = true;
       }
+    }
+  }
+
+  /// Makes so many rows of the weight the product's B, from row `first` on, by a copy in `piece` where they are not
+  /// taken as they are.
+  void place(PlainProduct<S>& p, int64_t first, int64_t count, Element<S>* piece) const {
+    const int64_t column = p.first * kLanes<T>, columns = smaller(width_, p.last * kLanes<T>) - column;
+    if constexpr (kPack<S> > 1) {
+      const S* from = weight_.numbers + first * width_;
+      const auto row = [&](int64_t k) { return from + k * width_; };
+      pack_rows<S>(piece + p.first * p.segments.length * kLanes<T>, row, count, column, columns);
+      p.b = piece;
+    } else if (weight_.narrow) {
+      const int64_t padded = blocks_of<T>(width_) * kLanes<T>;
+      with_storage<T>(weight_.storage, [&]<class N>() {
+        const N* from = static_cast<const N*>(weight_.narrow) + first * width_ + column;
+        for (int64_t k = 0; k < count; ++k, from += width_) {
+          T* to = piece + k * padded + column;
+          for (int64_t i = 0; i < columns; i += kLanes<T>) store(to + i, load_part(from + i, columns - i));
+        }
+      });
+      p.b = piece;
+      p.b_stride = padded;
+    } else {
+      p.b = weight_.numbers + first * width_;
+      p.b_stride = width_;
     }
   }
 
@@ -81,20 +125,20 @@ class BackwardWeight {
     p.c = rows.get();
     p.accumulate = false;
     multiply_plain(p);
-    const int64_t first = p.first * kLanes<T>, columns = (p.last - p.first) * kLanes<T>;
+    const int64_t first = p.first * kLanes<T>, columns = smaller(width_, p.last * kLanes<T>) - first;
     for (int64_t r = 0; r < p.rows; ++r) add_row(to[r] + first, rows.get()[r] + first, columns);
   }
 
   /// Each gate begins with an element of its own. A few blocks at a time: of powers of two, all begin in the same set
   /// of the first-level cache.
-  void pack(Element<S>* to, int64_t hidden) const {
+  void pack(Element<S>* to) const {
     constexpr int64_t kColumns = 4 * kLanes<T>;
-    const int64_t depth = elements<S>(hidden) * kPack<S>, packed_depth = Cell::kGates * elements<S>(hidden);
+    const int64_t depth = elements<S>(hidden_) * kPack<S>, packed_depth = Cell::kGates * elements<S>(hidden_);
     for (int64_t first = plain_blocks_ * kLanes<T>; first < width_; first += kColumns, to += kColumns * packed_depth) {
-      const S* next = weight_;
+      const S* next = weight_.numbers;
       int64_t unit = 0;
       const auto row = [&](int64_t) -> const S* {
-        const S* at = unit < hidden ? next : nullptr;
+        const S* at = unit < hidden_ ? next : nullptr;
         if (at) next += width_;
         if (++unit == depth) unit = 0;
         return at;
@@ -103,29 +147,33 @@ class BackwardWeight {
     }
   }
 
-  const S* const weight_;
-  const int64_t width_, plain_blocks_;
+  const StoredWeight<S> weight_;
+  const int64_t hidden_, width_, rows_;
+  const bool copies_;
+  const int64_t plain_blocks_;
   Buffer<Element<S>> packed_;  // [blocks after those][G*H][lanes]
 };
 
 /// weight_hh of a direction, which is stored as W.
 template <class W, class S>
-const W* stored_hh(const BackwardArgs<S>& args, int direction) {
+StoredWeight<W> stored_hh(const BackwardArgs<S>& args, int direction) {
+  const void* narrow = args.narrow_hh[direction];
   if constexpr (std::is_same_v<W, S>) {
-    return args.weights[direction].weight_hh;
-  } else if constexpr (std::is_same_v<W, BFloat16>) {
-    return args.bfloat16_hh[direction];
+    return {args.weights[direction].weight_hh, narrow, args.narrow};
   } else {
-    return args.float16_hh[direction];
+    return {static_cast<const W*>(narrow)};
   }
 }
+
+/// Rows of a product that is computed in every step.
+constexpr int64_t kManyRows = int64_t(1) << 62;
 
 /// One direction's weights as its scan backward wants them, weight_hh stored as W.
 template <class Cell, class S, class W>
 struct ScanWeights {
   ScanWeights(const BackwardArgs<S>& args, int direction)
       : hidden(stored_hh<W>(args, direction), args.sizes.hidden, args.sizes.output(),
-               args.layout.steps > 1 || args.grad_h_0, args.layout.steps <= 1 && has_few_rows(args.layout)),
+               args.layout.steps > 1 || args.grad_h_0, args.layout.steps <= 1 ? args.layout.rows : kManyRows),
         proj(args.sizes.proj ? elements<S>(args.sizes.proj) * args.sizes.padded() : 0) {
     const Sizes& s = args.sizes;
     const S* weight_hr = args.weights[direction].weight_hr;

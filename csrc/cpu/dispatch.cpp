@@ -228,18 +228,34 @@ template bool computes_forward<double>(CellKind, const Sizes&, const Layout&);
 template bool computes_forward<BFloat16>(CellKind, const Sizes&, const Layout&);
 template bool computes_forward<Float16>(CellKind, const Sizes&, const Layout&);
 
+namespace {
+
+/// Whether the scan backward reads weight_hh as it is stored, and widens it in every step.
 template <class S>
 bool widens_backward(CellKind cell, const Sizes& sizes, const Layout& layout) {
   // Of several rows a tile would widen its weights for each.
-  if (kernels<S>().backward || !kernels<S>().forward || layout.batch != 1 || layout.steps < 2 || sizes.proj)
-    return false;
+  if (layout.batch != 1 || layout.steps < 2 || sizes.proj) return false;
   // As floats. (Measured on a Xeon: bfloat16 1.03 to 1.14 times as fast from here on, float16 1.0 to 1.04; where the
   // weights would not fit the second-level cache 1.2 to 1.5 times. With AVX2 bfloat16 1.04 to 1.08 times.)
   const int64_t least = (std::is_same_v<S, BFloat16> ? 128 : 1280) * 1024;
   return widens_always || sizes.recurrent(cells::kGatesOf[int(cell)]) * int64_t(sizeof(float)) >= least;
 }
-template bool widens_backward<BFloat16>(CellKind, const Sizes&, const Layout&);
-template bool widens_backward<Float16>(CellKind, const Sizes&, const Layout&);
+
+}  // namespace
+
+template <class S>
+Narrow narrow_backward(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout) {
+  Narrow narrow;
+  if (!kernels<S>().forward) return narrow;  // cannot widen them
+  const bool few = has_few_rows(layout);
+  narrow.grads = few;
+  if (kernels<S>().backward || variant != Variant::kPlain) return narrow;
+  narrow.weight_ih = few;
+  narrow.weight_hh = (few && layout.steps <= 1) || widens_backward<S>(cell, sizes, layout);
+  return narrow;
+}
+template Narrow narrow_backward<BFloat16>(CellKind, Variant, const Sizes&, const Layout&);
+template Narrow narrow_backward<Float16>(CellKind, Variant, const Sizes&, const Layout&);
 
 void widen_always(bool always) { widens_always = always; }
 

@@ -43,6 +43,9 @@ enum class CellKind { kRnnTanh, kRnnRelu, kGru, kLstm };
 /// What is done around the cell: nothing, zoneout and recurrent dropout, or (lstm) layer normalisation with both.
 enum class Variant { kPlain, kMasked, kLayerNorm };
 
+/// What numbers are stored as: what they are computed in, or 16 bits.
+enum class Storage { kComputed, kBFloat16, kFloat16 };
+
 /// Which pairs (timestep, entry) exist. Kernel rows are ordered by falling length, so that the rows alive at step t are
 /// the first batch_sizes[t]; row (t, j) is number offsets[t] + j in every internal array.
 struct Layout {
@@ -180,12 +183,15 @@ struct BackwardArgs {
   Sequence<Compute<S>> grad_input;  // data may be null: not wanted, as in all that follow
   Compute<S>* grad_h_0 = nullptr;
   Compute<S>* grad_c_0 = nullptr;
-  Weights<Compute<S>> grad_weights[2];
-  // Where widens_backward(): weight_hh as it is stored, in the place of the one above.
-  const BFloat16* bfloat16_hh[2] = {};
-  const Float16* float16_hh[2] = {};
+  Weights<void> grad_weights[2];  // of Compute<S>, but see below
   Variant variant = Variant::kPlain;
   Masks<S> masks;
+  // Of a layer of 16 bits, what narrow_backward() says:
+  Storage narrow = Storage::kComputed;                // which they are
+  const void *narrow_ih[2] = {}, *narrow_hh[2] = {};  // weights as they are stored, in the place of those above
+  bool narrow_grads = false;                          // gradients of weights are stored so as well
+
+  Storage grad_storage() const { return narrow_grads ? narrow : Storage::kComputed; }
 };
 
 /// The instruction set whose kernels run: "baseline", "avx2" or "avx512"; the best the processor has.
@@ -212,14 +218,17 @@ bool computes_bfloat16();
 
 /// Whether layer_forward takes such a layer as it is stored: all but 16 bits, and these where the instruction set
 /// multiplies them, or where it widens them and each weight is used for few rows only. Else, and for layer_backward
-/// of 16 bits that it does not multiply, they must be converted to float, but see widens_backward().
+/// of 16 bits that it does not multiply, they must be converted to float, but see narrow_backward().
 template <class S>
 bool computes_forward(CellKind cell, const Sizes& sizes, const Layout& layout);
 
-/// Whether layer_backward of such a layer of 16 bits, all else of which has been converted to float, is faster if it
-/// gets weight_hh as it is stored.
+/// What layer_backward of a layer of 16 bits takes and gives as it is stored, as that is faster; see BackwardArgs.
+struct Narrow {
+  bool weight_ih = false, weight_hh = false;  // though all else has been converted to float
+  bool grads = false;                         // of weights and biases
+};
 template <class S>
-bool widens_backward(CellKind cell, const Sizes& sizes, const Layout& layout);
+Narrow narrow_backward(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout);
 
 /// Let layer_forward and layer_backward take all layers of 16 bits that they can widen, for tests; else those that are
 /// faster so.

@@ -550,11 +550,11 @@ void norm_sums(const BackwardArgs<T>& args, const ChunkGrads<cells::LayerNormLst
   add_row(sums, some.get(), grads.stride);
 }
 
-template <class T>
-void write_norm_sums(const Weights<T>& to, const T* sums, int64_t hidden, int64_t padded) {
-  const auto write = [=](T* grad, int slot, int count) {
+template <class To, class T>
+void write_norm_sums(const Weights<void>& to, const T* sums, int64_t hidden, int64_t padded) {
+  const auto write = [=](void* grad, int slot, int count) {
     for (int g = 0; grad && g < count; ++g)
-      std::memcpy(grad + g * hidden, sums + (slot + g) * padded, size_t(hidden) * sizeof(T));
+      copy_row(static_cast<To*>(grad) + g * hidden, sums + (slot + g) * padded, hidden);
   };
   write(to.bias_ih, 0, 4);
   write(to.bias_hh, 0, 4);

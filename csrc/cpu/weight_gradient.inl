@@ -1,15 +1,16 @@
 // The gradient of a weight: A^T B over the rows of chunk after chunk, A being the gradients of what came out of its
 // product and B what went in.
 
-/// grad [parts * height, width].
+/// grad [parts * height, width], in 16 bits of few rows only.
 template <class S>
 class WeightGradient {
   using T = Compute<S>;
 
  public:
   /// `grad` null: it is not wanted.
-  WeightGradient(T* grad, int parts, int64_t height, int64_t width, const Layout& layout)
+  WeightGradient(void* grad, Storage storage, int parts, int64_t height, int64_t width, const Layout& layout)
       : grad_(grad),
+        storage_(storage),
         parts_(parts),
         height_(height),
         width_(width),
@@ -56,7 +57,8 @@ class WeightGradient {
           p.b = packed.get();
           p.b_stride = 0;
           p.segments.stride = stride;
-          multiply_rows_of(part, 0, height_, first, a_part, from.get(), to.get(), p);
+          space_rows(to.get(), static_cast<T*>(grad_) + part * height_ * width_ + first, width_, height_);
+          multiply_rows_of(0, height_, a_part, from.get(), to.get(), p);
         }
         if (whole < columns) {
           for (int64_t i = 0; i < rest_; ++i) {
@@ -85,30 +87,41 @@ class WeightGradient {
     constexpr int64_t kWaiting = 8;
     const int64_t pieces = tasks_of_part(), part = task / pieces, piece = task % pieces;
     const int64_t first = height_ * piece / pieces, last = height_ * (piece + 1) / pieces;
-    if (elements<S>(rows) <= kShallow)
-      return write_rows<kShallow>(elements<S>(rows), int(part), first, last, a + offset[part], stride);
-    const S* from[kAtOnce];
-    T* to[kAtOnce];
-    PlainProduct<S> p;
-    p.columns = width_;
-    p.b = packed_.get();
-    p.fetch_c = rows < kWaiting;
-    p.segments.length = elements<S>(rows);
-    p.segments.stride = stride;
-    for (int64_t m = first; m < last; m += kAtOnce)
-      multiply_rows_of(int(part), m, smaller(kAtOnce, last - m), 0, a + offset[part], from, to, p);
+    with_storage<T>(storage_, [&]<class To>() {
+      To* const grad = static_cast<To*>(grad_) + part * height_ * width_;
+      if (elements<S>(rows) <= kShallow)
+        return write_rows<kShallow>(elements<S>(rows), grad, first, last, a + offset[part], stride);
+      const S* from[kAtOnce];
+      T* to[kAtOnce];
+      PlainProduct<S> p;
+      p.columns = width_;
+      p.b = packed_.get();
+      p.fetch_c = rows < kWaiting;
+      p.segments.length = elements<S>(rows);
+      p.segments.stride = stride;
+      constexpr bool kRounds = !std::is_same_v<To, T>;
+      Buffer<T> sums(kRounds ? kAtOnce * width_ : 0);
+      if constexpr (kRounds) space_rows(to, sums.get(), width_, kAtOnce);
+      for (int64_t m = first; m < last; m += kAtOnce) {
+        const int64_t count = smaller(kAtOnce, last - m);
+        if constexpr (!kRounds) space_rows(to, grad + m * width_, width_, count);
+        multiply_rows_of(m, count, a + offset[part], from, to, p);
+        if constexpr (kRounds) copy_row(grad + m * width_, sums.get(), count * width_);
+      }
+    });
   }
 
   /// After the last chunk; `any`: there was one.
   void finish(bool any) {
     if (!grad_) return;
     if (!any) {
-      std::memset(grad_, 0, size_t(parts_ * height_ * width_) * sizeof(T));
+      with_storage<T>(storage_,
+                      [&]<class To>() { std::memset(grad_, 0, size_t(parts_ * height_ * width_) * sizeof(To)); });
       return;
     }
     constexpr int n = kLanes<T>;
     for (int64_t i = 0; i < rest_; i += n) {
-      T* to = grad_ + width_ - rest_ + i;
+      T* to = static_cast<T*>(grad_) + width_ - rest_ + i;
       for (int part = 0; part < parts_; ++part) {
         for (int64_t m = 0; m < height_; m += n) {
           Vec<T> square[n];
@@ -130,17 +143,17 @@ class WeightGradient {
   /// Sums of so few products that a tile would take longer to begin and to end than to multiply.
   static constexpr int kShallow = 4;
 
-  /// The rows [first, last) of a part of the gradient, each from its first to its last column: sums of `depth`
-  /// products.
-  template <int Depth>
-  void write_rows(int64_t depth, int part, int64_t first, int64_t last, const Element<S>* a, int64_t stride) const {
+  /// The rows [first, last) of a part of the gradient, which is at `to`, each from its first to its last column: sums
+  /// of `depth` products.
+  template <int Depth, class To>
+  void write_rows(int64_t depth, To* to, int64_t first, int64_t last, const Element<S>* a, int64_t stride) const {
     if constexpr (Depth > 1) {
-      if (depth < Depth) return write_rows<Depth - 1>(depth, part, first, last, a, stride);
+      if (depth < Depth) return write_rows<Depth - 1>(depth, to, first, last, a, stride);
     }
     using Op = Operand<S>;
     constexpr int64_t kFetched = 1024;  // bytes ahead
     constexpr int n = kLanes<T>;
-    T* to = grad_ + (part * height_ + first) * width_;
+    to += first * width_;
     for (int64_t m = first; m < last; ++m, to += width_) {
       typename Op::Lanes x[Depth];
 #pragma GCC unroll 4
@@ -159,14 +172,11 @@ class WeightGradient {
   /// Of about equal heights.
   int64_t tasks_of_part() const { return (height_ + 4 * kAtOnce - 1) / (4 * kAtOnce); }
 
-  /// The product `p` for so many rows of a part of the gradient, from its row `first` and column `column` on. `a`: the
-  /// columns of A for the part; `from` and `to`: room for so many.
-  void multiply_rows_of(int part, int64_t first, int64_t count, int64_t column, const Element<S>* a, const S** from,
-                        T** to, PlainProduct<S>& p) const {
-    for (int64_t i = 0; i < count; ++i) {
-      from[i] = reinterpret_cast<const S*>(a + first + i);
-      to[i] = grad_ + (part * height_ + first + i) * width_ + column;
-    }
+  /// The product `p` for so many rows of a part of the gradient, from its row `first` on, which go `to` places. `a`:
+  /// the columns of A for the part; `from`: room for so many.
+  void multiply_rows_of(int64_t first, int64_t count, const Element<S>* a, const S** from, T** to,
+                        PlainProduct<S>& p) const {
+    for (int64_t i = 0; i < count; ++i) from[i] = reinterpret_cast<const S*>(a + first + i);
     p.rows = count;
     p.a = from;
     p.c = to;
@@ -184,7 +194,8 @@ class WeightGradient {
     return rest * blocks_of<T>(height) < (third ? 1 : 2) * height ? rest : 0;
   }
 
-  T* const grad_;
+  void* const grad_;
+  const Storage storage_;
   const int parts_;
   const int64_t height_, width_;
   const bool few_;

@@ -141,14 +141,13 @@ at::ScalarType backward_type(const at::Tensor& input, cpu::Variant variant) {
   return is_bfloat16 && cpu::computes_bfloat16() ? at::kBFloat16 : compute_type(input);
 }
 
-/// What the kernels get weight_hh in, if all else is converted to `dtype`.
-at::ScalarType widened_backward_type(const at::Tensor& input, at::ScalarType dtype, const LayerShape& shape) {
-  const at::ScalarType type = input.scalar_type();
-  if (type == dtype || shape.variant != cpu::Variant::kPlain) return dtype;
-  const cpu::CellKind cell = shape.cell.kind;
-  const bool widens = type == at::kBFloat16 ? cpu::widens_backward<cpu::BFloat16>(cell, shape.sizes, shape.layout())
-                                            : cpu::widens_backward<cpu::Float16>(cell, shape.sizes, shape.layout());
-  return widens ? type : dtype;
+/// What of a layer of 16 bits they take and give as it is stored.
+cpu::Narrow narrow_backward(at::ScalarType type, const LayerShape& shape) {
+  const cpu::Sizes& sizes = shape.sizes;
+  const cpu::Layout layout = shape.layout();
+  if (type == at::kBFloat16) return cpu::narrow_backward<cpu::BFloat16>(shape.cell.kind, shape.variant, sizes, layout);
+  if (type == at::kHalf) return cpu::narrow_backward<cpu::Float16>(shape.cell.kind, shape.variant, sizes, layout);
+  return {};
 }
 
 template <class S>
@@ -433,18 +432,24 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   const OptionalTensor dy = prepare_sequence(grad_output, dtype), dcells = prepare_sequence(grad_cells, dtype);
   const OptionalTensor dh_n = prepare(grad_h_n, dtype), dc_n = prepare(grad_c_n, dtype);
   std::vector<at::Tensor> w = weights.vec();
-  const at::ScalarType stored = widened_backward_type(input, dtype, shape);
-  std::vector<at::Tensor> narrow_hh(sizes.directions);
-  for (int d = 0; d < sizes.directions && stored != dtype; ++d)
-    narrow_hh[d] = weights[shape.index(d, LayerShape::kWeightHh)].contiguous();
+  const cpu::Narrow narrow = narrow_backward(input.scalar_type(), shape);
+  std::vector<at::Tensor> narrow_weights = w;
   // What no gradient passes through the kernels do not look at.
   const bool plain = shape.variant == cpu::Variant::kPlain;
   const auto passed = [&](LayerShape::Weight weight) {
     if (weight == LayerShape::kWeightIh) return output_mask.get(0);
-    if (weight == LayerShape::kWeightHh) return stored == dtype && (output_mask.get(1) || shape.layout().steps > 1);
+    if (weight == LayerShape::kWeightHh) return output_mask.get(1) || shape.layout().steps > 1;
     return weight == LayerShape::kWeightHr || !plain;
   };
-  for (int d = 0; d < sizes.directions; ++d) prepare_weights(w, shape, d, dtype, passed);
+  const auto is_narrow = [&](LayerShape::Weight weight) {
+    return (weight == LayerShape::kWeightIh && narrow.weight_ih) ||
+           (weight == LayerShape::kWeightHh && narrow.weight_hh);
+  };
+  for (int d = 0; d < sizes.directions; ++d) {
+    prepare_weights(w, shape, d, dtype, [&](auto weight) { return passed(weight) && !is_narrow(weight); });
+    prepare_weights(narrow_weights, shape, d, input.scalar_type(),
+                    [&](auto weight) { return passed(weight) && is_narrow(weight); });
+  }
 
   at::Tensor dx, dh_0, dc_0;
   if (output_mask.get(0)) dx = empty(shape.sequence_sizes(sizes.input), options);
@@ -452,7 +457,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   if (output_mask.get(2)) dc_0 = empty({sizes.directions, shape.batch, sizes.hidden}, options);
   std::vector<at::Tensor> dw(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
-    if (output_mask.get(3 + i)) dw[i] = empty(weights[i].sizes(), options);
+    if (output_mask.get(3 + i)) dw[i] = empty(weights[i].sizes(), narrow.grads ? input.options() : options);
   }
 
   with_storage<float, double, cpu::BFloat16>(dtype, [&](auto storage) {
@@ -482,14 +487,13 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     args.grad_c_0 = dc_0.defined() ? data<compute_t>(dc_0) : nullptr;
     for (int d = 0; d < sizes.directions; ++d) {
       args.weights[d] = named_weights<const scalar_t>(w, shape, d);
-      args.grad_weights[d] = named_weights<compute_t>(dw, shape, d);
-      if (stored == dtype) continue;
-      if (stored == at::kBFloat16) {
-        args.bfloat16_hh[d] = data<const cpu::BFloat16>(narrow_hh[d]);
-      } else {
-        args.float16_hh[d] = data<const cpu::Float16>(narrow_hh[d]);
-      }
+      args.grad_weights[d] = named_weights<void>(dw, shape, d);
+      const auto as_stored = named_weights<const void>(narrow_weights, shape, d);
+      args.narrow_ih[d] = as_stored.weight_ih;
+      args.narrow_hh[d] = as_stored.weight_hh;
     }
+    args.narrow = input.scalar_type() == at::kBFloat16 ? cpu::Storage::kBFloat16 : cpu::Storage::kFloat16;
+    args.narrow_grads = narrow.grads;
     cpu::layer_backward(args, executor());
   });
 
