@@ -185,11 +185,15 @@ def check(actual, expected, roundings=1):
         torch.testing.assert_close(actual[name].double(), want.double(), rtol=roundings * 4e-3, atol=1e-4)
 
 
-# L, N, I, H of at most four rows: 1, less and more than one vector or two of every width, with and without a rest.
+# L, N, I, H of at most four rows: 1, less and more than one vector or two of every width, with and without a rest. Of
+# one timestep up to 24, where units are many, and one row more.
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     "size",
-    [(1, 1, 1, 1), (1, 1, 129, 65), (1, 3, 33, 16), (2, 2, 31, 33), (4, 1, 64, 40), (1, 4, 7, 130), (3, 1, 9, 7)],
+    [
+        *((1, 1, 1, 1), (1, 1, 129, 65), (1, 3, 33, 16), (2, 2, 31, 33), (4, 1, 64, 40), (1, 4, 7, 130), (3, 1, 9, 7)),
+        *((1, 7, 130, 129), (1, 24, 250, 257), (1, 25, 250, 257)),
+    ],
     ids=lambda size: "x".join(map(str, size)),
 )
 def test_few_rows(size, dtype):

@@ -175,19 +175,27 @@ const Kernels<S>& kernels() {
 
 }  // namespace
 
-bool uses_packed_weights(const Sizes& sizes, const Layout& layout, int64_t itemsize) {
+template <class S>
+bool uses_packed_weights(const Sizes& sizes, const Layout& layout) {
   // For fewer rows, packing, or the look whether the weights have changed, costs more than it saves. Several rows of
   // one timestep are multiplied by weights as they are: four at a time or, with few registers, two, and each sum at the
   // cost of adding up the lanes of a vector, which long rows of weights make up for (measured on a Xeon, 64 to 512
-  // units). 16 bits would be widened again and again. The rule is the same in training, where it could go further, and
-  // in inference: so are the bits.
+  // units). Pairs of 16 bits that the instruction set multiplies would have to be widened. The rule is the same in
+  // training, where it could go further, and in inference: so are the bits.
   int64_t most = 4;
-  if (layout.steps == 1 && itemsize > 2) {
+  if (layout.steps == 1 && !(std::is_same_v<S, BFloat16> && computes_bfloat16())) {
+    // Of 16 bits that are widened in every pass no more than converting them would have made up for (Zen 4, 512 units:
+    // 8 rows take 0.65 to 0.85 of the time, 24 rows 0.9 to 0.97).
+    const int64_t limit = !uses_avx512() ? 16 : sizeof(S) > 2 ? 64 : 24;
     const int64_t depth = std::min(sizes.input, sizes.output()) - 32;
-    most = std::max(most, uses_avx512() ? std::min<int64_t>(64, depth / 8) : std::min<int64_t>(16, depth / 28));
+    most = std::max(most, std::min(limit, depth / (uses_avx512() ? 8 : 28)));
   }
   return layout.rows > most;
 }
+template bool uses_packed_weights<float>(const Sizes&, const Layout&);
+template bool uses_packed_weights<double>(const Sizes&, const Layout&);
+template bool uses_packed_weights<BFloat16>(const Sizes&, const Layout&);
+template bool uses_packed_weights<Float16>(const Sizes&, const Layout&);
 
 namespace {
 
@@ -220,7 +228,7 @@ bool computes_forward(CellKind cell, const Sizes& sizes, const Layout& layout) {
   } else {
     if (kernels<S>().backward) return true;
     if (!kernels<S>().forward) return false;
-    return !uses_packed_weights(sizes, layout, sizeof(S)) || widens_packed_weights<S>(cell, sizes, layout);
+    return !uses_packed_weights<S>(sizes, layout) || widens_packed_weights<S>(cell, sizes, layout);
   }
 }
 template bool computes_forward<float>(CellKind, const Sizes&, const Layout&);
@@ -286,12 +294,12 @@ int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_
   return std::max<int64_t>(1, std::min<int64_t>(executor.threads / sizes.directions, layout.batch / least));
 }
 
-bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, int64_t itemsize,
-               const Executor& executor) {
+template <class S>
+bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, const Executor& executor) {
   if (layers < 2 || sizes.directions > 1 || executor.threads < 2 || !executor.run_team) return false;
-  if (!uses_packed_weights(sizes, layout, itemsize)) return false;
+  if (!uses_packed_weights<S>(sizes, layout)) return false;
   const int gates = cells::kGatesOf[int(cell)];
-  if (count_slices(layout, sizes, gates, itemsize, executor) > 1) return false;  // these need not wait
+  if (count_slices(layout, sizes, gates, sizeof(S), executor) > 1) return false;  // these need not wait
   const double work = multiply_adds(cell, sizes, layout) * double(layers);
   if (work < kWorthwhile) return false;
   // Layers wait for each other every few steps, threads that share a layer's units in every step, but hold half of its
@@ -300,6 +308,9 @@ bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t 
   const double hidden = double(sizes.hidden);
   return gates * hidden * hidden * double(layout.rows) < kShared * double(layout.steps);
 }
+template bool pipelines<float>(CellKind, const Sizes&, const Layout&, int64_t, const Executor&);
+template bool pipelines<double>(CellKind, const Sizes&, const Layout&, int64_t, const Executor&);
+template bool pipelines<BFloat16>(CellKind, const Sizes&, const Layout&, int64_t, const Executor&);
 
 template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor) {

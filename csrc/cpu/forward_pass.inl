@@ -4,7 +4,7 @@ template <class Cell, class S>
 void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const int directions = args.sizes.directions;
   using Packed = ForwardWeights<cells::Plain<Cell>, S>;
-  const bool pack = uses_packed_weights(args.sizes, args.layout, sizeof(S));
+  const bool pack = uses_packed_weights<S>(args.sizes, args.layout);
   // A product of one timestep is the only one of its thread that reads the weights. (A tail has no panel of its own.)
   const bool panels = args.layout.steps == 1 && !has_tail<Compute<S>>(Cell::kGates, args.sizes.hidden);
   const Packing packing = !pack ? Packing::kNone : panels ? Packing::kPanels : Packing::kWhole;
@@ -48,7 +48,7 @@ struct StackLayer {
         scan(args, args.packed[0] ? static_cast<const Packed&>(*args.packed[0]) : *own, 0, slice_of(args.layout, 0, 1),
              states, alone, 0, 1) {}
   static Packing packing(const ForwardArgs<S>& args) {
-    return uses_packed_weights(args.sizes, args.layout, sizeof(S)) ? Packing::kWhole : Packing::kNone;
+    return uses_packed_weights<S>(args.sizes, args.layout) ? Packing::kWhole : Packing::kNone;
   }
   const std::unique_ptr<Packed> own;
   ForwardStates<S> states;

@@ -234,8 +234,9 @@ Narrow narrow_backward(CellKind cell, Variant variant, const Sizes& sizes, const
 /// faster so.
 void widen_always(bool always);
 
-/// Whether a layer's forward call uses packed weights. `itemsize`: bytes of a weight.
-bool uses_packed_weights(const Sizes& sizes, const Layout& layout, int64_t itemsize);
+/// Whether a layer's forward call uses packed weights.
+template <class S>
+bool uses_packed_weights(const Sizes& sizes, const Layout& layout);
 
 template <class S>
 std::unique_ptr<PackedWeights> pack_weights(CellKind cell, const Sizes& sizes, const Weights<const S>& weights);
@@ -255,9 +256,9 @@ template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor);
 
 /// Whether the layers of a stack, each like this one, should run at the same time, each some timesteps behind the one
-/// below it. `itemsize`: bytes of a weight.
-bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, int64_t itemsize,
-               const Executor& executor);
+/// below it.
+template <class S>
+bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, const Executor& executor);
 
 /// A stack of layers of one direction, the bits of layer_forward for one after the other: the input of each is the
 /// output of the one before it. Sets their `below` and `progress`.

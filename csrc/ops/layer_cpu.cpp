@@ -337,7 +337,7 @@ class ForwardCall {
     args.c_n = shape.cell.has_cell ? data<S>(c_n_) : nullptr;
     args.saved = save_ ? data<cpu::Compute<S>>(saved_) : nullptr;
     for (int d = 0; d < shape.sizes.directions; ++d) {
-      if (!save_ && cpu::uses_packed_weights(args.sizes, args.layout, sizeof(S))) args.packed[d] = find_packed<S>(d);
+      if (!save_ && cpu::uses_packed_weights<S>(args.sizes, args.layout)) args.packed[d] = find_packed<S>(d);
       prepare_weights(weights_, d, args.packed[d] != nullptr);
       args.weights[d] = named_weights<const S>(weights_, shape, d);
     }
@@ -524,7 +524,11 @@ bool pipelines(const at::Tensor& input, int64_t batch, const StackWeights& weigh
   // The next layer reads the output as the caller sees it, rounded: not what is converted to float. Layers whose
   // weights are widened are too large.
   if (backward_type(input, cpu::Variant::kPlain) != input.scalar_type()) return false;
-  return cpu::pipelines(cell.kind, sizes, layout, int64_t(weights.size()), input.element_size(), threads);
+  bool result = false;
+  with_storage<float, double, cpu::BFloat16>(input.scalar_type(), [&](auto storage) {
+    result = cpu::pipelines<decltype(storage)>(cell.kind, sizes, layout, int64_t(weights.size()), threads);
+  });
+  return result;
 }
 
 std::vector<LayerResult> pipelined_forward(const at::Tensor& input, const StackStates& h_0, const StackStates& c_0,
