@@ -141,6 +141,11 @@ at::ScalarType backward_type(const at::Tensor& input, cpu::Variant variant) {
   return is_bfloat16 && cpu::computes_bfloat16() ? at::kBFloat16 : compute_type(input);
 }
 
+cpu::Storage storage_of(at::ScalarType type) {
+  if (type == at::kBFloat16) return cpu::Storage::kBFloat16;
+  return type == at::kHalf ? cpu::Storage::kFloat16 : cpu::Storage::kComputed;
+}
+
 /// What of a layer of 16 bits they take and give as it is stored.
 cpu::Narrow narrow_backward(at::ScalarType type, const LayerShape& shape) {
   const cpu::Sizes& sizes = shape.sizes;
@@ -492,7 +497,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
       args.narrow_ih[d] = as_stored.weight_ih;
       args.narrow_hh[d] = as_stored.weight_hh;
     }
-    args.narrow = input.scalar_type() == at::kBFloat16 ? cpu::Storage::kBFloat16 : cpu::Storage::kFloat16;
+    args.narrow = storage_of(input.scalar_type());
     args.narrow_grads = narrow.grads;
     cpu::layer_backward(args, executor());
   });
