@@ -40,11 +40,13 @@ def test_aarch64(tmp_path):
         subprocess.run(command, check=True)
     results = tmp_path / "results"  # most of a gigabyte, so it goes from one to the other
     os.mkfifo(results)
-    with subprocess.Popen([tmp_path / "write", "write", results], stderr=subprocess.PIPE, text=True) as writer:
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([tmp_path / "write", "write", results], **piped) as writer:
         command = ["qemu-aarch64", tmp_path / "compare", "compare", results]
         reader = subprocess.run(command, capture_output=True, text=True, check=False)
         if reader.returncode:
             writer.kill()  # it may wait for a reader
         assert reader.returncode == 0, reader.stderr
-        assert "952 configurations" in reader.stdout
+        assert "configurations" in reader.stdout
+        assert reader.stdout == writer.stdout.read()
         assert writer.wait() == 0, writer.stderr.read()
