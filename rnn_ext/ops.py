@@ -27,8 +27,8 @@ recompute      whether autograd keeps neither ``saved`` nor ``output`` and its b
 All floating-point tensors share one dtype out of float32, float64, bfloat16 and float16 and one device. Reduced
 precision is storage: sums, gates and cell states are float32, and so is h from one timestep to the next. On CPUs,
 without masks and layer normalisation, h goes on rounded, as the output shows it, in bfloat16 where the processor
-multiplies it (AVX512_BF16) and in calls of up to four rows, whose weights are read as they lie. On the CPU subnormal
-numbers, those below 1.2e-38 (float64: 2.3e-308), count as zero.
+multiplies it (AVX512_BF16) and in calls of up to four rows, or 24 of one timestep, whose weights are read as they lie.
+On the CPU subnormal numbers, those below 1.2e-38 (float64: 2.3e-308), count as zero.
 """
 
 from __future__ import annotations

@@ -145,6 +145,20 @@ def test_few_rows_one_by_one(cell, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_rows_of_a_step_one_by_one(dtype):
+    """A timestep of up to 24 rows of a large layer, or with AVX2 some fewer, is that of each row alone: h before the
+    projection is rounded, which it would not be of weights that are converted."""
+    for name in instruction_sets():
+        rows = 24 if name == "avx512" else 11
+        problem = build(Case("lstm", size=(1, rows, 350, 350), proj=340)).to(dtype)
+        weights = list(problem.weights.values())
+        outputs = ops.layer(problem.input, problem.h_0, problem.c_0, weights, cell="lstm")[0].split(1, 1)
+        for i in range(rows) if widens(dtype) and not (dtype == torch.bfloat16 and _C.computes_bfloat16()) else ():
+            row = [t[:, i : i + 1] for t in (problem.input, problem.h_0, problem.c_0)]
+            assert torch.equal(ops.layer(*row, weights, cell="lstm")[0], outputs[i])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("cell", CELLS)
 def test_large_layers(cell, batch, dtype):
@@ -215,6 +229,8 @@ def test_few_rows(size, dtype):
         (2, 2, 31, 33),
         (4, 1, 64, 40),
         (1, 5, 129, 66),
+        (1, 5, 65, 31),
+        (1, 2, 7, 63),
         (1, 33, 250, 129),
         (1, 2, 250, 300),
         (1, 6, 250, 300),

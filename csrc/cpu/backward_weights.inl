@@ -9,8 +9,8 @@ struct StoredWeight {
 };
 
 /// A weight [G*H, width] that backward multiplies by: its rows are rows of B. For so few rows of A that packing would
-/// cost more than it saves, its whole blocks of columns are taken as they are, and only what is left of a block packed;
-/// what is not floats in memory is made so, or packed, a piece at a time.
+/// cost more than it saves, its whole blocks of columns are taken as they are, and only what is left of a block packed.
+/// Of 16 bits all blocks are widened, or packed in pairs, a piece at a time.
 template <class Cell, class S>
 class BackwardWeight {
   using T = Compute<S>;
@@ -23,10 +23,10 @@ class BackwardWeight {
         width_(width),
         rows_(rows),
         copies_(kPack<S> > 1 || weight.narrow),
-        plain_blocks_(!wanted || rows > kFewRows ? 0
-                      : copies_                  ? blocks_of<T>(width)
-                                                 : in_units_of<kLanes<T>>(width)),
-        packed_(wanted ? Cell::kGates * elements<S>(hidden) * (blocks_of<T>(width) - plain_blocks_) * kLanes<T> : 0) {
+        in_pieces_(!wanted || rows > kFewRows ? 0
+                   : copies_                  ? blocks_of<T>(width)
+                                              : in_units_of<kLanes<T>>(width)),
+        packed_(wanted ? Cell::kGates * elements<S>(hidden) * (blocks_of<T>(width) - in_pieces_) * kLanes<T> : 0) {
     if (packed_.get()) pack(packed_.get());
   }
 
@@ -36,27 +36,27 @@ class BackwardWeight {
   /// Of a product whose B this is, without a bias.
   void multiply(PlainProduct<S> p) const {
     const int64_t last = p.last < 0 ? blocks_of<T>(width_) : p.last;
-    Buffer<T*> rest(plain_blocks_ > 0 && last > plain_blocks_ ? p.rows : 0);
+    Buffer<T*> rest(in_pieces_ > 0 && last > in_pieces_ ? p.rows : 0);
     if constexpr (!kWidens<S>) {
-      if (plain_blocks_ > 0) {
-        p.last = smaller(last, plain_blocks_);
-        multiply_plain(p);
-        if (last <= plain_blocks_) return;
-        for (int64_t r = 0; r < p.rows; ++r) rest.get()[r] = p.c[r] + plain_blocks_ * kLanes<T>;
+      if (in_pieces_ > 0) {
+        p.last = smaller(last, in_pieces_);
+        multiply_pieces(p);
+        if (last <= in_pieces_) return;
+        for (int64_t r = 0; r < p.rows; ++r) rest.get()[r] = p.c[r] + in_pieces_ * kLanes<T>;
         p.c = rest.get();
-        p.columns -= plain_blocks_ * kLanes<T>;
+        p.columns -= in_pieces_ * kLanes<T>;
       }
     }
     p.b = packed_.get();
-    p.first = larger(0, p.first - plain_blocks_);
-    p.last = last - plain_blocks_;
+    p.first = larger(0, p.first - in_pieces_);
+    p.last = last - in_pieces_;
     plain_product(p);
   }
 
  private:
-  /// The whole blocks of columns. A piece of the weight is read for all columns before the next piece is, as it lies in
-  /// memory (Xeon, 512 units: three rows 0.35 ms -> 0.28, eight 0.73 -> 0.38).
-  void multiply_plain(PlainProduct<S> p) const {
+  /// The blocks that are not packed beforehand. A piece of the weight is read for all columns before the next piece is,
+  /// as it lies in memory (Xeon, 512 units: three rows 0.35 ms -> 0.28, eight 0.73 -> 0.38).
+  void multiply_pieces(PlainProduct<S> p) const {
     constexpr int64_t kPiece = 256 * 1024;
     // A copy that the first-level cache holds, for so few rows that they do not multiply it for longer than they write
     // and read it (Zen 4, 512 units in 16 bits: one row 0.72 to 0.86 of the time; eight rows 1.0 to 1.2).
@@ -64,7 +64,8 @@ class BackwardWeight {
     // Low tiles load a panel's scattered rows too often: for so many rows of A the panel is copied first (measured on a
     // Xeon: 1.1 to 1.35 times as fast from 12 rows on; tiles of 6 rows are slower for it).
     constexpr int64_t kCopied = RNN_EXT_VECTOR_REGISTERS < 32 ? 12 : kFewRows + 1;
-    const Segments all = p.segments;
+    Segments all = p.segments;
+    if (kPack<S> > 1) all.part(Cell::kGates);  // of each the last pair may be half of one
     const int64_t padded = blocks_of<T>(width_) * kLanes<T>, bytes = padded * int64_t(sizeof(Element<S>));
     const int64_t most = larger(1, (copies_ && rows_ <= kCopiedRows ? kCopiedPiece : kPiece) / bytes);
     const int64_t length = smaller(most, all.size());
@@ -75,7 +76,7 @@ class BackwardWeight {
       place(p, 0, 0, nullptr);
       return plain_product<S, true>(p);
     }
-    if (p.accumulate) return add_plain(p);
+    if (p.accumulate) return add_pieces(p);
     const int64_t rows = Cell::kGates * hidden_ / all.count;  // of the weight, in a segment
     p.segments.count = 1;
     for (int s = 0; s < all.count; ++s) {
@@ -117,14 +118,14 @@ class BackwardWeight {
   }
 
   /// The same apart from what C holds, so that a sum of two products does not depend on which of them came first.
-  void add_plain(PlainProduct<S> p) const {
+  void add_pieces(PlainProduct<S> p) const {
     Buffer<T> sums(p.rows * width_);
     Buffer<T*> rows(p.rows);
     space_rows(rows.get(), sums.get(), width_, p.rows);
     T* const* to = p.c;
     p.c = rows.get();
     p.accumulate = false;
-    multiply_plain(p);
+    multiply_pieces(p);
     const int64_t first = p.first * kLanes<T>, columns = smaller(width_, p.last * kLanes<T>) - first;
     for (int64_t r = 0; r < p.rows; ++r) add_row(to[r] + first, rows.get()[r] + first, columns);
   }
@@ -134,7 +135,7 @@ class BackwardWeight {
   void pack(Element<S>* to) const {
     constexpr int64_t kColumns = 4 * kLanes<T>;
     const int64_t depth = elements<S>(hidden_) * kPack<S>, packed_depth = Cell::kGates * elements<S>(hidden_);
-    for (int64_t first = plain_blocks_ * kLanes<T>; first < width_; first += kColumns, to += kColumns * packed_depth) {
+    for (int64_t first = in_pieces_ * kLanes<T>; first < width_; first += kColumns, to += kColumns * packed_depth) {
       const S* next = weight_.numbers;
       int64_t unit = 0;
       const auto row = [&](int64_t) -> const S* {
@@ -150,7 +151,7 @@ class BackwardWeight {
   const StoredWeight<S> weight_;
   const int64_t hidden_, width_, rows_;
   const bool copies_;
-  const int64_t plain_blocks_;
+  const int64_t in_pieces_;    // blocks of columns that are not packed beforehand
   Buffer<Element<S>> packed_;  // [blocks after those][G*H][lanes]
 };
 

@@ -24,8 +24,9 @@ namespace rnn_ext::cpu {
 int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor);
 
 /// Of no more rows in all, backward reads a weight that it multiplies by once, and writes a weight's gradient, as they
-/// lie in memory: packing the one, and a block of columns of the other after another, take longer (measured on a Xeon,
-/// one row and gradients beyond the second-level cache: 1.5 to 3 times; 128 rows: 1.02 to 1.25 times).
+/// lie in memory (16 bits by way of the cache): packing the one, and a block of columns of the other after another,
+/// take longer (measured on a Xeon, one row and gradients beyond the second-level cache: 1.5 to 3 times; 128 rows: 1.02
+/// to 1.25 times).
 constexpr int64_t kFewRows = 128;
 inline bool has_few_rows(const Layout& layout) { return layout.rows <= kFewRows; }
 

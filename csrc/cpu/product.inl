@@ -474,11 +474,11 @@ ALWAYS_INLINE void product(int64_t rows, int64_t block, int64_t blocks, Order or
   } else {
     // A sum waits for the one before, so that a tile wants as many as can be begun meanwhile: few rows take two blocks
     // (Zen 5: 3 to 34 % faster; with more sums than these GRU and LSTM are slower, whose weights come in two streams).
-    constexpr int kEnough = kPack<S> > 1 && !kWidens<S> ? 12 : 8, kFewRows = (kEnough - 1) / G;
-    if constexpr (kFewRows > 1) {
-      if (rows <= kFewRows)
-        block = run_blocks<2, G, kStrided, S, kFewRows>(rows, block, blocks - tail, backwards, a_row, b, segments, init,
-                                                        finish, ahead);
+    constexpr int kEnough = kPack<S> > 1 && !kWidens<S> ? 12 : 8, kFewest = (kEnough - 1) / G;
+    if constexpr (kFewest > 1) {
+      if (rows <= kFewest)
+        block = run_blocks<2, G, kStrided, S, kFewest>(rows, block, blocks - tail, backwards, a_row, b, segments, init,
+                                                       finish, ahead);
     }
     run_blocks<1, G, kStrided, S>(rows, block, blocks - tail, backwards, a_row, b, segments, init, finish, ahead);
   }

@@ -45,6 +45,14 @@ struct Segments {
     length *= count;
     count = 1;
   }
+
+  /// Undoes that, of so many.
+  void part(int stretches) {
+    if (count > 1) return;
+    length /= stretches;
+    for (int s = 1; s < stretches; ++s) offset[s] = offset[0] + s * length;
+    count = stretches;
+  }
 };
 
 /// All of A's columns, of which the compiler knows that they are one stretch.

@@ -96,10 +96,10 @@ class WeightGradient {
       PlainProduct<S> p;
       p.columns = width_;
       p.b = packed_.get();
-      p.fetch_c = rows < kWaiting;
       p.segments.length = elements<S>(rows);
       p.segments.stride = stride;
-      constexpr bool kRounds = !std::is_same_v<To, T>;
+      constexpr bool kRounds = !std::is_same_v<To, T>;  // what has been summed up in the cache
+      p.fetch_c = !kRounds && rows < kWaiting;
       Buffer<T> sums(kRounds ? kAtOnce * width_ : 0);
       if constexpr (kRounds) space_rows(to, sums.get(), width_, kAtOnce);
       for (int64_t m = first; m < last; m += kAtOnce) {
