@@ -124,12 +124,13 @@ def dtypes(row: Row, threads: int, left_out: dict[str, str]) -> list[Contestant]
     assert case is not None
     training = row.mode == "training"
     full = peers.ours(Workload(dataclasses.replace(case, dtype="float32")), training, threads)[0]
-    found = peers.ours(Workload(case), training, threads)
+    work = Workload(case)
+    found = peers.ours(work, training, threads)
     found.append(Contestant("rnn_ext float32", full.run, full.results))
     if case.length == 1:
-        found.append(torch_cell(Workload(case), training))
+        found.append(torch_cell(work, training))
     try:
-        found += peers.torch_nn(Workload(case), training, threads)
+        found += peers.torch_nn(work, training, threads)
     except RuntimeError as error:
         left_out["torch.nn"] = str(error).splitlines()[0]
     return found

@@ -166,15 +166,12 @@ StoredWeight<W> stored_hh(const BackwardArgs<S>& args, int direction) {
   }
 }
 
-/// Rows of a product that is computed in every step.
-constexpr int64_t kManyRows = int64_t(1) << 62;
-
 /// One direction's weights as its scan backward wants them, weight_hh stored as W.
 template <class Cell, class S, class W>
 struct ScanWeights {
   ScanWeights(const BackwardArgs<S>& args, int direction)
       : hidden(stored_hh<W>(args, direction), args.sizes.hidden, args.sizes.output(),
-               args.layout.steps > 1 || args.grad_h_0, args.layout.steps <= 1 ? args.layout.rows : kManyRows),
+               args.layout.steps > 1 || args.grad_h_0, args.layout.steps <= 1 ? args.layout.rows : kWhole),
         proj(args.sizes.proj ? elements<S>(args.sizes.proj) * args.sizes.padded() : 0) {
     const Sizes& s = args.sizes;
     const S* weight_hr = args.weights[direction].weight_hr;

@@ -12,8 +12,10 @@
 #include <deque>
 #include <exception>
 #include <filesystem>
+#include <optional>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 #include "cpu/subnormal.h"
 #include "ops/layer.h"
@@ -242,14 +244,15 @@ cpu::Weights<T> named_weights(at::TensorList flat, const LayerShape& shape, int 
           find(LayerShape::kWeightNormHh), find(LayerShape::kWeightNormC), find(LayerShape::kBiasNormC)};
 }
 
-/// Those of one direction that are wanted, made ready for the kernels; the others undefined.
-template <class Wanted>
-void prepare_weights(std::vector<at::Tensor>& flat, const LayerShape& shape, int direction, at::ScalarType dtype,
-                     const Wanted& wanted) {
+/// Those of one direction, made ready for the kernels as what type_of(weight) says; undefined if that is nothing.
+template <class TypeOf>
+void prepare_weights(std::vector<at::Tensor>& flat, const LayerShape& shape, int direction, const TypeOf& type_of) {
   for (int i = 0; i < LayerShape::kWeights; ++i) {
     const auto weight = LayerShape::Weight(i);
     const int index = shape.index(direction, weight);
-    if (index >= 0) flat[index] = wanted(weight) ? prepare(flat[index], dtype) : at::Tensor();
+    if (index < 0) continue;
+    const std::optional<at::ScalarType> type = type_of(weight);
+    flat[index] = type ? prepare(flat[index], *type) : at::Tensor();
   }
 }
 
@@ -375,10 +378,11 @@ class ForwardCall {
 
   /// Those of a direction; what is packed the kernels do not look at.
   void prepare_weights(std::vector<at::Tensor>& weights, int d, bool packed) const {
-    rnn_ext::ops::prepare_weights(weights, shape, d, dtype, [&](LayerShape::Weight weight) {
+    rnn_ext::ops::prepare_weights(weights, shape, d, [&](LayerShape::Weight weight) {
       const bool is_bias = weight == LayerShape::kBiasIh || weight == LayerShape::kBiasHh;
       const bool is_normed = weight >= LayerShape::kWeightNormIh || is_bias;
-      return !packed || (is_normed && shape.variant == cpu::Variant::kLayerNorm);
+      const bool read = !packed || (is_normed && shape.variant == cpu::Variant::kLayerNorm);
+      return read ? std::optional(dtype) : std::nullopt;
     });
   }
 
@@ -438,7 +442,6 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   const OptionalTensor dh_n = prepare(grad_h_n, dtype), dc_n = prepare(grad_c_n, dtype);
   std::vector<at::Tensor> w = weights.vec();
   const cpu::Narrow narrow = narrow_backward(input.scalar_type(), shape);
-  std::vector<at::Tensor> narrow_weights = w;
   // What no gradient passes through the kernels do not look at.
   const bool plain = shape.variant == cpu::Variant::kPlain;
   const auto passed = [&](LayerShape::Weight weight) {
@@ -446,15 +449,13 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     if (weight == LayerShape::kWeightHh) return output_mask.get(1) || shape.layout().steps > 1;
     return weight == LayerShape::kWeightHr || !plain;
   };
-  const auto is_narrow = [&](LayerShape::Weight weight) {
-    return (weight == LayerShape::kWeightIh && narrow.weight_ih) ||
-           (weight == LayerShape::kWeightHh && narrow.weight_hh);
+  const auto type_of = [&](LayerShape::Weight weight) -> std::optional<at::ScalarType> {
+    if (!passed(weight)) return std::nullopt;
+    const bool as_stored =
+        (weight == LayerShape::kWeightIh && narrow.weight_ih) || (weight == LayerShape::kWeightHh && narrow.weight_hh);
+    return as_stored ? input.scalar_type() : dtype;
   };
-  for (int d = 0; d < sizes.directions; ++d) {
-    prepare_weights(w, shape, d, dtype, [&](auto weight) { return passed(weight) && !is_narrow(weight); });
-    prepare_weights(narrow_weights, shape, d, input.scalar_type(),
-                    [&](auto weight) { return passed(weight) && is_narrow(weight); });
-  }
+  for (int d = 0; d < sizes.directions; ++d) prepare_weights(w, shape, d, type_of);
 
   at::Tensor dx, dh_0, dc_0;
   if (output_mask.get(0)) dx = empty(shape.sequence_sizes(sizes.input), options);
@@ -493,9 +494,8 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     for (int d = 0; d < sizes.directions; ++d) {
       args.weights[d] = named_weights<const scalar_t>(w, shape, d);
       args.grad_weights[d] = named_weights<void>(dw, shape, d);
-      const auto as_stored = named_weights<const void>(narrow_weights, shape, d);
-      args.narrow_ih[d] = as_stored.weight_ih;
-      args.narrow_hh[d] = as_stored.weight_hh;
+      if (narrow.weight_ih) args.narrow_ih[d] = std::exchange(args.weights[d].weight_ih, nullptr);
+      if (narrow.weight_hh) args.narrow_hh[d] = std::exchange(args.weights[d].weight_hh, nullptr);
     }
     args.narrow = storage_of(input.scalar_type());
     args.narrow_grads = narrow.grads;

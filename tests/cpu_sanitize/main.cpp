@@ -54,13 +54,8 @@ void compare_narrow(const Config& config, BackwardArgs<float> args, Random& rand
     if (wants_h_0) args.grad_h_0 = grad_h_0.begin();
     if (wants_c_0) args.grad_c_0 = grad_c_0.begin();
     for (int d = 0; d < D; ++d) {
-      using Pointers = Weights<void>;
-      constexpr void* Pointers::* kMembers[] = {
-          &Pointers::weight_ih,      &Pointers::weight_hh,     &Pointers::bias_ih,
-          &Pointers::bias_hh,        &Pointers::weight_hr,     &Pointers::weight_norm_ih,
-          &Pointers::weight_norm_hh, &Pointers::weight_norm_c, &Pointers::bias_norm_c};
       for (int i = 0; i < kWeights; ++i) {
-        void*& grad = args.grad_weights[d].*kMembers[i];
+        void*& grad = args.grad_weights[d].*kMembers<void>[i];
         if (!grad) continue;
         grads.emplace_back(sizes[size_t(i)]);
         grad = grads.back().begin();
@@ -219,14 +214,9 @@ Results run(const Config& config, const Executor& executor) {
     for (int d = 0; d < config.directions; ++d) {
       const Array<T>* g = &grad_weights[size_t(kWeights * d)];
       backward.weights[d] = forward.weights[d];
-      backward.grad_weights[d] = {bit(7) ? g[0].begin() : nullptr, bit(8) ? g[1].begin() : nullptr,
-                                  bit(9) && config.bias ? g[2].begin() : nullptr,
-                                  bit(10) && config.bias ? g[3].begin() : nullptr,
-                                  bit(11) && config.proj ? g[4].begin() : nullptr};
-      if (!normed) continue;
-      void** const norms[] = {&backward.grad_weights[d].weight_norm_ih, &backward.grad_weights[d].weight_norm_hh,
-                              &backward.grad_weights[d].weight_norm_c, &backward.grad_weights[d].bias_norm_c};
-      for (int i = 0; i < 4; ++i) *norms[i] = bit(12 + i) ? g[5 + i].begin() : nullptr;
+      for (int i = 0; i < kWeights; ++i)
+        if (bit(7 + i) && forward.weights[d].*kMembers<const S>[i])
+          backward.grad_weights[d].*kMembers<void>[i] = g[i].begin();
     }
     if constexpr (!std::is_same_v<S, Float16>) layer_backward(backward, executor);
     if constexpr (std::is_same_v<S, float>) {
@@ -238,13 +228,8 @@ Results run(const Config& config, const Executor& executor) {
     if (bit(6) && config.has_cell()) results.add(grad_c_0, "grad_c_0");
     for (int d = 0; d < config.directions; ++d) {
       const Array<T>* g = &grad_weights[size_t(kWeights * d)];
-      if (bit(7)) results.add(g[0], "grad_weight_ih");
-      if (bit(8)) results.add(g[1], "grad_weight_hh");
-      if (bit(9) && config.bias) results.add(g[2], "grad_bias_ih");
-      if (bit(10) && config.bias) results.add(g[3], "grad_bias_hh");
-      if (bit(11) && config.proj) results.add(g[4], "grad_weight_hr");
-      for (int i = 0; i < 4 && normed; ++i)
-        if (bit(12 + i)) results.add(g[5 + i], "grad of layer normalisation");
+      for (int i = 0; i < kWeights; ++i)
+        if (backward.grad_weights[d].*kMembers<void>[i]) results.add(g[i], kGradNames[i]);
     }
   }
   if (!results.problem.empty()) fail(config, results.problem);

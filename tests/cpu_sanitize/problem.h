@@ -183,7 +183,18 @@ struct Results {
   }
 };
 
-/// The sizes of one direction's weights, in the order of struct Weights.
+/// The weights of one direction, or their gradients, in the order of struct Weights.
+template <class T>
+constexpr T* Weights<T>::* kMembers[kWeights] = {
+    &Weights<T>::weight_ih,      &Weights<T>::weight_hh,     &Weights<T>::bias_ih,
+    &Weights<T>::bias_hh,        &Weights<T>::weight_hr,     &Weights<T>::weight_norm_ih,
+    &Weights<T>::weight_norm_hh, &Weights<T>::weight_norm_c, &Weights<T>::bias_norm_c};
+
+constexpr const char* kGradNames[kWeights] = {"grad_weight_ih",      "grad_weight_hh",     "grad_bias_ih",
+                                              "grad_bias_hh",        "grad_weight_hr",     "grad_weight_norm_ih",
+                                              "grad_weight_norm_hh", "grad_weight_norm_c", "grad_bias_norm_c"};
+
+/// Their sizes, in the same order.
 inline std::vector<int64_t> weight_sizes(const Config& config) {
   const int64_t H = config.hidden, G = config.gates(), out = config.proj ? config.proj : H;
   return {G * H * config.input, G * H * out, G * H, G * H, config.proj * H, G * H, G * H, H, H};
