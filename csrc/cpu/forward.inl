@@ -135,9 +135,10 @@ class ForwardScan {
   }
 
  private:
-  static constexpr int64_t kChunkBytes = 256 * 1024;  // input gates that stay in the second-level cache until used
-  static constexpr int64_t kFarWeights = 2 << 20;     // of which that cache keeps few
-  static constexpr int64_t kPipelineSteps = 12;       // of a chunk of a stack whose layers run at the same time
+  static constexpr int64_t kChunkBytes = 256 * 1024;    // input gates that stay in the second-level cache until used
+  static constexpr int64_t kFarWeights = 2 << 20;       // of which that cache keeps few
+  static constexpr int64_t kFartherWeights = 16 << 20;  // nor the third-level cache beside what else it keeps
+  static constexpr int64_t kPipelineSteps = 12;         // of a chunk of a stack whose layers run at the same time
 
   using A = Activation<S>;
   static constexpr bool kReduced = !std::is_same_v<A, T>;

@@ -27,9 +27,12 @@ template <class Cell, class S>
 int64_t ForwardScan<Cell, S>::chunk_rows() const {
   if (layout_.steps > 0 && joins(layout_.steps - 1)) return slice_.size();
   if (projects_ahead_) {
-    // The fewer rows, the better, but each chunk reads weight_ih again, which costs more where the weights come from
-    // beyond the second-level cache (measured).
-    return (pipelined() ? 1 : weight_bytes() >= kFarWeights ? 8 : 2) * kSideRows<G>;
+    // The fewer rows, the better: those of the first chunk, and those by which chunks grow, no step takes along. But
+    // each chunk reads weight_ih again, from beyond the second-level cache, and the more a core multiplies meanwhile,
+    // the more that counts (measured: on Zen 4, of one multiply-add a cycle, two tiles are 0 to 20 % faster than eight
+    // with 2 to 14 MiB, and slower with more).
+    const int64_t far = tuning().vectors_a_cycle == 1 ? kFartherWeights : kFarWeights;
+    return (pipelined() ? 1 : weight_bytes() >= far ? 8 : 2) * kSideRows<G>;
   }
   return larger(slice_.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))));
 }
@@ -39,8 +42,7 @@ int64_t ForwardScan<Cell, S>::chunk_rows() const {
 /// chunks would read again (measured).
 template <class Cell, class S>
 int64_t ForwardScan<Cell, S>::first_chunk_rows() const {
-  constexpr int64_t kFarther = 16 << 20;
-  return weight_bytes() >= kFarther ? chunk_rows_ : smaller(chunk_rows_, 2 * kSideRows<G>);
+  return weight_bytes() >= kFartherWeights ? chunk_rows_ : smaller(chunk_rows_, 2 * kSideRows<G>);
 }
 
 /// Step t's rows as numbers `count` and following: where their inputs are and their gates go. Returns the number
