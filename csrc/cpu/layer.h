@@ -202,9 +202,11 @@ bool set_capability(const char* name);
 
 /// What processors that run the same kernels do better one way or the other. Results do not depend on it.
 struct Tuning {
-  int vectors_a_cycle;  // 1 or 2 multiply-adds that begin in a cycle: how wide tiles of side.inl are, which steps join
-  bool fetch_panels;    // product.inl asks for weights beyond the second-level cache before it needs them
-  bool joins_far;  // steps of an LSTM or GRU compute their input gates themselves, see inputs.inl, with such weights
+  // 1 or 2 multiply-adds that begin in a cycle: how wide tiles of side.inl are and how many rows they go through, which
+  // steps join
+  int vectors_a_cycle;
+  bool fetch_panels;  // product.inl asks for weights beyond the second-level cache before it needs them
+  bool joins_far;     // steps of an LSTM or GRU compute their input gates themselves, see inputs.inl, with such weights
 };
 
 /// As measured on processors of its kind.
