@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from util import CELLS, LAYOUTS, Case, build, cotangents, gradients, run, same_bits
+from util import CELLS, LAYOUTS, Case, build, cotangents, gradients, instruction_sets, run, same_bits
 
 import rnn_ext
 
@@ -75,6 +75,25 @@ def test_threads_that_share_the_units_of_a_small_batch(cell, dtype):
             again, again_grads = gradients(run, problem)
             same_bits(again, values)
             same_bits(again_grads, grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_thread_that_computes_the_input_gates_of_one_sequence(cell, dtype):
+    """The bits of one thread, with input gates kept for backward and in a room that is used again. More threads than
+    there are processors do without."""
+    for bidirectional, hidden in ((False, 67), (True, 48)):  # with a tail and an odd number of inputs, and without
+        problem = build(Case(cell, "dense", bidirectional, size=(643, 1, hidden - 6, hidden))).to(dtype)
+        for _ in instruction_sets():
+            torch.set_num_threads(1)
+            values, grads = gradients(run, problem)
+            for threads in (2, 4):
+                torch.set_num_threads(threads)
+                again, again_grads = gradients(run, problem)
+                same_bits(again, values)
+                same_bits(again_grads, grads)
+                with torch.no_grad():
+                    same_bits(run(problem), values)
 
 
 def test_many_python_threads_on_a_large_problem():

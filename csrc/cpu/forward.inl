@@ -32,7 +32,8 @@ class ForwardScan {
 
  public:
   ForwardScan(const ForwardArgs<S>& args, const ForwardWeights<cells::Plain<Cell>, S>& weights, int direction,
-              Slice slice, ForwardStates<S>& states, Team& team, int member, int members)
+              Slice slice, ForwardStates<S>& states, Team& team, int member, int members,
+              SharedChunks<T>* chunks = nullptr)
       : args_(args),
         layout_(args.layout),
         weights_(weights),
@@ -52,16 +53,17 @@ class ForwardScan {
         short_(weights.packing == Packing::kNone),
         by_panels_(weights.packing == Packing::kPanels),
         tail_(!short_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
-        keep_(args.saved != nullptr && Cell::kSaved > 0),
+        keep_(keeps(args)),
         is_plain_(!short_ && has_plain_steps(layout_, args.sizes, args.resets.data)),
         panel_(by_panels_ ? larger(elements<S>(args.sizes.input), elements<S>(out_)) * UnpackedB<S>::kMostVectors *
                                 kLanes<Element<S>>
                           : 0),
         gates_stride_((keep_ ? saved_ : G) * padded_),
+        chunks_(chunks),
         projects_ahead_(projects_ahead()),
         least_joined_(least_joined()),
         chunk_rows_(chunk_rows()),
-        gates_(keep_ ? 0 : (1 + projects_ahead_) * chunk_rows_ * gates_stride_),
+        gates_(keep_ || chunks_ ? 0 : (1 + projects_ahead_) * chunk_rows_ * gates_stride_),
         input_rows_(chunk_rows_),
         copied_inputs_(copies_inputs() ? chunk_rows_ * Sizes::padded(args.sizes.input) : 0),
         factor_rows_(kWidens<S> && !short_ ? chunk_rows_ : 0),
@@ -134,6 +136,19 @@ class ForwardScan {
                    part_.first * kLanes<T>, smaller(part_.last * kLanes<T>, hidden_));
   }
 
+  /// Instead of run(): the input gates of those shared chunks that the thread which runs the steps has not come to.
+  void run_ahead() {
+    for (int64_t chunk; (chunk = chunks_->take_next()) * chunk_rows_ < layout_.steps; chunks_->give(chunk)) {
+      chunks_->wait_for_room(chunk);
+      plan_chunk(chunk * chunk_rows_);
+      project_rows();
+      if (tail_) deal_out_tail(planned_);
+    }
+  }
+
+  /// Whether input gates and what else backward needs are kept.
+  static bool keeps(const ForwardArgs<S>& args) { return args.saved != nullptr && Cell::kSaved > 0; }
+
  private:
   static constexpr int64_t kChunkBytes = 256 * 1024;    // input gates that stay in the second-level cache until used
   static constexpr int64_t kFarWeights = 2 << 20;       // of which that cache keeps few
@@ -175,8 +190,9 @@ class ForwardScan {
   bool projects_ahead() const {
     // Bytes of the recurrent weights (measured).
     constexpr int64_t kWorthwhile = (RNN_EXT_VECTOR_REGISTERS < 32 ? 16 : 12) * 1024;
-    return kTakesAlong && !short_ && weight_bytes(out_) >= kWorthwhile && args_.sizes.input > 0 && layout_.batch == 1 &&
-           layout_.rows == layout_.steps && (copies_inputs() || args_.input.to_next(layout_, reverse_) % kPack<S> == 0);
+    return kTakesAlong && !chunks_ && !short_ && weight_bytes(out_) >= kWorthwhile && args_.sizes.input > 0 &&
+           layout_.batch == 1 && layout_.rows == layout_.steps &&
+           (copies_inputs() || args_.input.to_next(layout_, reverse_) % kPack<S> == 0);
   }
 
   /// Of a stack whose layers run at the same time: the one above waits for the first chunk, or for two if
@@ -196,8 +212,9 @@ class ForwardScan {
   /// Where the input gates of a row go: number `row` of the layout where they are kept, else `row_of_chunk` of the
   /// chunk.
   T* gates_at(int64_t row, int64_t row_of_chunk) const {
-    return keep_ ? args_.saved + (direction_ * layout_.rows + row) * gates_stride_
-                 : gates_.get() + (turn_ * chunk_rows_ + row_of_chunk) * gates_stride_;
+    if (keep_) return args_.saved + (direction_ * layout_.rows + row) * gates_stride_;
+    if (chunks_) return chunks_->gates(planned_first_ + row_of_chunk);
+    return gates_.get() + (turn_ * chunk_rows_ + row_of_chunk) * gates_stride_;
   }
 
   /// A weight [G*H, depth], where by_panels_.
@@ -321,6 +338,7 @@ class ForwardScan {
     for (; s < end; ++s) {
       row.a = reinterpret_cast<const Factor<S>*>(at.now);
       row.backwards = is_backwards(time(s));
+      if (chunks_ && s + 1 < end) fetch_from_others(at.gates[1], G * padded_);
       row_product<G>(row, part.first, part.last, init, finish, tail, &side_);
       team_.meet(member_, members_);
       if (members_ > 1) fetch_from_others(at.next, out_);
@@ -479,6 +497,7 @@ class ForwardScan {
   const bool is_plain_;
   Buffer<Element<S>> panel_;  // where by_panels_
   const int64_t gates_stride_;
+  SharedChunks<T>* const chunks_;  // with another thread; null: not shared
   const bool projects_ahead_;
   const int64_t least_joined_;  // rows of a step that joins
   const int64_t chunk_rows_;    // of a step, where all join
@@ -498,6 +517,7 @@ class ForwardScan {
   Buffer<T*> projected_rows_;     // [slice]
   Buffer<S*> output_rows_;        // [slice], where a step goes
   Buffer<S*> cell_rows_;          // [slice], where its cell states go, if anywhere
+  int64_t planned_first_ = 0;     // step of the chunk that is planned
   int64_t planned_ = 0;           // rows of the chunk that the input gates are computed of
   int64_t chunk_steps_ = 0;       // of the chunk whose steps run
   int turn_ = 0;                  // of two such chunks

@@ -1,5 +1,53 @@
 // Forward of a layer and of a stack of layers: the scans of forward.inl, shared out among threads.
 
+/// Whether a second thread computes the input gates of one sequence, ahead of the one that runs its steps (measured
+/// with two threads on Zen 4: 16 to 25 % less time for 32 to 128 units and as many inputs, 4 to 9 % for a third of
+/// that).
+template <class S>
+bool shares_inputs(const ForwardArgs<S>& args, int gates, const Executor& executor) {
+  constexpr double kWorthwhile = 2.5e5;  // multiply-adds for each thread that is called together
+  constexpr int64_t kLeastChunks = 3;
+  const Sizes& s = args.sizes;
+  const double work = double(gates) * double(s.hidden) * double(s.input) * double(args.layout.steps);
+  return executor.run_team && executor.waits_actively && executor.threads >= 2 * s.directions &&
+         work >= kWorthwhile * executor.threads &&
+         args.layout.steps >= kLeastChunks * SharedChunks<Compute<S>>::kSteps &&
+         has_plain_steps(args.layout, s, args.resets.data);
+}
+
+template <class Cell, class S>
+void share_inputs(const ForwardArgs<S>& args, const ForwardWeights<Cell, S>* const* weights, const Executor& executor) {
+  using Scan = ForwardScan<Cell, S>;
+  struct Direction {
+    Direction(const ForwardArgs<S>& args, const ForwardWeights<Cell, S>& weights, int d)
+        : states(args, d, slice_of(args.layout, 0, 1)),
+          chunks(Scan::keeps(args) ? 0 : Cell::kGates * args.sizes.padded()),
+          steps(args, weights, d, slice_of(args.layout, 0, 1), states, alone, 0, 1, &chunks),
+          inputs(args, weights, d, slice_of(args.layout, 0, 1), states, alone, 0, 1, &chunks) {}
+    Team alone;
+    ForwardStates<S> states;
+    SharedChunks<Compute<S>> chunks;
+    Scan steps, inputs;
+  };
+  const int count = args.sizes.directions;
+  Several<Direction> directions(count);
+  for (int d = 0; d < count; ++d) directions[d] = new Direction(args, *weights[d], d);
+  executor.run_team(
+      2 * count,
+      [](void* context, int thread, int threads) {  // which takes no memory: nothing can be thrown
+        const auto& directions = *static_cast<const Several<Direction>*>(context);
+        const int count = int(directions.size());
+        for (int i = thread; i < 2 * count; i += threads) {
+          if (i < count) {
+            directions[i]->steps.run();
+          } else {
+            directions[i - count]->inputs.run_ahead();
+          }
+        }
+      },
+      &directions);
+}
+
 template <class Cell, class S>
 void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const int directions = args.sizes.directions;
@@ -20,6 +68,10 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const auto scan = [&](int d, Slice slice, ForwardStates<S>& states, Team& team, int member, int members) {
     ForwardScan<Cell, S>(args, *weights[d], d, slice, states, team, member, members).run();
   };
+  if constexpr (!cells::kIsVariant<Cell>) {
+    if (shares.members == 1 && pack && shares_inputs(args, Cell::kGates, executor))
+      return share_inputs<Cell>(args, weights, executor);
+  }
   if (shares.members == 1) {
     return parallel(executor, directions * shares.slices, [&](int64_t task) {
       const int d = int(task / shares.slices);

@@ -26,6 +26,7 @@ int64_t ForwardScan<Cell, S>::least_joined() const {
 template <class Cell, class S>
 int64_t ForwardScan<Cell, S>::chunk_rows() const {
   if (layout_.steps > 0 && joins(layout_.steps - 1)) return slice_.size();
+  if (chunks_) return SharedChunks<T>::kSteps;
   if (projects_ahead_) {
     // The fewer rows, the better: those of the first chunk, and those by which chunks grow, no step takes along. But
     // each chunk reads weight_ih again, from beyond the second-level cache, and the more a core multiplies meanwhile,
@@ -71,6 +72,7 @@ void ForwardScan<Cell, S>::copy_inputs(int64_t count) {
 /// placed. Returns the step after.
 template <class Cell, class S>
 int64_t ForwardScan<Cell, S>::plan_chunk(int64_t s) {
+  planned_first_ = s;
   if (projects_ahead_) turn_ ^= 1;
   const S** inputs = input_rows_.get();
   T** gates = gate_rows();
@@ -132,13 +134,15 @@ void ForwardScan<Cell, S>::start_ahead() {
   }
 }
 
-/// The input gates of the planned chunk, as far as no step has computed them.
+/// The input gates of the planned chunk, as far as no step and no other thread has computed them.
 template <class Cell, class S>
 void ForwardScan<Cell, S>::project_inputs() {
   if (planned_ == 0) return;
   if (started_) {
     if constexpr (kTakesAlong) side_.finish();
     started_ = false;
+  } else if (chunks_ && !chunks_->take(planned_first_ / chunk_rows_)) {
+    return;
   } else {
     project_rows();
   }

@@ -198,6 +198,44 @@ class Team {
   alignas(64) bool stopped_ = false;
 };
 
+/// The steps of one sequence, in its order, by chunks whose input gates are computed by the thread that runs the steps
+/// or by another one, as far as that gets ahead of it.
+template <class T>
+class SharedChunks {
+ public:
+  static constexpr int64_t kSteps = 16;  // of a chunk: enough for full tiles
+
+  /// `gates_stride`: of a step's input gates, 0 where they have a place of their own.
+  explicit SharedChunks(int64_t gates_stride) : gates_stride_(gates_stride), gates_(kMost * kSteps * gates_stride) {}
+
+  T* gates(int64_t step) const { return gates_.get() + step % (kMost * kSteps) * gates_stride_; }
+
+  /// By the thread that runs the steps and is at this chunk: whether it is to compute it; else it is there on return.
+  bool take(int64_t chunk) {
+    __atomic_store_n(&run_, chunk, __ATOMIC_RELEASE);
+    int64_t next = chunk;
+    if (__atomic_compare_exchange_n(&next_, &next, chunk + 1, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return true;
+    wait_until([&] { return __atomic_load_n(&ready_, __ATOMIC_ACQUIRE) > chunk; });
+    return false;
+  }
+
+  /// By the other: the next chunk, which it is to give.
+  int64_t take_next() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
+  void wait_for_room(int64_t chunk) {
+    wait_until([&] { return gates_stride_ == 0 || __atomic_load_n(&run_, __ATOMIC_ACQUIRE) > chunk - kMost; });
+  }
+  void give(int64_t chunk) { __atomic_store_n(&ready_, chunk + 1, __ATOMIC_RELEASE); }
+
+ private:
+  static constexpr int64_t kMost = 8;  // chunks that there is room for
+
+  const int64_t gates_stride_;
+  Buffer<T> gates_;
+  alignas(64) int64_t next_ = 0;   // the chunks before it are taken
+  alignas(64) int64_t run_ = 0;    // the steps of those before it have run
+  alignas(64) int64_t ready_ = 0;  // those before it that the other took are there
+};
+
 /// Memory of which other members have written a part: it comes from their caches, late for a product that asks for it a
 /// few lines ahead.
 template <class T>

@@ -519,6 +519,32 @@ void shared_units() {
   }
 }
 
+int teams;
+
+void count_teams(int members, void (*fn)(void*, int, int), void* context) {
+  ++teams;
+  team_in_turn(members, fn, context);
+}
+
+/// One sequence whose input gates a second thread computes ahead of its steps: as far as it likes where they are kept,
+/// else as far as there is room. A tail, an odd number of inputs, a last chunk that is no whole one.
+template <class S>
+void shared_inputs() {
+  for (const CellKind cell : {CellKind::kRnnTanh, CellKind::kGru, CellKind::kLstm}) {
+    const int directions = cell == CellKind::kGru ? 2 : 1;
+    Config config{cell, 643, 1, 61, 67, 0, directions, Config::kTimeMajor, true, false, false, true, false, 0xffff};
+    config.cells = config.has_cell();
+    const Results alone = run<S>(config, Executor{});
+    if (alone.values.empty()) continue;  // which are not computed
+    for (const auto by : {team, count_teams, count_teams}) {
+      teams = 0;
+      if (run<S>(config, Executor{4, by_four_threads, by, true}).values != alone.values)
+        fail(config, "a thread that computes input gates for another makes other bits");
+      if (by == count_teams && teams == 0) fail(config, "no thread computes input gates for another");
+    }
+  }
+}
+
 template <class S>
 void four_threads(const Config& config, const char* dtype) {
   if (run<S>(config, Executor{}).values != run<S>(config, Executor{4, by_four_threads}).values)
@@ -532,6 +558,9 @@ int threads() {
   shared_units<float>();
   shared_units<BFloat16>();
   shared_units<Float16>();
+  shared_inputs<float>();
+  shared_inputs<BFloat16>();
+  shared_inputs<Float16>();
   for (int kind = 0; kind < 5; ++kind) {
     for (int directions : {1, 2}) {
       const CellKind cell = kind < 4 ? CellKind(kind) : CellKind::kLstm;
