@@ -532,7 +532,7 @@ template <class S>
 void shared_inputs() {
   for (const CellKind cell : {CellKind::kRnnTanh, CellKind::kGru, CellKind::kLstm}) {
     const int directions = cell == CellKind::kGru ? 2 : 1;
-    Config config{cell, 643, 1, 61, 67, 0, directions, Config::kTimeMajor, true, false, false, true, false, 0xffff};
+    Config config{cell, 803, 1, 61, 67, 0, directions, Config::kTimeMajor, true, false, false, true, false, 0xffff};
     config.cells = config.has_cell();
     const Results alone = run<S>(config, Executor{});
     if (alone.values.empty()) continue;  // which are not computed
