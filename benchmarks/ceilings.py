@@ -11,14 +11,16 @@ sharply, by torch's own kernels:
   better of two orders, round and round or back and forth.
 - ``cells``: seconds per hidden unit and timestep of a cell alone, forward and backward, in float32 and in bfloat16,
   with the activations of csrc; by cells.cpp, and only where that can be compiled.
-- ``call``: seconds that torch takes for a module that multiplies two numbers, in inference, and with the gradients of
-  three: what is left of a call when a layer costs nothing. (A layer has five or more.)
+- ``call``: seconds that torch takes for a module that has next to nothing to compute: in inference for one that
+  multiplies two numbers, in training for one that joins five, with the gradients of all five, which a layer has at
+  least. It is what is left of a call when a layer costs nothing.
 
 The clock of a core changes from minute to minute, and what others read takes from its share of the last level of cache.
-So the multiply-adds and the reads that a layer's floor consists of are also timed in turns with the layer, as its peers
-are (:func:`beside`), and the medians stand in the place of ``flops`` and ``read`` for its floor. With several threads
-all do that work at once, because cores that are all busy can be slower than one of them alone: by their common clock
-and cache, or because what a virtual machine calls two cores is one.
+So the call, the multiply-adds and the reads that a layer's floor consists of are also timed in turns with the layer, as
+its peers are (:func:`beside`), and the medians stand in the place of ``call``, ``flops`` and ``read`` for its floor;
+``cells``, which are computed in registers like the multiply-adds, are taken to be as much slower as these
+(:func:`in_their_place`). With several threads all do that work at once, because cores that are all busy can be slower
+than one of them alone: by their common clock and cache, or because what a virtual machine calls two cores is one.
 
 The model of the floor. A timestep of one direction needs ``2 G H I`` flops for the input projection and ``2 G H H`` for
 the recurrent product per sequence, its cell for ``H`` units, and has to read the recurrent weights, ``G H H`` values,
@@ -189,15 +191,16 @@ class Beside(NamedTuple):
     run: Callable[[], object]
 
 
-def beside(case: Case, threads: int = 1) -> dict[str, Beside]:
-    """What the floor of a layer consists of, by names for its turns; nothing without a compiler.
+def beside(case: Case, training: bool, threads: int = 1) -> dict[str, Beside]:
+    """What the floor of a layer consists of, by names for its turns; without a compiler only the call.
 
     Multiply-adds of the layer's kind, and reads of as many bytes as its recurrent weights have, of which each thread
     has its part; all threads at once; of both orders the better counts.
     """
+    call = {"call": Beside("call", 1, one_call(training))}
     library = compile_library()
     if library is None:
-        return {}
+        return call
     half = case.dtype == "bfloat16" and library.multiply_add(1, 1, 1) > 0
     size = max(1, round(weight_bytes(case) / threads / PAGE)) * PAGE
     data = array_of(size * threads)
@@ -211,43 +214,80 @@ def beside(case: Case, threads: int = 1) -> dict[str, Beside]:
         library.read_array(start_of(data), size, order, times, threads)
 
     return {
+        **call,
         "multiply-adds": Beside("bfloat16_flops" if half else "flops", multiply(), multiply),
         "reads": Beside("read", times * size, lambda: read(0)),
         "reads back and forth": Beside("read", times * size, lambda: read(1)),
     }
 
 
-def rates(work: dict[str, Beside], seconds: dict[str, float]) -> dict[str, Any]:
-    """Ceilings out of the times of :func:`beside`, to be put in the place of those that :func:`measure` found."""
+def rates(work: dict[str, Beside], seconds: dict[str, float]) -> dict[str, float]:
+    """What the times of :func:`beside` say, by ceiling: flops or bytes per second, and the seconds of a call."""
     found: dict[str, float] = {}
     for name, one in work.items():
-        found[one.ceiling] = max(found.get(one.ceiling, 0), one.amount / seconds[name])
+        if one.ceiling == "call":
+            found["call"] = seconds[name]
+        else:
+            found[one.ceiling] = max(found.get(one.ceiling, 0), one.amount / seconds[name])
     return found
 
 
-class OneOp(torch.nn.Module):
-    """A module with two parameters and next to nothing to compute."""
+def in_their_place(ceilings: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
+    """The ceilings for one layer: those that :func:`rates` found, the others as :func:`measure` did."""
+    slower = 1.0
+    for kind in {"flops", "bfloat16_flops"} & rates.keys():
+        slower = ceilings[kind] / rates[kind]
+    cells = {
+        dtype: {
+            direction: {cell: took * slower for cell, took in cells.items()} for direction, cells in directions.items()
+        }
+        for dtype, directions in ceilings["cells"].items()
+    }
+    return {**ceilings, "cells": cells, **rates}
+
+
+class Multiplied(torch.nn.Module):
+    """The shortest call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1))
-        self.bias = torch.nn.Parameter(torch.ones(1))
+        self.weight, self.bias = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.addcmul(self.bias, input, self.weight)
 
 
+class Joined(torch.nn.Module):
+    """The shortest call with the gradients of as many tensors as a layer has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh = (
+            torch.nn.Parameter(torch.ones(1)) for _ in range(4)
+        )
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.cat((input, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh))
+
+
+def one_call(training: bool) -> Callable[[], object]:
+    """What ``call`` is the time of."""
+    if not training:
+        module, number = Multiplied(), torch.ones(1)
+        return lambda: module(number)
+    joined, input, grad = Joined(), torch.ones(1, requires_grad=True), torch.ones(5)
+    tensors = (input, *joined.parameters())
+    return lambda: torch.autograd.grad(joined(input), tensors, grad)
+
+
 def call_seconds(training: bool, seconds: float) -> float:
-    """The shortest call of :class:`OneOp`, with its backward pass where `training`."""
-    module = OneOp()
-    input, grad = torch.ones(1, requires_grad=training), torch.ones(1)
+    """The shortest of them."""
+    call = one_call(training)
     best, end = float("inf"), 0.0
     with torch.inference_mode(not training):
         for count in itertools.count():
             start = time.perf_counter()
-            output = module(input)
-            if training:
-                torch.autograd.grad(output, (input, module.weight, module.bias), grad)
+            call()
             now = time.perf_counter()
             best = min(best, now - start)
             if count == 0:  # which starts autograd's threads
@@ -364,7 +404,9 @@ def _floor(
         scan = sum(max(product + widen, reading) for product in products)
         in_turn += case.directions * (projection * (3 if training else 1) + scan * len(passes))
         in_turn += case.directions * sum(products) * (1 if training else 0)
-    call = ceilings["call"]["training" if training else "forward"]
+    call = ceilings["call"]
+    if isinstance(call, dict):
+        call = call["training" if training else "forward"]
     work = {"flops": of_flops, "cells": of_cells}
     if of_reading > of_flops + of_cells:
         work = {"bandwidth": of_reading}

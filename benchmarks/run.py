@@ -278,13 +278,13 @@ def measure_row(row: Row, threads: int, seconds: float, ceilings: dict[str, Any]
         if runs:
             start, cpu = time.perf_counter(), time.process_time()
             has_floor = row.case and row.section != "call"  # there a floor of a microsecond says nothing
-            beside = ceiling.beside(row.case, threads) if has_floor else {}
+            beside = ceiling.beside(row.case, row.mode == "training", threads) if has_floor else {}
             times = bench.interleave(runs | {name: work.run for name, work in beside.items()}, seconds, threads)
             result["cpu_share"] = (time.process_time() - cpu) / (time.perf_counter() - start)
             result["times"] = {name: dataclasses.asdict(times[name]) for name in runs}
             result["rates"] = ceiling.rates(beside, {name: times[name].median for name in beside})
             if has_floor:
-                result["floor"] = floor_of(row.case, row.mode, ceilings | result["rates"], threads)
+                result["floor"] = floor_of(row.case, row.mode, ceilings, result["rates"], threads)
     return result
 
 
@@ -298,8 +298,8 @@ def measure_undisturbed(row: Row, threads: int, seconds: float, ceilings: dict[s
     return max(found, key=lambda result: result["cpu_share"])
 
 
-def floor_of(case: Case, mode: str, ceilings: dict[str, Any], threads: int) -> dict[str, Any]:
-    return ceiling.floor(case, mode == "training", ceilings, threads)._asdict()
+def floor_of(case: Case, mode: str, ceilings: dict[str, Any], rates: dict[str, float], threads: int) -> dict[str, Any]:
+    return ceiling.floor(case, mode == "training", ceiling.in_their_place(ceilings, rates), threads)._asdict()
 
 
 def auto_backend(case: Case, training: bool) -> str:
@@ -350,7 +350,7 @@ def measure(rows: list[str], threads: int, seconds: float) -> dict[str, Any]:
         if result["floor"]:
             case = result["case"]
             case = Case(**{**case, "lengths": case["lengths"] and tuple(case["lengths"])})
-            result["floor"] = floor_of(case, result["mode"], final | result["rates"], threads)
+            result["floor"] = floor_of(case, result["mode"], final, result["rates"], threads)
     return {"rows": results, "ceilings": final, "cores": cores, "versions": versions}
 
 

@@ -208,7 +208,7 @@ def test_ceilings_without_a_compiler(monkeypatch):
     assert found["flops"] > 0
     assert found["read"]
     assert found["cells"] == {}
-    assert ceilings.beside(SMALL) == {}
+    assert list(ceilings.beside(SMALL, True)) == ["call"]
     assert torch.get_num_threads() == 1
 
 
@@ -219,7 +219,9 @@ def test_work_beside_a_layer(hidden, dtype, threads):
     """Its flops and bytes, by what they replace: of each thread's part of the weights in whole pages, all at once."""
     import ceilings
 
-    work = ceilings.beside(Case("gru", 2, 3, 4, hidden, dtype=dtype), threads)
+    work = ceilings.beside(Case("gru", 2, 3, 4, hidden, dtype=dtype), False, threads)
+    call = work.pop("call")
+    assert (call.ceiling, ceilings.rates({"call": call}, {"call": 3.0})) == ("call", {"call": 3.0})
     if shutil.which(ceilings.compiler().split()[0]) is None:
         pytest.skip("there is no compiler")
     multiply, *reads = work.values()
@@ -247,6 +249,17 @@ def test_work_beside_a_layer(hidden, dtype, threads):
         seconds = dict(zip(work, (2.0, *times), strict=True))
         assert ceilings.rates(work, seconds) == {multiply.ceiling: multiply.amount / 2, "read": reads[0].amount}
     assert ceilings.rates({}, {}) == {}
+
+
+def test_call_beside_a_layer():
+    """In training one with as many gradients as the smallest layer has."""
+    import ceilings
+
+    assert len(ceilings.one_call(training=False)()) == 1
+    module = bench.CELLS["rnn"][0](1, 1)
+    grads = ceilings.one_call(training=True)()
+    assert len(grads) == 1 + len(list(module.parameters()))
+    assert all(grad is not None for grad in grads)
 
 
 def test_floor():
@@ -304,6 +317,15 @@ def test_floor():
         assert whole.seconds == pytest.approx(bare.seconds + 1 + training)
         assert whole.bound == "call"
 
+    # At half the clock the cell takes twice as long; the call and the reads are what they were found to be.
+    rates = {"flops": CEILINGS["flops"] / 2, "read": 3e9, "call": 0.5}
+    slow = ceilings.in_their_place(cells, rates)
+    assert slow == {**CEILINGS, **rates, "cells": {"float32": {"forward": {"lstm": 2e-6}, "backward": {"lstm": 4e-6}}}}
+    assert ceilings.floor(many, True, slow).seconds == pytest.approx(
+        0.5 + 2 * ceilings.floor(many, True, cells).seconds
+    )
+    assert ceilings.in_their_place(cells, {}) == cells
+
 
 def test_every_row_has_its_own_name_and_finds_its_contestants():
     import run
@@ -334,7 +356,7 @@ def test_contestants_agree(section, monkeypatch):
     assert not any("wrong" in why for why in result["left_out"].values())
     if row.case is not None and section != "call":
         assert all(rate > 0 for rate in result["rates"].values())
-        assert result["floor"] == run.floor_of(row.case, row.mode, CEILINGS | result["rates"], 1)
+        assert result["floor"] == run.floor_of(row.case, row.mode, CEILINGS, result["rates"], 1)
         assert result["floor"]["seconds"] > 0
     else:
         assert result["floor"] is None
