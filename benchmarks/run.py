@@ -435,14 +435,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=pattern, help="regular expression for section, name and mode of a row")
     parser.add_argument("--threads", type=bench.positive, nargs="+", help="(1 and all cores)")
     parser.add_argument("--seconds", type=bench.seconds_of, help="for each row, about (3; quick: 0.4)")
-    parser.add_argument("--output", type=Path, help="JSON file (all rows: results/<machine>.json; else: none)")
+    parser.add_argument(
+        "--output", type=bench.new_file, help="JSON file (of all rows results/<machine>.json, else none)"
+    )
     options = parser.parse_args(argv)
     options.threads = options.threads or sorted({1, cores})
     options.seconds = options.seconds or (0.4 if options.quick else 3.0)
     if max(options.threads) > cores:
         parser.error(f"--threads {max(options.threads)}: this process may use {cores} core(s)")
-    if options.output and not options.output.parent.is_dir():
-        parser.error(f"--output: there is no folder {options.output.parent}")
     return options
 
 

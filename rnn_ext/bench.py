@@ -454,6 +454,15 @@ def seconds_of(text: str) -> float:
     return value
 
 
+def new_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     parser = Parser(prog="python -m rnn_ext bench", description=__doc__)
     shape = parser.add_argument_group("shape (without any of these, a table of several)", argument_default=None)
@@ -468,7 +477,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     shape.add_argument("--dtype", choices=DTYPES, help="(float32)")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of torch (%(default)s)")
     parser.add_argument("--seconds", type=seconds_of, default=120.0, help="for everything, about (%(default)g)")
-    parser.add_argument("--output", type=Path, help="JSON file to write the numbers to")
+    parser.add_argument("--output", type=new_file, help="JSON file to write the numbers to")
     options = parser.parse_args(argv)
     given = [options.cell, options.input_size, options.hidden_size, options.batch_size, options.length]
     given += [options.num_layers, options.bidirectional, options.ragged, options.dtype]
@@ -501,11 +510,6 @@ def main(argv: list[str] | None = None) -> int:
         if problem:
             print(f"error: {case} {problem}", file=sys.stderr)
             return 2
-    if options.output and (options.output.is_dir() or not options.output.parent.is_dir()):
-        folder = options.output.parent
-        what = f"{options.output} is a folder" if options.output.is_dir() else f"there is no folder {folder}"
-        print(f"error: --output: {what}", file=sys.stderr)
-        return 2
 
     about = machine()
     jobs = [(case, training) for case in cases for training in (False, True)]

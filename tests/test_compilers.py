@@ -33,11 +33,9 @@ def test_clang(source):
 def test_aarch64(tmp_path):
     """The kernels for NEON, run by an emulator (tests/cpu_sanitize/main.cpp without sanitizers), against those for SSE2
     on this machine: without and with fused multiply-adds, so to rounding."""
-    flags = ["-std=c++20", "-Og", "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"]
-    flags += ["-DRNN_EXT_OUT_OF_LINE", "-DRNN_EXT_BASELINE_ONLY"]  # -Og and the first: a tenth of the time
-    for compiler, program in ((test_cpu_sanitize.compiler(), "write"), (f"{AARCH64} -static", "compare")):
-        command = [*compiler.split(), *flags, *map(str, test_cpu_sanitize.SOURCES), "-o", str(tmp_path / program)]
-        subprocess.run(command, check=True)
+    flags = ["-Og", "-ffp-contract=off", "-DRNN_EXT_BASELINE_ONLY"]
+    test_cpu_sanitize.build(tmp_path / "write", test_cpu_sanitize.compiler(), flags)
+    test_cpu_sanitize.build(tmp_path / "compare", f"{AARCH64} -static", flags)
     results = tmp_path / "results"  # most of a gigabyte, so it goes from one to the other
     os.mkfifo(results)
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
