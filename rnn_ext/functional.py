@@ -200,6 +200,11 @@ def recurrent(
 ) -> tuple[Tensor | PackedSequence, Tensor, Tensor | None, Tensor | PackedSequence | None]:
     """Any cell, input in any layout: output, h_n, c_n (None unless lstm), cells (None unless asked for)."""
     stack = (num_layers, bidirectional, dropout, training)
+    for name, state in (("h_0", h_0), ("c_0", c_0)):
+        if state is not None and not hasattr(state, "dim"):
+            raise TypeError(f"{cell}: expected {name} as a tensor, got {type(state).__name__}")
+    if not isinstance(input, PackedSequence) and not hasattr(input, "dim"):
+        raise TypeError(f"{cell}: expected input as a tensor or a PackedSequence, got {type(input).__name__}")
     extras = NO_EXTRAS
     if recompute or zoneout or recurrent_dropout or weight_dropout:
         extras = check_extras(cell, recompute, zoneout, recurrent_dropout, weight_dropout)
@@ -416,7 +421,7 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
                 raise TypeError(f"lengths must be integers, got {value!r}")
             if not 0 <= value <= length:
                 raise ValueError(f"lengths must be from 0 to {length}, the timesteps of input, got {value}")
-        lengths = torch.tensor(lengths, dtype=torch.int64)
+        lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")  # whatever torch's default device
     else:
         raise TypeError(f"lengths must be a list, a tuple or a tensor of integers, got {type(lengths).__name__}")
     if lengths.shape != (batch,):
@@ -432,7 +437,8 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
 
 def _check_resets(resets: Tensor, expected: tuple[int, ...]) -> None:
     if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
-        raise TypeError(f"resets must be a tensor of torch.bool, got {getattr(resets, 'dtype', type(resets).__name__)}")
+        what = f"one of {resets.dtype}" if isinstance(resets, Tensor) else type(resets).__name__
+        raise TypeError(f"resets must be a tensor of torch.bool, got {what}")
     if resets.shape != expected:
         raise ValueError(f"Expected resets of shape {list(expected)}, as the timesteps, got {list(resets.shape)}")
 

@@ -51,6 +51,14 @@ _CELL_KINDS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # in the order of csrc/cp
 _CUDA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/cuda/launch.h
 CUDA_KERNELS = ("step", "pointwise", "persistent", "tensor", "cluster", "grid")  # in the order of csrc/cuda/launch.h
 _load_error = _loader.load()
+_held = os.environ.get("RNN_EXT_CPU_CAPABILITY")
+if _held and not _load_error:
+    from rnn_ext import _C
+
+    if not _C.set_cpu_capability(_held):
+        _load_error = (
+            f"RNN_EXT_CPU_CAPABILITY={_held} cannot be met here: expected baseline, avx2, avx512 or nothing"
+        )
 
 
 def is_available() -> bool:
@@ -399,11 +407,15 @@ def _packed_batch(batch_sizes: Tensor, h_0: Tensor | None, c_0: Tensor | None) -
     return int(batch_sizes[0])  # beside meta tensors it has values
 
 
+def _check_device(input: Tensor, name: str, tensor: Tensor | None) -> None:
+    if tensor is not None and tensor.device != input.device:
+        raise RuntimeError(f"{name} is on {tensor.device} but input is on {input.device}: expected the same device")
+
+
 def _check_like_input(input: Tensor, name: str, tensor: Tensor | None, *size: int) -> None:
     if tensor is None:
         return
-    if tensor.device != input.device:
-        raise RuntimeError(f"{name} is on {tensor.device} but input is on {input.device}: expected the same device")
+    _check_device(input, name, tensor)
     if tensor.dim() != len(size) or any(found != expected for found, expected in zip(tensor.shape, size, strict=True)):
         raise RuntimeError(f"expected {name} of size {list(size)}, got {list(tensor.shape)}")
 
@@ -434,10 +446,14 @@ def _layer_fake(
     if input.shape[-1] != features:
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {features}, got {input.shape[-1]}")
     lead = tuple(input.shape[:-1])
+    if packed and batch_sizes.device.type != "cpu":
+        raise RuntimeError(f"expected batch_sizes on the CPU, got {batch_sizes.device}")
     batch = _packed_batch(batch_sizes, h_0, c_0) if packed else lead[0 if batch_first else 1]
     rows = lead[0] if packed else lead[0] * lead[1]
     _check_like_input(input, "h_0", h_0, directions, batch, out)
     _check_like_input(input, "c_0", c_0, directions, batch, hidden)
+    if lengths is not None and lengths.device.type != "cpu":  # where they may also be
+        _check_like_input(input, "lengths", lengths, batch)
     _check_like_input(input, "resets", resets, *lead)
     if masks:
         for name, mask, size in (
@@ -470,6 +486,12 @@ def _layer_backward_fake(
     grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, output,
     saved, cell, bidirectional, batch_first, cell_states, output_mask,
 ):  # fmt: skip
+    for name, tensor in (
+        ("grad_output", grad_output), ("grad_h_n", grad_h_n), ("grad_c_n", grad_c_n), ("grad_cells", grad_cells),
+        ("h_0", h_0), ("c_0", c_0), *(("a weight", weight) for weight in weights), ("resets", resets),
+        *(("a mask", mask) for mask in masks), ("output", output), ("saved", saved),
+    ):  # fmt: skip
+        _check_device(input, name, tensor)
     # A gradient is wanted only of states that are there, and the size of a packed batch is known from them alone.
     states = [() if state is None else state.shape for state in (h_0, c_0)]
     sizes = [input.shape, *states, *(w.shape for w in weights)]
@@ -485,12 +507,16 @@ def _select(value: Any, dim: Any, index: int) -> Any:
     """Entry `index` of a mapped argument; lists of tensors come with lists of dims."""
     if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
         return [_select(v, d, index) for v, d in zip(value, dim, strict=True)]
-    return value if dim is None or value is None else value.select(dim, index)
+    if dim is None or value is None:
+        return value
+    return value.select(dim, index) if value.shape[dim] else value.new_zeros(value.movedim(dim, 0).shape[1:])
 
 
 def _loop(op: Callable, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[tuple, tuple]:
-    """vmap the plain way: a call per entry."""
-    outputs = _stacked([op(*(_select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(size)])
+    """vmap the plain way: a call per entry. Where there is none, zeros stand for one: it has the shapes."""
+    count = max(1, size)
+    results = [op(*(_select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(count)]
+    outputs = pytree.tree_map(lambda x: x[:size], _stacked(results))
     return outputs, pytree.tree_map(lambda _: 0, outputs)
 
 
@@ -503,7 +529,7 @@ def _layer_vmap(info, in_dims, *args):
     (input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, save,
      *recompute) = args  # fmt: skip
     size = info.batch_size
-    if any(dim is not None for dim in in_dims[3] or ()) or batch_sizes is not None:
+    if any(dim is not None for dim in in_dims[3] or ()) or batch_sizes is not None or size == 0:
         return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
     # The weights are shared: the mapped dimension is more batch.
     batch = 0 if batch_first else 1
@@ -598,8 +624,7 @@ def _layer_double_backward_vmap(info, in_dims, *args):
 
 
 def _random_mask_vmap(info, in_dims, *args):
-    draw = torch.ops.rnn_ext.random_mask
-    return torch.stack([draw(seed, *args[1:]) for seed in args[0].unbind(in_dims[0])]), 0
+    return _loop(torch.ops.rnn_ext.random_mask, info.batch_size, in_dims, args)
 
 
 if is_available():
@@ -633,8 +658,6 @@ if is_available():
     ):
         if _op not in flop_registry:  # this module is loaded again
             register_flop_formula(_op)(_formula)
-    if os.environ.get("RNN_EXT_CPU_CAPABILITY"):
-        set_cpu_capability(os.environ["RNN_EXT_CPU_CAPABILITY"])
 else:
 
     def _layer(*args: Any) -> Any:

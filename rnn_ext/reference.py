@@ -224,7 +224,7 @@ def layer(
     padded = padded_sequence(input)
     length, batch = padded.shape[:2]
     if sizes is not None:
-        lengths = torch.tensor([sum(size > n for size in sizes) for n in range(batch)])
+        lengths = torch.tensor([sum(size > n for size in sizes) for n in range(batch)], device="cpu")
     if resets is not None:
         resets = padded_sequence(resets)
     hidden_mask, *zoneouts = masks or (None, None, None)

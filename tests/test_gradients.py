@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import itertools
 import weakref
@@ -446,6 +447,27 @@ def test_vmap(case):
         looped = [torch.stack(results) for results in zip(*(call(*args) for args in slices), strict=True)]
         keys = list(oracle(problem))
         check_values(dict(zip(keys, vmapped(*stacked), strict=True)), dict(zip(keys, looped, strict=True)))
+
+
+@pytest.mark.parametrize("kind", [rnn_ext.GRU, functools.partial(rnn_ext.LSTM, zoneout=0.1)], ids=["gru", "lstm"])
+def test_vmap_over_nothing(kind):
+    """What torch's own operators return there, to the shapes."""
+    module = kind(2, 3, backend="custom")
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+
+    def output(p: dict, x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, p, (x,))[0]
+
+    none, one = torch.randn(0, 4, 5, 2), torch.randn(4, 5, 2)
+    vmap = functools.partial(torch.func.vmap, randomness="different")
+    assert vmap(output, (None, 0))(parameters, none).shape == (0, 4, 5, 3)
+    sets = {name: p.expand(0, *p.shape) for name, p in parameters.items()}
+    assert vmap(output, (0, None))(sets, one).shape == (0, 4, 5, 3)
+    per_sample = vmap(torch.func.grad(lambda p, x: output(p, x).sum()), (None, 0))(parameters, none)
+    assert {name: grad.shape for name, grad in per_sample.items()} == {name: p.shape for name, p in sets.items()}
+    for empty in (one[:0], one[:, :0]):
+        shape = (*empty.shape[:2], 3, *empty.shape)
+        assert torch.func.jacrev(lambda x: output(parameters, x))(empty).shape == shape
 
 
 def test_vmap_over_masks_and_twice():

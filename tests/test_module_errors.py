@@ -172,6 +172,19 @@ def test_states_of_an_lstm(backend):
 
 
 @pytest.mark.parametrize("name", OURS)
+def test_what_is_no_tensor(name):
+    module, input, state = OURS[name](I, H), torch.zeros(L, N, I), torch.zeros(1, N, H)
+    two = name == "LSTM"
+    for given, found in (([0.0], "list"), (input.numpy(), "ndarray")):
+        with pytest.raises(TypeError, match=f"expected input as a tensor or a PackedSequence, got {found}"):
+            module(given)
+    with pytest.raises(TypeError, match=f"expected h_0 as a tensor, got {'list' if two else 'tuple'}"):
+        module(input, ([state], state) if two else (state, state))
+    with pytest.raises(TypeError, match=r"resets must be a tensor of torch\.bool, got ndarray"):
+        module(input, resets=torch.zeros(L, N, dtype=torch.bool).numpy())
+
+
+@pytest.mark.parametrize("name", OURS)
 def test_lengths(name):
     module = OURS[name](I, H, backend="custom")
     input = torch.zeros(L, N, I)

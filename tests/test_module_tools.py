@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from util import CELLS, check_gradients, check_values, same_bits
 
 import rnn_ext
+from rnn_ext import ops
 
 
 def save_and_load(module):
@@ -317,6 +318,36 @@ def test_states_and_resets_left_on_the_meta_device():
         module(randn(5, 3, I), resets=torch.zeros(5, 3, device="meta", dtype=torch.bool))
     with pytest.raises(RuntimeError, match="meta"):
         module(torch.zeros(5, 3, I, device="meta", dtype=torch.float64))
+
+
+def test_arguments_of_the_op_left_on_the_meta_device():
+    """Any of them brings the fake kernel, whose results beside a CPU input would be memory that nobody has written."""
+    module, input, h_0 = ours("gru"), randn(5, 3, I), randn(1, 3, H)
+    weights = [*module.parameters()]
+    integers = functools.partial(torch.full, fill_value=3, dtype=torch.int64, device="meta")
+    with pytest.raises(RuntimeError, match="lengths is on meta but input is on cpu"):
+        ops.layer(input, h_0, None, weights, cell="gru", lengths=integers((3,)))
+    with pytest.raises(RuntimeError, match="expected batch_sizes on the CPU, got meta"):
+        ops.layer(input.flatten(0, 1), h_0, None, weights, cell="gru", batch_sizes=integers((5,)))
+    meta = input.to("meta")
+    assert ops.layer(meta, None, None, [w.to("meta") for w in weights], cell="gru", lengths=integers((3,)))[0].is_meta
+
+    output, _, _, _, saved = torch.ops.rnn_ext.layer(
+        input, h_0, None, weights, None, None, None, [], "gru", False, False, False, True, False
+    )
+    given = {
+        "grad_output": torch.ones_like(output), "grad_h_n": None, "grad_c_n": None, "grad_cells": None, "input": input,
+        "h_0": h_0, "c_0": None, "weights": weights, "batch_sizes": None, "lengths": None, "resets": None, "masks": [],
+        "output": output, "saved": saved, "cell": "gru", "bidirectional": False, "batch_first": False,
+        "cell_states": False, "output_mask": [True] * (3 + len(weights)),
+    }  # fmt: skip
+    given["output_mask"][2] = False
+    torch.ops.rnn_ext.layer_backward(*given.values())
+    for name in ("grad_output", "h_0", "output", "saved"):
+        with pytest.raises(RuntimeError, match=f"{name} is on meta but input is on cpu"):
+            torch.ops.rnn_ext.layer_backward(*(given | {name: given[name].to("meta")}).values())
+    with pytest.raises(RuntimeError, match="a weight is on meta but input is on cpu"):
+        torch.ops.rnn_ext.layer_backward(*(given | {"weights": [*weights[:-1], weights[-1].to("meta")]}).values())
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])

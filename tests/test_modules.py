@@ -405,6 +405,8 @@ def test_lengths(cell):
     integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
     for given in (lengths, tuple(lengths), *(torch.tensor(lengths, dtype=dtype) for dtype in integers)):
         check_values(flatten(first(dirty, hx, lengths=given)), expected)
+    with torch.device("meta"):
+        check_values(flatten(first(dirty, hx, lengths=lengths)), expected)
     by_batch = ours(cell, num_layers=2, bidirectional=True, batch_first=True)
     result = flatten(by_batch(dirty.transpose(0, 1), hx, lengths=lengths))
     check_values(result | {"output": result["output"].transpose(0, 1)}, expected)

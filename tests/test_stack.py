@@ -254,5 +254,22 @@ def test_mistakes(threads):
     for layers, weights in ((0, layer._flat_weights), (3, layer._flat_weights), (2, layer._flat_weights[:2])):
         with pytest.raises(ValueError, match=f"{layers} layers, got {len(weights)} in all"):
             ops.stack(input, None, None, weights, "lstm", layers)
+    weights = layer._flat_weights
+    wide = rnn_ext.LSTM(HIDDEN, HIDDEN + 1)._flat_weights
+    with pytest.raises(RuntimeError, match=rf"weight_hh of size .* as in the first, got \[.*{HIDDEN + 1}\] in layer 1"):
+        ops.stack(input, None, None, [*weights[:4], *wide], "lstm", 2)
+    with pytest.raises(RuntimeError, match=r"expected input with 3 dimensions, got size \[\d+\]"):
+        ops.stack(input[0, 0], None, None, weights, "lstm", 2)
+    for wrong in (0, 1):
+        flat = [w.flatten() if i == wrong else w for i, w in enumerate(weights)]
+        with pytest.raises(RuntimeError, match=r"weight_[ih]h"):
+            ops.stack(input, good, good, flat, "lstm", 2)
+        with pytest.raises(RuntimeError, match=r"weight_[ih]h"):
+            ops.step(input[0], good[0], good[0], flat[:4], "lstm", True)
+    with pytest.raises(ValueError, match="weights"):
+        ops.step(input[0], good[0], good[0], [], "lstm", True)
+    sizes = torch.tensor([2**62] * 4)  # their sum is 0
+    with pytest.raises(RuntimeError, match=f"no more than the 3 rows of packed input, got {2**62}"):
+        layer(PackedSequence(input[:3, 0], sizes))
     with pytest.raises(RuntimeError, match="same dtype"):
         layer(input, (good.double(), good.double()))

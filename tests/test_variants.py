@@ -199,6 +199,29 @@ def test_padding_is_not_read():
     same_bits(dirty[1], clean[1])
 
 
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}, {"zoneout": 0.2}], ids=["plain", "norm", "zoneout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("hidden", [5, 16, 33])
+def test_what_is_not_a_number_stays_in_its_episode(hidden, dtype, options):
+    """Also out of the room that a row has past its last unit."""
+    layer = rnn_ext.LSTM(2, hidden, bidirectional=True, backend="custom", dtype=dtype, **options)
+    first, second = slice(0, 3), slice(3, 7)
+    resets, input = torch.arange(7).unsqueeze(1) == 3, torch.randn(7, 1, 2, dtype=dtype)
+    for _ in instruction_sets():
+        for own, other in ((first, second), (second, first)):
+            found = []
+            for value in (0.0, math.nan, math.inf):
+                x = input.clone()
+                x[other] = value
+                x.requires_grad_()
+                torch.manual_seed(0)
+                output = layer(x, resets=resets)[0][own]
+                (grad,) = torch.autograd.grad(output.sum(), x)
+                found.append({"output": output, "grad": grad[own]})
+            same_bits(found[1], found[0])
+            same_bits(found[2], found[0])
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_several_rows_do_not_depend_on_more(cell):
     """To the bit, whether a step computes its input gates itself or not: weights few or many, a tail or none."""

@@ -455,7 +455,7 @@ class BackwardScan {
 
   void clear(int64_t r) {
     std::memset(dh_.get() + r * out_padded_, 0, size_t(out_) * sizeof(T));
-    if (Cell::kHasCell) std::memset(dc_.get() + r * padded_, 0, size_t(hidden_) * sizeof(T));
+    if (Cell::kHasCell) std::memset(dc_.get() + r * padded_, 0, size_t(padded_) * sizeof(T));
   }
 
   /// Where step t's rows find what their cells need, and where their gate gradients go.

@@ -269,6 +269,7 @@ void widen_always(bool always) { widens_always = always; }
 
 template <class S>
 std::unique_ptr<PackedWeights> pack_weights(CellKind cell, const Sizes& sizes, const Weights<const S>& weights) {
+  const FlushSubnormals flush;
   return kernels<S>().pack(cell, sizes, weights);
 }
 template std::unique_ptr<PackedWeights> pack_weights(CellKind, const Sizes&, const Weights<const float>&);

@@ -142,7 +142,6 @@ class ForwardScan {
       chunks_->wait_for_room(chunk);
       plan_chunk(chunk * chunk_rows_);
       project_rows();
-      if (tail_) deal_out_tail(planned_);
     }
   }
 
@@ -191,8 +190,7 @@ class ForwardScan {
     // Bytes of the recurrent weights (measured).
     constexpr int64_t kWorthwhile = (RNN_EXT_VECTOR_REGISTERS < 32 ? 16 : 12) * 1024;
     return kTakesAlong && !chunks_ && !short_ && weight_bytes(out_) >= kWorthwhile && args_.sizes.input > 0 &&
-           layout_.batch == 1 && layout_.rows == layout_.steps &&
-           (copies_inputs() || args_.input.to_next(layout_, reverse_) % kPack<S> == 0);
+           is_one_sequence(layout_) && (copies_inputs() || args_.input.to_next(layout_, reverse_) % kPack<S> == 0);
   }
 
   /// Of a stack whose layers run at the same time: the one above waits for the first chunk, or for two if
@@ -234,7 +232,7 @@ class ForwardScan {
     for (int64_t r = 0; r < rows; ++r) {
       if (!begins(args_.resets, layout_, reverse_, t, slice_.first + r)) continue;
       if (member_ == 0) std::memset(now + r * out_padded_, 0, size_t(out_) * sizeof(A));
-      if (Cell::kHasCell) std::memset(c_.get() + r * padded_, 0, size_t(hidden_) * sizeof(T));
+      if (Cell::kHasCell) std::memset(c_.get() + r * padded_, 0, size_t(padded_) * sizeof(T));
     }
   }
 

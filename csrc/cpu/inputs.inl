@@ -141,12 +141,10 @@ void ForwardScan<Cell, S>::project_inputs() {
   if (started_) {
     if constexpr (kTakesAlong) side_.finish();
     started_ = false;
-  } else if (chunks_ && !chunks_->take(planned_first_ / chunk_rows_)) {
-    return;
-  } else {
+    if (tail_) deal_out_tail(planned_);
+  } else if (!chunks_ || chunks_->take(planned_first_ / chunk_rows_)) {
     project_rows();
   }
-  if (tail_) deal_out_tail(planned_);
 }
 
 template <class Cell, class S>
@@ -167,6 +165,7 @@ void ForwardScan<Cell, S>::project_rows() {
     p.last = blocks.last;
     plain_product(p);
   }
+  if (tail_) deal_out_tail(planned_);
 }
 
 /// Of the first rows that are placed.

@@ -152,7 +152,7 @@ struct ForwardArgs {
   const S* h_0 = nullptr;       // [D, N, P], null: zeros
   const S* c_0 = nullptr;       // [D, N, H], null: zeros
   Weights<const S> weights[2];
-  const PackedWeights* packed[2] = {};  // of these very weights; null: the call packs them itself
+  const PackedWeights* packed[2] = {};  // of these very weights; null: the call sees to that, if it pays
   Sequence<S> output;                   // (.., D*P)
   Sequence<S> cells;                    // (.., D*H), data may be null
   S* h_n = nullptr;                     // [D, N, P]

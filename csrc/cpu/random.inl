@@ -50,8 +50,9 @@ ALWAYS_INLINE void philox(uint64_t seed, uint64_t first, uint32_t (&words)[4][kC
 template <class T>
 void random_mask(uint64_t seed, double p, T value, T* out, int64_t size) {
   constexpr int kBlock = 4 * kCounters;
-  const double scaled = p * 4294967296.0;
-  const uint32_t threshold = scaled < 4294967295.0 ? uint32_t(scaled) : 4294967295u;
+  const auto chosen = uint64_t(p * 4294967296.0);  // of the values of a word
+  if (chosen == 0) value = T(0);
+  const auto last = uint32_t(chosen - 1);
   uint32_t words[4][kCounters];
   T block[kBlock];
   for (int64_t at = 0; at < size; at += kBlock) {
@@ -59,7 +60,7 @@ void random_mask(uint64_t seed, double p, T value, T* out, int64_t size) {
     const bool whole = size - at >= kBlock;
     T* to = whole ? out + at : block;
     for (int w = 0; w < 4; ++w)
-      for (int k = 0; k < kCounters; ++k) to[w * kCounters + k] = words[w][k] < threshold ? value : T(0);
+      for (int k = 0; k < kCounters; ++k) to[w * kCounters + k] = words[w][k] <= last ? value : T(0);
     if (!whole) std::memcpy(out + at, block, size_t(size - at) * sizeof(T));
   }
 }

@@ -306,6 +306,23 @@ void run_teams(const Executor& executor, int directions, int members, const Fn& 
       &call);
 }
 
+/// Calls fn(0) .. fn(count - 1), which may wait for each other, on `threads` threads at the same time if so many come:
+/// each takes every so-manieth, in this order. fn throws nothing: others would wait in vain.
+template <class Fn>
+void run_together(const Executor& executor, int threads, int count, const Fn& fn) {
+  struct Call {
+    const Fn& fn;
+    int count;
+  } call{fn, count};
+  executor.run_team(
+      threads,
+      [](void* context, int thread, int threads) {
+        const Call& call = *static_cast<const Call*>(context);
+        for (int i = thread; i < call.count; i += threads) call.fn(i);
+      },
+      &call);
+}
+
 /// to += from.
 template <class T>
 void add_row(T* to, const T* from, int64_t columns) {

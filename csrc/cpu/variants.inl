@@ -17,7 +17,7 @@ ALWAYS_INLINE T lane_sum(Vec<T> v) {
 
 /// v with zeros from lane `count` on: a sum over a row must not see what lies past its end.
 template <class T>
-ALWAYS_INLINE Vec<T> first_lanes(Vec<T> v, int64_t count) {
+ALWAYS_INLINE Vec<T> only_first(Vec<T> v, int64_t count) {
   if (count >= kLanes<T>) return v;
   alignas(64) T lanes[kLanes<T>];
   store(lanes, v);
@@ -56,11 +56,11 @@ ALWAYS_INLINE void statistics(Statistics<T> (&found)[kRows], const T* const (&ro
     return lane_sum<T>(parts[0]);
   };
   V sum[kRows][kParts] = {}, squares[kRows][kParts] = {};
-  for_all([&](int r, int p, V x, int64_t count) ALWAYS_INLINE_LAMBDA { sum[r][p] += first_lanes<T>(x, count); });
+  for_all([&](int r, int p, V x, int64_t count) ALWAYS_INLINE_LAMBDA { sum[r][p] += only_first<T>(x, count); });
 #pragma GCC unroll 2
   for (int r = 0; r < kRows; ++r) found[r].mean = total(sum[r]) * share;
   for_all([&](int r, int p, V x, int64_t count) ALWAYS_INLINE_LAMBDA {
-    const V d = first_lanes<T>(x - found[r].mean, count);
+    const V d = only_first<T>(x - found[r].mean, count);
     squares[r][p] = fma(d, d, squares[r][p]);
   });
 #pragma GCC unroll 2
@@ -113,7 +113,7 @@ struct VariantForward<Cell, T, true> {
         masked(args.masks.hidden ? slice.size() * Sizes::padded(args.sizes.output()) : 0),
         inputs(slice.size()),
         hidden_gates(cells::kIsNormed<Cell> ? slice.size() * Cell::kGates * args.sizes.padded() : 0),
-        products(slice.size()),
+        products(cells::kIsNormed<Cell> ? slice.size() : 0),
         c(cells::kIsNormed<Cell> ? args.sizes.padded() : 0),
         o(cells::kIsNormed<Cell> ? args.sizes.padded() : 0) {}
   NormWeightsOf<Cell, T> norm;
@@ -455,7 +455,7 @@ void BackwardScan<Cell, S, W>::normed_cell(int64_t t, int64_t r, const T* dh_row
     const V dnorm = load(to + Cell::kGradNorm * padded + unit) * load(norm.c.get() + unit);
     const V norm_c = load(to + Cell::kNormC * padded + unit);
     V dc = carried.whole(unit, before);
-    dc = first_lanes<T>(dc + cells::LayerNorm::backward(dnorm, norm_c, rstd_c, mean_d, mean_dy), hidden - unit);
+    dc = only_first<T>(dc + cells::LayerNorm::backward(dnorm, norm_c, rstd_c, mean_d, mean_dy), hidden - unit);
     for (int g = 0; g < 3; ++g) active[g] = load(active_row + g * padded + unit);
     store(carried.dc + unit, before + Cell::cell_backward(active, load(c_before + unit), dc, dgates));
     for (int g = 0; g < 3; ++g) store(dgate_row + g * padded + unit, dgates[g]);

@@ -171,6 +171,8 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
                   "expected positive, non-increasing batch_sizes, got ", batch_sizes[t], " at timestep ", t, " after ",
                   batch_sizes[t ? t - 1 : 0]);
     }
+    TORCH_CHECK(batch <= input.size(0), "expected batch_sizes of no more than the ", input.size(0),
+                " rows of packed input, got ", batch);
   } else {
     length = input.size(batch_first ? 1 : 0);
     batch = input.size(batch_first ? 0 : 1);

@@ -48,6 +48,12 @@ bool forks_alone = false;
 const int watch_forks =
     pthread_atfork([] { forks_alone = has_one_thread(); }, nullptr, [] { forked = forked || !forks_alone; });
 
+/// Holds torch's own operators to one thread in such a child, where they would wait as well: those that convert here,
+/// and whatever stands between the caller's layers.
+void leave_inherited_pool() {
+  if (forked && at::get_num_threads() > 1) at::set_num_threads(1);
+}
+
 /// Calls fn(thread, threads) on every thread of torch's pool: libgomp ends those that a smaller team leaves out, and
 /// starts others in their place when they are wanted again. It is called by name because clang turns `#pragma omp` into
 /// calls of a runtime of its own, which would be the second in the process.
@@ -168,7 +174,7 @@ constexpr at::ScalarType kScalarType<cpu::Float16> = at::kHalf;
 
 /// Calls fn(S()) with that one of the types S of csrc/cpu that a storage type stands for.
 template <class... S, class Fn>
-void with_storage(at::ScalarType type, const Fn& fn) {
+void with_stored(at::ScalarType type, const Fn& fn) {
   const bool found = ((type == kScalarType<S> && (fn(S()), true)) || ...);
   TORCH_INTERNAL_ASSERT(found, "no kernels for tensors of ", type);
 }
@@ -401,9 +407,10 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
                       at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                       const OptionalTensor& resets, const OptionalTensors& masks, std::string_view cell,
                       bool bidirectional, bool batch_first, bool cell_states, bool save, bool /*recompute*/) {
+  leave_inherited_pool();
   ForwardCall call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
                    {cell, bidirectional, batch_first, cell_states}, save);
-  with_storage<float, double, cpu::BFloat16, cpu::Float16>(
+  with_stored<float, double, cpu::BFloat16, cpu::Float16>(
       call.dtype, [&](auto storage) { cpu::layer_forward(call.args<decltype(storage)>(), executor()); });
   return call.result();
 }
@@ -415,6 +422,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
                               const OptionalTensor& resets, const OptionalTensors& masks, const at::Tensor& output,
                               const at::Tensor& saved, std::string_view cell, bool bidirectional, bool batch_first,
                               bool cell_states, const c10::List<bool>& output_mask) {
+  leave_inherited_pool();
   const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
                          {cell, bidirectional, batch_first, cell_states});
   const at::ScalarType dtype = backward_type(input, shape.variant);
@@ -466,7 +474,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     if (output_mask.get(3 + i)) dw[i] = empty(weights[i].sizes(), narrow.grads ? input.options() : options);
   }
 
-  with_storage<float, double, cpu::BFloat16>(dtype, [&](auto storage) {
+  with_stored<float, double, cpu::BFloat16>(dtype, [&](auto storage) {
     using scalar_t = decltype(storage);
     using compute_t = cpu::Compute<scalar_t>;
     cpu::BackwardArgs<scalar_t> args;
@@ -530,7 +538,7 @@ bool pipelines(const at::Tensor& input, int64_t batch, const StackWeights& weigh
   // weights are widened are too large.
   if (backward_type(input, cpu::Variant::kPlain) != input.scalar_type()) return false;
   bool result = false;
-  with_storage<float, double, cpu::BFloat16>(input.scalar_type(), [&](auto storage) {
+  with_stored<float, double, cpu::BFloat16>(input.scalar_type(), [&](auto storage) {
     result = cpu::pipelines<decltype(storage)>(cell.kind, sizes, layout, int64_t(weights.size()), threads);
   });
   return result;
@@ -547,7 +555,7 @@ std::vector<LayerResult> pipelined_forward(const at::Tensor& input, const StackS
     calls.emplace_back(k ? calls.back().output : input, h_0[k], c_0[k], weights[k], batch_sizes, lengths, resets,
                        OptionalTensors(), own, save[k]);
   }
-  with_storage<float, double, cpu::BFloat16>(calls[0].dtype, [&](auto storage) {
+  with_stored<float, double, cpu::BFloat16>(calls[0].dtype, [&](auto storage) {
     std::vector<cpu::ForwardArgs<decltype(storage)>> args;
     for (ForwardCall& call : calls) args.push_back(call.args<decltype(storage)>());
     cpu::stack_forward(args.data(), int(args.size()), executor());

@@ -48,7 +48,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const at::Tensor& input, con
                                                     std::string_view cell, bool flat_states) {
   const auto lift = [&](const OptionalTensor& state, const char* name) {
     if (!flat_states || !state.has_value()) return state;
-    const int64_t batch = input.size(0), width = weights.at(1).size(1);
+    // What else is of a wrong size, the layer says.
+    if (input.dim() != 2 || weights.size() < 2 || weights[1].dim() != 2) return OptionalTensor(state->unsqueeze(0));
+    const int64_t batch = input.size(0), width = weights[1].size(1);
     TORCH_CHECK(state->dim() == 2 && state->size(0) == batch && state->size(1) == width, "expected ", name,
                 " of size [", batch, ", ", width, "], got ", state->sizes());
     return OptionalTensor(state->unsqueeze(0));
@@ -160,8 +162,10 @@ PYBIND11_MODULE(_C, m) {
         return rnn_ext::cpu::saved_values(rnn_ext::cpu::CellKind(cell), projected, rnn_ext::cpu::Variant(variant));
       },
       "Values per hidden unit and row kept for backward.");
-  m.def("cached_weights_count", &rnn_ext::ops::cached_weights_count, "Directions whose packed weights are kept.");
-  m.def("clear_cached_weights", &rnn_ext::ops::clear_cached_weights, "Forget all packed weights.");
+  m.def("cached_weights_count", &rnn_ext::ops::cached_weights_count, py::call_guard<py::gil_scoped_release>(),
+        "Directions whose packed weights are kept.");
+  m.def("clear_cached_weights", &rnn_ext::ops::clear_cached_weights, py::call_guard<py::gil_scoped_release>(),
+        "Forget all packed weights.");
   m.def("idle_memory", &rnn_ext::cpu::idle_memory, "Bytes of past calls that wait for the next.");
   m.def("drop_idle_memory", &rnn_ext::cpu::drop_idle_memory, "Give them back to the system.");
   m.attr("with_cuda") = kWithCuda;

@@ -30,7 +30,7 @@ struct Entry {
 // Never destroyed: other threads may still compute while the process ends.
 std::mutex& mutex = *new std::mutex;
 std::vector<Entry>& entries = *new std::vector<Entry>;  // the last used at the end
-constexpr size_t kMost = 256;
+constexpr size_t kMost = 1024;                          // so many are looked through in a microsecond or two
 
 // In the child of a fork the mutex may be taken by a thread that the child does not have, in the midst of something.
 [[maybe_unused]] const int watch_forks = pthread_atfork(nullptr, nullptr, [] {

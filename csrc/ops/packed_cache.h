@@ -14,7 +14,7 @@ namespace rnn_ext::ops {
 /// The weights of one direction, packed by `pack`; null if they are not worth keeping yet. They are recognised by where
 /// they lie and compared by a digest of what they hold, so that no way of changing them goes unnoticed: not in place,
 /// not through `.data` and not by another process. Kept from the second call with the same values on, until the first
-/// such call after the storage of weight_hh has gone; any thread may call.
+/// such call after the storage of weight_hh has gone, or until 1,024 others have been used since; any thread may call.
 /// weights: as the caller has them, weight_ih and weight_hh first, each in one piece. stored: what `pack` is given.
 std::shared_ptr<const cpu::PackedWeights> cached_weights(cpu::CellKind cell, const cpu::Sizes& sizes,
                                                          at::TensorList weights, at::ScalarType stored,

@@ -57,10 +57,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stack(
   const int64_t count = given / layers;
   StackWeights parts(layers);
   for (int64_t k = 0; k < layers; ++k) parts[k].assign(weights.begin() + k * count, weights.begin() + (k + 1) * count);
+  for (int64_t k = 1; k < layers; ++k) {
+    TORCH_CHECK(parts[k][1].sizes() == parts[0][1].sizes(), "expected weight_hh of size ", parts[0][1].sizes(),
+                " in every layer, as in the first, got ", parts[k][1].sizes(), " in layer ", k);
+  }
   const CellInfo info = cell_info(cell);
   LayerOptions options{cell, bidirectional, batch_first, cell_states};
-  if (batch_sizes.has_value() &&
-      (batch_sizes->numel() == 0 || batch_sizes->scalar_type() != at::kLong || !batch_sizes->device().is_cpu())) {
+  const bool counted =
+      !batch_sizes.has_value() ||
+      (batch_sizes->numel() > 0 && batch_sizes->scalar_type() == at::kLong && batch_sizes->device().is_cpu());
+  if (!counted || input.dim() != (batch_sizes.has_value() ? 2 : 3) || parts[0][0].dim() != 2 ||
+      parts[0][1].dim() != 2) {
     // Says what is wrong, as it would for the first layer.
     LayerShape(input, std::nullopt, std::nullopt, parts[0], batch_sizes, lengths, resets, OptionalTensors(), options);
   }
