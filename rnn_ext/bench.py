@@ -18,6 +18,7 @@ import platform
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -441,14 +442,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
+    if value >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not below 2^31")
     return value
 
 
 def seconds_of(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number") from None
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not positive and finite")
     return value
@@ -460,6 +469,11 @@ def new_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{path} is a folder")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: {error.strerror}") from None
     return path
 
 
@@ -479,12 +493,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     parser.add_argument("--seconds", type=seconds_of, default=120.0, help="for everything, about (%(default)g)")
     parser.add_argument("--output", type=new_file, help="JSON file to write the numbers to")
     options = parser.parse_args(argv)
+    most = max(torch.get_num_threads(), len(allowed_cores()))
+    if options.threads > most:
+        parser.error(f"--threads {options.threads}: expected at most {most}, the cores that this process may use")
     given = [options.cell, options.input_size, options.hidden_size, options.batch_size, options.length]
     given += [options.num_layers, options.bidirectional, options.ragged, options.dtype]
     if all(option is None for option in given):
         return options, STANDARD
     hidden, batch, length = options.hidden_size or 128, options.batch_size or 1, options.length or 128
-    lengths = ragged(batch, max(1, length // 8), length) if options.ragged else None
     case = Case(
         options.cell or "lstm",
         batch,
@@ -494,8 +510,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
         options.num_layers or 1,
         bool(options.bidirectional),
         options.dtype or "float32",
-        lengths,
     )
+    shortest = max(1, length // 8)
+    if options.ragged and not too_large(dataclasses.replace(case, length=shortest), training=True):
+        case = dataclasses.replace(case, lengths=ragged(batch, shortest, length))
     return options, [case]
 
 
@@ -519,7 +537,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{about['processor']}, kernels for {about['instructions']}, torch {about['versions']['torch']}")
         print(f"{options.threads} thread(s), {where}; medians ± half of the middle 50 %, {options.seconds:g} s in all")
         if about["load"] and about["load"][0] > 0.5:
-            print(f"Other work is running here (load {about['load'][0]:.1f}): the numbers will not be worth much.")
+            print(
+                f"Other work is running here (load {about['load'][0]:.1f}): the numbers will not be worth much."
+                + (" With --threads 1 time is what this process has of a core." if options.threads > 1 else "")
+            )
         name = max(len(str(case)) for case in cases)
         print(f"\n{'':{name}}  {'':18}{'torch.nn':>18}{'rnn_ext':>18}{'speed-up':>11}  kept for backward")
         for case, training in jobs:

@@ -161,6 +161,13 @@ def test_command(tmp_path, capsys):
         (["--cell", "qrnn"], "invalid choice"),
         (["--length", "1000000000"], "needs about"),
         (["--output", "/nowhere/at/all.json"], "there is no folder"),
+        (["--output", "/proc/all.json"], "/proc/all.json cannot be written"),
+        (["--output", "/proc"], "/proc is a folder"),
+        (["--length", "x"], "x is not a whole number"),
+        (["--length", str(10**30)], "is not below 2^31"),
+        (["--seconds", "x"], "x is not a number"),
+        (["--threads", "100000"], "--threads 100000: expected at most"),
+        (["--batch-size", "2000000000", "--ragged"], "needs about"),
     ],
 )
 def test_command_refuses(arguments, message, capsys):
