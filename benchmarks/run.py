@@ -49,6 +49,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn_ext
 from rnn_ext import bench, ops
+from rnn_ext._options import Parser, new_file, positive_int, positive_number
 from rnn_ext.bench import CELLS, Case, Workload, duration, ragged
 from rnn_ext.models import BiLSTMClassifier, RNNRegressor
 
@@ -429,15 +430,13 @@ def pattern(text: str) -> re.Pattern[str]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = bench.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cores = len(bench.allowed_cores())
     parser.add_argument("--quick", action="store_true", help="a few small rows, less time for each")
     parser.add_argument("--rows", type=pattern, help="regular expression for section, name and mode of a row")
-    parser.add_argument("--threads", type=bench.positive, nargs="+", help="(1 and all cores)")
-    parser.add_argument("--seconds", type=bench.seconds_of, help="for each row, about (3; quick: 0.4)")
-    parser.add_argument(
-        "--output", type=bench.new_file, help="JSON file (of all rows results/<machine>.json, else none)"
-    )
+    parser.add_argument("--threads", type=positive_int, nargs="+", help="(1 and all cores)")
+    parser.add_argument("--seconds", type=positive_number(), help="for each row, about (3; quick: 0.4)")
+    parser.add_argument("--output", type=new_file, help="JSON file (of all rows results/<machine>.json, else none)")
     options = parser.parse_args(argv)
     options.threads = options.threads or sorted({1, cores})
     options.seconds = options.seconds or (0.4 if options.quick else 3.0)

@@ -70,7 +70,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"- Other work was running, load {about['load'][0]:.1f}: rows with several threads are not to be trusted."
     yield ""
     yield "Medians ± half of the middle 50 %. Speed-ups are the time of the other / the time of rnn_ext: below 1 is a"
-    yield "loss. The floor is what a call, cells, and flops and reads of the weights, both timed beside the row, allow"
+    yield "loss. The floor is what a call, cells, flops and reads of the weights, timed beside the row, allow"
     yield "(benchmarks/ceilings.py). A * marks rows during which other processes had the core for more than 3 % of the"
     yield "time, which is not counted but leaves its traces in the caches."
     yield ""

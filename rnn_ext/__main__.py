@@ -11,8 +11,9 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from rnn_ext._options import Parser, positive_int, positive_number, whole_number
 from rnn_ext._version import __version__
 
 DELEGATED = {
@@ -23,43 +24,10 @@ DELEGATED = {
 FIXED = ("cell", "hidden_size", "num_layers", "window", "vocab_size")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")  # one sentence, not the usage of twenty options above it
-
-
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
-
-
-def learning_rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1000:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1000")
-    return value
-
-
-def seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
-    return value
-
-
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m rnn_ext", description=__doc__)
     parser.add_argument("--version", action="version", version=f"rnn_ext {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="train both models on real data with torch's kernels and with ours")
     demo.add_argument("--out", type=Path, default=Path("rnn_ext_demo"), help="folder for the plots (%(default)s)")
@@ -79,18 +47,18 @@ def make_parser() -> argparse.ArgumentParser:
         else:
             sub.add_argument("--text-column", help="of the file (text)")
             sub.add_argument("--label-column", help="of the file; two different labels (label)")
-            sub.add_argument("--vocab-size", type=positive_int, help="words known to the model (10000)")
+            sub.add_argument("--vocab-size", type=whole_number(3), help="words, with padding and unknown (10000)")
             sub.add_argument("--cell", choices=["lstm"], help="the classifier's is always an LSTM")
         sub.add_argument("--hidden-size", type=positive_int, help="features of the hidden state (32, classifier 64)")
         sub.add_argument(
             "--backend", choices=["auto", "custom", "native"], help="our kernels, torch's, or either (auto)"
         )
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (cpu)")
-        sub.add_argument("--seed", type=seed, help="of the weights and the order of the examples (0)")
+        sub.add_argument("--seed", type=whole_number(0, 2**63 - 1), help="of the weights and the examples' order (0)")
         sub.add_argument("--epochs", type=positive_int, help="in all, those before --resume too (100, classifier 4)")
         sub.add_argument("--batch-size", type=positive_int, help="examples a step (64)")
-        sub.add_argument("--lr", type=learning_rate, help="Adam's learning rate (0.001, classifier 0.002)")
-        sub.add_argument("--test-fraction", type=fraction, help="share of the data only tested on (0.2)")
+        sub.add_argument("--lr", type=positive_number(1000), help="Adam's learning rate (0.001, classifier 0.002)")
+        sub.add_argument("--test-fraction", type=positive_number(1), help="share of the data only tested on (0.2)")
         sub.add_argument("--checkpoint", type=Path, help=f"where it is saved, after each epoch (rnn_ext_{task}.pt)")
         sub.add_argument("--resume", action="store_true", help="go on from --checkpoint")
         sub.add_argument("--evaluate", action="store_true", help="only test what is in --checkpoint")
@@ -98,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text in DELEGATED.items():
         if importlib.util.find_spec(f"rnn_ext.{name}"):
             commands.add_parser(name, help=text, add_help=False)
+    commands.metavar = "|".join(commands.choices)
     return parser
 
 
@@ -116,6 +85,8 @@ def train(options: dict[str, Any]) -> int:
     checkpoint = load_checkpoint(path, task_name) if resume or evaluate else None
     if not evaluate:
         datasets.output_file(path)
+        if path.exists() and not resume:
+            raise datasets.InputError(f"{path} exists: --resume goes on from it, --checkpoint names another")
     config = Config(**checkpoint["config"]) if checkpoint else DEFAULTS[task_name]
     given = {field.name: options[field.name] for field in dataclasses.fields(Config) if field.name in options}
     for name in FIXED if checkpoint else ():
@@ -135,17 +106,28 @@ def train(options: dict[str, Any]) -> int:
         raise datasets.InputError(f"--backend custom cannot be used: {reason}")
 
     file = options.get("data")
+    name = "El Niño" if task_name == "regressor" else "the movie reviews"
     state = checkpoint["task"] if checkpoint else None
+    trained_on = checkpoint.get("data") if checkpoint else None  # older checkpoints do not tell
+    if trained_on and not file and trained_on != name:  # before the reviews are fetched
+        raise datasets.InputError(f"{path} was trained on {trained_on}, got {name}: name the file with --data")
     if task_name == "regressor":
         series = datasets.read_series(file, options.get("column")) if file else datasets.el_nino()
-        task = Forecasting(series, config.window, options.get("test_fraction", 0.2), state, str(file or "El Niño"))
+        if file:
+            name = f"{file.name} (column {series.name!r})"  # without the folder: files may be moved
+        task = Forecasting(series, config.window, options.get("test_fraction", 0.2), state, name)
     else:
         if file:
-            table = datasets.read_texts(file, options.get("text_column", "text"), options.get("label_column", "label"))
+            columns = options.get("text_column", "text"), options.get("label_column", "label")
+            table = datasets.read_texts(file, *columns)
+            name = f"{file.name} (columns {columns[0]!r}, {columns[1]!r})"
         else:
             table = datasets.movie_reviews(note=console.print)
-        name = str(file or "the movie reviews")
         task = Sentiment(table, config.vocab_size, options.get("test_fraction", 0.2), state, name)
+    if trained_on and trained_on != name:
+        if not evaluate:
+            raise datasets.InputError(f"{path} was trained on {trained_on}, got {name}: --resume needs the same data")
+        console.print(f"{path} was trained on {trained_on}, this is {name}", soft_wrap=True)
     if not evaluate and not len(task.train):
         raise datasets.InputError("--test-fraction 1 leaves nothing to train on: it is meant for --evaluate")
 
@@ -154,8 +136,9 @@ def train(options: dict[str, Any]) -> int:
         train_to_the_end(run, path, console, progress_bars)
     score = run.evaluate()
     what = f"{len(task.test)} test examples after {run.epoch} epochs"
-    beside = ", ".join(f"{name} {value:.4f}" for name, value in task.baselines.items())
-    console.print(f"{task.metric} {score:.4f} on {what} ({beside})", soft_wrap=True)
+    form = ".4f" if task.metric == "accuracy" else ".4g"  # an RMSE is as large or small as the data
+    beside = ", ".join(f"{name} {value:{form}}" for name, value in task.baselines.items())
+    console.print(f"{task.metric} {score:{form}} on {what} ({beside})", soft_wrap=True)
     return 0
 
 
@@ -169,14 +152,15 @@ def train_to_the_end(run: Any, path: Path, console: Any, progress_bars: Any) -> 
             "epoch", total=epochs * run.steps, completed=run.epoch * run.steps, loss=math.nan, seconds=0
         )
         while run.epoch < epochs:
-            progress.update(bar, description=f"epoch {run.epoch + 1}/{epochs}", seconds=sum(run.seconds))
+            epoch = run.epoch + 1
+            progress.update(bar, description=f"epoch {epoch}/{epochs}", seconds=sum(run.seconds))
             try:
                 for loss in run.run_epoch():
                     progress.update(bar, advance=1, loss=loss)
+                run.save(path)
             except KeyboardInterrupt:
-                kept = f": {path} holds the epochs before this one (--resume goes on)" if run.epoch else ""
-                raise KeyboardInterrupt(f"stopped in epoch {run.epoch + 1}{kept}") from None
-            run.save(path)
+                kept = f": {path} holds the epochs before this one (--resume goes on)" if path.exists() else ""
+                raise KeyboardInterrupt(f"stopped in epoch {epoch}{kept}") from None
     console.print(f"saved to {path}", soft_wrap=True)
 
 
@@ -188,7 +172,8 @@ def run(argv: list[str]) -> int:
     try:
         from rnn_ext import datasets, demo
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; run: python -m pip install 'rnn_ext[demo]'", file=sys.stderr)
+        remedy = "in the checkout: python -m pip install -e '.[demo]'"
+        print(f"error: {error.name} is not installed; {remedy}", file=sys.stderr)
         return 2
     try:
         if options["command"] == "demo":

@@ -18,11 +18,10 @@ import platform
 import re
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import rnn_ext
 from rnn_ext import ops
+from rnn_ext._options import Parser, new_file, positive_int, positive_number
 
 CELLS = {"rnn": (nn.RNN, rnn_ext.RNN, 1), "gru": (nn.GRU, rnn_ext.GRU, 3), "lstm": (nn.LSTM, rnn_ext.LSTM, 4)}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -436,61 +436,20 @@ STANDARD = [
 ]
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
-def positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    if value >= 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not below 2^31")
-    return value
-
-
-def seconds_of(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not a number") from None
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not positive and finite")
-    return value
-
-
-def new_file(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a folder")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path} cannot be written: {error.strerror}") from None
-    return path
-
-
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     parser = Parser(prog="python -m rnn_ext bench", description=__doc__)
     shape = parser.add_argument_group("shape (without any of these, a table of several)", argument_default=None)
     shape.add_argument("--cell", choices=list(CELLS), help="(lstm)")
-    shape.add_argument("--input-size", type=positive, help="features of the input (the hidden size)")
-    shape.add_argument("--hidden-size", type=positive, help="hidden units (128)")
-    shape.add_argument("--batch-size", type=positive, help="sequences (1)")
-    shape.add_argument("--length", type=positive, help="timesteps (128)")
-    shape.add_argument("--num-layers", type=positive, help="recurrent layers (1)")
+    shape.add_argument("--input-size", type=positive_int, help="features of the input (the hidden size)")
+    shape.add_argument("--hidden-size", type=positive_int, help="hidden units (128)")
+    shape.add_argument("--batch-size", type=positive_int, help="sequences (1)")
+    shape.add_argument("--length", type=positive_int, help="timesteps (128)")
+    shape.add_argument("--num-layers", type=positive_int, help="recurrent layers (1)")
     shape.add_argument("--bidirectional", action="store_true", default=None, help="a second direction")
     shape.add_argument("--ragged", action="store_true", default=None, help="packed; lengths from length / 8 to length")
     shape.add_argument("--dtype", choices=DTYPES, help="(float32)")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of torch (%(default)s)")
-    parser.add_argument("--seconds", type=seconds_of, default=120.0, help="for everything, about (%(default)g)")
+    parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="of torch (%(default)s)")
+    parser.add_argument("--seconds", type=positive_number(), default=120.0, help="for everything, about (%(default)g)")
     parser.add_argument("--output", type=new_file, help="JSON file to write the numbers to")
     options = parser.parse_args(argv)
     most = max(torch.get_num_threads(), len(allowed_cores()))

@@ -52,8 +52,13 @@ def output_file(path: Path) -> Path:
     if target.exists() and not target.is_file():
         raise InputError(f"{path} is a {'folder' if target.is_dir() else 'device'}, expected the name of a file")
     folder = next(parent for parent in target.parents if parent.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise InputError(f"{path} cannot be written: {folder} is {'read-only' if folder.is_dir() else 'no folder'}")
+    if not folder.is_dir():
+        raise InputError(f"{path} cannot be written: {folder} is no folder")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder):  # permissions do not tell, of root or of /proc for instance
+            pass
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {folder} takes no file ({error.strerror})") from None
     return target
 
 
@@ -62,11 +67,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write into that becomes ``path`` once it is complete and on the disk, and vanishes after an error.
 
     Raises:
-        InputError: see :func:`output_file`.
+        InputError: see :func:`output_file`; or the disk is full.
     """
-    path = output_file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    target = output_file(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -75,10 +80,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(name, path)
-    except BaseException:
+        os.replace(name, target)
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+        if isinstance(error, OSError):  # a full disk's has no name of a file
+            raise InputError(f"{path} cannot be written ({error.strerror or error})") from None
         raise
 
 
@@ -205,6 +212,9 @@ def read_csv(path: str | Path) -> pd.DataFrame:
         raise InputError(f"{path} is not a CSV file ({' '.join(str(error).split())})") from None
     if table.columns.empty:
         raise InputError(f"{path} begins with a blank line, expected a header row")
+    table.columns = table.columns.str.strip()
+    if not table.columns.is_unique:
+        raise InputError(f"{path} has two columns {table.columns[table.columns.duplicated()][0]!r}")
     if len(table.columns) == 1 and not table.empty:
         header, first = table.columns[0], table.iloc[0, 0]
         if any(header.count(mark) == first.count(mark) > 0 for mark in ";\t"):
@@ -243,15 +253,19 @@ def read_series(path: str | Path, column: str | None = None) -> pd.Series:
     """One column of numbers, in the order of the file; without ``column`` the only one that holds numbers.
 
     Raises:
-        InputError: no such file or column, no data, or a cell that is empty, not a number, or not finite.
+        InputError: no such file, header or column, no data, or a cell that is empty, not a number, or not finite.
     """
     table = read_csv(path)
     if column is None:
         names = list(table.columns)
         # a column is numeric if most of it is: a stray cell is then reported, not a missing column
         numeric = names if len(names) == 1 else [n for n in names if table[n].map(_is_number).mean() > 0.5]
+        numbers = [name for name in numeric if _is_number(name)]
+        if numbers:  # --column may still name one: years, for instance
+            raise InputError(f"{path} has the number {numbers[0]!r} in its first row, expected a header row")
         if len(numeric) != 1:
-            raise InputError(f"{path} has {len(numeric)} columns of numbers: name one of {names} with --column")
+            choice = numeric or names
+            raise InputError(f"{path} has {len(numeric)} columns of numbers: name one of {choice} with --column")
         column = numeric[0]
     values = _choose(path, table, column, "--column")
     bad = ~values.map(_is_number)

@@ -21,6 +21,7 @@ from rich.table import Table
 from rnn_ext import by_hand, datasets, ops, plots
 from rnn_ext.training import DEFAULTS, Config, Forecasting, Sentiment, Task, Training
 
+FILES = ("forecast.png", "losses.png", "epoch_time.png", "results.json")
 Races = dict[str, dict[str, Training]]
 
 
@@ -156,6 +157,8 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
         0, or 1 where our kernels cannot be loaded and only torch's ran.
     """
     console = console or Console()
+    for name in FILES:
+        datasets.output_file(out / name)
     out.mkdir(parents=True, exist_ok=True)
     backends = ["native", "custom"]
     if not ops.is_available():
@@ -201,10 +204,12 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
     if note := doubts(report):
         console.print(f"[bold red]{note}[/bold red]", highlight=False)
     report["doubts"] = note
-    plots.forecast(out / "forecast.png", next(iter(races.values()))[backends[-1]])
-    plots.losses(out / "losses.png", races)
-    plots.epoch_time(out / "epoch_time.png", races)
-    (out / "results.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    files = "forecast.png, losses.png, epoch_time.png, results.json"
-    console.print(f"Written to {out}/: {files}", highlight=False, markup=False)
+    try:
+        plots.forecast(out / "forecast.png", next(iter(races.values()))[backends[-1]])
+        plots.losses(out / "losses.png", races)
+        plots.epoch_time(out / "epoch_time.png", races)
+        (out / "results.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:  # a full disk's has no name of a file
+        raise datasets.InputError(f"{out} cannot be written ({error.strerror or error})") from None
+    console.print(f"Written to {out}/: {', '.join(FILES)}", highlight=False, markup=False)
     return 0 if len(backends) == 2 else 1

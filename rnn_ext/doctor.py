@@ -5,7 +5,6 @@ Needs nothing but torch, and works where the C++ library does not.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import platform
@@ -23,6 +22,7 @@ import torch
 import rnn_ext
 from rnn_ext import _loader, backends, ops
 from rnn_ext._nvcc import find_nvcc
+from rnn_ext._options import Parser
 
 CPU_FEATURES = ("sse4_2", "avx", "fma", "f16c", "avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 FEATURES_OF = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f"}}
@@ -231,7 +231,7 @@ def report() -> list[Check]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the report; returns 1 where the custom backend cannot work, else 0."""
-    argparse.ArgumentParser(prog="python -m rnn_ext doctor", description=__doc__).parse_args(argv)
+    Parser(prog="python -m rnn_ext doctor", description=__doc__).parse_args(argv)
     checks = report()
     width = max(len(check.name) for check in checks)
     for check in checks:

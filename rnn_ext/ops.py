@@ -56,9 +56,7 @@ if _held and not _load_error:
     from rnn_ext import _C
 
     if not _C.set_cpu_capability(_held):
-        _load_error = (
-            f"RNN_EXT_CPU_CAPABILITY={_held} cannot be met here: expected baseline, avx2, avx512 or nothing"
-        )
+        _load_error = f"RNN_EXT_CPU_CAPABILITY={_held} cannot be met here: expected baseline, avx2, avx512 or nothing"
 
 
 def is_available() -> bool:

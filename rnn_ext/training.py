@@ -14,6 +14,7 @@ import dataclasses
 import io
 import math
 import re
+import reprlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,7 @@ class Task(abc.ABC):
     """Data, and what depends on the kind of it. ``state`` is what a checkpoint keeps to read other data alike."""
 
     metric: str
+    name: str  # of the data
     train: Examples
     test: Examples
     baselines: dict[str, float]
@@ -113,7 +115,7 @@ class Forecasting(Task):
         window: how many of them the model sees.
         test_fraction: share of the examples, counted from the end, that is only tested on.
         state: mean and standard deviation to normalise with; by default those of what is trained on.
-        name: of the data, for messages.
+        name: of the data, for messages and the checkpoint.
 
     Raises:
         InputError: the series is too short for one window to train on (unless test_fraction is 1) and one to test on.
@@ -141,7 +143,7 @@ class Forecasting(Task):
             state = {"mean": float(seen.mean()), "std": std if std > 0 else 1.0}
         if not (math.isfinite(state["mean"]) and math.isfinite(state["std"])):
             raise InputError(f"{name} has values too large to be normalised (up to {float(values.abs().max()):g})")
-        self.state = state
+        self.name, self.state = name, state
         self.index = series.index[window + trained :]
         past, future = values.unfold(0, window, 1)[:count], values[window:]
         self.baselines = _forecasting_baselines(past, future, trained)
@@ -192,10 +194,10 @@ class Sentiment(Task):
             trained on.
         test_fraction: share of the texts, drawn at random (always the same ones), that is only tested on.
         state: vocabulary and labels of a checkpoint; by default those of what is trained on.
-        name: of the data, for messages.
+        name: of the data, for messages and the checkpoint.
 
     Raises:
-        InputError: not two labels, or not those of ``state``; too few texts.
+        InputError: not two labels, or not those of ``state``; too few texts; a vocabulary without a word.
     """
 
     metric = "accuracy"
@@ -208,6 +210,8 @@ class Sentiment(Task):
         state: dict[str, Any] | None = None,
         name: str = "the data",
     ):
+        if state is None and vocab_size < 3:
+            raise InputError(f"vocab_size is {vocab_size}, expected at least 3: padding, unknown and one word")
         labels = sorted(str(label) for label in table["label"].unique())
         shown = ", ".join(map(repr, labels[:5])) + (", ..." if len(labels) > 5 else "")
         if state is None and len(labels) != 2:
@@ -226,7 +230,7 @@ class Sentiment(Task):
             words = collections.Counter(word for i in trained.tolist() for word in texts[i])
             frequent = sorted(words, key=lambda word: (-words[word], word))[: vocab_size - 2]
             state = {"vocabulary": ["<padding>", "<unknown>", *frequent], "labels": labels}
-        self.state = state
+        self.name, self.state = name, state
         number = {word: i for i, word in enumerate(state["vocabulary"])}
         rows = [torch.tensor([number.get(word, UNKNOWN) for word in text] or [UNKNOWN]) for text in texts]
         target = [[float(str(label) == state["labels"][1])] for label in table["label"]]
@@ -274,12 +278,10 @@ class Training:
         torch.manual_seed(config.seed)
         try:
             self.model = task.build(config).to(config.device)
-        except (
-            RuntimeError,
-            MemoryError,
-            ValueError,
-        ) as error:  # torch has no exception of its own for what no memory holds
-            reason = one_line(error)
+        except (RuntimeError, MemoryError, ValueError) as error:
+            # torch has no exception of its own for what no memory holds, and its message is about its allocator
+            gigabytes = 4 * config.hidden_size**2 / 1e9
+            reason = f"its weights take more than {gigabytes:.0f} GB" if gigabytes > 1 else one_line(error)
             raise InputError(f"no model of hidden_size {config.hidden_size} can be made ({reason})") from None
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.train, self.test = task.train.to(config.device), task.test.to(config.device)
@@ -291,7 +293,7 @@ class Training:
                 self.model.load_state_dict(checkpoint["model"])
                 # a copy: the optimizer would go on in the tensors of the training that made the checkpoint
                 self.optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
-            except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise InputError(f"the checkpoint does not fit its own configuration ({one_line(error)})") from None
             for group in self.optimizer.param_groups:
                 group["lr"] = config.lr
@@ -344,6 +346,7 @@ class Training:
             "format": CHECKPOINT_FORMAT,
             "config": dataclasses.asdict(self.config),
             "task": self.task.state,
+            "data": self.task.name,
             "epoch": self.epoch,
             "losses": self.losses,
             "model": self.model.state_dict(),
@@ -352,13 +355,55 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Replaces ``path`` as a whole: whoever stops the process finds the checkpoint before or after, never half."""
+        content = io.BytesIO()  # on a full disk torch.save itself would speak of positions in an archive
+        torch.save(self.checkpoint(), content)
         with replacing(path) as file:
-            torch.save(self.checkpoint(), file)
+            file.write(content.getbuffer())
 
 
 def one_line(error: Exception) -> str:
     """The first sentence of an error that may go on for pages."""
     return re.split(r"\.\s|\n", str(error).strip())[0] or type(error).__name__
+
+
+def _is_whole(value: Any, low: int, high: int = 2**31 - 1) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _values(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Any, bool, str]]:
+    """Of each value in a checkpoint: its name, itself, whether it is as expected, and what is expected."""
+    config, state = checkpoint["config"], checkpoint["task"]
+    for field in dataclasses.fields(Config):
+        name, value = field.name, config[field.name]
+        if name == "seed":
+            yield name, value, _is_whole(value, 0, 2**63 - 1), "a whole number from 0"
+        elif field.type == "int":
+            yield name, value, _is_whole(value, 1), "a whole number from 1"
+        elif field.type == "float":
+            yield name, value, _is_number(value) and 0 < value < math.inf, "a positive number"
+        else:
+            yield name, value, isinstance(value, str), "a text"
+    if config["task"] == "regressor":
+        for name, value in state.items():
+            yield name, value, _is_number(value) and math.isfinite(value), "a finite number"
+    else:
+        yield "vocabulary", state["vocabulary"], _are_texts(state["vocabulary"]), "a list of words"
+        labels = state["labels"]
+        yield "labels", labels, _are_texts(labels) and len(labels) == 2, "two labels"
+    epoch, losses = checkpoint["epoch"], checkpoint["losses"]
+    yield "data", checkpoint.get("data", ""), isinstance(checkpoint.get("data", ""), str), "a text"
+    yield "epoch", epoch, _is_whole(epoch, 0), "a whole number from 0"
+    yield "losses", losses, isinstance(losses, list) and all(map(_is_number, losses)), "a list of numbers"
+    for name in ("model", "optimizer"):
+        yield name, checkpoint[name], isinstance(checkpoint[name], dict), "a table"
 
 
 def load_checkpoint(path: Path, task: str) -> dict[str, Any]:
@@ -379,7 +424,11 @@ def load_checkpoint(path: Path, task: str) -> dict[str, Any]:
         # torch.load has no exception of its own: UnpicklingError, RuntimeError, EOFError, KeyError, ... by the damage
         raise InputError(f"{path} is damaged or not a checkpoint ({one_line(error)})") from None
     keys = {"format", "config", "task", "epoch", "losses", "model", "optimizer"}
-    if not isinstance(checkpoint, dict) or set(checkpoint) != keys or checkpoint["format"] != CHECKPOINT_FORMAT:
+    if (
+        not isinstance(checkpoint, dict)
+        or set(checkpoint) - {"data"} != keys
+        or checkpoint["format"] != CHECKPOINT_FORMAT
+    ):
         raise InputError(f"{path} is not a checkpoint of rnn_ext ({CHECKPOINT_FORMAT!r})")
     held = {"regressor": {"mean", "std"}, "classifier": {"vocabulary", "labels"}}[task]
     config, state = checkpoint["config"], checkpoint["task"]
@@ -391,5 +440,11 @@ def load_checkpoint(path: Path, task: str) -> dict[str, Any]:
     if config["task"] != task:
         raise InputError(f"{path} is a checkpoint of a {config['task']}, expected one of a {task}")
     if set(state) != held:
-        raise InputError(f"{path} is damaged: expected {', '.join(sorted(held))} of its task, got {sorted(state)}")
+        raise InputError(
+            f"{path} is damaged: expected {', '.join(sorted(held))} of its task, got {sorted(map(str, state))}"
+        )
+    for name, value, good, expected in _values(checkpoint):
+        if not good:
+            found = " ".join(reprlib.repr(value).split())
+            raise InputError(f"{path} is not a checkpoint of a {task}: {name} is {found}, expected {expected}")
     return checkpoint

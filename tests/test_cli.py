@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -109,26 +112,83 @@ def test_train_evaluate_resume_classifier(capsys, reviews):
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 def test_cells_and_seeds(capsys, series, cell):
     scores = []
-    for seed in ("1", "1", "2"):
-        assert main([*REGRESSOR, *series, "--cell", cell, "--epochs", "1", "--seed", seed]) == 0
+    for i, seed in enumerate("112"):
+        options = ["--cell", cell, "--epochs", "1", "--seed", seed, "--checkpoint", f"{i}.pt"]
+        assert main([*REGRESSOR, *series, *options]) == 0
         scores.append(score(capsys.readouterr().out))
     assert scores[0] == scores[1] != scores[2]
-    assert torch.load("rnn_ext_regressor.pt", weights_only=True)["config"]["cell"] == cell
+    assert torch.load("0.pt", weights_only=True)["config"]["cell"] == cell
 
 
 @needs_kernels
 def test_backends_agree(capsys, series):
     scores = []
     for backend in ("native", "custom", "auto"):
-        assert main([*REGRESSOR, *series, "--epochs", "2", "--backend", backend]) == 0
+        assert main([*REGRESSOR, *series, "--epochs", "2", "--backend", backend, "--checkpoint", f"{backend}.pt"]) == 0
         scores.append(score(capsys.readouterr().out))
     assert scores[0] == pytest.approx(scores[1], abs=1e-3) and scores[0] == pytest.approx(scores[2], abs=1e-3)
-    assert main(["train", "regressor", *series, "--resume", "--epochs", "3", "--backend", "native"]) == 0
+    resume = ["--resume", "--checkpoint", "custom.pt", "--epochs", "3", "--backend", "native"]
+    assert main(["train", "regressor", *series, *resume]) == 0
 
 
 def test_built_in_series(capsys):
     assert main(["train", "regressor", "--epochs", "1"]) == 0
-    assert "on 142 test examples after 1 epochs (last value 1.1671, linear AR 0.5033)" in capsys.readouterr().out
+    assert "on 142 test examples after 1 epochs (last value 1.167, linear AR 0.5033)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e150])
+def test_scores_have_four_digits(capsys, size):
+    Path("level.csv").write_text("level\n" + "".join(f"{(i % 7) * size}\n" for i in range(60)))
+    assert main([*REGRESSOR, "--data", "level.csv", "--epochs", "1"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("RMSE"))
+    assert re.match(r"RMSE \d(\.\d{1,3})?e[+-]\d+ on", line) and 0.1 < score(line) / size < 10
+
+
+def test_an_existing_file_is_not_overwritten(capsys, series):
+    data = Path("level.csv").read_bytes()
+    expected = "error: level.csv exists: --resume goes on from it, --checkpoint names another\n"
+    assert fails(capsys, [*REGRESSOR, *series, "--checkpoint", "level.csv"]) == expected
+    assert Path("level.csv").read_bytes() == data
+    assert main([*REGRESSOR, *series, "--epochs", "1"]) == 0
+    trained = Path("rnn_ext_regressor.pt").read_bytes()
+    capsys.readouterr()
+    assert "rnn_ext_regressor.pt exists: " in fails(capsys, [*REGRESSOR, *series, "--epochs", "1"])
+    assert Path("rnn_ext_regressor.pt").read_bytes() == trained
+
+
+def test_regressor_goes_on_with_its_own_data(capsys, series):
+    path = Path("rnn_ext_regressor.pt")
+    assert main([*REGRESSOR, *series, "--epochs", "1"]) == 0
+    before = path.read_bytes()
+    capsys.readouterr()
+    start = "error: rnn_ext_regressor.pt was trained on level.csv (column 'level'), got "
+    again = ["train", "regressor", "--epochs", "2"]
+    for option in ("--resume", "--evaluate"):
+        assert fails(capsys, [*again, option]) == start + "El Niño: name the file with --data\n"
+    Path("other.csv").write_text(Path("level.csv").read_text().replace("level", "depth"))
+    expected = start + "other.csv (column 'depth'): --resume needs the same data\n"
+    assert fails(capsys, [*again, "--resume", "--data", "other.csv"]) == expected
+    assert path.read_bytes() == before
+
+    # a model may be tested on new data
+    assert main([*again, "--evaluate", "--data", "other.csv"]) == 0
+    expected = "was trained on level.csv (column 'level'), this is other.csv (column 'depth')\n"
+    assert expected in capsys.readouterr().out
+
+    Path("folder").mkdir()
+    Path("level.csv").rename("folder/level.csv")
+    assert main([*again, "--resume", "--data", "folder/level.csv"]) == 0
+    old = torch.load(path, weights_only=True)
+    del old["data"]  # as of the version before this check
+    torch.save(old, path)
+    assert main(["train", "regressor", "--resume", "--epochs", "3", "--data", "other.csv"]) == 0
+
+
+def test_classifier_goes_on_with_its_own_data(capsys, reviews):
+    assert main([*CLASSIFIER, *reviews, "--epochs", "1"]) == 0
+    capsys.readouterr()
+    expected = "was trained on reviews.csv (columns 'text', 'label'), got the movie reviews: name the file with --data"
+    assert expected in fails(capsys, ["train", "classifier", "--resume"])
 
 
 def test_own_columns(capsys):
@@ -146,22 +206,29 @@ def test_own_columns(capsys):
         (["--backend", "cudnn"], "argument --backend: invalid choice: 'cudnn' (choose from "),
         (["--device", "gpu"], "--device gpu cannot be used"),
         (["--device", "meta"], "--device meta cannot be used"),
-        (["--epochs", "0"], "argument --epochs: 0 is not positive"),
-        (["--epochs", "many"], "argument --epochs: invalid positive_int value: 'many'"),
-        (["--batch-size", "-3"], "argument --batch-size: -3 is not positive"),
-        (["--hidden-size", "1.5"], "argument --hidden-size: invalid positive_int value: '1.5'"),
-        (["--hidden-size", "99999999999"], "no model of hidden_size 99999999999 can be made"),
+        (["--epochs", "0"], "argument --epochs: 0 is not between 1 and 2147483647"),
+        (["--epochs", "many"], "argument --epochs: 'many' is not a whole number"),
+        (["--batch-size", "-3"], "argument --batch-size: -3 is not between 1 and"),
+        (["--batch-size", "9" * 20], f"argument --batch-size: {'9' * 20} is not between 1 and"),
+        (["--hidden-size", "1.5"], "argument --hidden-size: '1.5' is not a whole number"),
+        (["--hidden-size", "9" * 22], f"argument --hidden-size: {'9' * 22} is not between 1 and"),
+        (
+            ["--hidden-size", "10000000"],
+            "no model of hidden_size 10000000 can be made (its weights take more than 400000 GB)",
+        ),
+        (["--lr", "abc"], "argument --lr: 'abc' is not a number"),
         (["--lr", "nan"], "argument --lr: nan is not above 0"),
         (["--lr", "0"], "argument --lr: 0 is not above 0"),
         (["--seed", "-1"], "argument --seed: -1 is not between 0 and"),
         (["--test-fraction", "1.5"], "argument --test-fraction: 1.5 is not above 0 and at most 1"),
         (["--test-fraction", "1"], "--test-fraction 1 leaves nothing to train on"),
-        (["--window", "60"], "level.csv has 60 values: a window of 60 needs at least 62"),
+        (["--window", "60"], "level.csv (column 'level') has 60 values: a window of 60 needs at least 62"),
         (["--column", "depth"], "level.csv has no column 'depth'"),
         (["--resume"], "rnn_ext_regressor.pt: no such checkpoint"),
         (["--evaluate", "--checkpoint", "level.csv"], "level.csv is damaged or not a checkpoint"),
         (["--surprise"], "unrecognized arguments: --surprise"),
-        (["--checkpoint", "level.csv/model.pt", "--epochs", "1"], "level.csv"),
+        (["--checkpoint", "level.csv/model.pt"], "level.csv/model.pt cannot be written: "),
+        (["--checkpoint", "/proc/model.pt"], "/proc/model.pt cannot be written: /proc takes no file ("),
     ],
 )
 def test_bad_options(capsys, series, options, message):
@@ -184,11 +251,14 @@ def test_no_cuda(capsys, series):
             "bad.csv, row 3 (the header is row 1), column 'level' holds 'two': expected a finite number",
         ),
         ("", "bad.csv is empty"),
-        ("level\n1\n2\n3\n", "bad.csv has 3 values: a window of 24 needs at least 26"),
+        ("level\n1\n2\n3\n", "bad.csv (column 'level') has 3 values: a window of 24 needs at least 26"),
         ("\nlevel\n1\n", "bad.csv begins with a blank line, expected a header row"),
         ("month;level\nm0;1\n", "bad.csv has the one column 'month;level': expected cells separated by commas"),
         ("month;level\nm0;1,5\n", "bad.csv: the rows have more cells, separated by commas, than the header"),
-        ("level\n" + "3e301\n-2e301\n" * 30, "bad.csv has values too large to be normalised (up to 3e+301)"),
+        (
+            "level\n" + "3e301\n-2e301\n" * 30,
+            "bad.csv (column 'level') has values too large to be normalised (up to 3e+301)",
+        ),
     ],
 )
 def test_bad_data(capsys, text, message):
@@ -200,6 +270,7 @@ def test_bad_classifier_options(capsys, reviews):
     assert "invalid choice: 'gru'" in fails(capsys, [*CLASSIFIER, *reviews, "--cell", "gru"])
     assert "no column 'stars'" in fails(capsys, [*CLASSIFIER, *reviews, "--label-column", "stars"])
     assert "no network" in fails(capsys, CLASSIFIER)
+    assert "argument --vocab-size: 2 is not between 3 and" in fails(capsys, [*CLASSIFIER, "--vocab-size", "2"])
 
 
 def test_bad_checkpoints(capsys, series, reviews):
@@ -214,6 +285,7 @@ def test_bad_checkpoints(capsys, series, reviews):
     checkpoint = torch.load("rnn_ext_regressor.pt", weights_only=True)
     for changed, message in (
         ({"config": checkpoint["config"] | {"depth": 3}}, "is of another version of rnn_ext, which configures depth"),
+        ({"model": {1: 2}}, "the checkpoint does not fit its own configuration"),
         ({"optimizer": {}}, "the checkpoint does not fit its own configuration"),
     ):
         torch.save(checkpoint | changed, "changed.pt")
@@ -234,9 +306,8 @@ def test_diverging_keeps_the_last_checkpoint(capsys, series):
     assert main([*REGRESSOR, *series, "--epochs", "1"]) == 0
     before = Path("rnn_ext_regressor.pt").read_bytes()
     capsys.readouterr()
-    monstrous = ["--data", "huge.csv"]
-    Path("huge.csv").write_text("level\n" + "".join(f"{(-1) ** i}e300\n" for i in range(60)))
-    message = fails(capsys, ["train", "regressor", *monstrous, "--resume", "--epochs", "4"])
+    Path("level.csv").write_text("level\n" + "".join(f"{(-1) ** i}e300\n" for i in range(60)))
+    message = fails(capsys, ["train", "regressor", *series, "--resume", "--epochs", "4"])
     assert "no longer finite in epoch 2" in message
     assert Path("rnn_ext_regressor.pt").read_bytes() == before
 
@@ -256,6 +327,14 @@ def test_interrupted(capsys, series, monkeypatch):
 
     def interrupt(*args):
         raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "run_epoch", original)
+        patch.setattr(training.Training, "save", interrupt)
+        assert main(["train", "regressor", *series, "--resume", "--epochs", "3"]) == 130
+        assert capsys.readouterr().err == expected
+        assert main([*REGRESSOR, *series, "--checkpoint", "new.pt"]) == 130
+        assert capsys.readouterr().err == "stopped in epoch 1\n"
 
     monkeypatch.setattr(training.Training, "run_epoch", interrupt)
     assert main([*REGRESSOR, *series, "--checkpoint", "new.pt"]) == 130
@@ -285,6 +364,24 @@ def test_where_a_checkpoint_can_go(capsys, series, tmp_path):
         assert main([*train, name]) == 0
         assert f"saved to {name}\n" in capsys.readouterr().out
         assert Path(name).is_file()
+
+
+@contextlib.contextmanager
+def full_disk():
+    """As good as: no file grows above 4 KB. Not a fixture, which would hold for pytest's own output too."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_full_disk(capsys, series):
+    with full_disk():
+        message = fails(capsys, [*REGRESSOR, *series, "--epochs", "1"])
+    assert message == "error: rnn_ext_regressor.pt cannot be written (File too large)\n"
+    assert [path.name for path in Path().iterdir()] == ["level.csv"]
 
 
 def test_terminals_of_few_letters():
@@ -368,6 +465,21 @@ def test_demo_without_kernels(capsys, monkeypatch):
     assert "Only torch's kernels can run: the library is gone; run: make it" in out
     (task,) = json.loads(Path("rnn_ext_demo/results.json").read_text(encoding="utf-8"))["tasks"].values()
     assert "native" in task and "custom" not in task and "speed_up" not in task
+
+
+@pytest.mark.parametrize("out", ["/proc", "a_file"])
+def test_where_the_demo_can_write(capsys, monkeypatch, out):
+    """Said before the training."""
+    monkeypatch.setattr(demo, "race", None)
+    Path("a_file").touch()
+    expected = f"error: {out}/forecast.png cannot be written: {Path(out).resolve()} "
+    assert fails(capsys, ["demo", "--quick", "--out", out]).startswith(expected)
+
+
+def test_demo_on_a_full_disk(capsys):
+    with full_disk():
+        message = fails(capsys, ["demo", "--quick"])
+    assert message == "error: rnn_ext_demo cannot be written (File too large)\n"
 
 
 def test_race_takes_turns_with_the_same_batches(monkeypatch):
@@ -460,7 +572,7 @@ def test_as_a_command():
 
 
 def test_no_command(capsys):
-    assert "the following arguments are required: command" in fails(capsys, [])
+    assert "the following arguments are required: demo|train|doctor|bench" in fails(capsys, [])
     assert "invalid choice: 'dance'" in fails(capsys, ["dance"])
 
 
@@ -477,6 +589,6 @@ def test_without_the_demo_packages():
     call = "from rnn_ext.__main__ import main; sys.exit(main(sys.argv[1:]))"
     done = run("-c", block + call, "demo")
     assert done.returncode == 2
-    assert done.stderr == "error: pandas is not installed; run: python -m pip install 'rnn_ext[demo]'\n"
+    assert done.stderr == "error: pandas is not installed; in the checkout: python -m pip install -e '.[demo]'\n"
     pytest.importorskip("rnn_ext.doctor")
     assert "torch" in run("-c", block + call, "doctor").stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import stat
@@ -207,6 +208,14 @@ def test_replacing(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_full_disk_is_named(tmp_path):
+    message = r"/file cannot be written \(No space left on device\)$"
+    with pytest.raises(InputError, match=message), datasets.replacing(tmp_path / "file") as file:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
 # ----------------------------------------------------------------------------------------------------------- CSV files
 
 
@@ -226,6 +235,8 @@ def test_series(csv):
     assert read_series(path, "level").name == "level"
     assert read_series(csv("month,level\nJan,1\nFeb,2\n")).tolist() == [1.0, 2.0]  # the only column of numbers
     assert read_series(csv("level\n1\n2")).tolist() == [1.0, 2.0]
+    assert read_series(csv("month, level\nJan, 1\n"), "level").name == "level"
+    assert read_series(csv("1950,1951\n1,2\n3,4\n"), "1951").tolist() == [2.0, 4.0]
     assert read_series(csv("\ufefflevel\n1\n2\n")).name == "level"  # as spreadsheets write it
 
 
@@ -242,6 +253,11 @@ def test_series(csv):
         ("a,b\n1,2,3\n4,5,6\n", "a", r"the rows have more cells, separated by commas, than the header"),
         ("a,b\n1,2\n", "c", r"my\.csv has no column 'c': --column takes one of 'a', 'b'"),
         ("a,b\n1,2\n", None, r"has 2 columns of numbers: name one of \['a', 'b'\] with --column"),
+        ("m,a,b\nx,1,2\n", None, r"has 2 columns of numbers: name one of \['a', 'b'\] with --column"),
+        ("1\n2\n3\n", None, r"my\.csv has the number '1' in its first row, expected a header row"),
+        ("Jan,1\nFeb,2\n", None, r"my\.csv has the number '1' in its first row, expected a header row"),
+        ("1,2\n3,4\n", None, r"my\.csv has the number '1' in its first row, expected a header row"),
+        ("a, a\n1,2\n", "a", r"my\.csv has two columns 'a'"),
         ("a,b\nx,y\n", None, r"has 0 columns of numbers"),
         ("a\nx\n", None, r"row 2 .* holds 'x'"),
         ("", None, r"my\.csv is empty, expected a CSV file with a header row"),

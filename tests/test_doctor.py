@@ -33,6 +33,12 @@ def test_report_when_all_is_well(capsys):
     assert checks["custom"].found.split(";")[0] in capsys.readouterr().out
 
 
+def test_unknown_option(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["foo"])
+    assert capsys.readouterr().err == "error: unrecognized arguments: foo\n"
+
+
 def test_broken_library_ends_with_1_and_the_remedy(broken, capsys):
     assert doctor.main([]) == 1
     out = capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,12 @@ def test_vocabulary():
     for row, label in zip(task.train.inputs[0], task.train.target, strict=True):
         read = " ".join(words[i] for i in row.tolist() if i != training.PADDING)
         assert (read, label.item()) in {("a fine film", 1), ("i loved it !", 1), ("a dull film really", 0), ("no", 0)}
+
+
+def test_vocabulary_without_a_word():
+    with pytest.raises(InputError, match="vocab_size is 2, expected at least 3: padding, unknown and one word"):
+        Sentiment(texts(), vocab_size=2)
+    assert len(Sentiment(texts(), vocab_size=3).state["vocabulary"]) == 3
 
 
 def test_sentiment_split_and_baseline():
@@ -323,15 +330,66 @@ def test_no_checkpoint(tmp_path):
         load_checkpoint(tmp_path / "none.pt", "regressor")
 
 
+@pytest.mark.parametrize(
+    ("where", "name", "value", "message"),
+    [
+        (None, "epoch", "x", "epoch is 'x', expected a whole number from 0"),
+        (None, "epoch", -1, "epoch is -1, expected a whole number from 0"),
+        (None, "losses", None, "losses is None, expected a list of numbers"),
+        (None, "losses", ["x"], "losses is ['x'], expected a list of numbers"),
+        (None, "model", [1], "model is [1], expected a table"),
+        (None, "optimizer", 3, "optimizer is 3, expected a table"),
+        (None, "data", 3, "data is 3, expected a text"),
+        ("task", "mean", "x", "mean is 'x', expected a finite number"),
+        ("task", "std", math.nan, "std is nan, expected a finite number"),
+        ("config", "hidden_size", "x", "hidden_size is 'x', expected a whole number from 1"),
+        ("config", "batch_size", 0, "batch_size is 0, expected a whole number from 1"),
+        ("config", "seed", 2**70, f"seed is {2**70}, expected a whole number from 0"),
+        ("config", "lr", -1.0, "lr is -1.0, expected a positive number"),
+        ("config", "cell", 1, "cell is 1, expected a text"),
+    ],
+)
+def test_checkpoint_with_a_wrong_value(checkpoint, where, name, value, message):
+    found = torch.load(checkpoint, weights_only=True)
+    (found[where] if where else found)[name] = value
+    torch.save(found, checkpoint)
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(checkpoint, "regressor")
+    assert str(caught.value) == f"{checkpoint} is not a checkpoint of a regressor: {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("vocabulary", "words", "vocabulary is 'words', expected a list of words"),
+        ("labels", ["bad"], "labels is ['bad'], expected two labels"),
+    ],
+)
+def test_classifier_checkpoint_with_a_wrong_value(tmp_path, name, value, message):
+    found = Training(Sentiment(texts(), 100), SMALL_TEXT).checkpoint()
+    found["task"] = found["task"] | {name: value}
+    torch.save(found, tmp_path / "model.pt")
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(tmp_path / "model.pt", "classifier")
+    assert str(caught.value).endswith(f"is not a checkpoint of a classifier: {message}")
+
+
+def test_checkpoint_without_the_name_of_its_data(checkpoint):
+    """As the versions before wrote it."""
+    found = torch.load(checkpoint, weights_only=True)
+    assert found.pop("data") == "the series"
+    torch.save(found, checkpoint)
+    assert load_checkpoint(checkpoint, "regressor")["epoch"] == 1
+
+
 def test_interrupted_save_keeps_the_old_checkpoint(checkpoint, monkeypatch):
     before = checkpoint.read_bytes()
 
-    def save(content, file):
-        file.write(b"half")
+    def fsync(handle):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(InputError, match=r"model\.pt cannot be written \(No space left"):
         train(Training(Forecasting(SINE, 6), SMALL), 1).save(checkpoint)
     assert checkpoint.read_bytes() == before
     assert [path.name for path in checkpoint.parent.iterdir()] == ["model.pt"]
