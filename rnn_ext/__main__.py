@@ -159,7 +159,7 @@ def train_to_the_end(run: Any, path: Path, console: Any, progress_bars: Any) -> 
                     progress.update(bar, advance=1, loss=loss)
                 run.save(path)
             except KeyboardInterrupt:
-                kept = f": {path} holds the epochs before this one (--resume goes on)" if path.exists() else ""
+                kept = f": {path} holds what was trained before (--resume goes on)" if path.exists() else ""
                 raise KeyboardInterrupt(f"stopped in epoch {epoch}{kept}") from None
     console.print(f"saved to {path}", soft_wrap=True)
 

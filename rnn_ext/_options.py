@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -46,16 +47,20 @@ def positive_number(high: float = math.inf) -> Callable[[str], float]:
     return read
 
 
-def new_file(text: str) -> Path:
-    """A type of argparse's options: a file that can be written."""
+def writable_file(text: str) -> Path:
+    """A type of argparse's options: a file or device that can be written, or made."""
     path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a folder")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{path} is a folder")
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+        if path.exists():
+            if not os.access(path, os.W_OK):
+                raise argparse.ArgumentTypeError(f"{path} is read-only")
+        else:
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{path} cannot be written: {error.strerror}") from None
     return path

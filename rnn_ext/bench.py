@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import rnn_ext
 from rnn_ext import ops
-from rnn_ext._options import Parser, new_file, positive_int, positive_number
+from rnn_ext._options import Parser, positive_int, positive_number, writable_file
 
 CELLS = {"rnn": (nn.RNN, rnn_ext.RNN, 1), "gru": (nn.GRU, rnn_ext.GRU, 3), "lstm": (nn.LSTM, rnn_ext.LSTM, 4)}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -450,7 +450,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     shape.add_argument("--dtype", choices=DTYPES, help="(float32)")
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="of torch (%(default)s)")
     parser.add_argument("--seconds", type=positive_number(), default=120.0, help="for everything, about (%(default)g)")
-    parser.add_argument("--output", type=new_file, help="JSON file to write the numbers to")
+    parser.add_argument("--output", type=writable_file, help="JSON file to write the numbers to")
     options = parser.parse_args(argv)
     most = max(torch.get_num_threads(), len(allowed_cores()))
     if options.threads > most:
@@ -496,10 +496,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{about['processor']}, kernels for {about['instructions']}, torch {about['versions']['torch']}")
         print(f"{options.threads} thread(s), {where}; medians ± half of the middle 50 %, {options.seconds:g} s in all")
         if about["load"] and about["load"][0] > 0.5:
-            print(
-                f"Other work is running here (load {about['load'][0]:.1f}): the numbers will not be worth much."
-                + (" With --threads 1 time is what this process has of a core." if options.threads > 1 else "")
-            )
+            alone = " With --threads 1 only time that this process has a core counts." if options.threads > 1 else ""
+            load = f"load {about['load'][0]:.1f}"
+            print(f"Other work is running here ({load}): the numbers will not be worth much.{alone}")
         name = max(len(str(case)) for case in cases)
         print(f"\n{'':{name}}  {'':18}{'torch.nn':>18}{'rnn_ext':>18}{'speed-up':>11}  kept for backward")
         for case, training in jobs:

@@ -227,6 +227,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
 
 
 def _choose(path: str | Path, table: pd.DataFrame, column: str, option: str) -> pd.Series:
+    column = column.strip()
     if column not in table.columns:
         raise InputError(
             f"{path} has no column {column!r}: {option} takes one of {', '.join(map(repr, table.columns))}"
@@ -262,7 +263,9 @@ def read_series(path: str | Path, column: str | None = None) -> pd.Series:
         numeric = names if len(names) == 1 else [n for n in names if table[n].map(_is_number).mean() > 0.5]
         numbers = [name for name in numeric if _is_number(name)]
         if numbers:  # --column may still name one: years, for instance
-            raise InputError(f"{path} has the number {numbers[0]!r} in its first row, expected a header row")
+            raise InputError(
+                f"{path} has the number {numbers[0]!r} in its first row, expected a header row, or --column"
+            )
         if len(numeric) != 1:
             choice = numeric or names
             raise InputError(f"{path} has {len(numeric)} columns of numbers: name one of {choice} with --column")

@@ -36,6 +36,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,7 +57,8 @@ if _held and not _load_error:
     from rnn_ext import _C
 
     if not _C.set_cpu_capability(_held):
-        _load_error = f"RNN_EXT_CPU_CAPABILITY={_held} cannot be met here: expected baseline, avx2, avx512 or nothing"
+        _load_error = f"RNN_EXT_CPU_CAPABILITY={_held} cannot be met here: unset it, or name baseline, avx2 or avx512"
+        warnings.warn(_load_error, stacklevel=2)
 
 
 def is_available() -> bool:
@@ -513,8 +515,9 @@ def _select(value: Any, dim: Any, index: int) -> Any:
 def _loop(op: Callable, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[tuple, tuple]:
     """vmap the plain way: a call per entry. Where there is none, zeros stand for one: it has the shapes."""
     count = max(1, size)
-    results = [op(*(_select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(count)]
-    outputs = pytree.tree_map(lambda x: x[:size], _stacked(results))
+    outputs = _stacked([op(*(_select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(count)])
+    if size == 0:
+        outputs = pytree.tree_map(lambda x: x[:0], outputs)
     return outputs, pytree.tree_map(lambda _: 0, outputs)
 
 

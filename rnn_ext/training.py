@@ -15,6 +15,7 @@ import io
 import math
 import re
 import reprlib
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,20 +130,21 @@ class Forecasting(Task):
         window: int,
         test_fraction: float = 0.2,
         state: dict[str, Any] | None = None,
-        name: str = "the series",
+        name: str = "",
     ):
+        what = name or "the series"
         values = torch.tensor(series.to_numpy(), dtype=torch.float64)
         count = len(values) - window
         trained = count - tested_of(count, test_fraction)
         needed = 1 if test_fraction == 1 else 2
         if count < needed:
-            raise InputError(f"{name} has {len(values)} values: a window of {window} needs at least {window + needed}")
+            raise InputError(f"{what} has {len(values)} values: a window of {window} needs at least {window + needed}")
         if state is None:
             seen = values[: window + trained]
             std = float(seen.std(correction=0))
             state = {"mean": float(seen.mean()), "std": std if std > 0 else 1.0}
         if not (math.isfinite(state["mean"]) and math.isfinite(state["std"])):
-            raise InputError(f"{name} has values too large to be normalised (up to {float(values.abs().max()):g})")
+            raise InputError(f"{what} has values too large to be normalised (up to {float(values.abs().max()):g})")
         self.name, self.state = name, state
         self.index = series.index[window + trained :]
         past, future = values.unfold(0, window, 1)[:count], values[window:]
@@ -208,19 +210,20 @@ class Sentiment(Task):
         vocab_size: int,
         test_fraction: float = 0.2,
         state: dict[str, Any] | None = None,
-        name: str = "the data",
+        name: str = "",
     ):
         if state is None and vocab_size < 3:
             raise InputError(f"vocab_size is {vocab_size}, expected at least 3: padding, unknown and one word")
+        what = name or "the data"
         labels = sorted(str(label) for label in table["label"].unique())
         shown = ", ".join(map(repr, labels[:5])) + (", ..." if len(labels) > 5 else "")
         if state is None and len(labels) != 2:
-            raise InputError(f"{name} has {len(labels)} different labels ({shown}), expected two")
+            raise InputError(f"{what} has {len(labels)} different labels ({shown}), expected two")
         if state is not None and not set(labels) <= set(state["labels"]):
-            raise InputError(f"{name} has the labels {shown}, but the checkpoint was trained on {state['labels']}")
+            raise InputError(f"{what} has the labels {shown}, but the checkpoint was trained on {state['labels']}")
         tested = tested_of(len(table), test_fraction)
         if tested == len(table) and test_fraction < 1:
-            raise InputError(f"{name} has {len(table)} texts, expected at least 2: one to train on and one to test on")
+            raise InputError(f"{what} has {len(table)} texts, expected at least 2: one to train on and one to test on")
 
         # one fixed order whatever the seed of the training: a resumed training must not have seen its test texts
         order = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))
@@ -280,8 +283,8 @@ class Training:
             self.model = task.build(config).to(config.device)
         except (RuntimeError, MemoryError, ValueError) as error:
             # torch has no exception of its own for what no memory holds, and its message is about its allocator
-            gigabytes = 4 * config.hidden_size**2 / 1e9
-            reason = f"its weights take more than {gigabytes:.0f} GB" if gigabytes > 1 else one_line(error)
+            gigabytes = 4 * config.hidden_size**2 // 10**9
+            reason = f"its weights take more than {gigabytes} GB" if gigabytes else one_line(error)
             raise InputError(f"no model of hidden_size {config.hidden_size} can be made ({reason})") from None
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.train, self.test = task.train.to(config.device), task.test.to(config.device)
@@ -393,7 +396,7 @@ def _values(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Any, bool, str]]:
             yield name, value, isinstance(value, str), "a text"
     if config["task"] == "regressor":
         for name, value in state.items():
-            yield name, value, _is_number(value) and math.isfinite(value), "a finite number"
+            yield name, value, _is_number(value) and abs(value) <= sys.float_info.max, "a finite number"
     else:
         yield "vocabulary", state["vocabulary"], _are_texts(state["vocabulary"]), "a list of words"
         labels = state["labels"]

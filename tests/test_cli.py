@@ -321,7 +321,7 @@ def test_interrupted(capsys, series, monkeypatch):
     original = training.Training.run_epoch
     monkeypatch.setattr(training.Training, "run_epoch", run_epoch)
     assert main([*REGRESSOR, *series, "--epochs", "3"]) == 130
-    expected = "stopped in epoch 2: rnn_ext_regressor.pt holds the epochs before this one (--resume goes on)\n"
+    expected = "stopped in epoch 2: rnn_ext_regressor.pt holds what was trained before (--resume goes on)\n"
     assert capsys.readouterr().err == expected
     assert torch.load("rnn_ext_regressor.pt", weights_only=True)["epoch"] == 1
 
@@ -368,13 +368,16 @@ def test_where_a_checkpoint_can_go(capsys, series, tmp_path):
 
 @contextlib.contextmanager
 def full_disk():
-    """As good as: no file grows above 4 KB. Not a fixture, which would hold for pytest's own output too."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    """As good as: no file grows above 4 KB, and no module is compiled to half of one. Not a fixture, which would hold
+    for pytest's own output too."""
+    limits, compiles = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        sys.dont_write_bytecode = compiles
 
 
 def test_full_disk(capsys, series):

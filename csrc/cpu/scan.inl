@@ -307,7 +307,7 @@ void run_teams(const Executor& executor, int directions, int members, const Fn& 
 }
 
 /// Calls fn(0) .. fn(count - 1), which may wait for each other, on `threads` threads at the same time if so many come:
-/// each takes every so-manieth, in this order. fn throws nothing: others would wait in vain.
+/// thread t takes t, t + threads, .. in this order. fn throws nothing: others would wait in vain.
 template <class Fn>
 void run_together(const Executor& executor, int threads, int count, const Fn& fn) {
   struct Call {

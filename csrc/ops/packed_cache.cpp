@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
 namespace rnn_ext::ops {
@@ -25,12 +26,14 @@ struct Entry {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
   cpu::Digest digest;
   std::shared_ptr<const cpu::PackedWeights> packed;  // null after the first call
+  uint64_t used;                                     // number of the last call that found it
 };
 
 // Never destroyed: other threads may still compute while the process ends.
 std::mutex& mutex = *new std::mutex;
-std::vector<Entry>& entries = *new std::vector<Entry>;  // the last used at the end
-constexpr size_t kMost = 1024;                          // so many are looked through in a microsecond or two
+std::vector<Entry>& entries = *new std::vector<Entry>;
+uint64_t calls = 0;
+constexpr size_t kMost = 1024;  // looked through by every call
 
 // In the child of a fork the mutex may be taken by a thread that the child does not have, in the midst of something.
 [[maybe_unused]] const int watch_forks = pthread_atfork(nullptr, nullptr, [] {
@@ -41,8 +44,14 @@ constexpr size_t kMost = 1024;                          // so many are looked th
 Entry* find(const Key& key) {
   const auto found = std::find_if(entries.begin(), entries.end(), [&](const Entry& e) { return e.key == key; });
   if (found == entries.end()) return nullptr;
-  std::rotate(found, found + 1, entries.end());
-  return &entries.back();
+  found->used = ++calls;
+  return &*found;
+}
+
+void add(Entry entry) {
+  if (entries.size() < kMost) return entries.push_back(std::move(entry));
+  *std::min_element(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.used < b.used; }) =
+      std::move(entry);
 }
 
 void forget_expired() {
@@ -77,11 +86,9 @@ std::shared_ptr<const cpu::PackedWeights> cached_weights(
     forget_expired();
     Entry* entry = find(key);
     if (!entry || entry->digest != digest) {
-      if (entry) entries.pop_back();
-      if (entries.size() == kMost) entries.erase(entries.begin());
-      const auto& storage = weight_hh.storage();
-      entries.push_back(
-          {key, c10::weak_intrusive_ptr<c10::StorageImpl>(storage.getWeakStorageImpl()), digest, nullptr});
+      const auto storage = c10::weak_intrusive_ptr<c10::StorageImpl>(weight_hh.storage().getWeakStorageImpl());
+      Entry fresh{key, storage, digest, nullptr, ++calls};
+      entry ? void(*entry = std::move(fresh)) : add(std::move(fresh));
       return nullptr;
     }
     if (entry->packed) return entry->packed;
