@@ -84,7 +84,7 @@ def train(options: dict[str, Any]) -> int:
     resume, evaluate = options.get("resume", False), options.get("evaluate", False)
     checkpoint = load_checkpoint(path, task_name) if resume or evaluate else None
     if not evaluate:
-        datasets.output_file(path)
+        datasets.check_output(path)
         if path.exists() and not resume:
             raise datasets.InputError(f"{path} exists: --resume goes on from it, --checkpoint names another")
     config = Config(**checkpoint["config"]) if checkpoint else DEFAULTS[task_name]

@@ -42,15 +42,21 @@ class FetchError(InputError):
     """The movie reviews are neither cached nor to be had: offline, mostly."""
 
 
-def output_file(path: Path) -> Path:
-    """The file that ``path`` names, links followed: one that can be written, or replaced.
+def _file_of(path: Path) -> Path:
+    """The file that ``path`` names, links followed, which need not exist."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise InputError(f"{path} is a {'folder' if target.is_dir() else 'device'}, expected the name of a file")
+    return target
+
+
+def check_output(path: Path) -> None:
+    """Whether a file of this name can be written, or replaced: asked before the work whose results go there.
 
     Raises:
         InputError: it is a folder or a device, or lies where nothing can be written.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise InputError(f"{path} is a {'folder' if target.is_dir() else 'device'}, expected the name of a file")
+    target = _file_of(path)
     folder = next(parent for parent in target.parents if parent.exists())
     if not folder.is_dir():
         raise InputError(f"{path} cannot be written: {folder} is no folder")
@@ -59,7 +65,6 @@ def output_file(path: Path) -> Path:
             pass
     except OSError as error:
         raise InputError(f"{path} cannot be written: {folder} takes no file ({error.strerror})") from None
-    return target
 
 
 @contextlib.contextmanager
@@ -67,12 +72,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write into that becomes ``path`` once it is complete and on the disk, and vanishes after an error.
 
     Raises:
-        InputError: see :func:`output_file`; or the disk is full.
+        InputError: it cannot be written: see :func:`check_output`; or the disk is full.
     """
-    target = output_file(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    target = _file_of(path)
+    name = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -82,8 +88,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
         os.replace(name, target)
     except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        if name:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
         if isinstance(error, OSError):  # a full disk's has no name of a file
             raise InputError(f"{path} cannot be written ({error.strerror or error})") from None
         raise

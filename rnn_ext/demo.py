@@ -158,7 +158,7 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
     """
     console = console or Console()
     for name in FILES:
-        datasets.output_file(out / name)
+        datasets.check_output(out / name)
     out.mkdir(parents=True, exist_ok=True)
     backends = ["native", "custom"]
     if not ops.is_available():

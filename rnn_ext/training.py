@@ -401,8 +401,8 @@ def _values(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Any, bool, str]]:
         yield "vocabulary", state["vocabulary"], _are_texts(state["vocabulary"]), "a list of words"
         labels = state["labels"]
         yield "labels", labels, _are_texts(labels) and len(labels) == 2, "two labels"
-    epoch, losses = checkpoint["epoch"], checkpoint["losses"]
-    yield "data", checkpoint.get("data", ""), isinstance(checkpoint.get("data", ""), str), "a text"
+    data, epoch, losses = checkpoint.get("data", ""), checkpoint["epoch"], checkpoint["losses"]
+    yield "data", data, isinstance(data, str), "a text"
     yield "epoch", epoch, _is_whole(epoch, 0), "a whole number from 0"
     yield "losses", losses, isinstance(losses, list) and all(map(_is_number, losses)), "a list of numbers"
     for name in ("model", "optimizer"):
