@@ -9,7 +9,6 @@ Writes results/features.md.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnn_ext
+from rnn_ext._files import write
+from rnn_ext._options import Parser, output_file, positive_number
 from rnn_ext.bench import machine
 
 RESULTS = Path(__file__).parent / "results" / "features.md"
@@ -229,10 +230,10 @@ def variants() -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2, help="for each comparison")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=positive_number(), default=2, help="for each comparison")
     parser.add_argument("--only", default="", help="comparisons with this in their description")
-    parser.add_argument("--output", type=Path, help="(results/features.md; with --only: none)")
+    parser.add_argument("--output", type=output_file, help="(results/features.md; with --only: none)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -262,7 +263,7 @@ def main() -> None:
         parser.error(f"--only {args.only!r} matches no comparison")
     output = args.output or (None if args.only else RESULTS)
     if output:
-        output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write(output, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

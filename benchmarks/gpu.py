@@ -35,7 +35,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnn_ext
 from rnn_ext import ops
+from rnn_ext._files import write
 from rnn_ext._nvcc import find_nvcc, library_folders
+from rnn_ext._options import Parser, output_file, positive_number
 
 FOLDER = Path(__file__).parent
 MICRO_SECONDS = 120
@@ -330,10 +332,12 @@ def why_not() -> str | None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks/gpu.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="benchmarks/gpu.py", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few small rows")
-    parser.add_argument("--seconds", type=float, default=150, help="stop starting rows after so long (%(default)s)")
-    parser.add_argument("--output", type=Path, help="instead of results/<card>.json")
+    parser.add_argument(
+        "--seconds", type=positive_number(), default=150, help="stop starting rows after so long (%(default)s)"
+    )
+    parser.add_argument("--output", type=output_file, help="instead of results/<card>.json")
     parser.add_argument("--show", type=Path, metavar="FILE", help="only print the table of these results")
     parser.add_argument("--check", action="store_true", help="only say whether there is a GPU to measure")
     return parser.parse_args(argv)
@@ -367,11 +371,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = card() | {"micro": None}
     slug = result["card"].lower().replace(" ", "-").replace("/", "-")
     path = args.output or FOLDER / "results" / f"{slug}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
 
     def save(rows: list[dict], left: int) -> None:
         result.update(rows=rows, left_out=left)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write(path, json.dumps(result, indent=1) + "\n")
 
     # What has been measured is kept, whatever the next row does to the GPU.
     save(*run(grid(args.quick), CudaClock(), "cuda", args.seconds, console, save))

@@ -49,7 +49,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn_ext
 from rnn_ext import bench, ops
-from rnn_ext._options import Parser, positive_int, positive_number, writable_file
+from rnn_ext._files import write
+from rnn_ext._options import Parser, output_file, positive_int, positive_number
 from rnn_ext.bench import CELLS, Case, Workload, duration, ragged
 from rnn_ext.models import BiLSTMClassifier, RNNRegressor
 
@@ -436,7 +437,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=pattern, help="regular expression for section, name and mode of a row")
     parser.add_argument("--threads", type=positive_int, nargs="+", help="(1 and all cores)")
     parser.add_argument("--seconds", type=positive_number(), help="for each row, about (3; quick: 0.4)")
-    parser.add_argument("--output", type=writable_file, help="JSON file (of all rows: results/<machine>.json)")
+    parser.add_argument("--output", type=output_file, help="JSON file (of all rows: results/<machine>.json)")
     options = parser.parse_args(argv)
     options.threads = options.threads or sorted({1, cores})
     options.seconds = options.seconds or (0.4 if options.quick else 3.0)
@@ -447,9 +448,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def save(result: dict[str, Any], output: Path | None) -> None:
     if output:
-        output.parent.mkdir(exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n")
-        output.with_suffix(".md").write_text(table.markdown(result))
+        write(output, json.dumps(result, indent=1) + "\n")
+        write(output.with_suffix(".md"), table.markdown(result))
 
 
 def main(argv: list[str] | None = None) -> int:

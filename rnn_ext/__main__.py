@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rnn_ext._files import InputError, check_output
 from rnn_ext._options import Parser, positive_int, positive_number, whole_number
 from rnn_ext._version import __version__
 
@@ -84,15 +85,15 @@ def train(options: dict[str, Any]) -> int:
     resume, evaluate = options.get("resume", False), options.get("evaluate", False)
     checkpoint = load_checkpoint(path, task_name) if resume or evaluate else None
     if not evaluate:
-        datasets.check_output(path)
+        check_output(path)
         if path.exists() and not resume:
-            raise datasets.InputError(f"{path} exists: --resume goes on from it, --checkpoint names another")
+            raise InputError(f"{path} exists: --resume goes on from it, --checkpoint names another")
     config = Config(**checkpoint["config"]) if checkpoint else DEFAULTS[task_name]
     given = {field.name: options[field.name] for field in dataclasses.fields(Config) if field.name in options}
     for name in FIXED if checkpoint else ():
         if given.get(name, getattr(config, name)) != getattr(config, name):
             option = name.replace("_", "-")
-            raise datasets.InputError(f"{path} was trained with --{option} {getattr(config, name)}, not {given[name]}")
+            raise InputError(f"{path} was trained with --{option} {getattr(config, name)}, not {given[name]}")
     config = dataclasses.replace(config, **given)
 
     try:
@@ -100,17 +101,17 @@ def train(options: dict[str, Any]) -> int:
         probe.item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise datasets.InputError(f"--device {config.device} cannot be used ({reason})") from None
+        raise InputError(f"--device {config.device} cannot be used ({reason})") from None
     supported, reason = backends.can_run_custom(probe)
     if config.backend == "custom" and not supported:
-        raise datasets.InputError(f"--backend custom cannot be used: {reason}")
+        raise InputError(f"--backend custom cannot be used: {reason}")
 
     file = options.get("data")
     name = "El Niño" if task_name == "regressor" else "the movie reviews"
     state = checkpoint["task"] if checkpoint else None
     trained_on = checkpoint.get("data") if checkpoint else None  # older checkpoints do not tell
     if trained_on and not file and trained_on != name:  # before the reviews are fetched
-        raise datasets.InputError(f"{path} was trained on {trained_on}, got {name}: name the file with --data")
+        raise InputError(f"{path} was trained on {trained_on}, got {name}: name the file with --data")
     if task_name == "regressor":
         series = datasets.read_series(file, options.get("column")) if file else datasets.el_nino()
         if file:
@@ -126,10 +127,10 @@ def train(options: dict[str, Any]) -> int:
         task = Sentiment(table, config.vocab_size, options.get("test_fraction", 0.2), state, name)
     if trained_on and trained_on != name:
         if not evaluate:
-            raise datasets.InputError(f"{path} was trained on {trained_on}, got {name}: --resume needs the same data")
+            raise InputError(f"{path} was trained on {trained_on}, got {name}: --resume needs the same data")
         console.print(f"{path} was trained on {trained_on}, this is {name}", soft_wrap=True)
     if not evaluate and not len(task.train):
-        raise datasets.InputError("--test-fraction 1 leaves nothing to train on: it is meant for --evaluate")
+        raise InputError("--test-fraction 1 leaves nothing to train on: it is meant for --evaluate")
 
     run = Training(task, config, checkpoint)
     if not evaluate:
@@ -170,18 +171,14 @@ def run(argv: list[str]) -> int:
         return importlib.import_module(f"rnn_ext.{argv[0]}").main(argv[1:]) or 0
     options = vars(make_parser().parse_args(argv))
     try:
-        from rnn_ext import datasets, demo
+        from rnn_ext import demo
     except ModuleNotFoundError as error:
-        remedy = "in the checkout: python -m pip install -e '.[demo]'"
-        print(f"error: {error.name} is not installed; {remedy}", file=sys.stderr)
+        missing, remedy = error.name.partition(".")[0], "in the checkout: python -m pip install -e '.[demo]'"
+        print(f"error: {missing} is not installed; {remedy}", file=sys.stderr)
         return 2
-    try:
-        if options["command"] == "demo":
-            return demo.main(options["out"], options["quick"])
-        return train(options)
-    except datasets.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options["command"] == "demo":
+        return demo.main(options["out"], options["quick"])
+    return train(options)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # by head, for instance, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:

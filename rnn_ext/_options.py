@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+from rnn_ext._files import InputError, check_output
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,22 +47,13 @@ def positive_number(high: float = math.inf) -> Callable[[str], float]:
     return read
 
 
-def writable_file(text: str) -> Path:
-    """A type of argparse's options: a file or device that can be written, or made."""
+def output_file(text: str) -> Path:
+    """A type of argparse's options: what can be written, or replaced."""
     path = Path(text)
     try:
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{path} is a folder")
-        if not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
-        if path.exists():
-            if not os.access(path, os.W_OK):
-                raise argparse.ArgumentTypeError(f"{path} is read-only")
-        else:
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path} cannot be written: {error.strerror}") from None
+        check_output(path)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return path
 
 

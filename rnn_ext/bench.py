@@ -29,7 +29,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import rnn_ext
 from rnn_ext import ops
-from rnn_ext._options import Parser, positive_int, positive_number, writable_file
+from rnn_ext._files import write
+from rnn_ext._options import Parser, output_file, positive_int, positive_number
 
 CELLS = {"rnn": (nn.RNN, rnn_ext.RNN, 1), "gru": (nn.GRU, rnn_ext.GRU, 3), "lstm": (nn.LSTM, rnn_ext.LSTM, 4)}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -450,7 +451,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     shape.add_argument("--dtype", choices=DTYPES, help="(float32)")
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="of torch (%(default)s)")
     parser.add_argument("--seconds", type=positive_number(), default=120.0, help="for everything, about (%(default)g)")
-    parser.add_argument("--output", type=writable_file, help="JSON file to write the numbers to")
+    parser.add_argument("--output", type=output_file, help="JSON file to write the numbers to")
     options = parser.parse_args(argv)
     most = max(torch.get_num_threads(), len(allowed_cores()))
     if options.threads > most:
@@ -513,7 +514,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nSlower than torch.nn: {slower} of {len(rows)}.")
     if options.output:
         result = {"format": 1, "machine": about, "threads": options.threads, "pinned": cores, "rows": rows}
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.output, json.dumps(result, indent=1) + "\n")
     return 0
 
 

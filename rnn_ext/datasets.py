@@ -7,7 +7,6 @@ pip, held against their hash and kept in the cache folder ($RNN_EXT_CACHE, else 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -19,11 +18,12 @@ import sys
 import tarfile
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import pandas as pd
+
+from rnn_ext._files import InputError, replacing
 
 EL_NINO = Path(__file__).parent / "data" / "elnino.csv"
 
@@ -34,66 +34,8 @@ REVIEWS_FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 REVIEWS_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
 
 
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one sentence that names it and says what was expected."""
-
-
 class FetchError(InputError):
     """The movie reviews are neither cached nor to be had: offline, mostly."""
-
-
-def _file_of(path: Path) -> Path:
-    """The file that ``path`` names, links followed, which need not exist."""
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise InputError(f"{path} is a {'folder' if target.is_dir() else 'device'}, expected the name of a file")
-    return target
-
-
-def check_output(path: Path) -> None:
-    """Whether a file of this name can be written, or replaced: asked before the work whose results go there.
-
-    Raises:
-        InputError: it is a folder or a device, or lies where nothing can be written.
-    """
-    target = _file_of(path)
-    folder = next(parent for parent in target.parents if parent.exists())
-    if not folder.is_dir():
-        raise InputError(f"{path} cannot be written: {folder} is no folder")
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder):  # permissions do not tell, of root or of /proc for instance
-            pass
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {folder} takes no file ({error.strerror})") from None
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into that becomes ``path`` once it is complete and on the disk, and vanishes after an error.
-
-    Raises:
-        InputError: it cannot be written: see :func:`check_output`; or the disk is full.
-    """
-    target = _file_of(path)
-    name = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(name, target)
-    except BaseException as error:
-        if name:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-        if isinstance(error, OSError):  # a full disk's has no name of a file
-            raise InputError(f"{path} cannot be written ({error.strerror or error})") from None
-        raise
 
 
 # ---------------------------------------------------------------------------------------------------- built-in data

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from rnn_ext import by_hand, datasets, ops, plots
+from rnn_ext._files import InputError, check_output, write
 from rnn_ext.training import DEFAULTS, Config, Forecasting, Sentiment, Task, Training
 
 FILES = ("forecast.png", "losses.png", "epoch_time.png", "results.json")
@@ -158,7 +159,7 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
     """
     console = console or Console()
     for name in FILES:
-        datasets.check_output(out / name)
+        check_output(out / name)
     out.mkdir(parents=True, exist_ok=True)
     backends = ["native", "custom"]
     if not ops.is_available():
@@ -208,8 +209,8 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
         plots.forecast(out / "forecast.png", next(iter(races.values()))[backends[-1]])
         plots.losses(out / "losses.png", races)
         plots.epoch_time(out / "epoch_time.png", races)
-        (out / "results.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write(out / "results.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:  # a full disk's has no name of a file
-        raise datasets.InputError(f"{out} cannot be written ({error.strerror or error})") from None
+        raise InputError(f"{out} cannot be written ({error.strerror or error})") from None
     console.print(f"Written to {out}/: {', '.join(FILES)}", highlight=False, markup=False)
     return 0 if len(backends) == 2 else 1

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rnn_ext.datasets import InputError, replacing
+from rnn_ext._files import InputError, replacing
 from rnn_ext.models import BiLSTMClassifier, RNNRegressor
 
 CHECKPOINT_FORMAT = "rnn_ext training 1"

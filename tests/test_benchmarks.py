@@ -160,9 +160,9 @@ def test_command(tmp_path, capsys):
         (["--seconds", "nan"], "nan is not positive"),
         (["--cell", "qrnn"], "invalid choice"),
         (["--length", "1000000000"], "needs about"),
-        (["--output", "/nowhere/at/all.json"], "there is no folder"),
+        (["--output", "/proc/at/all.json"], "/proc takes no file"),
         (["--output", "/proc/all.json"], "/proc/all.json cannot be written"),
-        (["--output", "/proc"], "/proc is a folder"),
+        (["--output", "/proc"], "/proc is a folder, expected the name of a file"),
         (["--length", "x"], "'x' is not a whole number"),
         (["--length", str(10**30)], "is not between 1 and 2147483647"),
         (["--seconds", "x"], "'x' is not a number"),
@@ -458,7 +458,7 @@ def test_run_end_to_end(monkeypatch, tmp_path, capsys):
         (["--rows", "nothing-like-this"], "matches nothing; the sections are grid"),
         (["--rows", "("], "( is not a regular expression"),
         (["--threads", "100000"], "this process may use"),
-        (["--output", "/nowhere/at/all.json"], "there is no folder"),
+        (["--output", "/proc/at/all.json"], "/proc takes no file"),
     ],
 )
 def test_run_refuses(arguments, message, capsys):
@@ -587,7 +587,7 @@ def test_what_the_options_cost(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(features, "lengths", list)
     monkeypatch.setattr(features, "variants", list)
     output = tmp_path / "features.md"
-    arguments = ["features.py", "--seconds", "0", "--output", str(output)]
+    arguments = ["features.py", "--seconds", "0.001", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", arguments)
     features.main()
     rows = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("| LSTM")]

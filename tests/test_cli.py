@@ -592,6 +592,6 @@ def test_without_the_demo_packages():
     call = "from rnn_ext.__main__ import main; sys.exit(main(sys.argv[1:]))"
     done = run("-c", block + call, "demo")
     assert done.returncode == 2
-    assert done.stderr == "error: pandas is not installed; in the checkout: python -m pip install -e '.[demo]'\n"
+    assert done.stderr == "error: rich is not installed; in the checkout: python -m pip install -e '.[demo]'\n"
     pytest.importorskip("rnn_ext.doctor")
     assert "torch" in run("-c", block + call, "doctor").stdout

@@ -30,6 +30,8 @@ with_cuda = pytest.mark.skipif(not ops.with_cuda(), reason="the library has been
 
 KERNELS = ("step", "pointwise", "persistent", "grid")
 ALL_KERNELS = (*KERNELS, "tensor")
+# Of a projected LSTM only the one.
+RUN = [*((cell, kernel, 0) for cell in CELLS for kernel in ALL_KERNELS), ("lstm", "pointwise", 3)]
 # Of kernels that have no float64.
 DTYPE = {"persistent": torch.float32, "grid": torch.float32, "tensor": torch.float16}
 LAYERS = {"rnn_tanh": rnn_ext.RNN, "gru": rnn_ext.GRU, "lstm": rnn_ext.LSTM}
@@ -139,13 +141,9 @@ def test_sizes(cell, kernel, size):
     agree(Case(cell, bidirectional=True, size=size), kernel)
 
 
-@pytest.mark.parametrize("proj", [0, 3])
-@pytest.mark.parametrize("kernel", ALL_KERNELS)
 @pytest.mark.parametrize("layout", ["dense", "packed"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("cell", "kernel", "proj"), RUN)
 def test_each_cotangent_alone(cell, layout, kernel, proj):
-    if proj and (cell != "lstm" or kernel != "pointwise"):
-        return
     case = Case(cell, layout, True, proj=proj, lengths=layout == "dense", resets=layout == "dense", size=(4, 3, 2, 5))
     dtype = DTYPE.get(kernel, torch.float64)
     results = util.oracle(util.build(case, dtype))
@@ -185,13 +183,9 @@ def test_each_gradient_alone(cell):
             util.same_bits(alone, {name: every[name]})
 
 
-@pytest.mark.parametrize("proj", [0, 3])
-@pytest.mark.parametrize("kernel", ALL_KERNELS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("cell", "kernel", "proj"), RUN)
 def test_padding_is_not_looked_at(cell, kernel, proj):
     """NaN there, in the input and in what flows back, reaches no value and no gradient."""
-    if proj and (cell != "lstm" or kernel != "pointwise"):
-        return
     for layout in ("dense", "batch_first"):
         case = Case(cell, layout, True, proj=proj, lengths=True, size=(5, 4, 3, 6))
         problem = util.build(case, DTYPE.get(kernel, torch.float32))
@@ -565,11 +559,8 @@ def test_a_device_that_is_not_there():
 
 
 @pytest.mark.parametrize("dtype", sorted(backends.CUSTOM_DTYPES, key=str), ids=str)
-@pytest.mark.parametrize("proj", [0, 3])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("cell", "proj"), util.projected(3))
 def test_fake_kernel_keeps_as_much_as_the_real_one(cell, proj, dtype):
-    if proj and cell != "lstm":
-        return
     for layout in util.LAYOUTS:
         problem = util.build(Case(cell, layout, True, proj=proj, size=(3, 2, 4, 5)), dtype)
         rest = (problem.batch_sizes, None, None, [], cell, True, layout == "batch_first", False, True)

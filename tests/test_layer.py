@@ -25,6 +25,7 @@ from util import (
     instruction_sets,
     matrix,
     oracle,
+    projected,
     run,
     same_bits,
 )
@@ -284,7 +285,7 @@ def test_threads_share_the_units_of_large_weights(cell, hidden):
     agree_for_any_threads(problem, (2, 4, 5))
 
 
-@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 201)])
+@pytest.mark.parametrize(("cell", "proj"), projected(201))
 def test_one_timestep(cell, proj):
     """Of more rows than use weights as they lie in longer sequences, up to the most that do and past it.
 
@@ -322,7 +323,7 @@ def test_threads_share_one_timestep(cell, hidden, proj):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 65)])
+@pytest.mark.parametrize(("cell", "proj"), projected(65))
 def test_steps_do_not_depend_on_those_after_them(cell, proj, dtype):
     """The first timesteps of a sequence, to the bit, wherever it ends and whatever comes later: here NaN.
 
@@ -390,7 +391,7 @@ def test_shared_out_among_threads(cell, layout, bidirectional):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 4)])
+@pytest.mark.parametrize(("cell", "proj"), projected(4))
 def test_more_rows_than_one_pass_takes(cell, proj, layout):
     """Kernels work through long input in pieces of some hundred rows: what crosses from one to the next is right."""
     flags = {"lengths": True, "resets": True} if layout != "packed" else {}
@@ -403,7 +404,7 @@ def test_more_rows_than_one_pass_takes(cell, proj, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 5)])
+@pytest.mark.parametrize(("cell", "proj"), projected(5))
 def test_strange_numbers_propagate(cell, proj, value, dtype):
     """NaN and infinity in one row come out where torch's own operators let them out, and in no other row."""
     _C.widen_always(True)
@@ -416,8 +417,16 @@ def test_strange_numbers_propagate(cell, proj, value, dtype):
                 check_values(run(problem), expected, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("cell", "dtype"),
+    [
+        (cell, dtype)
+        for cell in CELLS
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        if (cell, dtype) != ("rnn_relu", torch.float16)  # which overflows there
+    ],
+    ids=str,
+)
 def test_strange_magnitudes(cell, dtype):
     """Huge inputs saturate without NaN (also where a 16-bit pre-activation would overflow)."""
     problem = build(Case(cell, bidirectional=True, size=(5, 3, 33, 17)))
@@ -427,10 +436,9 @@ def test_strange_magnitudes(cell, dtype):
     expected, expected_grads = gradients(oracle, problem.to(torch.float64))
     assert all(torch.isfinite(t).all() for t in expected.values())
     if cell == "rnn_relu":  # unbounded: relative to its largest entry
-        if dtype != torch.float16:
-            for name, want in expected.items():
-                error = (actual[name].double() - want).abs().max() / want.abs().max()
-                assert error <= {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+        for name, want in expected.items():
+            error = (actual[name].double() - want).abs().max() / want.abs().max()
+            assert error <= {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
         return
     check_values(actual, expected, dtype)
     assert all(torch.isfinite(t).all() for t in grads.values())

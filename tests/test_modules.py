@@ -10,7 +10,7 @@ import torch
 import torch._dynamo.testing
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
-from util import CELLS, Case, Problem, check_gradients, check_values, oracle, same_bits
+from util import CELLS, Case, Problem, check_gradients, check_values, oracle, projected, same_bits
 
 import rnn_ext
 from rnn_ext import reference
@@ -92,7 +92,7 @@ def initial(cell: str, states: int, batch: int | None, proj: int = 0, dtype=torc
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 3])
-@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 3)])
+@pytest.mark.parametrize(("cell", "proj"), projected(3))
 def test_parity(cell, proj, num_layers, bidirectional):
     """Padded, unbatched, packed sorted and unsorted; with and without hx, bias, batch_first; values and gradients."""
     states = num_layers * (1 + bidirectional)

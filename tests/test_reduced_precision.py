@@ -20,6 +20,7 @@ from util import (
     gradients,
     instruction_sets,
     oracle,
+    projected,
     run,
     same_bits,
     sample,
@@ -33,7 +34,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 8)])
+@pytest.mark.parametrize(("cell", "proj"), projected(8))
 def test_every_layout(cell, proj, layout, dtype, widening):
     """Storage in 16 bits, accumulation and cell state in 32: close to exact arithmetic on the same 16-bit numbers."""
     flags = {"lengths": True, "resets": True} if layout != "packed" else {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from util import CELLS, LAYOUTS, Case, build, check_gradients, check_values, gradients, oracle
+from util import CELLS, LAYOUTS, Case, build, check_gradients, check_values, gradients, oracle, projected
 
 from rnn_ext import reference
 
@@ -52,7 +52,7 @@ def oracle_without_cells(problem):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 3)])
+@pytest.mark.parametrize(("cell", "proj"), projected(3))
 def test_equals_torch_nn(cell, proj, bidirectional, layout):
     for bias in (True, False):
         for state in (True, False):

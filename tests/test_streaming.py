@@ -14,7 +14,7 @@ from test_module_errors import caught, complain_alike
 from test_modules import flatten, initial, ours, randn
 from torch import nn
 from torch.nn.utils import parametrizations
-from util import CELLS, VALUE_TOLERANCE, check, check_gradients, check_values
+from util import CELLS, VALUE_TOLERANCE, check, check_gradients, check_values, projected
 
 import rnn_ext
 from rnn_ext import ops
@@ -216,7 +216,7 @@ def test_mistakes_of_one_kind():
 
 @pytest.mark.parametrize("backend", ["custom", "native"])
 @pytest.mark.parametrize("num_layers", [1, 3])
-@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 3)])
+@pytest.mark.parametrize(("cell", "proj"), projected(3))
 def test_step_is_forward(cell, proj, num_layers, backend):
     module = ours(cell, num_layers=num_layers, batch_first=num_layers == 3, **({"proj_size": proj} if proj else {}))
     module.backend = backend
@@ -309,7 +309,7 @@ def test_the_binding_and_the_op_are_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 17)])
+@pytest.mark.parametrize(("cell", "proj"), projected(17))
 def test_any_chunking_is_one_call(cell, proj, dtype):
     """To 1e-6 of the call over everything; in reduced precision, where the carried state is rounded, to its promise."""
     draw = random.Random(0)

@@ -178,6 +178,11 @@ COMBINED = {
 }
 
 
+def combined(cell: str) -> list[str]:
+    """Those that the cell has."""
+    return [name for name, (norm, _, _, zoneout_c) in COMBINED.items() if cell == "lstm" or not (norm or zoneout_c)]
+
+
 def vary(problem: Problem, norm: bool, hidden: bool, zoneout_h: bool, zoneout_c: bool) -> tuple[Problem, Masks]:
     """The same problem with weights for layer normalisation, and masks: those asked for."""
     case = problem.case
@@ -362,10 +367,15 @@ def same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(actual[name], want), f"{name}: differs by {largest([actual[name] - want]):.3g}"
 
 
+def projected(*sizes: int) -> list[tuple[str, int]]:
+    """Every cell as it is, and the one that can be projected, to these sizes."""
+    return [*((cell, 0) for cell in CELLS), *(("lstm", size) for size in sizes)]
+
+
 def matrix() -> list[Case]:
     """Every cell x direction x layout x bias x projection x lengths x resets, each at its own small odd size."""
     cases = []
-    for cell, proj in (*((cell, 0) for cell in CELLS), ("lstm", 1)):
+    for cell, proj in projected(1):
         for bidirectional in (False, True):
             for bias in (True, False):
                 for layout in LAYOUTS:
