@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -593,3 +594,54 @@ def test_what_the_options_cost(monkeypatch, capsys, tmp_path):
     rows = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("| LSTM")]
     assert len(rows) == 8 and all(line.count("|") == 6 for line in rows)
     assert rows[-1] in capsys.readouterr().out
+
+
+def test_random_shapes(monkeypatch, tmp_path, capsys):
+    """A second of tiny layers, the same for a seed; a layer counts as slower if it was so twice."""
+    import random_shapes
+    import run
+    from matplotlib import rc_context
+
+    monkeypatch.setattr(run, "in_fresh_process", here)
+    monkeypatch.setattr(random_shapes, "MOST_FLOPS", 2e5)
+    file = tmp_path / "result.json"
+    arguments = ["--threads", "1", "--seconds", "1", "--seed", "3", "--output", str(file)]
+    status = random_shapes.main(arguments)
+    result = json.loads(file.read_text())
+    rows = result["rows"]
+    assert status == bool(random_shapes.slower(rows))
+    rng = random.Random(3)
+    drawn = [random_shapes.draw_case(rng) for _ in rows]
+    assert [(row["name"], row["mode"]) for row in rows] == [(str(case), mode) for case, mode in drawn]
+    assert all(row["threads"] == 1 and len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in rows)
+    text = file.with_suffix(".md").read_text()
+    assert f"what is drawn: {len(rows)} layers." in text and text in capsys.readouterr().out
+
+    made_up = {"name": "LSTM N=1", "cell": "lstm", "mode": "forward", "threads": 1}
+    once = made_up | {"seconds": [0.9, 1.0], "again": [1.1, 1.0]}
+    twice = made_up | {"seconds": [0.9, 1.0], "again": [0.8, 1.0]}
+    result["rows"] = [once, twice, made_up | {"seconds": [3.0, 1.0]}]
+    assert random_shapes.slower(result["rows"]) == [twice]
+    text = random_shapes.markdown(result)
+    assert "measured again: **1**" in text and "| 1 | LSTM | inference | 3 | 0.90 |" in text
+    assert text.index("| 0.90 | 1.10 |") and text.index("| 0.90 | 0.80 |") < text.index("| 3.00 |  |")
+    with rc_context(random_shapes.STYLE):
+        random_shapes.picture(result).savefig(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_random_shapes_are_all_that_is_offered():
+    import random_shapes
+
+    rng = random.Random(0)
+    drawn = [random_shapes.draw_case(rng) for _ in range(2000)]
+    cases = [case for case, _ in drawn]
+    assert {mode for _, mode in drawn} == {"forward", "training"}
+    assert {case.cell for case in cases} == set(bench.CELLS) and {case.dtype for case in cases} == set(bench.DTYPES)
+    assert {(case.num_layers, case.bidirectional) for case in cases} == set(itertools.product((1, 2), (False, True)))
+    for field, highest in (("batch", 200), ("length", 400), ("input_size", 900), ("hidden_size", 900)):
+        values = [getattr(case, field) for case in cases]
+        assert min(values) <= 4 and max(values) >= highest, field
+    packed = [case for case in cases if case.lengths]
+    assert 100 < len(packed) < 1000 and all(case.lengths[0] == case.length > 1 for case in packed)
+    assert all(case.lengths == tuple(sorted(case.lengths, reverse=True)) for case in packed)
