@@ -16,7 +16,7 @@ JOBS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EXTRA = $$(awk '/^$(1) = \[/, /\]$$/' pyproject.toml | sed 's/^$(1) = //' | tr -d '[]",')
 BUILD_FILES := pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
-CXX_FILES = $$(find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $$(find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
 .PHONY: help demo test bench gpu nvcc lint format clean
 help:

@@ -229,6 +229,17 @@ def variants() -> list[Row]:
     return rows
 
 
+def recompute() -> list[Row]:
+    N, L, H = 32, 128, 256
+    rows = []
+    for name, kind in LAYERS.items():
+        x = torch.randn(L, N, H).requires_grad_()
+        again, once = (training(output_of(layer, x), layer, x) for layer in (kind(H, H, recompute=True), kind(H, H)))
+        what = f"{name}, N={N}, L={L}, H={H}: `recompute=True` against none, forward + backward"
+        rows.append(Row(what, again, once, None, same=False))
+    return rows
+
+
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=positive_number(), default=2, help="for each comparison")
@@ -242,13 +253,14 @@ def main() -> None:
         "# What the options cost",
         "",
         f"`python benchmarks/features.py`, one thread, float32, {about['processor']}, our kernels for "
-        f"{about['instructions']}, torch {torch.__version__}; least processor time of interleaved repeats.",
+        f"{about['instructions']}, torch {torch.__version__}, {about['date'][:10]}; least processor time of "
+        "interleaved repeats.",
         "",
         "| comparison | option (ms) | plain (ms) | ratio | target |",
         "|---|---:|---:|---:|---:|",
     ]
     head = len(lines)
-    for row in (*resets(), *cell_states(), *lengths(), *variants(), *streaming()):
+    for row in (*resets(), *cell_states(), *lengths(), *variants(), *recompute(), *streaming()):
         if args.only not in row.what:
             continue
         if row.same:

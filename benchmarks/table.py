@@ -26,7 +26,7 @@ SECTIONS = {
     "grid": "One layer, input size = H",
     "stack": "Two layers, one sequence",
     "ragged": "Packed, lengths differ",
-    "model": "Whole training steps of two models",
+    "model": "Whole training steps of two models, of the demo's size and of the teaching notebook's (seed)",
     "call": "One timestep: what a call costs",
     "dtype": "bfloat16 and float16",
     "length": "Cost against L (packed, L / 8 to L timesteps)",
@@ -53,7 +53,8 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         call = " and ".join(duration(ceilings["call"][mode]) for mode in ("forward", "training"))
         half = f" ({ceilings['bfloat16_flops'] / 1e9:.0f} in bfloat16)" if ceilings["bfloat16_flops"] else ""
         widened = " and ".join(
-            f"{2e-9 / (took + 2 / ceilings['flops']):.0f} of {dtype}" for dtype, took in ceilings["widen"].items()
+            f"{2e-9 / (took + 2 / ceilings['flops']):.0f} of {dtype}"
+            for dtype, took in ceilings.get("widen", {}).items()  # which older results lack
         )
         if widened:
             half += f" ({widened} that is widened for it)"
@@ -69,6 +70,10 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     if about["load"] and about["load"][0] > 0.5:
         yield f"- Other work was running, load {about['load'][0]:.1f}: rows with several threads are not to be trusted."
     yield ""
+    samples = [timing["samples"] for row in result["rows"] for timing in row["times"].values()]
+    if samples:
+        yield f"About {result['seconds_per_row']:g} s for each row: {min(samples)} to {max(samples)} samples of each"
+        yield f"contestant, {statistics.median(samples):g} in the median."
     yield "Medians ± half of the middle 50 %. Speed-ups are the time of the other / the time of rnn_ext: below 1 is a"
     yield "loss. The floor is what a call, cells, flops and reads of the weights, timed beside the row, allow"
     yield "(benchmarks/ceilings.py). A * marks rows during which other processes had the core for more than 3 % of the"

@@ -36,7 +36,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a model on the demo's data or on your own CSV file")
     tasks = train.add_subparsers(dest="task", required=True, metavar="regressor|classifier")
-    for task, data in (("regressor", "El Niño's sea temperatures"), ("classifier", "the movie reviews")):
+    for task, data, size, epochs, lr in (
+        ("regressor", "El Niño's sea temperatures", 32, 100, 0.001),
+        ("classifier", "the movie reviews", 64, 4, 0.002),
+    ):
         # no option has a default here: what was not given comes from the checkpoint, or from training.DEFAULTS
         sub = tasks.add_parser(task, help=f"by default on {data}", argument_default=argparse.SUPPRESS)
         sub.add_argument("--data", type=Path, help=f"CSV file with a header row (default: {data})")
@@ -50,15 +53,15 @@ def make_parser() -> argparse.ArgumentParser:
             sub.add_argument("--label-column", help="of the file; two different labels (label)")
             sub.add_argument("--vocab-size", type=whole_number(3), help="words, with padding and unknown (10000)")
             sub.add_argument("--cell", choices=["lstm"], help="the classifier's is always an LSTM")
-        sub.add_argument("--hidden-size", type=positive_int, help="features of the hidden state (32, classifier 64)")
+        sub.add_argument("--hidden-size", type=positive_int, help=f"features of the hidden state ({size})")
         sub.add_argument(
             "--backend", choices=["auto", "custom", "native"], help="our kernels, torch's, or either (auto)"
         )
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (cpu)")
         sub.add_argument("--seed", type=whole_number(0, 2**63 - 1), help="of the weights and the examples' order (0)")
-        sub.add_argument("--epochs", type=positive_int, help="in all, those before --resume too (100, classifier 4)")
+        sub.add_argument("--epochs", type=positive_int, help=f"in all, those before --resume too ({epochs})")
         sub.add_argument("--batch-size", type=positive_int, help="examples a step (64)")
-        sub.add_argument("--lr", type=positive_number(1000), help="Adam's learning rate (0.001, classifier 0.002)")
+        sub.add_argument("--lr", type=positive_number(1000), help=f"Adam's learning rate ({lr})")
         sub.add_argument("--test-fraction", type=positive_number(1), help="share of the data only tested on (0.2)")
         sub.add_argument("--checkpoint", type=Path, help=f"where it is saved, after each epoch (rnn_ext_{task}.pt)")
         sub.add_argument("--resume", action="store_true", help="go on from --checkpoint")
@@ -134,6 +137,8 @@ def train(options: dict[str, Any]) -> int:
 
     run = Training(task, config, checkpoint)
     if not evaluate:
+        if checkpoint and checkpoint.get("examples", run.examples) != run.examples:  # tested on before, for instance
+            raise InputError(f"{path} was trained on other examples: --resume needs the same data and --test-fraction")
         train_to_the_end(run, path, console, progress_bars)
     score = run.evaluate()
     what = f"{len(task.test)} test examples after {run.epoch} epochs"

@@ -38,6 +38,9 @@ def can_run_custom(input: Tensor) -> tuple[bool, str]:
         return False, str(ops.load_error())
     if input.dtype not in CUSTOM_DTYPES:
         return False, f"dtype {input.dtype} has no custom kernel (float32, float64, bfloat16 and float16 have)"
+    if input.is_nested or input.layout is not torch.strided:
+        kind = "a nested tensor" if input.is_nested else f"layout {input.layout}"
+        return False, f"{kind} has no custom kernel"
     if input.is_cuda:
         if not ops.with_cuda():
             return False, f"the C++ library of rnn_ext was built without CUDA kernels; {_loader.remedy()}"
@@ -87,8 +90,16 @@ class Explanation:
         return f"{self.backend} ({self.kernel}): {self.reason}"
 
 
-def explain(module: nn.Module, input: Tensor | PackedSequence, hx: object = None) -> Explanation:
-    """Say which backend and kernel ``module(input, hx)`` would use, without running it.
+def explain(
+    module: nn.Module,
+    input: Tensor | PackedSequence,
+    hx: object = None,
+    *,
+    lengths: Sequence[int] | Tensor | None = None,
+    resets: Tensor | None = None,
+    return_cell_states: bool = False,
+) -> Explanation:
+    """Say which backend and kernel the module would use if it were called so, without running it.
 
     Raises:
         TypeError: `module` is not a layer of this package.
@@ -97,9 +108,12 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: object = None
     if not _has_backend(module):
         raise TypeError(f"explain expects an rnn_ext.RNN, LSTM, GRU or cell of these, got {type(module).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
+    if not isinstance(data, Tensor):
+        raise TypeError(f"explain: expected input as a tensor or a PackedSequence, got {type(input).__name__}")
     cell = module.mode.lower()
     lacking = _what_native_lacks(module)
-    custom = use_custom(module.backend, data, only_custom=bool(lacking))
+    lacking += [name for name, given in (("resets", resets is not None), ("cell states", return_cell_states)) if given]
+    custom = use_custom(module.backend, data, only_custom=bool(lacking) or lengths is not None)
     if module.backend != "auto":
         reason = f"backend={module.backend!r} was asked for"
     else:
@@ -178,7 +192,9 @@ def native(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """All layers by torch's own kernels, called as :mod:`torch.nn` calls them: output, h_n and c_n (lstm only)."""
     states = num_layers * (2 if bidirectional else 1)
-    batch = int(batch_sizes[0]) if batch_sizes is not None else input.shape[0 if batch_first else 1]
+    batch = input.shape[0 if batch_first else 1] if batch_sizes is None else batch_sizes[0]
+    if not torch.jit.is_tracing():  # which would take the number for one of all inputs
+        batch = int(batch)
     if h_0 is None:
         h_0 = input.new_zeros(states, batch, weights[1].shape[1])
     if cell == "lstm" and c_0 is None:

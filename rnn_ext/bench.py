@@ -188,11 +188,15 @@ class Workload:
 
 
 def difference(results: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
-    """The largest difference between results of the same name, as a share of the largest value of the reference."""
-    worst = 0.0
-    for name in results.keys() & reference.keys():
+    """The largest difference between results of the same name, as a share of the largest value of the reference.
+
+    Infinite where one of them is not finite, or there is none; 0 without a reference.
+    """
+    common = results.keys() & reference.keys()
+    worst = float("inf") if reference and not common else 0.0
+    for name in common:
         ours, theirs = results[name].double(), reference[name].double()
-        if ours.shape != theirs.shape or not bool(ours.isfinite().all()):
+        if ours.shape != theirs.shape or not bool((ours.isfinite() & theirs.isfinite()).all()):
             return float("inf")
         if ours.numel():
             worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-3)))

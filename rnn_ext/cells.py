@@ -81,8 +81,8 @@ class RNNCell(_Cell):
         backend: ``"auto"``, ``"custom"`` or ``"native"``, see :mod:`rnn_ext.backends`; an attribute, can be changed.
 
     Raises:
-        ValueError: an unknown `backend`; in a call, number of dimensions of `input` or `hx`.
-        RuntimeError: in a call, an unknown `nonlinearity`, or sizes, dtypes or devices that do not match.
+        ValueError: an unknown `backend`; in a call, `input` or `hx` of neither one nor two dimensions.
+        RuntimeError: in a call, an unknown `nonlinearity`, or dimensions, sizes, dtypes or devices that do not match.
     """
 
     _gates = 1

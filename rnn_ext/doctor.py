@@ -5,12 +5,12 @@ Needs nothing but torch, and works where the C++ library does not.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,11 +67,12 @@ def check_library() -> Check:
 def check_compiler() -> Check:
     """The C++ compiler; one is missed only where the library is yet to be built."""
     named = os.environ.get("CXX", "").strip()
-    for command in [named] if named else ["c++", "g++", "clang++"]:
+    for command in [named] if named else ["c++", "g++", "clang++"]:  # as setup.py looks for it
         words = shlex.split(command)
-        if shutil.which(words[0]):
-            return Check("compiler", first_line(*words, "--version"))
-    found = f"CXX={named} is not a program" if named else "none"
+        with contextlib.suppress(OSError):
+            if subprocess.run([*words, "--version"], capture_output=True).returncode == 0:
+                return Check("compiler", first_line(*words, "--version"))
+    found = f"CXX={named} is no program, or fails" if named else "none"
     problem = None if ops.is_available() else "the library cannot be built: install g++ (Debian: apt-get install g++)"
     return Check("compiler", found, problem)
 

@@ -34,13 +34,16 @@ same device.
 They raise
 
 - ValueError: number of dimensions or dtype of `input`; values or shape of `lengths`, shape of `resets`; number of
-  `weights`; a probability outside [0, 1); an unknown backend, or an option that the backend cannot run.
-- TypeError: `lengths` that are not integers, `resets` that are not bool, a probability that is no number.
+  `weights`; `num_layers` below 1; `dropout` outside [0, 1], another probability outside [0, 1); an unknown backend, or
+  an option that the backend cannot run.
+- TypeError: `lengths` that are not integers, `resets` that are not bool, a probability that is no number, `recompute`
+  that is not bool.
 - RuntimeError: any other mismatch of sizes, dtypes or devices; backend ``"custom"`` where it cannot run.
 """
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
@@ -101,7 +104,7 @@ def check_extras(
         ("recurrent_dropout", recurrent_dropout),
         ("weight_dropout", weight_dropout),
     ):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
             raise TypeError(f"{name} must be a number, got {value!r}")
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be a probability in [0, 1), got {value!r}")
@@ -351,6 +354,10 @@ def _layers(
     for i, weight in enumerate(weights):
         if weight is None:
             raise ValueError(f"Expected a tensor for each weight, got None for number {i} of {len(weights)}")
+        if backend != "native" and weight.layout is not torch.strided:
+            if backends.check_backend(backend) == "custom":
+                raise RuntimeError(f"backend 'custom' cannot run weights of layout {weight.layout}")
+            backend = "native"
     weight_ih = weights[0]
     if input.dtype != weight_ih.dtype and (input.is_meta or not torch.is_autocast_enabled(input.device.type)):
         raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_ih.dtype})")
@@ -411,6 +418,10 @@ def _check_states(
 def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: bool) -> Tensor:
     """int64 on the input's device. Values of a tensor are for the backend to check: they may still be on their way."""
     batch, length = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
+    if isinstance(lengths, range):
+        lengths = list(lengths)
+    elif hasattr(lengths, "__array__") and not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, device="cpu")
     if isinstance(lengths, Tensor):
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
             raise TypeError(f"lengths must be integers, got a tensor of {lengths.dtype}")
@@ -423,7 +434,7 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
                 raise ValueError(f"lengths must be from 0 to {length}, the timesteps of input, got {value}")
         lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")  # whatever torch's default device
     else:
-        raise TypeError(f"lengths must be a list, a tuple or a tensor of integers, got {type(lengths).__name__}")
+        raise TypeError(f"lengths must be a list, an array or a tensor of integers, got {type(lengths).__name__}")
     if lengths.shape != (batch,):
         raise ValueError(f"Expected lengths of shape ({batch},), one for each sequence, got {list(lengths.shape)}")
     if input.is_cuda and lengths.is_cpu and not torch.compiler.is_compiling():  # the last chance without waiting

@@ -53,6 +53,14 @@ class Leaf(nn.Module):
                 return tracer.call_module(self, leaf, args, kwargs)
         return super().__call__(*args, **kwargs)
 
+    def __setstate__(self, state: dict) -> None:
+        """Also of what torch.nn's class, or a version with fewer options, has pickled."""
+        super().__setstate__(state)
+        attributes = vars(self)
+        attributes.pop("_flat_weights", None)
+        for name, default in {"backend": "auto", **(OPTIONS if isinstance(self, nn.RNNBase) else {})}.items():
+            attributes.setdefault(name, default)
+
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script cannot read our forward, and what this returned would stay in the user's model."""
         kind = type(self).__name__
@@ -82,7 +90,7 @@ class _Layer(Leaf, nn.RNNBase):
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__:
-            if base.__module__ != __name__ and base not in nn.RNNBase.__mro__:
+            if base.__module__ != __name__:
                 cls._plain = cls._plain and _READ_BY_PLAIN_FORWARD.isdisjoint(vars(base))
 
     def __init__(
@@ -100,10 +108,10 @@ class _Layer(Leaf, nn.RNNBase):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(mode, *args, **kwargs)
         self.backend = check_backend(backend)
-        functional.check_extras(mode.lower(), recompute, zoneout, recurrent_dropout, weight_dropout)
+        extras = functional.check_extras(mode.lower(), recompute, zoneout, recurrent_dropout, weight_dropout)
         self.recompute = recompute
         self.layer_norm = False
-        self.zoneout = zoneout or 0
+        self.zoneout = zoneout if any(extras.zoneout) else 0
         self.recurrent_dropout = recurrent_dropout or 0
         self.weight_dropout = weight_dropout or 0
 
@@ -177,6 +185,8 @@ class _Layer(Leaf, nn.RNNBase):
 
     def _step(self, input: Tensor, h_0: Tensor | None, c_0: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         self._check_not_traced(input, "step")
+        if not isinstance(input, Tensor):
+            raise TypeError(f"step: expected input as a tensor, got {type(input).__name__}")
         if self.bidirectional:
             raise ValueError("step: a bidirectional layer needs the whole sequence, got bidirectional=True")
         for name in ("recurrent_dropout", "weight_dropout"):
@@ -230,8 +240,7 @@ class RNN(_Layer):
         recompute: keep only `input` and the initial states for backward, which then runs forward once more: less
             memory, the same bits. An attribute, can be changed; without effect on the native backend. One layer of
             N = 32, L = 128, I = H = 256 in float32 keeps 4 MiB instead of 28 (LSTM), 24 (GRU) or 8 (RNN), two layers
-            8 instead of 52, 44 or 12; forward and backward on one core take 1.3 (LSTM), 1.25 (GRU) or 1.4 (RNN) times
-            as long.
+            8 instead of 52, 44 or 12. ``benchmarks/results/features.md`` has the time it takes.
         zoneout, recurrent_dropout, weight_dropout: probabilities in [0, 1), see :mod:`rnn_ext.functional`. Attributes,
             can be changed. Masks are drawn with torch's generator. Active in training; in eval, zoneout takes the
             expectation.
@@ -348,10 +357,7 @@ class LSTM(_Layer):
             Custom backend only.
         zoneout: as a pair, the probabilities of h and of c.
 
-    Times the plain LSTM's, training on one core, forward and (forward and backward) of (N, L, H) = (1, 128, 64),
-    (8, 128, 128) and (32, 128, 256): layer_norm 1.3, 1.1, 1.2 (1.2, 1.2, 1.1); zoneout 1.3, 1.3, 1.1 (1.2, 1.1, 1.1);
-    recurrent_dropout 1.2, 1.1, 1.0 (1.1, 1.1, 1.0); weight_dropout 1.3, 1.1, 1.0 (1.3, 1.0, 1.0); all together
-    1.8, 1.3, 1.2 (1.5, 1.3, 1.2). In eval layer_norm 1.3, 1.1, 1.05 and zoneout 1.1, 1.05, 1.0.
+    ``benchmarks/results/features.md`` has what they cost.
     """
 
     # For subclasses whose forward is written after torch's: two states, where nn.RNNBase knows one.

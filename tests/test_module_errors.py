@@ -215,6 +215,20 @@ def test_lengths(name):
         module(packed(), lengths=[5, 2])
 
 
+def test_lengths_as_a_range_or_an_array():
+    numpy = pytest.importorskip("numpy")
+    module, input = rnn_ext.GRU(I, H), torch.randn(L, N, I)
+    expected = module(input, lengths=[3, 2, 1])[0]
+    for lengths in (range(3, 0, -1), numpy.array([3, 2, 1]), numpy.array([3, 2, 1], dtype=numpy.uint8)):
+        assert torch.equal(module(input, lengths=lengths)[0], expected)
+    with pytest.raises(TypeError, match=r"lengths must be integers, got a tensor of torch\.float64"):
+        module(input, lengths=numpy.array([3.0, 2, 1]))
+    with pytest.raises(ValueError, match=r"lengths must be from 0 to 5, the timesteps of input, got 6"):
+        module(input, lengths=range(4, 7))
+    with pytest.raises(ValueError, match=r"shape \(3,\), one for each sequence, got \[1, 3\]"):
+        module(input, lengths=numpy.array([[3, 2, 1]]))
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_resets(name):
     module = OURS[name](I, H, backend="custom")
@@ -338,3 +352,59 @@ def test_lengths_of_nothing(name, batch_first):
             found.append([output, *(state if isinstance(state, tuple) else [state])])
             output.sum().backward()
         assert all(map(torch.equal, *found))
+
+
+def test_what_only_one_kind_of_call_has():
+    """Unbatched, packed and stacked calls say what is wrong, not what fails for it."""
+    gru, lstm = rnn_ext.GRU(I, H), rnn_ext.LSTM(I, H)
+    for call, kind, message in (
+        (
+            lambda: lstm(torch.randn(L, I), (torch.zeros(1, H), torch.zeros(1, 1, H))),
+            RuntimeError,
+            "should also be 2-D",
+        ),
+        (
+            lambda: gru(torch.randn(L, I), resets=[True] * L),
+            TypeError,
+            r"resets must be a tensor of torch\.bool, got list",
+        ),
+        (lambda: gru(torch.randn(L, I), resets=torch.zeros(4) > 0), ValueError, r"Expected resets of shape \[5\]"),
+        (
+            lambda: gru(PackedSequence(torch.zeros(5, 1, I), torch.tensor([3, 2]))),
+            RuntimeError,
+            "input must have 2 dimensions, got 3",
+        ),
+        (lambda: gru(torch.randn(L, N, I), torch.zeros(N, H)), RuntimeError, "should also be 3-D"),
+        (
+            lambda: gru(torch.randn(L, N, I), lengths=torch.ones(N, dtype=torch.complex64)),
+            TypeError,
+            "integers, got a tensor of torch.complex64",
+        ),
+    ):
+        with pytest.raises(kind, match=message):
+            call()
+
+
+@pytest.mark.parametrize("backend", ["custom", "native"])
+def test_states_of_more_sequences_than_are_packed(backend):
+    """Which would be taken in another order."""
+    sequences = pack_sequence([torch.randn(n, I) for n in (2, 5, 3)], enforce_sorted=False)
+    for which in (0, 1):
+        hx = [torch.zeros(1, 3 + (i == which), H) for i in range(2)]
+        with pytest.raises(RuntimeError, match="3 sequences"):
+            rnn_ext.LSTM(I, H, backend=backend)(sequences, tuple(hx))
+
+
+def test_too_many_weights_and_too_few():
+    weights = list(rnn_ext.RNN(I, I, 2).parameters())
+    for given, layers, count in (([*weights, weights[0]], 2, 9), (weights[:1], 1, 1)):
+        with pytest.raises(ValueError, match=f"got {count} in all"):
+            rnn_ext.functional.rnn_tanh(torch.randn(L, N, I), None, given, num_layers=layers)
+
+
+def test_states_of_cells():
+    cell, input, h = rnn_ext.LSTMCell(I, H), torch.zeros(N, I), torch.zeros(N, H)
+    with pytest.raises(ValueError, match="Expected hx to be 1D or 2D, got 3D"):
+        cell(input, (h, h[None]))
+    with pytest.raises(RuntimeError, match="For 2-D input, hx should also be 2-D"):
+        cell(input, (h, h[0]))

@@ -7,15 +7,16 @@ import functools
 import io
 import pickle
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
 import torch._dynamo.testing
 from test_modules import OURS, H, I, flatten, initial, native, options, ours, pair, randn, same
-from torch import nn
+from torch import Tensor, nn
 from torch.fx.proxy import TraceError
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from util import CELLS, check_gradients, check_values, same_bits
@@ -479,6 +480,71 @@ def test_jit_trace(name):
             torch.jit.trace(module, inputs)
 
 
+class OfLengths(nn.Module):
+    """A model that packs its batch, or leaves that to the layer."""
+
+    def __init__(self, layer: nn.Module, how: str):
+        super().__init__()
+        self.layer, self.how = layer, how
+
+    def forward(self, input: Tensor, lengths: Tensor) -> list[Tensor]:
+        if self.how == "lengths":
+            return flatten_all(self.layer(input, lengths=lengths))
+        packed = pack_padded_sequence(input, lengths, enforce_sorted=self.how == "sorted")
+        output, state = self.layer(packed)
+        return flatten_all([output.data, state])
+
+
+@pytest.mark.parametrize("how", ["sorted", "unsorted", "lengths"])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_jit_trace_of_lengths(name, how):
+    """A trace of three sequences takes one, and five."""
+    for stack in ({}, {"num_layers": 2, "bidirectional": True}):
+        model = OfLengths(getattr(rnn_ext, name)(I, H, **stack), how)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", (DeprecationWarning, torch.jit.TracerWarning))
+            traced = torch.jit.trace(model, (torch.randn(5, 3, I), torch.tensor([5, 2, 1])), check_trace=False)
+        for lengths in ([5], [5, 4, 4, 1, 1]):
+            input = torch.randn(5, len(lengths), I)
+            for found, expected in zip(*(m(input, torch.tensor(lengths)) for m in (traced, model)), strict=True):
+                torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_pickles_of_torchs_classes_and_of_earlier_versions(name, monkeypatch):
+    """The class under that name is what loads them; attributes that it has more than they knew are as torch.nn's."""
+    theirs = getattr(nn, name)(I, H)
+    input = torch.randn(3, I) if name.endswith("Cell") else torch.randn(5, 3, I)
+    pickled = pickle.dumps(theirs)
+    monkeypatch.setattr(torch.nn.modules.rnn, name, getattr(rnn_ext, name))
+    loaded = pickle.loads(pickled)
+    assert type(loaded) is getattr(rnn_ext, name) and loaded.backend == "auto"
+    for found, expected in zip(flatten_all(loaded(input)), flatten_all(theirs(input)), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert set(vars(loaded)) == set(vars(getattr(rnn_ext, name)(I, H)))
+    set_before = getattr(rnn_ext, name)(I, H, backend="native")
+    assert pickle.loads(pickle.dumps(set_before)).backend == "native"
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_weights_and_inputs_that_are_not_strided(name):
+    """What only torch's kernels take runs on them, or says that it cannot."""
+    layer = getattr(rnn_ext, name)(I, H).requires_grad_(False)
+    input = torch.randn(5, 3, I)
+    expected = flatten_all(layer(input))
+    assert not rnn_ext.explain(layer, input.to_sparse()).kernel.startswith("rnn_ext::")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # CSR is in beta
+        layer.weight_ih_l0 = nn.Parameter(layer.weight_ih_l0.to_sparse_csr(), requires_grad=False)
+    for found, wanted in zip(flatten_all(layer(input)), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    layer.backend = "custom"
+    with pytest.raises(RuntimeError, match=r"backend 'custom' cannot run weights of layout torch\.sparse_csr"):
+        layer(input)
+    with pytest.raises(RuntimeError, match=r"cannot run this input: layout torch\.sparse_coo has no custom kernel"):
+        getattr(rnn_ext, name)(I, H, backend="custom")(input.to_sparse())
+
+
 def flatten_all(results) -> list[torch.Tensor]:
     return [results] if isinstance(results, torch.Tensor) else [t for r in results for t in flatten_all(r)]
 
@@ -558,3 +624,78 @@ def test_compiled_autograd(name, recompute):
             layer(input, lengths=lengths)[0].square().sum().backward()
         for leaf, want in zip(leaves, expected, strict=True):
             torch.testing.assert_close(leaf.grad, want)
+
+
+def test_symbolic_trace_of_a_keyword():
+    class Model(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(input=x)[0]
+
+    class CallsForward(Model):
+        def forward(self, x):
+            return self.layer.forward(x)
+
+    model, x = Model(rnn_ext.GRU(I, H)), torch.randn(5, 2, I)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes if node.target == "layer"] == ["call_module"]
+    assert torch.equal(traced(x), model(x))
+    with pytest.raises(TraceError, match=r"GRUCell\.forward can be no node"):
+        torch.fx.symbolic_trace(CallsForward(rnn_ext.GRUCell(I, H)))
+
+
+def test_a_property_below_a_plain_subclass():
+    """Which the short way through C++ would not ask."""
+
+    class Plain(rnn_ext.GRU):
+        pass
+
+    class BatchFirst(Plain):
+        batch_first = property(lambda self: True, lambda self, value: None)
+
+    assert Plain._plain and not BatchFirst._plain
+    assert BatchFirst(I, H)(torch.randn(4, 3, I))[1].shape == (1, 4, H)
+
+
+class Seen(torch.Tensor):
+    """A subclass that notes what is called with it."""
+
+    functions: ClassVar[list] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.functions.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_subclass_sees_the_op(which):
+    """As input, either state, or a weight."""
+    weights = [p.detach() for p in rnn_ext.LSTM(I, H).parameters()]
+    given = [torch.randn(5, 2, I), torch.randn(1, 2, H), torch.randn(1, 2, H), weights[0]]
+    given[which] = given[which].as_subclass(Seen)
+    Seen.functions.clear()
+    rnn_ext.functional.lstm(given[0], tuple(given[1:3]), [given[3], *weights[1:]])
+    assert torch.ops.rnn_ext.layer.default in Seen.functions
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_flops_of_two_directions(wanted):
+    """Products with both weights, and in backward their gradients, the states' and, if wanted, the input's."""
+    input = torch.randn(7, 2, 3, requires_grad=wanted)
+    with FlopCounterMode(display=False) as counter:
+        rnn_ext.GRU(3, 5, bidirectional=True)(input)[0].sum().backward()
+    rows, of_input, of_hidden = 7 * 2, 15 * 3, 15 * 5
+    assert counter.get_total_flops() == 2 * 2 * rows * (of_input * (2 + wanted) + of_hidden * 3)
+
+
+def test_stack_in_eval_is_one_call(monkeypatch):
+    """Dropout between the layers is for training."""
+    calls, stack = [], ops.stack
+    monkeypatch.setattr(ops, "stack", lambda *args: calls.append(args) or stack(*args))
+    weights = list(nn.GRU(I, H, 2).parameters())
+    rnn_ext.functional.gru(torch.randn(5, 2, I), None, weights, num_layers=2, dropout=0.5)
+    assert len(calls) == 1

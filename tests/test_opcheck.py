@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from util import CELLS, Case, build
 
 from rnn_ext import ops
@@ -88,3 +89,26 @@ def test_every_op_of_the_library_is_checked_here():
     }
     assert {"layer", "random_mask"} < names
     assert all(name.startswith("layer") for name in names - {"random_mask"}), names
+
+
+def test_the_fake_kernel_checks_sizes():
+    """Of what a real run would refuse."""
+
+    def meta(*size: int) -> torch.Tensor:
+        return torch.zeros(size, device="meta")
+
+    weights = list(torch.nn.LSTM(3, 4, device="meta").parameters())
+    with pytest.raises(RuntimeError, match="expected c_0 of size"):
+        ops.layer(meta(5, 2, 3), None, meta(1, 2, 5), weights, "lstm")
+    with pytest.raises(RuntimeError, match="expected input with 3 dimensions"):
+        ops.layer(meta(5, 3), None, None, weights, "lstm")
+    for i, name in enumerate(("hidden_mask", "zoneout_h", "zoneout_c")):
+        masks = [meta(7, 7, 7) if j == i else None for j in range(3)]
+        with pytest.raises(RuntimeError, match=f"expected {name} of size"):
+            ops.layer(meta(5, 2, 3), None, None, weights, "lstm", masks=masks)
+
+
+def test_a_stack_of_fake_tensors_goes_layer_by_layer():
+    with FakeTensorMode():
+        weights = list(torch.nn.GRU(3, 4, 2).parameters())
+        assert ops.stack(torch.randn(5, 2, 3), None, None, weights, "gru", 2) is None

@@ -257,6 +257,9 @@ def test_mistakes_with_step():
     with pytest.raises(ValueError, match=r"step.*bidirectional=True"):
         rnn_ext.GRU(I, H, bidirectional=True).step(torch.zeros(N, I))
     module = rnn_ext.LSTM(I, H)
+    for wrong, kind in ((None, "NoneType"), ([1.0], "list")):
+        with pytest.raises(TypeError, match=f"step: expected input as a tensor, got {kind}"):
+            module.step(wrong)
     with pytest.raises(ValueError, match=r"step.*1D or 2D.*3D.*\[1, 3, 4\]"):
         module.step(torch.zeros(1, N, I))
     with pytest.raises(ValueError, match=r"float64.*float32"):
@@ -396,3 +399,43 @@ def test_a_cells_states_of_other_sizes(cell):
     size = re.escape(f"expected {name} of size {[N, H]}, got {found}")
     with pytest.raises(RuntimeError, match=size):
         one(randn(N, I), states)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {"zoneout": 0.3}) for name in ("RNN", "GRU", "LSTM")), ("LSTM", {"layer_norm": True})],
+    ids=str,
+)
+def test_steps_of_one_regularised_layer(name, options):
+    """In eval, as forward has it; gradients too."""
+    module, input = getattr(rnn_ext, name)(I, H, **options).eval(), torch.randn(5, N, I)
+    state, outputs = None, []
+    for x in input:
+        output, state = module.step(x, state)
+        outputs.append(output)
+    found, expected = torch.stack(outputs), module(input)[0]
+    torch.testing.assert_close(found, expected)
+    parameters = list(module.parameters())
+    torch.testing.assert_close(*(torch.autograd.grad(t.sum(), parameters) for t in (found, expected)))
+
+
+def test_step_refuses_masks_of_a_whole_sequence():
+    for name in ("recurrent_dropout", "weight_dropout"):
+        module = rnn_ext.GRU(I, H, **{name: 0.5})
+        with pytest.raises(ValueError, match=f"step: {name}=0.5 draws one mask"):
+            module.step(torch.randn(N, I))
+        assert module.eval().step(torch.randn(N, I))[0].shape == (N, H)
+
+
+def test_native_step_under_autocast():
+    """As forward of the same layer."""
+    module, input = rnn_ext.LSTM(I, H, 2, backend="native"), torch.randn(1, N, I)
+    with torch.autocast("cpu"):
+        assert module.step(input[0])[0].dtype == module(input)[0].dtype
+
+
+def test_autocast_casts_no_float64():
+    for make, call in ((rnn_ext.GRUCell, lambda m, x: m(x)), (rnn_ext.GRU, lambda m, x: m.step(x))):
+        for module, input in ((make(I, H).double(), torch.randn(N, I)), (make(I, H), torch.randn(N, I).double())):
+            with torch.autocast("cpu"), pytest.raises((RuntimeError, ValueError), match=r"[dD]ouble|float64"):
+                call(module, input)

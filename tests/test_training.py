@@ -340,6 +340,7 @@ def test_no_checkpoint(tmp_path):
         (None, "model", [1], "model is [1], expected a table"),
         (None, "optimizer", 3, "optimizer is 3, expected a table"),
         (None, "data", 3, "data is 3, expected a text"),
+        (None, "examples", 3, "examples is 3, expected a text"),
         ("task", "mean", "x", "mean is 'x', expected a finite number"),
         ("task", "std", math.nan, "std is nan, expected a finite number"),
         ("config", "hidden_size", "x", "hidden_size is 'x', expected a whole number from 1"),
@@ -377,7 +378,7 @@ def test_classifier_checkpoint_with_a_wrong_value(tmp_path, name, value, message
 def test_checkpoint_without_the_name_of_its_data(checkpoint):
     """As the versions before wrote it."""
     found = torch.load(checkpoint, weights_only=True)
-    assert found.pop("data") == ""
+    assert found.pop("data") == "" and len(found.pop("examples")) == 64
     torch.save(found, checkpoint)
     assert load_checkpoint(checkpoint, "regressor")["epoch"] == 1
 
@@ -393,3 +394,103 @@ def test_interrupted_save_keeps_the_old_checkpoint(checkpoint, monkeypatch):
         train(Training(Forecasting(SINE, 6), SMALL), 1).save(checkpoint)
     assert checkpoint.read_bytes() == before
     assert [path.name for path in checkpoint.parent.iterdir()] == ["model.pt"]
+
+
+# ------------------------------------------------------------------------------------ what is easily got a little wrong
+
+
+def test_as_many_examples_as_coefficients():
+    """Of a window of 4 and a constant: five determine them."""
+    task = Forecasting(pd.Series(np.arange(10.0)), 4)
+    assert len(task.train) == 5 and "linear AR" in task.baselines
+
+
+def test_words_of_equal_frequency_are_in_order():
+    table = pd.DataFrame({"text": ["d c b a"] * 4, "label": ["x", "y"] * 2})
+    assert Sentiment(table, 100).state["vocabulary"][2:] == ["a", "b", "c", "d"]
+
+
+def test_new_texts_of_one_label_or_without_a_word():
+    state = Sentiment(texts(), 100).state
+    task = Sentiment(texts().query("label == 'good'"), 100, 1, state)
+    assert task.test.target.unique().tolist() == [1]
+    numbers, _ = Sentiment(pd.DataFrame({"text": ["..."], "label": ["good"]}), 100, 1, state).test.inputs
+    assert numbers.tolist() == [[training.UNKNOWN]]
+
+
+def test_a_probability_of_a_half_is_no():
+    task = Sentiment(texts(), 100)
+    count = len(task.test)
+    assert task.score(torch.full((count, 1), 0.5), torch.zeros(count, 1)) == 1
+
+
+def test_the_seed_orders_the_examples(monkeypatch):
+    seeded = torch.default_generator.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeded(0))  # the same weights
+    configs = [dataclasses.replace(SMALL, seed=seed, lr=1e-30) for seed in (0, 7)]
+    first, second = (list(Training(Forecasting(SINE, 6), config).run_epoch()) for config in configs)
+    assert first != second
+
+
+def test_an_epoch_after_an_evaluation_trains():
+    run = Training(Forecasting(SINE, 6), SMALL)
+    run.evaluate()
+    assert not run.model.training
+    next(run.run_epoch())
+    assert run.model.training
+
+
+def test_another_learning_rate_after_a_checkpoint():
+    task = Forecasting(SINE, 6)
+    checkpoint = train(Training(task, SMALL), 1).checkpoint()
+    run = Training(task, dataclasses.replace(SMALL, lr=0.5), checkpoint)
+    assert [group["lr"] for group in run.optimizer.param_groups] == [0.5]
+
+
+def test_seconds_of_an_epoch_are_those_of_all_steps(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    run = Training(Forecasting(SINE, 6), SMALL)
+    list(run.run_epoch())
+    assert run.seconds == [run.steps]
+
+
+def test_infinite_output_is_not_trained_on():
+    run = Training(Forecasting(SINE, 6), SMALL)
+    torch.nn.init.constant_(run.model.fc.bias, math.inf)
+    with pytest.raises(InputError, match="no longer finite in epoch 1"):
+        next(run.run_epoch())
+
+
+def test_predictions_of_more_examples_than_are_computed_at_once():
+    run = Training(Forecasting(pd.Series(np.arange(300.0)), 6, test_fraction=1), SMALL)
+    run.test = run.test[:257]
+    assert run.predict().shape == (257, 1)
+
+
+def test_a_cell_that_there_is_not():
+    with pytest.raises(InputError, match="Unknown cell 'elman'"):
+        Training(Forecasting(SINE, 6), dataclasses.replace(SMALL, cell="elman"))
+
+
+def test_checkpoint_at_the_ends_of_what_is_allowed(tmp_path):
+    """Before the first epoch, of the largest seed."""
+    Training(Forecasting(SINE, 6), dataclasses.replace(SMALL, seed=2**63 - 1)).save(tmp_path / "model.pt")
+    found = load_checkpoint(tmp_path / "model.pt", "regressor")
+    assert (found["epoch"], found["config"]["seed"]) == (0, 2**63 - 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["config"].update(lr=0.0), r"lr is 0\.0, expected a positive number"),
+        (lambda c: c.update(epoch=True), "epoch is True, expected a whole number"),
+        (lambda c: c["config"].update({1: 2, "more": 1}), "its configuration or its task is no table"),
+    ],
+)
+def test_checkpoint_just_beyond_them(tmp_path, change, message):
+    checkpoint = Training(Forecasting(SINE, 6), SMALL).checkpoint()
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "model.pt")
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(tmp_path / "model.pt", "regressor")

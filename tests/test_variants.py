@@ -591,6 +591,16 @@ def test_bad_probabilities(option):
             rnn_ext.LSTM(3, 4, **{option: bad})
 
 
+def test_numbers_of_numpy_and_pairs_of_nothing():
+    numpy = pytest.importorskip("numpy")
+    layer = rnn_ext.LSTM(3, 4, zoneout=numpy.float32(0.25), recurrent_dropout=numpy.float16(0.5))
+    assert (layer.zoneout, layer.recurrent_dropout) == (0.25, 0.5)
+    for pair in ((0, 0), [0.0, 0.0]):
+        assert repr(rnn_ext.LSTM(3, 4, zoneout=pair)) == "LSTM(3, 4)"
+        assert type(rnn_ext.to_native(rnn_ext.LSTM(3, 4, zoneout=pair))) is torch.nn.LSTM
+    assert rnn_ext.LSTM(3, 4, zoneout=(0, 0.1)).zoneout == (0, 0.1)
+
+
 def test_bad_options():
     with pytest.raises(TypeError, match=r"zoneout must be a number, got \(0.1, 0.2\)"):
         rnn_ext.GRU(3, 4, zoneout=(0.1, 0.2))
@@ -631,3 +641,35 @@ def test_bad_arguments_of_the_op():
         functional.gru(gru.input, None, [*gru.weights.values()] * 2)
     with pytest.raises(ValueError, match="6 to 9 with layer normalisation"):
         functional.lstm(problem.input, None, list(problem.weights.values()) * 2)
+
+
+def test_zoneout_of_h_and_of_c():
+    """Two probabilities, of which each counts; with a projection too."""
+    input = torch.randn(5, 2, 3)
+    torch.manual_seed(0)
+    layer = rnn_ext.LSTM(3, 4, zoneout=(0.1, 0.6)).eval()
+    for other in ((0.1, 0.1), (0.6, 0.6)):
+        torch.manual_seed(0)
+        assert not torch.allclose(layer(input)[0], rnn_ext.LSTM(3, 4, zoneout=other).eval()(input)[0])
+    projected = rnn_ext.LSTM(3, 4, proj_size=2, zoneout=0.2)
+    for module in (projected, projected.eval()):
+        assert module(input)[0].shape == (5, 2, 2)
+    assert functional.check_extras("lstm", False, [0.1, 0.2], 0, 0).zoneout == (0.1, 0.2)
+    with pytest.raises(ValueError, match="zoneout is an option of the custom backend"):
+        rnn_ext.LSTM(3, 4, zoneout=(0.0, 0.1), backend="native")(input)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_options_in_16_bits(dtype):
+    """A probability is not rounded to 1, nor a mask to another dtype than the weight's."""
+    input = torch.randn(5, 2, 3, dtype=dtype)
+    assert (rnn_ext.GRU(3, 4, zoneout=0.999, dtype=dtype).eval()(input)[0] != 0).any()
+    for backend in ("custom", "native"):
+        layer = rnn_ext.GRU(3, 4, weight_dropout=0.5, dtype=dtype, backend=backend)
+        assert layer(input)[0].dtype == dtype
+
+
+def test_normalisation_begins_as_none():
+    for name, parameter in rnn_ext.LSTM(3, 4, 2, layer_norm=True).named_parameters():
+        if "_norm_" in name:
+            assert torch.equal(parameter, torch.full_like(parameter, float(name.startswith("weight")))), name

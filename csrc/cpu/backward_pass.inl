@@ -333,10 +333,9 @@ class BackwardPass {
 };
 
 /// Walks the chunks of directions [first, last) side by side, so that every thread has work in each. grad_input of the
-/// second of two goes to `apart`; where only one is walked, `accumulate` adds it to what is there.
+/// reverse direction goes to `apart` or, if that is null, is added to what is there.
 template <class Cell, class S>
-void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int last, Compute<S>* apart,
-          bool accumulate) {
+void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int last, Compute<S>* apart) {
   const Shares shares =
       share_out(args.layout, args.sizes, Cell::kGates, sizeof(S), executor, !cells::kIsVariant<Cell>, true);
   Several<BackwardPass<Cell, S>> passes(last - first);
@@ -366,7 +365,8 @@ void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int 
     }
     parallel(executor, products[0] + products[1], [&](int64_t task) {
       const int i = task < products[0] ? 0 : 1;
-      passes[i]->run_product(i ? task - products[0] : task, i ? apart : nullptr, accumulate);
+      const bool reverse = first + i == 1;
+      passes[i]->run_product(i ? task - products[0] : task, reverse ? apart : nullptr, reverse && !apart);
     });
   }
   for (int i = 0; i < last - first; ++i) passes[i]->finish();
@@ -377,12 +377,20 @@ void backward(const BackwardArgs<S>& args, const Executor& executor) {
   using T = Compute<S>;
   const int directions = args.sizes.directions;
   if (executor.threads <= 1 || directions == 1) {
-    for (int d = 0; d < directions; ++d) walk<Cell, S>(args, executor, d, d + 1, nullptr, d > 0);
+    for (int d = 0; d < directions; ++d) walk<Cell, S>(args, executor, d, d + 1, nullptr);
     return;
   }
   const int64_t width = args.sizes.input, rows = args.layout.rows;
   Buffer<T> apart(args.grad_input.data ? rows * width : 0);
-  walk<Cell, S>(args, executor, 0, 2, apart.get(), false);
+  if (executor.threads == 2) {
+    // Each thread multiplies what it has in its own cache, and none waits for the other (nor for whoever else has the
+    // other's core) before the end.
+    Executor alone = executor;
+    alone.threads = 1;
+    parallel(executor, 2, [&](int64_t d) { walk<Cell, S>(args, alone, int(d), int(d) + 1, apart.get()); });
+  } else {
+    walk<Cell, S>(args, executor, 0, 2, apart.get());
+  }
   if (!args.grad_input.data) return;
   const auto find = [&](int64_t t, int64_t j) { return rows_from(args.grad_input, args.layout, t, j); };
   RowReader reader(args.layout, 0, find);

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <limits>
 
 #include "cuda/cluster_entries.h"
 #include "cuda/dispatch.h"

@@ -1,7 +1,6 @@
 // The host side of `persistent` for one storage type: one launch for all timesteps and directions.
 #pragma once
 
-#include <algorithm>
 #include <cstdio>
 
 #include "cuda/for_cell.h"

@@ -38,6 +38,17 @@ class Timeline {
   int64_t time_ = 0, offset_ = 0;
 };
 
+// Returns 1 after a failure, of which `error` then says what was asked for.
+template <class Params>
+int launch_rows_of(const char* name, void (*kernel)(Params), const LaunchConfig& config, const Params& params,
+                   int64_t rows, RnnExtError* error) {
+  const char* problem = launch(name, kernel, config, params);
+  if (problem)
+    std::snprintf(error->message, sizeof error->message, "%s: %s (%lld rows, hidden size %lld)", name, problem,
+                  static_cast<long long>(rows), static_cast<long long>(params.hidden));
+  return problem != nullptr;
+}
+
 template <class Params>
 int launch_tiles(const char* name, void (*kernel)(Params), const Params& params, int tile_rows, int64_t rows,
                  int directions, cudaStream_t stream, RnnExtError* error) {
@@ -48,11 +59,7 @@ int launch_tiles(const char* name, void (*kernel)(Params), const Params& params,
       dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(unit_tiles), static_cast<unsigned>(directions));
   config.block = dim3(kTileThreads);
   config.stream = stream;
-  const char* problem = launch(name, kernel, config, params);
-  if (problem)
-    std::snprintf(error->message, sizeof error->message, "%s: %s (%lld rows, hidden size %lld)", name, problem,
-                  static_cast<long long>(rows), static_cast<long long>(params.hidden));
-  return problem != nullptr;
+  return launch_rows_of(name, kernel, config, params, rows, error);
 }
 
 template <class Params>
@@ -64,11 +71,7 @@ int launch_pointwise(const char* name, void (*kernel)(Params), const Params& par
                      static_cast<unsigned>(directions));
   config.block = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
-  const char* problem = launch(name, kernel, config, params);
-  if (problem)
-    std::snprintf(error->message, sizeof error->message, "%s: %s (%lld rows, hidden size %lld)", name, problem,
-                  static_cast<long long>(rows), static_cast<long long>(params.hidden));
-  return problem != nullptr;
+  return launch_rows_of(name, kernel, config, params, rows, error);
 }
 
 // With few rows a tile of 8 wastes less of its products; with many a larger one reads the weight less often. Double has

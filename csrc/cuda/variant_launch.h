@@ -13,11 +13,7 @@ int launch_rows(const char* name, void (*kernel)(Params), const Params& params, 
   config.grid = dim3(static_cast<unsigned>(rows), 1, static_cast<unsigned>(directions));
   config.block = dim3(static_cast<unsigned>(std::min<int64_t>(kMaxNormThreads, (params.hidden + 31) / 32 * 32)));
   config.stream = stream;
-  const char* problem = launch(name, kernel, config, params);
-  if (problem)
-    std::snprintf(error->message, sizeof error->message, "%s: %s (%lld rows, hidden size %lld)", name, problem,
-                  static_cast<long long>(rows), static_cast<long long>(params.hidden));
-  return problem != nullptr;
+  return launch_rows_of(name, kernel, config, params, rows, error);
 }
 
 template <class T>

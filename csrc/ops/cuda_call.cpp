@@ -1,6 +1,8 @@
 // What ops/cuda_call.h declares.
 #include "ops/cuda_call.h"
 
+#include <string_view>
+
 #include "cells/cells.h"
 #include "ops/cuda_layer.h"
 

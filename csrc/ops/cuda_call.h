@@ -7,7 +7,6 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
-#include <string_view>
 #include <vector>
 
 #include "cuda/launch.h"

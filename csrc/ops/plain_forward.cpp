@@ -79,6 +79,8 @@ std::optional<PyObject*> run(PyObject* dict, PyObject* input_object, PyObject* h
   const Attributes own(dict);
   const at::Tensor* input = tensor(input_object);
   if (!input || !input->is_cpu() || input->dim() != 3 || at::impl::torch_function_mode_enabled()) return std::nullopt;
+  const auto is_strided = [](const at::Tensor& t) { return t.layout() == at::kStrided; };
+  if (!is_strided(*input)) return std::nullopt;
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer)) return std::nullopt;  // by torch.jit.trace
   PyObject* backend = own.get(keys.backend);
   if (!(keys.auto_ == backend || keys.custom == backend)) return std::nullopt;
@@ -96,7 +98,7 @@ std::optional<PyObject*> run(PyObject* dict, PyObject* input_object, PyObject* h
   c10::SmallVector<at::Tensor, 10> weights;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(names); ++i) {
     const at::Tensor* weight = tensor(PyDict_GetItemWithError(parameters, PyList_GET_ITEM(names, i)));
-    if (!weight) return std::nullopt;
+    if (!weight || !is_strided(*weight)) return std::nullopt;
     weights.push_back(*weight);
   }
   const at::ScalarType type = input->scalar_type();
