@@ -148,7 +148,7 @@ def floor(result: dict[str, Any], threads: int) -> Figure | None:
         axis.set_xlim(0, max(112, axis.get_xlim()[1]))
         axis.xaxis.set_major_formatter("{x:.0f} %")
         axis.set_title(TITLES[mode])
-    figure.supxlabel(f"share of what the machine can do; {where(result, threads)}", fontsize=9)
+    figure.supxlabel(f"least time by the machine's ceilings / time taken; {where(result, threads)}", fontsize=9)
     handles = [
         *(Patch(**styles[bound], label=f"bound by {what}") for bound, what in bounds.items() if bound in seen),
         PEER_HANDLE,
@@ -233,7 +233,9 @@ def scaling(result: dict[str, Any], threads: int) -> Figure | None:
             axis.set_title(cell.upper())
             axis.set_xlabel(label, fontsize=9)
         line[0].set_ylabel("a timestep", fontsize=9)
-    figure.supxlabel(f"forward + backward; {where(result, 1)}", fontsize=9)
+    lengths = sorted({row["case"]["length"] for found in rows.values() for row in found})
+    what = f"forward + backward, L={' and '.join(map(str, lengths))}"
+    figure.supxlabel(f"{what}; {where(result, 1)}", fontsize=9)
     _legend(figure, [row for found in rows.values() for row in found])
     return figure
 

@@ -359,7 +359,7 @@ def _caches() -> dict[str, int]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
     with contextlib.suppress(OSError):
         fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M))
         if "model name" in fields:
@@ -370,7 +370,7 @@ def _processor() -> str:
 def machine() -> dict[str, Any]:
     """What a measurement depends on."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "architecture": platform.machine(),
         "system": platform.system(),
         "cores": len(allowed_cores()),

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from rnn_ext import by_hand, datasets, ops, plots
+from rnn_ext import bench, by_hand, datasets, ops, plots
 from rnn_ext._files import InputError, check_output, write
 from rnn_ext.training import DEFAULTS, Config, Forecasting, Sentiment, Task, Training
 
@@ -126,7 +126,7 @@ def machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
+        "processor": bench.processor(),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
         "isa": ops.cpu_capability() if ops.is_available() else None,
@@ -208,7 +208,9 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
     try:
         plots.forecast(out / "forecast.png", next(iter(races.values()))[backends[-1]])
         plots.losses(out / "losses.png", races)
-        plots.epoch_time(out / "epoch_time.png", races)
+        found = report["machine"]
+        where = f"{found['processor']}, {found['threads']} threads, torch {found['torch']}, kernels for {found['isa']}"
+        plots.epoch_time(out / "epoch_time.png", races, where)
         write(out / "results.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:  # a full disk's has no name of a file
         raise InputError(f"{out} cannot be written ({error.strerror or error})") from None

@@ -108,10 +108,10 @@ def losses(path: Path, races: dict[str, dict[str, Training]]) -> None:
         figure.savefig(path)
 
 
-def epoch_time(path: Path, races: dict[str, dict[str, Training]]) -> None:
-    """How long an epoch takes: bars are medians, dots the epochs."""
+def epoch_time(path: Path, races: dict[str, dict[str, Training]], where: str) -> None:
+    """How long an epoch takes there: bars are medians, dots the epochs."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(8, 0.4 + 1.5 * len(races)))
+        figure = Figure(figsize=(8, 0.7 + 1.5 * len(races)))
         axes = figure.subplots(len(races), 1, squeeze=False)[:, 0]
         scatter = np.random.default_rng(0)
         for axis, (title, runs) in zip(axes, races.items(), strict=True):
@@ -134,5 +134,6 @@ def epoch_time(path: Path, races: dict[str, dict[str, Training]]) -> None:
             axis.grid(axis="y", visible=False)
             axis.set_xlim(0, 1.05 * limit * scale)
             axis.set_title(title)
-            axis.set_xlabel(f"{unit} per epoch (bar: median, dots: epochs)")
+            axis.set_xlabel(f"{unit} per epoch (bar: median, dots: epochs, the slowest 3 % of many left out)")
+        figure.supxlabel(where, fontsize=8, color=INK)
         figure.savefig(path)
