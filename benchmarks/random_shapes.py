@@ -33,7 +33,7 @@ from plot import TITLES, where
 from rich.progress import Progress
 
 from rnn_ext import bench, ops
-from rnn_ext._files import write
+from rnn_ext._files import check_output, replacing, write
 from rnn_ext._options import Parser, output_file, positive_int, positive_number, whole_number
 from rnn_ext.bench import CELLS, NOISE, Case, duration
 from rnn_ext.plots import INK, STYLE
@@ -177,8 +177,9 @@ def parse(argv: list[str] | None) -> Any:
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of what is drawn (%(default)s)")
     parser.add_argument("--threads", type=positive_int, nargs="+", default=sorted({1, cores}), help="(1 and all cores)")
     parser.add_argument("--seconds", type=positive_number(), default=300, help="for each of them (%(default)g)")
-    parser.add_argument("--output", type=output_file, help="JSON file (results/<machine>-random.json, and the plot)")
+    parser.add_argument("--output", type=output_file, help="JSON file (by default results/<machine>-random.json)")
     options = parser.parse_args(argv)
+    options.threads = sorted(set(options.threads))
     if max(options.threads) > cores:
         parser.error(f"--threads {max(options.threads)}: this process may use {cores} core(s)")
     return options
@@ -192,17 +193,22 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     os.environ.update(peers.INSTRUCTIONS.get(peers.held() or "", {}))  # what measures is a process of its own
     about = run.in_fresh_process(bench.machine)
+    output = options.output
+    if not output and options == parse([]):
+        output = FOLDER / "results" / f"{run.slug(about)}-random.json"
+        check_output(output)
     result: dict[str, Any] = {"format": 1, "machine": about, "seed": options.seed, "rows": []}
     for threads in options.threads:
         result["rows"] += run.in_fresh_process(measure, options.seed, threads, options.seconds)
-    output = options.output or FOLDER / "results" / f"{run.slug(about)}-random.json"
-    rows = ",\n".join(json.dumps(row) for row in result["rows"])
-    write(output, json.dumps(result | {"rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{rows}\n]') + "\n")
-    write(output.with_suffix(".md"), markdown(result))
     print(markdown(result))
-    if not options.output and not peers.held():
-        with rc_context(STYLE):
-            picture(result).savefig(FOLDER / "plots" / "random_shapes.png")
+    if output:
+        rows = ",\n".join(json.dumps(row) for row in result["rows"])
+        text = json.dumps(result | {"rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{rows}\n]')
+        write(output, text + "\n")
+        write(output.with_suffix(".md"), markdown(result))
+    if output and not options.output and not peers.held():
+        with rc_context(STYLE), replacing(FOLDER / "plots" / "random_shapes.png") as file:
+            picture(result).savefig(file, format="png")
     return 1 if slower(result["rows"]) else 0
 
 

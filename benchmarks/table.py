@@ -26,7 +26,7 @@ SECTIONS = {
     "grid": "One layer, input size = H",
     "stack": "Two layers, one sequence",
     "ragged": "Packed, lengths differ",
-    "model": "Whole training steps of two models, of the demo's size and of the teaching notebook's (seed)",
+    "model": "Whole training steps of two models: of the demo's size (demo) and of a smaller one's (seed)",
     "call": "One timestep: what a call costs",
     "dtype": "bfloat16 and float16",
     "length": "Cost against L (packed, L / 8 to L timesteps)",

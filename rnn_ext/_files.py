@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,12 @@ class InputError(ValueError):
 
 def _file_of(path: Path) -> Path:
     """The file that ``path`` names, links followed, which need not exist."""
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise InputError(f"{path} is a {'folder' if target.is_dir() else 'device'}, expected the name of a file")
+    try:
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():
+            raise InputError(f"{path} is a {'folder' if target.is_dir() else 'device'}, expected the name of a file")
+    except OSError as error:  # a name that is too long, or below what cannot be searched
+        raise InputError(f"{path} cannot be written ({error.strerror})") from None
     return target
 
 
@@ -26,9 +30,11 @@ def check_output(path: Path) -> None:
     """Whether a file of this name can be written, or replaced: asked before the work whose results go there.
 
     Raises:
-        InputError: it is a folder or a device, or lies where nothing can be written.
+        InputError: it is a folder or a device, is read-only, or lies where nothing can be written.
     """
     target = _file_of(path)
+    if target.exists() and not os.access(target, os.W_OK):
+        raise InputError(f"{path} cannot be written: it is read-only")
     folder = next(parent for parent in target.parents if parent.exists())
     if not folder.is_dir():
         raise InputError(f"{path} cannot be written: {folder} is no folder")
@@ -37,6 +43,15 @@ def check_output(path: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"{path} cannot be written: {folder} takes no file ({error.strerror})") from None
+
+
+def _mode(target: Path) -> int:
+    """What is there has, or else what a new file gets."""
+    if target.exists():
+        return stat.S_IMODE(target.stat().st_mode)
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 @contextlib.contextmanager
@@ -55,9 +70,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.chmod(name, _mode(target))  # mkstemp makes files that only their owner can read
         os.replace(name, target)
     except BaseException as error:
         if name:

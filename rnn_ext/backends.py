@@ -5,7 +5,7 @@ Both read the same parameters in the same layout, so a model can be switched bet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -78,6 +78,22 @@ def use_custom(backend: str, input: Tensor, only_custom: bool = False) -> bool:
     return False
 
 
+def backend_for(backend: str, weights: Iterable[Tensor]) -> str:
+    """`backend`, or "native" where "auto" meets weights that only torch's kernels can take: sparse ones.
+
+    Raises:
+        RuntimeError: "custom" meets them.
+    """
+    if backend == "native":
+        return backend
+    for weight in weights:
+        if weight.layout is not torch.strided:
+            if check_backend(backend) == "custom":
+                raise RuntimeError(f"backend 'custom' cannot run weights of layout {weight.layout}")
+            return "native"
+    return backend
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What a layer would run for an input, and why."""
@@ -102,7 +118,7 @@ def explain(
     """Say which backend and kernel the module would use if it were called so, without running it.
 
     Raises:
-        TypeError: `module` is not a layer of this package.
+        TypeError: `module` is not a layer of this package, or `input` neither a tensor nor a PackedSequence.
         ValueError, RuntimeError: its backend is unknown, or is ``"custom"`` and cannot run, as the call itself would.
     """
     if not _has_backend(module):
@@ -113,8 +129,11 @@ def explain(
     cell = module.mode.lower()
     lacking = _what_native_lacks(module)
     lacking += [name for name, given in (("resets", resets is not None), ("cell states", return_cell_states)) if given]
-    custom = use_custom(module.backend, data, only_custom=bool(lacking) or lengths is not None)
-    if module.backend != "auto":
+    backend = backend_for(module.backend, module.parameters())
+    custom = use_custom(backend, data, only_custom=bool(lacking) or lengths is not None)
+    if backend != module.backend:
+        reason = "its sparse weights have no custom kernel"
+    elif module.backend != "auto":
         reason = f"backend={module.backend!r} was asked for"
     else:
         supported, reason = can_run_custom(data)

@@ -190,7 +190,7 @@ class Workload:
 def difference(results: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
     """The largest difference between results of the same name, as a share of the largest value of the reference.
 
-    Infinite where one of them is not finite, or there is none; 0 without a reference.
+    Infinite where a result is not finite, or none has a name of the reference; 0 if the reference is empty.
     """
     common = results.keys() & reference.keys()
     worst = float("inf") if reference and not common else 0.0

@@ -209,7 +209,8 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
         plots.forecast(out / "forecast.png", next(iter(races.values()))[backends[-1]])
         plots.losses(out / "losses.png", races)
         found = report["machine"]
-        where = f"{found['processor']}, {found['threads']} threads, torch {found['torch']}, kernels for {found['isa']}"
+        where = f"{found['processor']}, {found['threads']} threads, torch {found['torch']}"
+        where += f", kernels for {found['isa']}" if found["isa"] else ""
         plots.epoch_time(out / "epoch_time.png", races, where)
         write(out / "results.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:  # a full disk's has no name of a file

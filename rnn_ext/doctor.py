@@ -69,9 +69,10 @@ def check_compiler() -> Check:
     named = os.environ.get("CXX", "").strip()
     for command in [named] if named else ["c++", "g++", "clang++"]:  # as setup.py looks for it
         words = shlex.split(command)
-        with contextlib.suppress(OSError):
-            if subprocess.run([*words, "--version"], capture_output=True).returncode == 0:
-                return Check("compiler", first_line(*words, "--version"))
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run([*words, "--version"], capture_output=True, text=True, timeout=20)
+            if done.returncode == 0:
+                return Check("compiler", (done.stdout.splitlines() or [command])[0])
     found = f"CXX={named} is no program, or fails" if named else "none"
     problem = None if ops.is_available() else "the library cannot be built: install g++ (Debian: apt-get install g++)"
     return Check("compiler", found, problem)

@@ -7,9 +7,9 @@ The four functions take the same options:
 - `batch_first` (bool, False): the layout of `input`, `output` and `resets`; states are always (..., N, features).
 - `dropout` (float, 0.0) and `training` (bool, False): in training, the probability of zeroing an output of any layer
   but the last.
-- `lengths` ((N,) list, tuple or tensor of any integer dtype, None): row n is a sequence of ``lengths[n]`` timesteps, 0
-  to L, in any order: as if packed, with zeros in `output` past each end. A row of length 0 keeps its state. Not for a
-  PackedSequence.
+- `lengths` ((N,) list, tuple, range, or array or tensor of any integer dtype, None): row n is a sequence of
+  ``lengths[n]`` timesteps, 0 to L, in any order: as if packed, with zeros in `output` past each end. A row of length 0
+  keeps its state. Not for a PackedSequence.
 - `resets` (bool (L, N), or (N, L) if batch_first, (L,) if unbatched, None): timesteps at which an independent sequence
   begins: the state before it is zero, in both directions. Not for a PackedSequence; custom backend only.
 - `recompute` (bool, False): keep only `input` and the initial states for backward, which then runs forward once more.
@@ -354,10 +354,7 @@ def _layers(
     for i, weight in enumerate(weights):
         if weight is None:
             raise ValueError(f"Expected a tensor for each weight, got None for number {i} of {len(weights)}")
-        if backend != "native" and weight.layout is not torch.strided:
-            if backends.check_backend(backend) == "custom":
-                raise RuntimeError(f"backend 'custom' cannot run weights of layout {weight.layout}")
-            backend = "native"
+    backend = backends.backend_for(backend, weights)
     weight_ih = weights[0]
     if input.dtype != weight_ih.dtype and (input.is_meta or not torch.is_autocast_enabled(input.device.type)):
         raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_ih.dtype})")
@@ -421,7 +418,7 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
     if isinstance(lengths, range):
         lengths = list(lengths)
     elif hasattr(lengths, "__array__") and not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, device="cpu")
+        lengths = torch.as_tensor(lengths.__array__().copy(), device="cpu")  # it may change before backward
     if isinstance(lengths, Tensor):
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
             raise TypeError(f"lengths must be integers, got a tensor of {lengths.dtype}")
@@ -434,7 +431,9 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
                 raise ValueError(f"lengths must be from 0 to {length}, the timesteps of input, got {value}")
         lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")  # whatever torch's default device
     else:
-        raise TypeError(f"lengths must be a list, an array or a tensor of integers, got {type(lengths).__name__}")
+        raise TypeError(
+            f"lengths must be a list, a tuple, a range, an array or a tensor of integers, got {type(lengths).__name__}"
+        )
     if lengths.shape != (batch,):
         raise ValueError(f"Expected lengths of shape ({batch},), one for each sequence, got {list(lengths.shape)}")
     if input.is_cuda and lengths.is_cpu and not torch.compiler.is_compiling():  # the last chance without waiting

@@ -111,9 +111,10 @@ class _Layer(Leaf, nn.RNNBase):
         extras = functional.check_extras(mode.lower(), recompute, zoneout, recurrent_dropout, weight_dropout)
         self.recompute = recompute
         self.layer_norm = False
-        self.zoneout = zoneout if any(extras.zoneout) else 0
-        self.recurrent_dropout = recurrent_dropout or 0
-        self.weight_dropout = weight_dropout or 0
+        pair = extras.zoneout if isinstance(zoneout, (tuple, list)) else extras.zoneout[0]
+        self.zoneout = pair if any(extras.zoneout) else 0
+        self.recurrent_dropout = extras.recurrent_dropout or 0
+        self.weight_dropout = extras.weight_dropout or 0
 
     @property
     def _flat_weights(self) -> list[Tensor]:

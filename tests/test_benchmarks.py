@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -602,18 +603,23 @@ def test_what_the_options_cost(monkeypatch, capsys, tmp_path):
 
 
 def test_random_shapes(monkeypatch, tmp_path, capsys):
-    """A second of tiny layers, the same for a seed; a layer counts as slower if it was so twice."""
+    """Six tiny layers, the same for a seed; a layer counts as slower if it was so twice."""
+    pytest.importorskip("matplotlib")
     import random_shapes
     import run
     from matplotlib import rc_context
 
+    compare, made = random_shapes.compare, []
     monkeypatch.setattr(run, "in_fresh_process", here)
     monkeypatch.setattr(random_shapes, "MOST_FLOPS", 2e5)
+    monkeypatch.setattr(random_shapes, "compare", lambda *args: made.append(args) or compare(*args))
+    monkeypatch.setattr(random_shapes, "time", types.SimpleNamespace(monotonic=lambda: float(len(made))))
     file = tmp_path / "result.json"
-    arguments = ["--threads", "1", "--seconds", "1", "--seed", "3", "--output", str(file)]
+    arguments = ["--threads", "1", "1", "--seconds", "6", "--seed", "3", "--output", str(file)]
     status = random_shapes.main(arguments)
     result = json.loads(file.read_text())
     rows = result["rows"]
+    assert len(made) == len(rows) + sum("again" in row for row in rows) >= 6
     assert status == bool(random_shapes.slower(rows))
     rng = random.Random(3)
     drawn = [random_shapes.draw_case(rng) for _ in rows]
@@ -622,10 +628,10 @@ def test_random_shapes(monkeypatch, tmp_path, capsys):
     text = file.with_suffix(".md").read_text()
     assert f"what is drawn: {len(rows)} layers." in text and text in capsys.readouterr().out
 
-    made_up = {"name": "LSTM N=1", "cell": "lstm", "mode": "forward", "threads": 1}
-    once = made_up | {"seconds": [0.9, 1.0], "again": [1.1, 1.0]}
-    twice = made_up | {"seconds": [0.9, 1.0], "again": [0.8, 1.0]}
-    result["rows"] = [once, twice, made_up | {"seconds": [3.0, 1.0]}]
+    row = {"name": "LSTM N=1", "cell": "lstm", "mode": "forward", "threads": 1}
+    once = row | {"seconds": [0.9, 1.0], "again": [1.1, 1.0]}
+    twice = row | {"seconds": [0.9, 1.0], "again": [0.8, 1.0]}
+    result["rows"] = [once, twice, row | {"seconds": [3.0, 1.0]}]
     assert random_shapes.slower(result["rows"]) == [twice]
     text = random_shapes.markdown(result)
     assert "measured again: **1**" in text and "| 1 | LSTM | inference | 3 | 0.90 |" in text
@@ -636,6 +642,7 @@ def test_random_shapes(monkeypatch, tmp_path, capsys):
 
 
 def test_random_shapes_are_all_that_is_offered():
+    pytest.importorskip("matplotlib")
     import random_shapes
 
     rng = random.Random(0)

@@ -16,6 +16,7 @@ import pytest
 pd = pytest.importorskip("pandas")
 
 from rnn_ext import datasets  # noqa: E402
+from rnn_ext._files import check_output  # noqa: E402
 from rnn_ext.datasets import FetchError, InputError, read_series, read_texts  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------ built-in data
@@ -368,3 +369,23 @@ def test_others_can_read_what_is_written(tmp_path):
     finally:
         os.umask(umask)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
+
+
+def test_what_cannot_be_replaced_is_found_before(tmp_path):
+    with pytest.raises(InputError, match="File name too long"):
+        check_output(tmp_path / ("x" * 300))
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    path.chmod(0o640)
+    with datasets.replacing(path) as file:
+        file.write(b"after")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640 and path.read_bytes() == b"after"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes what is read-only")
+def test_read_only_files_are_left_alone(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    path.chmod(0o444)
+    with pytest.raises(InputError, match="it is read-only"):
+        check_output(path)

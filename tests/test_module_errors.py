@@ -221,6 +221,14 @@ def test_lengths_as_a_range_or_an_array():
     expected = module(input, lengths=[3, 2, 1])[0]
     for lengths in (range(3, 0, -1), numpy.array([3, 2, 1]), numpy.array([3, 2, 1], dtype=numpy.uint8)):
         assert torch.equal(module(input, lengths=lengths)[0], expected)
+    fixed = numpy.array([1, 2, 3])
+    fixed.flags.writeable = False
+    assert torch.equal(module(input, lengths=fixed[::-1])[0], expected)
+    lengths = numpy.array([3, 2, 1])
+    output = module(input, lengths=lengths)[0]
+    lengths[:] = 1  # before backward
+    found, wanted = (torch.autograd.grad(t.sum(), module.weight_hh_l0)[0] for t in (output, expected))
+    assert torch.equal(found, wanted)
     with pytest.raises(TypeError, match=r"lengths must be integers, got a tensor of torch\.float64"):
         module(input, lengths=numpy.array([3.0, 2, 1]))
     with pytest.raises(ValueError, match=r"lengths must be from 0 to 5, the timesteps of input, got 6"):

@@ -526,6 +526,7 @@ def test_pickles_of_torchs_classes_and_of_earlier_versions(name, monkeypatch):
     assert pickle.loads(pickle.dumps(set_before)).backend == "native"
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch does not multiply by sparse matrices")
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
 def test_weights_and_inputs_that_are_not_strided(name):
     """What only torch's kernels take runs on them, or says that it cannot."""
@@ -538,11 +539,16 @@ def test_weights_and_inputs_that_are_not_strided(name):
         layer.weight_ih_l0 = nn.Parameter(layer.weight_ih_l0.to_sparse_csr(), requires_grad=False)
     for found, wanted in zip(flatten_all(layer(input)), expected, strict=True):
         torch.testing.assert_close(found, wanted)
+    explanation = rnn_ext.explain(layer, input)
+    assert (explanation.backend, explanation.reason) == ("native", "its sparse weights have no custom kernel")
     layer.backend = "custom"
     with pytest.raises(RuntimeError, match=r"backend 'custom' cannot run weights of layout torch\.sparse_csr"):
         layer(input)
     with pytest.raises(RuntimeError, match=r"cannot run this input: layout torch\.sparse_coo has no custom kernel"):
         getattr(rnn_ext, name)(I, H, backend="custom")(input.to_sparse())
+    nested = torch.nested.nested_tensor([torch.randn(3, I), torch.randn(2, I)])
+    with pytest.raises(RuntimeError, match="cannot run this input: a nested tensor has no custom kernel"):
+        getattr(rnn_ext, name)(I, H, backend="custom")(nested)
 
 
 def flatten_all(results) -> list[torch.Tensor]:

@@ -595,6 +595,7 @@ def test_numbers_of_numpy_and_pairs_of_nothing():
     numpy = pytest.importorskip("numpy")
     layer = rnn_ext.LSTM(3, 4, zoneout=numpy.float32(0.25), recurrent_dropout=numpy.float16(0.5))
     assert (layer.zoneout, layer.recurrent_dropout) == (0.25, 0.5)
+    assert type(layer.zoneout) is type(layer.recurrent_dropout) is float
     for pair in ((0, 0), [0.0, 0.0]):
         assert repr(rnn_ext.LSTM(3, 4, zoneout=pair)) == "LSTM(3, 4)"
         assert type(rnn_ext.to_native(rnn_ext.LSTM(3, 4, zoneout=pair))) is torch.nn.LSTM
@@ -652,8 +653,8 @@ def test_zoneout_of_h_and_of_c():
         torch.manual_seed(0)
         assert not torch.allclose(layer(input)[0], rnn_ext.LSTM(3, 4, zoneout=other).eval()(input)[0])
     projected = rnn_ext.LSTM(3, 4, proj_size=2, zoneout=0.2)
-    for module in (projected, projected.eval()):
-        assert module(input)[0].shape == (5, 2, 2)
+    for training in (True, False):
+        assert projected.train(training)(input)[0].shape == (5, 2, 2)
     assert functional.check_extras("lstm", False, [0.1, 0.2], 0, 0).zoneout == (0.1, 0.2)
     with pytest.raises(ValueError, match="zoneout is an option of the custom backend"):
         rnn_ext.LSTM(3, 4, zoneout=(0.0, 0.1), backend="native")(input)

@@ -180,7 +180,7 @@ COMBINED = {
 
 def combined(cell: str) -> list[str]:
     """Those that the cell has."""
-    return [name for name, (norm, _, _, zoneout_c) in COMBINED.items() if cell == "lstm" or not (norm or zoneout_c)]
+    return [name for name in COMBINED if cell == "lstm" or not ("norm" in name or name == "zoneout_c")]
 
 
 def vary(problem: Problem, norm: bool, hidden: bool, zoneout_h: bool, zoneout_c: bool) -> tuple[Problem, Masks]:

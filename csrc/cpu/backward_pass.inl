@@ -383,8 +383,8 @@ void backward(const BackwardArgs<S>& args, const Executor& executor) {
   const int64_t width = args.sizes.input, rows = args.layout.rows;
   Buffer<T> apart(args.grad_input.data ? rows * width : 0);
   if (executor.threads == 2) {
-    // Each thread multiplies what it has in its own cache, and none waits for the other (nor for whoever else has the
-    // other's core) before the end.
+    // Each thread takes a direction, multiplies what is in its own cache, and waits only at the end: one whose core
+    // another process takes does not hold up the other in every chunk.
     Executor alone = executor;
     alone.threads = 1;
     parallel(executor, 2, [&](int64_t d) { walk<Cell, S>(args, alone, int(d), int(d) + 1, apart.get()); });

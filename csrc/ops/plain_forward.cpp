@@ -80,7 +80,7 @@ std::optional<PyObject*> run(PyObject* dict, PyObject* input_object, PyObject* h
   const at::Tensor* input = tensor(input_object);
   if (!input || !input->is_cpu() || input->dim() != 3 || at::impl::torch_function_mode_enabled()) return std::nullopt;
   const auto is_strided = [](const at::Tensor& t) { return t.layout() == at::kStrided; };
-  if (!is_strided(*input)) return std::nullopt;
+  if (!is_strided(*input) || input->is_nested()) return std::nullopt;
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer)) return std::nullopt;  // by torch.jit.trace
   PyObject* backend = own.get(keys.backend);
   if (!(keys.auto_ == backend || keys.custom == backend)) return std::nullopt;
