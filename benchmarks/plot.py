@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from rnn_ext.bench import NOISE, duration
-from rnn_ext.plots import COLOURS, GREY, INK, STYLE
+from rnn_ext.plots import COLOURS, GREY, INK, STYLE, save
 
 # name: colour, marker, line
 STYLES = {
@@ -255,7 +255,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
             figure = picture(result, threads)
             if figure is not None:
                 written.append(folder / f"{name}.png")
-                figure.savefig(written[-1])
+                save(figure, written[-1])
     return written
 
 

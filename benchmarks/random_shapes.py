@@ -33,10 +33,10 @@ from plot import TITLES, where
 from rich.progress import Progress
 
 from rnn_ext import bench, ops
-from rnn_ext._files import check_output, replacing, write
+from rnn_ext._files import check_output, write
 from rnn_ext._options import Parser, output_file, positive_int, positive_number, whole_number
 from rnn_ext.bench import CELLS, NOISE, Case, duration
-from rnn_ext.plots import INK, STYLE
+from rnn_ext.plots import INK, STYLE, save
 
 FOLDER = Path(__file__).parent
 MOST_FLOPS = 1.5e9  # of a call: longer ones would leave time for few
@@ -207,8 +207,8 @@ def main(argv: list[str] | None = None) -> int:
         write(output, text + "\n")
         write(output.with_suffix(".md"), markdown(result))
     if output and not options.output and not peers.held():
-        with rc_context(STYLE), replacing(FOLDER / "plots" / "random_shapes.png") as file:
-            picture(result).savefig(file, format="png")
+        with rc_context(STYLE):
+            save(picture(result), FOLDER / "plots" / "random_shapes.png")
     return 1 if slower(result["rows"]) else 0
 
 

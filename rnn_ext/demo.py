@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from rnn_ext import bench, by_hand, datasets, ops, plots
-from rnn_ext._files import InputError, check_output, write
+from rnn_ext._files import check_output, write
 from rnn_ext.training import DEFAULTS, Config, Forecasting, Sentiment, Task, Training
 
 FILES = ("forecast.png", "losses.png", "epoch_time.png", "results.json")
@@ -205,15 +205,12 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
     if note := doubts(report):
         console.print(f"[bold red]{note}[/bold red]", highlight=False)
     report["doubts"] = note
-    try:
-        plots.forecast(out / "forecast.png", next(iter(races.values()))[backends[-1]])
-        plots.losses(out / "losses.png", races)
-        found = report["machine"]
-        where = f"{found['processor']}, {found['threads']} threads, torch {found['torch']}"
-        where += f", kernels for {found['isa']}" if found["isa"] else ""
-        plots.epoch_time(out / "epoch_time.png", races, where)
-        write(out / "results.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:  # a full disk's has no name of a file
-        raise InputError(f"{out} cannot be written ({error.strerror or error})") from None
+    plots.forecast(out / "forecast.png", next(iter(races.values()))[backends[-1]])
+    plots.losses(out / "losses.png", races)
+    found = report["machine"]
+    where = f"{found['processor']}, {found['threads']} threads, torch {found['torch']}"
+    where += f", kernels for {found['isa']}" if found["isa"] else ""
+    plots.epoch_time(out / "epoch_time.png", races, where)
+    write(out / "results.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     console.print(f"Written to {out}/: {', '.join(FILES)}", highlight=False, markup=False)
     return 0 if len(backends) == 2 else 1

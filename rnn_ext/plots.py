@@ -9,6 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from rnn_ext._files import replacing
 from rnn_ext.training import Forecasting, Training
 
 COLOURS = {"native": "#0072B2", "custom": "#D55E00"}
@@ -36,6 +37,12 @@ STYLE = {
     "figure.constrained_layout.w_pad": 0.1,
     "figure.constrained_layout.h_pad": 0.08,
 }
+
+
+def save(figure: Figure, path: Path) -> None:
+    """The picture, whole or not at all."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def forecast(path: Path, run: Training) -> None:
@@ -71,7 +78,7 @@ def forecast(path: Path, run: Training) -> None:
         bottom.set_ylim(low, high + 0.45 * (high - low))
         bottom.legend(loc="upper left", ncols=2)
         bottom.margins(x=0.01)
-        figure.savefig(path)
+        save(figure, path)
 
 
 def losses(path: Path, races: dict[str, dict[str, Training]]) -> None:
@@ -105,7 +112,7 @@ def losses(path: Path, races: dict[str, dict[str, Training]]) -> None:
                 bottom.yaxis.set_minor_locator(NullLocator())
         axes[0, 0].set_ylabel("training loss")
         axes[1, 0].set_ylabel("largest\ndifference")
-        figure.savefig(path)
+        save(figure, path)
 
 
 def epoch_time(path: Path, races: dict[str, dict[str, Training]], where: str) -> None:
@@ -136,4 +143,4 @@ def epoch_time(path: Path, races: dict[str, dict[str, Training]], where: str) ->
             axis.set_title(title)
             axis.set_xlabel(f"{unit} per epoch (bar: median, dots: epochs, the slowest 3 % of many left out)")
         figure.supxlabel(where, fontsize=8, color=INK)
-        figure.savefig(path)
+        save(figure, path)

@@ -507,7 +507,7 @@ def test_where_the_demo_can_write(capsys, monkeypatch, out):
 def test_demo_on_a_full_disk(capsys):
     with full_disk():
         message = fails(capsys, ["demo", "--quick"])
-    assert message == "error: rnn_ext_demo cannot be written (File too large)\n"
+    assert message == "error: rnn_ext_demo/forecast.png cannot be written (File too large)\n"
 
 
 def test_race_takes_turns_with_the_same_batches(monkeypatch):
