@@ -26,6 +26,7 @@ from typing import Any
 
 import peers
 import run
+import table
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
@@ -109,11 +110,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     about, rows = result["machine"], result["rows"]
-    kernels = f"our kernels for {about['instructions']}, torch's for {about['torch_instructions']}"
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     yield f"# Random shapes: {about['processor']}, {about['cores']} core(s)"
     yield ""
-    yield f"{about['date']}; {versions}; {kernels}; seed {result['seed']}"
+    yield f"{table.conditions(about)}; seed {result['seed']}"
     yield ""
     yield f"`python benchmarks/random_shapes.py`, which says what is drawn: {len(rows)} layers. Slower than torch.nn by"
     yield f"more than noise, also when measured again: **{len(slower(rows))}**. torch.nn's time over ours:"

@@ -35,17 +35,22 @@ SECTIONS = {
 }
 
 
+def conditions(about: dict[str, Any]) -> str:
+    """When, by what, and for which instructions."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    kernels = f"our kernels for {about['instructions']}, torch's for {about['torch_instructions']}"
+    return f"{about['date']}; {versions}; {kernels}"
+
+
 def markdown(result: dict[str, Any]) -> str:
     return "\n".join(_lines(result)) + "\n"
 
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     about = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    kernels = f"our kernels for {about['instructions']}, torch's for {about['torch_instructions']}"
     yield f"# {about['processor']}, {about['cores']} core(s)"
     yield ""
-    yield f"{about['date']}; {versions}; {kernels}"
+    yield conditions(about)
     yield ""
     for threads, ceilings in result["ceilings"].items():
         levels = ceiling.levels(ceilings, about["caches"])

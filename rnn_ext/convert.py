@@ -46,9 +46,7 @@ def convert(model: ModuleT, backend: str = "auto") -> ModuleT:
     check_backend(backend)
     for module in _change_class(model, TO_CUSTOM):
         module.__dict__.pop("_flat_weights", None)  # ours is a property
-        module.backend = backend
-        if isinstance(module, nn.RNNBase):
-            vars(module).update(OPTIONS)
+        vars(module).update(module._added, backend=backend)
     return model
 
 

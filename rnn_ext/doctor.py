@@ -38,16 +38,6 @@ class Check:
     fatal: bool = False  # the custom backend cannot work
 
 
-def first_line(*command: str) -> str:
-    """The first line that a program prints, or why there is none."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{command[0]}: {error}"
-    lines = (done.stdout or done.stderr).splitlines()
-    return lines[0] if lines else f"{command[0]} says nothing"
-
-
 def check_library() -> Check:
     """The compiled library: present, of this torch and Python, no older than its sources."""
     error = ops.load_error()

@@ -415,14 +415,12 @@ def _check_states(
 def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: bool) -> Tensor:
     """int64 on the input's device. Values of a tensor are for the backend to check: they may still be on their way."""
     batch, length = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
-    if isinstance(lengths, range):
-        lengths = list(lengths)
-    elif hasattr(lengths, "__array__") and not isinstance(lengths, Tensor):
+    if hasattr(lengths, "__array__") and not isinstance(lengths, Tensor):
         lengths = torch.as_tensor(lengths.__array__().copy(), device="cpu")  # it may change before backward
     if isinstance(lengths, Tensor):
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
             raise TypeError(f"lengths must be integers, got a tensor of {lengths.dtype}")
-    elif isinstance(lengths, (list, tuple)):
+    elif isinstance(lengths, (list, tuple, range)):
         for value in lengths:
             # torch.compile, which knows no hasattr of a number that varies, hands out nothing that only looks like one.
             if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):

@@ -7,6 +7,7 @@ the shapes, the dtypes and the errors are documented in :mod:`rnn_ext.functional
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,9 @@ _READ_BY_PLAIN_FORWARD = frozenset(
 class Leaf(nn.Module):
     """What torch.nn's layers are to torch's tools, which know those by name."""
 
+    # Attributes that torch.nn's class does not have, as they are where nothing was said.
+    _added: ClassVar[dict[str, Any]] = {"backend": "auto"}
+
     def __call__(self, *args, **kwargs):
         """Stay one node of a symbolic trace: before the hooks run, which the node will call."""
         if _symbolic_trace._is_fx_tracing_flag:
@@ -58,7 +62,7 @@ class Leaf(nn.Module):
         super().__setstate__(state)
         attributes = vars(self)
         attributes.pop("_flat_weights", None)
-        for name, default in {"backend": "auto", **(OPTIONS if isinstance(self, nn.RNNBase) else {})}.items():
+        for name, default in self._added.items():
             attributes.setdefault(name, default)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -84,6 +88,7 @@ class _Layer(Leaf, nn.RNNBase):
     """
 
     backend: str
+    _added: ClassVar[dict[str, Any]] = Leaf._added | OPTIONS
     # Whether forward is what csrc/ops/plain_forward.h knows of a module's attributes.
     _plain: bool = True
 
@@ -214,7 +219,7 @@ class _Layer(Leaf, nn.RNNBase):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        for name, default in {"backend": "auto", **OPTIONS}.items():
+        for name, default in self._added.items():
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)!r}"
         return text

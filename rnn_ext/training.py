@@ -413,9 +413,10 @@ def _values(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Any, bool, str]]:
         yield "vocabulary", state["vocabulary"], _are_texts(state["vocabulary"]), "a list of words"
         labels = state["labels"]
         yield "labels", labels, _are_texts(labels) and len(labels) == 2, "two labels"
-    data, epoch, losses = checkpoint.get("data", ""), checkpoint["epoch"], checkpoint["losses"]
-    yield "data", data, isinstance(data, str), "a text"
-    yield "examples", checkpoint.get("examples", ""), isinstance(checkpoint.get("examples", ""), str), "a text"
+    for name in ("data", "examples"):
+        value = checkpoint.get(name, "")
+        yield name, value, isinstance(value, str), "a text"
+    epoch, losses = checkpoint["epoch"], checkpoint["losses"]
     yield "epoch", epoch, _is_whole(epoch, 0), "a whole number from 0"
     yield "losses", losses, isinstance(losses, list) and all(map(_is_number, losses)), "a list of numbers"
     for name in ("model", "optimizer"):

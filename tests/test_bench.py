@@ -1,0 +1,176 @@
+"""rnn_ext/bench.py, which all figures come from: cases, clocks, comparisons, the command's lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import math
+import os
+import time
+
+import pytest
+import torch
+
+from rnn_ext import bench, ops
+from rnn_ext.bench import Case, Timing, Workload
+
+pytestmark = pytest.mark.skipif(not ops.is_available(), reason="the C++ library cannot be loaded")
+
+
+def test_cases():
+    assert Case("rnn", 3, 5, 4, 4, lengths=(5, 2, 2)).batch_sizes == [3, 3, 1, 1, 1]
+    assert sum(bench.ragged(5, 10, 50, 0.5)) > sum(bench.ragged(5, 10, 50)) == 150
+    case = Case("gru", 2, 3, 4, 5)
+    rows, parameters = 6, 3 * 5 * (4 + 5 + 2)
+    assert case.memory(False) == 4 * (rows * (5 * 6 + 12) + 3 * parameters)
+    assert case.memory(True) == 4 * (rows * (5 * 24 + 12) + 5 * parameters)
+    assert dataclasses.replace(case, dtype="bfloat16").memory(True) == case.memory(True)
+    assert dataclasses.replace(case, dtype="float64").memory(True) == 2 * case.memory(True)
+    assert bench.too_large(case, True, case.memory(True)) is None
+    assert "needs about" in bench.too_large(case, True, case.memory(True) - 1)
+
+
+def test_workload():
+    """Its padding is zero, and the caller's random numbers go on as they were."""
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    work = Workload(Case("rnn", 2, 4, 3, 3, lengths=(4, 2)))
+    assert torch.equal(torch.rand(1), expected)
+    assert (work.input[2:, 1] == 0).all() and (work.grad_output[2:, 1] == 0).all() and (work.input[:2] != 0).all()
+
+
+def test_difference_of_nothing_and_of_nan():
+    zeros, nan = {"a": torch.zeros(2)}, {"a": torch.tensor([0.0, math.nan])}
+    assert bench.difference(zeros, zeros) == bench.difference(zeros, {}) == 0
+    assert bench.difference({"a": torch.full((2,), 1e-5)}, zeros) == pytest.approx(0.01)
+    for ours, theirs in ((zeros, nan), (nan, zeros), (nan, nan), ({}, zeros), ({"b": torch.zeros(2)}, zeros)):
+        assert bench.difference(ours, theirs) == math.inf
+
+
+def test_different_results_are_no_comparison(monkeypatch):
+    for apart in (math.nan, 1.0):
+        monkeypatch.setattr(bench, "difference", lambda ours, theirs, apart=apart: apart)
+        with pytest.raises(bench.DifferentResults):
+            bench.compare(Case("rnn", 1, 1, 2, 2), False, 0.01)
+
+
+def test_timing():
+    samples = [4.0, 1.0, 2.0, 3.0, 5.0]
+    assert dataclasses.astuple(bench.timing(samples)) == (3.0, 2.0, 4.0, 1.0, 5)
+    assert bench._precision(samples) == pytest.approx(2 / 3 / 5**0.5)
+
+
+def test_clock_and_garbage(monkeypatch):
+    """One thread is timed by the process's time, several by the clock on the wall; nothing is collected meanwhile."""
+    asked, enabled = [], []
+    process_time = time.process_time
+    monkeypatch.setattr(bench.time, "process_time", lambda: asked.append(1) or process_time())
+    bench.interleave({"a": lambda: None}, seconds=0, threads=2, sample=0)
+    assert not asked
+    bench.interleave({"a": lambda: enabled.append(gc.isenabled())}, seconds=0, threads=1, sample=0)
+    assert asked and gc.isenabled() and not enabled[-1]
+
+
+def test_when_there_are_enough_samples(monkeypatch):
+    """Calls of a second, each sample of which is settled for by another one."""
+    now = [0.0]
+    for clock in ("perf_counter", "process_time"):
+        monkeypatch.setattr(bench.time, clock, lambda: now[0])
+
+    def takes(*seconds):
+        turn = itertools.cycle(seconds)
+
+        def call():
+            now[0] += next(turn)
+
+        return call
+
+    for seconds, count in ((9.5, 5), (4.5, 5), (3.5, 4), (100, 15)):
+        assert bench.interleave({"a": takes(1.0)}, seconds)["a"].samples == count
+    unsteady = bench.interleave({"a": takes(1.0), "b": takes(1.0, 1.0, 3.0)}, seconds=1000)
+    assert unsteady["a"].samples > 15
+
+
+def test_what_is_kept_for_backward(monkeypatch):
+    """Storages once each, without parameters; of both contestants."""
+    linear = torch.nn.Linear(4, 4, bias=False)
+    x, y = torch.randn(2, 4, requires_grad=True), torch.randn(8, requires_grad=True)
+    assert bench.saved_bytes(lambda: linear(x), linear) == 32
+    assert bench.saved_bytes(lambda: (y * y[:8]) * y.view(8), linear) == 64
+    asked = []
+    monkeypatch.setattr(bench, "saved_bytes", lambda run, module: asked.append(type(module).__module__) or 0)
+    bench.compare(Case("rnn", 1, 2, 2, 2), True, 0)
+    assert asked == ["torch.nn.modules.rnn", "rnn_ext.modules"]
+
+
+def test_free_memory(monkeypatch, tmp_path):
+    """The least that the system and its groups say."""
+    files = {"/proc/meminfo": "MemFree: 1 kB\nMemAvailable: 100 kB\n", "/sys/fs/cgroup/memory.max": "2048\n"}
+
+    def path(name):
+        file = tmp_path / name.replace("/", "_")
+        if name in files:
+            file.write_text(files[name])
+        return file
+
+    monkeypatch.setattr(bench, "Path", path)
+    assert bench.available_memory() == 2048
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert bench.available_memory() == 102400
+    monkeypatch.setattr(bench, "available_memory", lambda: None)
+    assert bench.too_large(Case("gru", 2, 3, 4, 5), True) is None
+
+
+def test_pinned(monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: calls.append(list(cores)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 1, 2})
+    before = torch.get_num_threads()
+    with bench.pinned(2) as cores:
+        assert cores == [2, 3] and torch.get_num_threads() == 2
+    assert calls == [[2, 3], [1, 2, 3]] and torch.get_num_threads() == before
+
+
+def test_durations():
+    found = [bench.duration(seconds) for seconds in (0.9996, 9.996e-4, 0.9994, 999.7)]
+    assert found == ["1.00 s", "1.00 ms", "999 ms", "1000 s"]
+
+
+def test_shape_of_the_command():
+    given = ["--input-size", "3", "--hidden-size", "5", "--num-layers", "2", "--bidirectional", "--dtype", "float64"]
+    assert bench.parse(given)[1] == [Case("lstm", 1, 128, 3, 5, 2, True, "float64")]
+    assert bench.parse(["--bidirectional"])[1] == [Case("lstm", 1, 128, 128, 128, 1, True)]
+    assert bench.parse(["--ragged", "--length", "5", "--batch-size", "2"])[1][0].lengths == (5, 1)
+
+
+def measured(theirs: float, ours: float, mode: str = "forward") -> dict:
+    times = {"torch.nn": Timing(*[theirs] * 4, 5), "rnn_ext": Timing(*[ours] * 4, 5)}
+    kept = {"torch.nn": 2048, "rnn_ext": 1024}
+    return {"mode": mode, "times": {k: dataclasses.asdict(t) for k, t in times.items()}, "saved_bytes": kept}
+
+
+def test_lines_of_the_command(monkeypatch, capsys):
+    """Which way the ratio is, what is called slower, and the end of a wrong result."""
+    case = Case("rnn", 1, 1, 2, 2)
+    assert bench._line(case, measured(2.0, 1.0), 20).endswith("2.00x")
+    assert bench._line(case, measured(1.0, 2.0), 20).endswith("0.50x    slower")
+    assert "2 KiB -> 1 KiB" in bench._line(case, measured(2.0, 1.0, "training"), 20)
+
+    seconds, results = [], iter([measured(2.0, 1.99), measured(1.0, 2.0, "training")])
+    monkeypatch.setattr(bench, "compare", lambda case, training, limit: seconds.append(limit) or next(results))
+    about = {"processor": "p", "instructions": "i", "cores": 2, "load": [0.7, 0, 0], "versions": {"torch": "t"}}
+    monkeypatch.setattr(bench, "machine", lambda: about)
+    arguments = ["--cell", "rnn", "--seconds", "10", "--threads", "1"]
+    assert bench.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert seconds == [5, 5] and "Slower than torch.nn: 1 of 2." in out
+    assert "Other work is running here (load 0.7): the numbers will not be worth much.\n" in out
+
+    def wrong(*_):
+        raise bench.DifferentResults("it differs")
+
+    monkeypatch.setattr(bench, "compare", wrong)
+    assert bench.main(arguments) == 1
+    assert "error: it differs; please report this" in capsys.readouterr().err
