@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy, _symbolic_trace
+from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
@@ -38,6 +38,10 @@ _READ_BY_PLAIN_FORWARD = frozenset(
 )
 
 
+# In whose place torch.fx puts another one while it traces. (It has a flag, too, by another name in each release.)
+_MODULE_CALL = nn.Module.__call__
+
+
 class Leaf(nn.Module):
     """What torch.nn's layers are to torch's tools, which know those by name."""
 
@@ -46,7 +50,7 @@ class Leaf(nn.Module):
 
     def __call__(self, *args, **kwargs):
         """Stay one node of a symbolic trace: before the hooks run, which the node will call."""
-        if _symbolic_trace._is_fx_tracing_flag:
+        if nn.Module.__call__ is not _MODULE_CALL:
             proxy = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Proxy)), None)
             if proxy is not None:
                 tracer = proxy.tracer
