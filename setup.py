@@ -52,8 +52,8 @@ def find_cxx() -> str:
     raise SystemExit(f"rnn_ext needs a C++ compiler, and {what}: install g++ (Debian: apt-get install g++) or set CXX.")
 
 
-def choose_cuda(mode: str, cuda_ops: list[str], nvcc: str | None, ninja: str | None) -> tuple[bool, str]:
-    """Whether to build the CUDA kernels, and the reason; raises SystemExit where the wish cannot be met."""
+def choose_cuda(mode: str, cuda_ops: list[str], nvcc: str | None, ninja: str | None) -> tuple[str | None, str]:
+    """nvcc if the CUDA kernels are to be built with it, and the reason; SystemExit where the wish cannot be met."""
     if mode not in ("auto", "cpu", "cuda"):
         raise SystemExit(f"RNN_EXT_BUILD is {mode!r}; expected auto, cpu or cuda.")
     missing = None
@@ -66,8 +66,8 @@ def choose_cuda(mode: str, cuda_ops: list[str], nvcc: str | None, ninja: str | N
     if mode == "cuda" and missing:
         raise SystemExit(f"RNN_EXT_BUILD=cuda cannot be met: {missing}. RNN_EXT_BUILD=cpu builds without.")
     if mode == "cpu":
-        return False, "RNN_EXT_BUILD=cpu"
-    return missing is None, missing or str(nvcc)
+        return None, "RNN_EXT_BUILD=cpu"
+    return None if missing else nvcc, missing or f"by {nvcc}"
 
 
 def cuda_arch_flags() -> list[str]:
@@ -125,7 +125,7 @@ def main() -> None:
 
         os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ["PATH"]
     mode = os.environ.get("RNN_EXT_BUILD") or "auto"
-    with_cuda, cuda_reason = choose_cuda(mode, cuda_ops, NVCC["find_nvcc"](), shutil.which("ninja"))
+    nvcc, reason = choose_cuda(mode, cuda_ops, NVCC["find_nvcc"](), shutil.which("ninja"))
     try:
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         import torch
@@ -152,11 +152,11 @@ def main() -> None:
             self.compiler_name = version.splitlines()[0] if version else cxx
             print(f"rnn_ext: compiling for torch {torch.__version__} in {torch_lib.parent}")
             print(f"rnn_ext: C++: {self.compiler_name}, {len(self.extensions[0].sources)} files")
-            print(f"rnn_ext: CUDA: {'yes' if with_cuda else 'no'} ({cuda_reason})", flush=True)
-            if with_cuda:
+            print(f"rnn_ext: CUDA: {'yes' if nvcc else 'no'} ({reason})", flush=True)
+            if nvcc:
                 files = sources("cuda", "*.cu")
-                self.extensions[0].extra_objects += compile_cuda(cuda_reason, files, Path(self.build_temp, "cuda"))
-                self.extensions[0].extra_link_args += cuda_link_args(cuda_reason)
+                self.extensions[0].extra_objects += compile_cuda(nvcc, files, Path(self.build_temp, "cuda"))
+                self.extensions[0].extra_link_args += cuda_link_args(nvcc)
             super().build_extensions()
 
         def run(self):
@@ -171,17 +171,17 @@ def main() -> None:
 
         def write_build_info(self, path: Path) -> None:
             # A file beside the library, since it is wanted where the library cannot be loaded.
-            values = {"TORCH_VERSION": str(torch.__version__), "COMPILER": self.compiler_name, "CUDA": with_cuda}
+            values = {"TORCH_VERSION": str(torch.__version__), "COMPILER": self.compiler_name, "CUDA": nvcc is not None}
             text = "# Written by setup.py: what rnn_ext._C was built for and with.\n"
             path.with_suffix(".tmp").write_text(text + "".join(f"{key} = {value!r}\n" for key, value in values.items()))
             path.with_suffix(".tmp").replace(path)
 
-    ops = [file for file in sources("ops", "*.cpp") if with_cuda or file not in cuda_ops]
+    ops = [file for file in sources("ops", "*.cpp") if nvcc or file not in cuda_ops]
     extension = Extension(
         "rnn_ext._C",
         ops + sources("cpu", "*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("RNN_EXT_WITH_CUDA", None)] if with_cuda else [],
+        define_macros=[("RNN_EXT_WITH_CUDA", None)] if nvcc else [],
         # -isystem wins over -I: warnings are asked for in our own code only.
         extra_compile_args=CXX_FLAGS + [f"-isystem{path}" for path in system_includes],
         library_dirs=[str(torch_lib)],

@@ -439,7 +439,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=positive_number(), help="for each row, about (3; quick: 0.4)")
     parser.add_argument("--output", type=output_file, help="JSON file (of all rows: results/<machine>.json)")
     options = parser.parse_args(argv)
-    options.threads = options.threads or sorted({1, cores})
+    options.threads = sorted(set(options.threads or (1, cores)))
     options.seconds = options.seconds or (0.4 if options.quick else 3.0)
     if max(options.threads) > cores:
         parser.error(f"--threads {max(options.threads)}: this process may use {cores} core(s)")

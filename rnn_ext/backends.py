@@ -127,8 +127,7 @@ def explain(
     if not isinstance(data, Tensor):
         raise TypeError(f"explain: expected input as a tensor or a PackedSequence, got {type(input).__name__}")
     cell = module.mode.lower()
-    lacking = _what_native_lacks(module)
-    lacking += [name for name, given in (("resets", resets is not None), ("cell states", return_cell_states)) if given]
+    lacking = _options_native_lacks(module, resets=resets is not None, return_cell_states=return_cell_states)
     backend = backend_for(module.backend, module.parameters())
     custom = use_custom(backend, data, only_custom=bool(lacking) or lengths is not None)
     if backend != module.backend:
@@ -149,15 +148,29 @@ def explain(
     return Explanation("native", f"torch.{cell}{'_cell' if isinstance(module, nn.RNNCellBase) else ''}", reason)
 
 
-def _what_native_lacks(module: nn.Module) -> list[str]:
-    """Names of the module's options that torch's kernels do not have, as far as they act in its present mode."""
-    zoneout = getattr(module, "zoneout", 0)
+def what_native_lacks(
+    layer_norm: bool,
+    zoneout: float | Sequence[float],
+    recurrent_dropout: float,
+    resets: bool = False,
+    return_cell_states: bool = False,
+) -> list[str]:
+    """Names of those options that torch's kernels do not have, as far as they act."""
     acts = {
-        "layer_norm": getattr(module, "layer_norm", False),
+        "layer_norm": layer_norm,
         "zoneout": any(zoneout) if isinstance(zoneout, (tuple, list)) else zoneout,
-        "recurrent_dropout": module.training and getattr(module, "recurrent_dropout", 0),
+        "recurrent_dropout": recurrent_dropout,
+        "resets": resets,
+        "return_cell_states": return_cell_states,
     }
     return [name for name, active in acts.items() if active]
+
+
+def _options_native_lacks(module: nn.Module, **call: bool) -> list[str]:
+    recurrent_dropout = module.training and getattr(module, "recurrent_dropout", 0)
+    return what_native_lacks(
+        getattr(module, "layer_norm", False), getattr(module, "zoneout", 0), recurrent_dropout, **call
+    )
 
 
 def _cuda_kernel(module: nn.Module, cell: str, input: Tensor | PackedSequence) -> tuple[str, str]:
@@ -165,7 +178,7 @@ def _cuda_kernel(module: nn.Module, cell: str, input: Tensor | PackedSequence) -
     if isinstance(module, nn.RNNCellBase):
         length, batch = 1, 1 if input.dim() == 1 else input.shape[0]
     else:
-        variant = 2 if module.layer_norm else 1 if _what_native_lacks(module) else 0  # as ops.variant_of
+        variant = 2 if module.layer_norm else 1 if _options_native_lacks(module) else 0  # as ops.variant_of
         options = {"bidirectional": module.bidirectional, "projected": module.proj_size > 0, "variant": variant}
         if isinstance(input, PackedSequence):
             data, length, batch = input.data, input.batch_sizes.numel(), int(input.batch_sizes[0])
@@ -209,7 +222,16 @@ def native(
     training: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All layers by torch's own kernels, called as :mod:`torch.nn` calls them: output, h_n and c_n (lstm only)."""
+    """All layers by torch's own kernels, called as :mod:`torch.nn` calls them: output, h_n and c_n (None unless lstm).
+
+    Args:
+        input: (L, N, I), (N, L, I) if batch_first, or (sum of lengths, I) with `batch_sizes`, int64 (L,) on the CPU.
+        h_0, c_0: (num_layers * D, N, P or H) and (num_layers * D, N, H); None is zeros.
+        weights: flat, as in :mod:`rnn_ext.functional`.
+
+    Raises:
+        RuntimeError: the features of `input` or the sequences of `h_0` are not as many as expected.
+    """
     states = num_layers * (2 if bidirectional else 1)
     batch = input.shape[0 if batch_first else 1] if batch_sizes is None else batch_sizes[0]
     if not torch.jit.is_tracing():  # which would take the number for one of all inputs
@@ -217,7 +239,7 @@ def native(
     if h_0 is None:
         h_0 = input.new_zeros(states, batch, weights[1].shape[1])
     if cell == "lstm" and c_0 is None:
-        c_0 = input.new_zeros(states, batch, weights[0].shape[0] // 4)
+        c_0 = input.new_zeros(states, batch, ops.hidden_size(cell, weights))
     if input.shape[-1] != weights[0].shape[1]:
         raise RuntimeError(f"input.size(-1) must be {weights[0].shape[1]}, the input_size, got {list(input.shape)}")
     if h_0.shape[1] != batch:

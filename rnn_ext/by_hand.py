@@ -35,6 +35,7 @@ def unroll(rnn: nn.RNNBase, input: Tensor) -> Tensor:
 
 @torch.no_grad()
 def compare(backend: str = "auto") -> Comparison:
+    """One sequence (3, 5) by hand, by torch.nn.RNN and by rnn_ext.RNN, with the same weights, (2, 5) and (2, 2)."""
     torch.manual_seed(1)
     theirs = nn.RNN(input_size=5, hidden_size=2, num_layers=1, batch_first=True)
     ours = RNN(input_size=5, hidden_size=2, num_layers=1, batch_first=True, backend=backend)

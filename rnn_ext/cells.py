@@ -34,6 +34,9 @@ class _Cell(modules.Leaf, nn.RNNCellBase):
     def _step(self, input: Tensor, h: Tensor | None, c: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         self._check_not_traced(input, "forward")
         for name, tensor in (("input", input), ("hx", h), ("hx", c)):
+            if not hasattr(tensor, "dim") and (tensor is not None or name == "input"):
+                found = type(tensor).__name__
+                raise TypeError(f"{type(self).__name__}: expected {name} as a tensor, got {found}")
             if tensor is not None and tensor.dim() not in (1, 2):
                 kind, size = type(self).__name__, list(tensor.shape)
                 raise ValueError(f"{kind}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead: {size}")
@@ -41,8 +44,8 @@ class _Cell(modules.Leaf, nn.RNNCellBase):
                 size = list(tensor.shape)
                 raise RuntimeError(f"For {input.dim()}-D input, hx should also be {input.dim()}-D but got {size}")
         if input.dim() == 1:
-            h, c = functional._map(lambda state: state.unsqueeze(0), h, c)
-            return functional._map(lambda state: state.squeeze(0), *self._step(input.unsqueeze(0), h, c))
+            h, c = functional.map_present(lambda state: state.unsqueeze(0), h, c)
+            return functional.map_present(lambda state: state.squeeze(0), *self._step(input.unsqueeze(0), h, c))
         cell = self.mode.lower()
         weights = [self.weight_ih, self.weight_hh]
         bias_ih = self.bias_ih

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
@@ -122,18 +120,6 @@ def summary(results: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "processor": bench.processor(),
-        "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)),
-        "isa": ops.cpu_capability() if ops.is_available() else None,
-        "load_before": os.getloadavg()[0],
-    }
-
-
 def doubts(report: dict[str, Any]) -> str | None:
     """What to say of the timings where other work competed for the cores, or where they vary, or None.
 
@@ -141,8 +127,9 @@ def doubts(report: dict[str, Any]) -> str | None:
     """
     found = report["machine"]
     signs = []
-    if found["load_before"] >= 0.5 * found["cores"]:
-        signs.append(f"a load of {found['load_before']:.1f} on {found['cores']} cores before the demo began")
+    load = found["load"][0] if found["load"] else 0.0
+    if load >= 0.5 * found["cores"]:
+        signs.append(f"a load of {load:.1f} on {found['cores']} cores before the demo began")
     for title, task in report["tasks"].items():
         for backend, name in plots.NAMES.items():
             low, high = task[backend]["seconds_quartiles"] if backend in task else (1, 1)
@@ -165,7 +152,7 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
     if not ops.is_available():
         console.print(f"[bold red]Only torch's kernels can run:[/bold red] {escape(str(ops.load_error()))}\n")
         backends = ["native"]
-    report: dict[str, Any] = {"machine": machine(), "tasks": {}}
+    report: dict[str, Any] = {"machine": {**bench.machine(), "threads": torch.get_num_threads()}, "tasks": {}}
     results = report["tasks"]
     races: Races = {}
     if note := doubts(report):
@@ -208,8 +195,8 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
     plots.forecast(out / "forecast.png", next(iter(races.values()))[backends[-1]])
     plots.losses(out / "losses.png", races)
     found = report["machine"]
-    where = f"{found['processor']}, {found['threads']} threads, torch {found['torch']}"
-    where += f", kernels for {found['isa']}" if found["isa"] else ""
+    where = f"{found['processor']}, {found['threads']} threads, torch {found['versions']['torch']}"
+    where += f", kernels for {found['instructions']}" if found["instructions"] else ""
     plots.epoch_time(out / "epoch_time.png", races, where)
     write(out / "results.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     console.print(f"Written to {out}/: {', '.join(FILES)}", highlight=False, markup=False)

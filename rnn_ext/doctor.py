@@ -23,9 +23,10 @@ import rnn_ext
 from rnn_ext import _loader, backends, ops
 from rnn_ext._nvcc import find_nvcc
 from rnn_ext._options import Parser
+from rnn_ext.bench import allowed_cores
 
 CPU_FEATURES = ("sse4_2", "avx", "fma", "f16c", "avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-FEATURES_OF = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f"}}
+AVX2 = {"avx2", "fma", "f16c"}  # what our kernels for it need
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,13 @@ def check_instructions() -> Check:
     if wanted:
         return Check("instructions", f"{used} (RNN_EXT_CPU_CAPABILITY={wanted})")
     features = cpu_features()[1]
-    if used == "baseline" and features >= FEATURES_OF["avx2"]:
+    if used == "baseline" and features >= AVX2:
         return Check("instructions", used, f"the processor has AVX2, the library does not use it; {_loader.remedy()}")
     return Check("instructions", used)
 
 
 def check_threads() -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(allowed_cores())
     threads = torch.get_num_threads()
     found = f"{threads} of torch's on {cores} cores"
     if threads > cores:

@@ -84,6 +84,20 @@ class Extras(NamedTuple):
 NO_EXTRAS = Extras()
 
 
+class Call(NamedTuple):
+    """What a call is told besides its tensors."""
+
+    cell: str
+    num_layers: int
+    bidirectional: bool
+    batch_first: bool  # of padded batches only
+    dropout: float
+    training: bool
+    backend: str
+    cell_states: bool
+    extras: Extras
+
+
 def check_extras(
     cell: str,
     recompute: bool,
@@ -104,11 +118,15 @@ def check_extras(
         ("recurrent_dropout", recurrent_dropout),
         ("weight_dropout", weight_dropout),
     ):
-        if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+        _check_number(name, value)
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be a probability in [0, 1), got {value!r}")
     return Extras(recompute, (float(pair[0]), float(pair[1])), float(recurrent_dropout), float(weight_dropout))
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def rnn_tanh(
@@ -175,8 +193,12 @@ def split_state(hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor
     """``(h_0, c_0)`` of an LSTM's `hx`."""
     if hx is None:
         return None, None
-    if isinstance(hx, Tensor) or len(hx) != 2:
-        found = f"a tensor of size {list(hx.shape)}" if isinstance(hx, Tensor) else len(hx)
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        found = type(hx).__name__
+        if isinstance(hx, Tensor):
+            found = f"a tensor of size {list(hx.shape)}"
+        elif isinstance(hx, (tuple, list)):
+            found += f" of {len(hx)}"
         raise RuntimeError(f"LSTM: expected hx to be the two states (h_0, c_0), got {found}")
     return hx[0], hx[1]
 
@@ -202,26 +224,26 @@ def recurrent(
     weight_dropout: float = 0.0,
 ) -> tuple[Tensor | PackedSequence, Tensor, Tensor | None, Tensor | PackedSequence | None]:
     """Any cell, input in any layout: output, h_n, c_n (None unless lstm), cells (None unless asked for)."""
-    stack = (num_layers, bidirectional, dropout, training)
     for name, state in (("h_0", h_0), ("c_0", c_0)):
         if state is not None and not hasattr(state, "dim"):
             raise TypeError(f"{cell}: expected {name} as a tensor, got {type(state).__name__}")
-    if not isinstance(input, PackedSequence) and not hasattr(input, "dim"):
+    packed = isinstance(input, PackedSequence)
+    if not packed and not hasattr(input, "dim"):
         raise TypeError(f"{cell}: expected input as a tensor or a PackedSequence, got {type(input).__name__}")
     extras = NO_EXTRAS
-    if recompute or zoneout or recurrent_dropout or weight_dropout:
+    if recompute is not False or zoneout != 0 or recurrent_dropout != 0 or weight_dropout != 0:
         extras = check_extras(cell, recompute, zoneout, recurrent_dropout, weight_dropout)
-    if isinstance(input, PackedSequence):
+    dim = 1 if packed else input.dim()
+    batch_first = batch_first and dim == 3
+    call = Call(cell, num_layers, bidirectional, batch_first, dropout, training, backend, cell_states, extras)
+    if packed:
         if lengths is not None or resets is not None:
             raise ValueError("lengths and resets are for padded input, got a PackedSequence, which has its own lengths")
-        return _packed(cell, input, h_0, c_0, weights, stack, backend, cell_states, extras)
-    dim = input.dim()
+        return _packed(call, input, h_0, c_0, weights)
     if dim == 3:
-        return _layers(
-            cell, input, h_0, c_0, weights, *stack, batch_first, backend, None, lengths, resets, cell_states, extras
-        )
+        return _layers(call, input, h_0, c_0, weights, None, lengths, resets)
     if dim == 2:
-        return _unbatched(cell, input, h_0, c_0, weights, stack, backend, lengths, resets, cell_states, extras)
+        return _unbatched(call, input, h_0, c_0, weights, lengths, resets)
     raise ValueError(f"{cell}: Expected input to be 2D or 3D, got {dim}D instead: {list(input.shape)}")
 
 
@@ -260,17 +282,13 @@ def step(
 
 
 def _unbatched(
-    cell: str,
+    call: Call,
     input: Tensor,
     h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
-    stack: tuple[int, bool, float, bool],
-    backend: str,
     lengths: Sequence[int] | Tensor | None,
     resets: Tensor | None,
-    cell_states: bool,
-    extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     for state in (h_0, c_0):
         if state is not None and state.dim() != 2:
@@ -278,24 +296,17 @@ def _unbatched(
     if resets is not None:
         _check_resets(resets, input.shape[:1])
         resets = resets.unsqueeze(1)
-    h_0, c_0 = _map(lambda state: state.unsqueeze(1), h_0, c_0)
-    input = input.unsqueeze(1)
-    results = _layers(
-        cell, input, h_0, c_0, weights, *stack, False, backend, None, lengths, resets, cell_states, extras
-    )
-    return _map(lambda tensor: tensor.squeeze(1), *results)
+    h_0, c_0 = map_present(lambda state: state.unsqueeze(1), h_0, c_0)
+    results = _layers(call, input.unsqueeze(1), h_0, c_0, weights, None, lengths, resets)
+    return map_present(lambda tensor: tensor.squeeze(1), *results)
 
 
 def _packed(
-    cell: str,
+    call: Call,
     input: PackedSequence,
     h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
-    stack: tuple[int, bool, float, bool],
-    backend: str,
-    cell_states: bool,
-    extras: Extras,
 ) -> tuple[PackedSequence, Tensor, Tensor | None, PackedSequence | None]:
     """States come and go in the order that the sequences had before they were sorted by length."""
     data, batch_sizes, order, inverse = input
@@ -305,46 +316,38 @@ def _packed(
         for state in (h_0, c_0):
             if state is not None and state.shape[1:2] != order.shape:
                 raise RuntimeError(f"Expected hx to have {order.shape[0]} sequences in dim 1, got {list(state.shape)}")
-        h_0, c_0 = _map(lambda state: state.index_select(1, order), h_0, c_0)
-    output, h_n, c_n, cells = _layers(
-        cell, data, h_0, c_0, weights, *stack, False, backend, batch_sizes, None, None, cell_states, extras
-    )
+        h_0, c_0 = map_present(lambda state: state.index_select(1, order), h_0, c_0)
+    output, h_n, c_n, cells = _layers(call, data, h_0, c_0, weights, batch_sizes, None, None)
     if inverse is not None:
-        h_n, c_n = _map(lambda state: state.index_select(1, inverse), h_n, c_n)
-    output, cells = _map(lambda tensor: PackedSequence(tensor, batch_sizes, order, inverse), output, cells)
+        h_n, c_n = map_present(lambda state: state.index_select(1, inverse), h_n, c_n)
+    output, cells = map_present(lambda tensor: PackedSequence(tensor, batch_sizes, order, inverse), output, cells)
     return output, h_n, c_n, cells
 
 
-def _map(function: Callable[[Tensor], Any], *tensors: Tensor | None) -> tuple:
+def map_present(function: Callable[[Tensor], Any], *tensors: Tensor | None) -> tuple:
+    """Of each tensor that is there; None of the others."""
     return tuple([None if tensor is None else function(tensor) for tensor in tensors])
 
 
 def _layers(
-    cell: str,
+    call: Call,
     input: Tensor,
     h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
-    num_layers: int,
-    bidirectional: bool,
-    dropout: float,
-    training: bool,
-    batch_first: bool,
-    backend: str,
     batch_sizes: Tensor | None,
     lengths: Sequence[int] | Tensor | None,
     resets: Tensor | None,
-    cell_states: bool,
-    extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Padded (L, N, I) or (N, L, I), or packed (sum of lengths, I): check, choose the backend, run.
 
     Checked here is what has an exception of its own in torch.nn. The op checks the sizes, dtypes and devices of its
     layer, which would cost a streaming call a microsecond to do twice.
     """
-    if num_layers < 1:
-        raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
-    states = num_layers * 2 if bidirectional else num_layers
+    cell, extras = call.cell, call.extras
+    if call.num_layers < 1:
+        raise ValueError(f"num_layers must be greater than zero, got {call.num_layers}")
+    states = call.num_layers * 2 if call.bidirectional else call.num_layers
     count, rest = divmod(len(weights), states)
     if rest or not 2 <= count <= (9 if cell == "lstm" else 5):
         raise ValueError(
@@ -352,62 +355,52 @@ def _layers(
             f"{' (6 to 9 with layer normalisation)' if cell == 'lstm' else ''}, got {len(weights)} in all"
         )
     for i, weight in enumerate(weights):
-        if weight is None:
-            raise ValueError(f"Expected a tensor for each weight, got None for number {i} of {len(weights)}")
-    backend = backends.backend_for(backend, weights)
+        if not isinstance(weight, Tensor):
+            found = type(weight).__name__ if weight is not None else None
+            raise ValueError(f"Expected a tensor for each weight, got {found} for number {i} of {len(weights)}")
+    backend = backends.backend_for(call.backend, weights)
     weight_ih = weights[0]
+    if weight_ih.dim() != 2 or weights[1].dim() != 2:
+        sizes = f"{list(weight_ih.shape)} and {list(weights[1].shape)}"
+        raise RuntimeError(f"Expected two-dimensional weight_ih and weight_hh, got sizes {sizes}")
     if input.dtype != weight_ih.dtype and (input.is_meta or not torch.is_autocast_enabled(input.device.type)):
         raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_ih.dtype})")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must be a probability in [0, 1], got {dropout!r}")
+    _check_number("dropout", call.dropout)
+    if not 0 <= call.dropout <= 1:
+        raise ValueError(f"dropout must be a probability in [0, 1], got {call.dropout!r}")
     if h_0 is not None and h_0.dim() != 3:
         raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {list(h_0.shape)}")
     if lengths is not None:
-        lengths = _check_lengths(lengths, input, batch_first)
+        lengths = _check_lengths(lengths, input, call.batch_first)
     if resets is not None:
         _check_resets(resets, input.shape[:2])
-    if training and extras.weight_dropout:
+    if call.training and extras.weight_dropout:
         p = extras.weight_dropout
         weights = [w * _dropout_mask(w.shape, p, w).to(w.dtype) if i % count == 1 else w for i, w in enumerate(weights)]
-    only_custom = lengths is not None or resets is not None or cell_states or count > 5
+    only_custom = lengths is not None or resets is not None or call.cell_states or count > 5
     if extras is not NO_EXTRAS:  # of which torch's kernels do with recompute and weight_dropout
-        only_custom = only_custom or any(extras.zoneout) or (training and extras.recurrent_dropout > 0)
+        only_custom = only_custom or any(extras.zoneout) or (call.training and extras.recurrent_dropout > 0)
     run = _custom if backends.use_custom(backend, input, only_custom) else _native
-    return run(
-        cell,
-        input,
-        h_0,
-        c_0,
-        weights,
-        num_layers,
-        bidirectional,
-        dropout,
-        training,
-        batch_first,
-        batch_sizes,
-        lengths,
-        resets,
-        cell_states,
-        extras,
-    )
+    return run(call, input, h_0, c_0, weights, batch_sizes, lengths, resets)
 
 
 def _check_states(
+    call: Call,
     input: Tensor,
     h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
-    states: int,
-    batch_first: bool,
     batch_sizes: Tensor | None,
 ) -> None:
     """The sizes of the states of a whole stack."""
-    sizes = ("h_0", h_0, weights[1].shape[1]), ("c_0", c_0, weights[0].shape[0] // 4)
+    states = call.num_layers * 2 if call.bidirectional else call.num_layers
+    sizes = ("h_0", h_0, weights[1].shape[1]), ("c_0", c_0, ops.hidden_size(call.cell, weights))
     for name, state, features in sizes:
         if state is None:
             continue
         # Of a packed input only the backend knows N.
-        batch = state.shape[1:2] if batch_sizes is not None else input.shape[:1] if batch_first else input.shape[1:2]
+        of = state if batch_sizes is not None else input
+        batch = of.shape[:1] if call.batch_first else of.shape[1:2]
         if state.shape != (states, *batch, features):
             raise RuntimeError(f"Expected {name} of size {[states, *batch, features]}, got {list(state.shape)}")
 
@@ -452,57 +445,49 @@ def _check_resets(resets: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def _custom(
-    cell: str,
+    call: Call,
     input: Tensor,
     h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
-    num_layers: int,
-    bidirectional: bool,
-    dropout: float,
-    training: bool,
-    batch_first: bool,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-    cell_states: bool,
-    extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One op for each layer, or one call for a stack without dropout and extras.
 
     States are in torch's order: layer 0 forward, layer 0 reverse, layer 1 forward, ...
     """
-    call = (cell, batch_sizes, lengths, resets, bidirectional, batch_first)
+    cell, num_layers, bidirectional, batch_first, dropout, training, _, cell_states, extras = call
+    sequence = (batch_sizes, lengths, resets)
+    layout = (bidirectional, batch_first)
 
     def extra(input: Tensor, h_0: Tensor | None, weights: Sequence[Tensor]) -> tuple[Sequence[Tensor | None], bool]:
-        masks = _masks(input, h_0, weights, training, extras, batch_first, bidirectional, batch_sizes)
-        return masks, extras.recompute
+        return _masks(call, input, h_0, weights, batch_sizes), extras.recompute
 
     if num_layers == 1:
         more = () if extras is NO_EXTRAS else extra(input, h_0, weights)
-        output, h_n, c_n, cells = ops.layer(input, h_0, c_0, weights, *call, cell_states, *more)
+        output, h_n, c_n, cells = ops.layer(input, h_0, c_0, weights, cell, *sequence, *layout, cell_states, *more)
         return output, h_n, c_n if cell == "lstm" else None, cells if cell_states else None
 
     if extras is NO_EXTRAS and not (training and dropout > 0):
-        results = ops.stack(
-            input, h_0, c_0, weights, cell, num_layers, batch_sizes, lengths, resets, *call[4:], cell_states
-        )
+        results = ops.stack(input, h_0, c_0, weights, cell, num_layers, *sequence, *layout, cell_states)
         if results is not None:
             output, h_n, c_n, cells = results
             return output, h_n, c_n if cell == "lstm" else None, cells if cell_states else None
-    directions = 2 if bidirectional else 1
-    _check_states(input, h_0, c_0, weights, num_layers * directions, batch_first, batch_sizes)
+    _check_states(call, input, h_0, c_0, weights, batch_sizes)
     count = len(weights) // num_layers
+    directions = 2 if bidirectional else 1
     h_0s = [None] * num_layers if h_0 is None else h_0.split(directions)
     c_0s = [None] * num_layers if c_0 is None else c_0.split(directions)
     h_ns, c_ns = [], []
     for k in range(num_layers):
         if k > 0 and training and dropout > 0:
             input = _dropout(input, dropout, batch_first)
-        last = k == num_layers - 1
         part = weights[k * count : (k + 1) * count]
         more = () if extras is NO_EXTRAS else extra(input, h_0s[k], part)
-        input, h_n, c_n, cells = ops.layer(input, h_0s[k], c_0s[k], part, *call, cell_states and last, *more)
+        wants_cells = cell_states and k == num_layers - 1
+        input, h_n, c_n, cells = ops.layer(input, h_0s[k], c_0s[k], part, cell, *sequence, *layout, wants_cells, *more)
         h_ns.append(h_n)
         c_ns.append(c_n)
     return input, torch.cat(h_ns), torch.cat(c_ns) if cell == "lstm" else None, cells if cell_states else None
@@ -519,26 +504,23 @@ def _dropout_mask(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
 
 
 def _masks(
+    call: Call,
     input: Tensor,
     h_0: Tensor | None,
     weights: Sequence[Tensor],
-    training: bool,
-    extras: Extras,
-    batch_first: bool,
-    bidirectional: bool,
     batch_sizes: Tensor | None,
 ) -> Sequence[Tensor | None]:
     """The op's `masks` for one layer, drawn with torch's generator, or constants in eval."""
-    zoneout_h, zoneout_c = extras.zoneout
-    recurrent = extras.recurrent_dropout if training else 0.0
+    zoneout_h, zoneout_c = call.extras.zoneout
+    recurrent = call.extras.recurrent_dropout if call.training else 0.0
     if not (zoneout_h or zoneout_c or recurrent):
         return ()
-    directions = 2 if bidirectional else 1
+    directions = 2 if call.bidirectional else 1
     features = weights[1].shape[1]
     hidden_mask = None
     if recurrent:
         if batch_sizes is None:
-            batch = input.shape[0 if batch_first else 1]
+            batch = input.shape[0 if call.batch_first else 1]
         else:
             batch = int(batch_sizes[0]) if h_0 is None else h_0.shape[1]
         hidden_mask = _dropout_mask((directions, batch, features), recurrent, input)
@@ -546,11 +528,11 @@ def _masks(
     def keep(p: float, *shape: int) -> Tensor | None:
         if not p:
             return None
-        if training:
+        if call.training:
             return ops.random_mask(shape, p, 1.0, _wide(input), input.device)
         return torch.full(shape[-1:], p, dtype=_wide(input), device=input.device).expand(shape)
 
-    lead, hidden = input.shape[:-1], weights[0].shape[0] // 4
+    lead, hidden = input.shape[:-1], ops.hidden_size(call.cell, weights)
     if zoneout_h and zoneout_h == zoneout_c and features == hidden:  # a call costs more than a small layer's numbers
         return hidden_mask, *keep(zoneout_h, 2, *lead, directions * hidden).unbind()
     return hidden_mask, keep(zoneout_h, *lead, directions * features), keep(zoneout_c, *lead, directions * hidden)
@@ -565,34 +547,28 @@ def _dropout(output: Tensor, dropout: float, batch_first: bool) -> Tensor:
 
 
 def _native(
-    cell: str,
+    call: Call,
     input: Tensor,
     h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
-    num_layers: int,
-    bidirectional: bool,
-    dropout: float,
-    training: bool,
-    batch_first: bool,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-    cell_states: bool,
-    extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """torch's kernels, which know packed sequences but neither lengths nor resets nor cell states."""
-    states = num_layers * (2 if bidirectional else 1)
-    asked = {
-        "resets": resets is not None,
-        "return_cell_states": cell_states,
-        "layer_norm": len(weights) // states > 5,
-        "zoneout": any(extras.zoneout),
-        "recurrent_dropout": training and extras.recurrent_dropout,
-    }
-    for option in (name for name, wanted in asked.items() if wanted):
-        raise ValueError(f"{option} is an option of the custom backend, but this call runs on the native one")
-    _check_states(input, h_0, c_0, weights, states, batch_first, batch_sizes)
+    cell, num_layers, bidirectional, batch_first, dropout, training, _, cell_states, extras = call
+    states = num_layers * 2 if bidirectional else num_layers
+    lacking = backends.what_native_lacks(
+        layer_norm=len(weights) // states > 5,
+        zoneout=extras.zoneout,
+        recurrent_dropout=training and extras.recurrent_dropout,
+        resets=resets is not None,
+        return_cell_states=cell_states,
+    )
+    if lacking:
+        raise ValueError(f"{lacking[0]} is an option of the custom backend, but this call runs on the native one")
+    _check_states(call, input, h_0, c_0, weights, batch_sizes)
     stack = (num_layers, bidirectional, dropout, training)
     if lengths is None:
         output, h_n, c_n = backends.native(cell, input, batch_sizes, h_0, c_0, weights, *stack, batch_first)
@@ -609,16 +585,16 @@ def _native(
         lengths = lengths.new_zeros(max(batch, 1))
         if batch == 0:
             h_0 = c_0 = None
-        more = (h_0, c_0, weights, *stack, batch_first, batch_sizes, lengths, resets, cell_states, extras)
-        output, h_n, c_n, _ = _native(cell, input, *more)
-        return output[:first, :second], *_map(lambda state: state[:, :batch], h_n, c_n), None
+        output, h_n, c_n, _ = _native(call, input, h_0, c_0, weights, batch_sizes, lengths, resets)
+        return output[:first, :second], *map_present(lambda state: state[:, :batch], h_n, c_n), None
     # A row of length 0 cannot be packed: it runs one timestep of zeros, which is then thrown away.
     empty = (lengths == 0).to(input.device).unsqueeze(1)
     empty_row = empty.unsqueeze(1 if batch_first else 0)
     packed = pack_padded_sequence(
         input.masked_fill(empty_row, 0), lengths.clamp(min=1), batch_first, enforce_sorted=False
     )
-    output, h_n, c_n, _ = _packed(cell, packed, h_0, c_0, weights, stack, "native", False, NO_EXTRAS)
+    again = call._replace(batch_first=False, backend="native", extras=NO_EXTRAS)  # which have been at the weights
+    output, h_n, c_n, _ = _packed(again, packed, h_0, c_0, weights)
     output, _ = pad_packed_sequence(output, batch_first, total_length=total_length)
     h_n = torch.where(empty, 0 if h_0 is None else h_0, h_n)
     if cell == "lstm":

@@ -48,9 +48,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from rnn_ext import _loader, reference
 
-_CELL_KINDS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # in the order of csrc/cpu/layer.h and csrc/cuda/launch.h
-_CUDA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/cuda/launch.h
-CUDA_KERNELS = ("step", "pointwise", "persistent", "tensor", "cluster", "grid")  # in the order of csrc/cuda/launch.h
+# As of csrc/ops/cuda_layer.cpp.
+CUDA_KERNELS = ("step", "pointwise", "persistent", "tensor", "cluster", "grid")
 _load_error = _loader.load()
 _held = os.environ.get("RNN_EXT_CPU_CAPABILITY")
 if _held and not _load_error:
@@ -99,6 +98,14 @@ def with_cuda() -> bool:
     return _C.with_cuda
 
 
+def _cuda_library() -> Any:
+    if not with_cuda():
+        raise ValueError("this library has been built without CUDA kernels")
+    from rnn_ext import _C
+
+    return _C
+
+
 @functools.cache
 def cuda_problem(device: int) -> str | None:
     """Why the library's CUDA kernels cannot run on this device, in one sentence, or None. Asked once per device."""
@@ -130,11 +137,11 @@ def cuda_kernel(
     `multiprocessors`; the reason then says what is assumed.
 
     Raises:
+        ValueError: an unknown cell or dtype, or no CUDA kernel at all in this build.
         RuntimeError: there is no such device to ask.
     """
-    from rnn_ext import _C
-
-    which = _CELL_KINDS.index(cell), _CUDA_DTYPES.index(dtype), variant, length, batch, hidden, 1 + bidirectional
+    _C = _cuda_library()
+    which = cell, dtype, variant, length, batch, hidden, 1 + bidirectional
     return _C.cuda_kernel(*which, projected, backward, device, shared_bytes, multiprocessors)
 
 
@@ -145,11 +152,7 @@ def force_cuda_kernel(name: str | None) -> None:
     Raises:
         ValueError: there is no such kernel, or no CUDA kernel at all in this build.
     """
-    if not with_cuda():
-        raise ValueError("this library has been built without CUDA kernels")
-    from rnn_ext import _C
-
-    if not _C.force_cuda_kernel(name or ""):
+    if not _cuda_library().force_cuda_kernel(name or ""):
         raise ValueError(f"unknown CUDA kernel {name!r}: expected {', '.join(CUDA_KERNELS)} or None")
 
 
@@ -174,10 +177,10 @@ def layer(
         ValueError, TypeError, RuntimeError: as torch.nn does, with what was found and what was expected.
     """
     tensors = (input, h_0, c_0, weights, batch_sizes, lengths, resets)
-    options = (cell, bidirectional, batch_first, cell_states, False)
+    options = (cell, bidirectional, batch_first, cell_states)
     if _is_traced(input, h_0, c_0, weights):
         # Not an empty list: AOTInductor takes that for None.
-        return _layer(*tensors, masks or (None, None, None), *options, recompute)[:4]
+        return _layer(*tensors, masks or (None, None, None), *options, False, recompute)[:4]
     if masks or recompute:
         return _fast_extended_layer(*tensors, masks, *options, recompute)[:4]
     return _fast_layer(*tensors, *options)[:4]
@@ -253,7 +256,8 @@ def uncast(weight: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def random_mask(shape: Sequence[int], p: float, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A float32 or float64 tensor of `value` with probability p, else 0, drawn with torch's generator."""
+    """A tensor of `value` with probability p in [0, 1], else 0, in float32 or float64, drawn with the generator that
+    torch has for the device."""
     if device.type == "cpu" and is_available():  # torch.rand would take longer than a small layer
         if not (torch.compiler.is_compiling() or has_torch_function((None,))):  # as in _is_traced
             return _fast_random_mask(shape, p, value, dtype == torch.float64)
@@ -391,7 +395,13 @@ def variant_of(weights: int, masked: bool) -> int:
     return 2 if weights > 5 else 1 if masked else 0
 
 
+def hidden_size(cell: str, weights: Sequence[Tensor]) -> int:
+    """H, which the weight_hh of a projected layer does not tell."""
+    return weights[0].shape[0] // reference.CELLS[cell].gates
+
+
 def _padded(size: int) -> int:
+    """As cpu::Sizes::padded; here because the size may be symbolic."""
     return (size + 15) // 16 * 16
 
 
@@ -471,7 +481,7 @@ def _layer_fake(
         values = hidden * per_unit + per_row
     else:
         dtype = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
-        values = _C.saved_values(_CELL_KINDS.index(cell), projected, variant) * _padded(hidden)
+        values = _C.saved_values(cell, projected, variant) * _padded(hidden)
     kept = directions * rows * values if save else 0
     return (
         input.new_empty(*lead, directions * out),

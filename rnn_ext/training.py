@@ -276,6 +276,9 @@ class Training:
     Args:
         checkpoint: of :meth:`checkpoint` or :func:`load_checkpoint`, to go on from; by default the weights come from
             ``config.seed``.
+
+    Raises:
+        InputError: no memory holds such a model, or the checkpoint does not fit its own configuration.
     """
 
     def __init__(self, task: Task, config: Config, checkpoint: dict[str, Any] | None = None):
@@ -320,7 +323,11 @@ class Training:
         return -(-len(self.train) // self.config.batch_size)
 
     def run_epoch(self) -> Iterator[float]:
-        """Trains an epoch, handing out the loss of each step. The time between the steps is not counted."""
+        """Trains an epoch, handing out the loss of each step. The time between the steps is not counted.
+
+        Raises:
+            InputError: the model's output is not finite any more.
+        """
         generator = torch.Generator().manual_seed(self.config.seed + self.epoch)
         self.model.train()
         seconds = 0.0
@@ -352,6 +359,7 @@ class Training:
         return torch.cat(parts)
 
     def evaluate(self) -> float:
+        """The task's metric for the test examples: RMSE in the unit of the series, or accuracy from 0 to 1."""
         return self.task.score(self.predict(), self.test.target)
 
     def checkpoint(self) -> dict[str, Any]:

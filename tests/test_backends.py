@@ -312,7 +312,7 @@ def test_explain_names_what_native_lacks():
     assert "refuse" not in rnn_ext.explain(plain, input).reason
     assert "refuse" not in rnn_ext.explain(plain, input, lengths=[5, 1]).reason
     reason = rnn_ext.explain(plain, input, resets=torch.zeros(5, 2) > 0, return_cell_states=True).reason
-    assert reason.endswith("native would refuse it, which has no resets and no cell states")
+    assert reason.endswith("native would refuse it, which has no resets and no return_cell_states")
     assert "refuse" not in rnn_ext.explain(rnn_ext.LSTMCell(3, 4), input[0]).reason
 
 

@@ -46,18 +46,18 @@ CUDA_OPS = ["csrc/ops/cuda.cpp"]
 @pytest.mark.parametrize(
     ("mode", "cuda_ops", "nvcc", "ninja", "expected"),
     [
-        ("auto", CUDA_OPS, "/opt/nvcc", "/opt/ninja", True),
-        ("auto", CUDA_OPS, None, "/opt/ninja", False),
-        ("auto", CUDA_OPS, "/opt/nvcc", None, False),
-        ("auto", [], "/opt/nvcc", "/opt/ninja", False),
-        ("cpu", CUDA_OPS, "/opt/nvcc", "/opt/ninja", False),
-        ("cpu", [], None, None, False),
-        ("cuda", CUDA_OPS, "/opt/nvcc", "/opt/ninja", True),
+        ("auto", CUDA_OPS, "/opt/nvcc", "/opt/ninja", "/opt/nvcc"),
+        ("auto", CUDA_OPS, None, "/opt/ninja", None),
+        ("auto", CUDA_OPS, "/opt/nvcc", None, None),
+        ("auto", [], "/opt/nvcc", "/opt/ninja", None),
+        ("cpu", CUDA_OPS, "/opt/nvcc", "/opt/ninja", None),
+        ("cpu", [], None, None, None),
+        ("cuda", CUDA_OPS, "/opt/nvcc", "/opt/ninja", "/opt/nvcc"),
     ],
 )
 def test_choose_cuda(setup_py, mode, cuda_ops, nvcc, ninja, expected):
-    with_cuda, reason = setup_py.choose_cuda(mode, cuda_ops, nvcc, ninja)
-    assert with_cuda is expected
+    chosen, reason = setup_py.choose_cuda(mode, cuda_ops, nvcc, ninja)
+    assert chosen == expected
     assert reason
 
 
@@ -322,5 +322,6 @@ def test_importing_brings_little_that_torch_does_not():
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     new = printed.split()
     others = {name.split(".")[0] for name in new} - {"rnn_ext", "torch"} - sys.stdlib_module_names
+    others -= {"triton"}  # which torch.utils.flop_counter imports where it is
     assert not others
     assert not [name for name in new if name.startswith(("torch._dynamo", "torch._inductor", "torch.export"))]

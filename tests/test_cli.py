@@ -457,7 +457,7 @@ def test_demo_quick_with_reviews(capsys, monkeypatch):
     assert "by hand" in out and "-0.351980 +0.525252" in out  # the first timestep of the seed's exercise
     results = json.loads(Path("plots/results.json").read_text(encoding="utf-8"))
     assert results["by_hand_difference"] < 1e-6
-    assert results["machine"]["isa"] == ops.cpu_capability()
+    assert results["machine"]["instructions"] == ops.cpu_capability()
     forecast, sentiment = results["tasks"].values()
     assert forecast["metric"] == "RMSE" and sentiment["metric"] == "accuracy"
     for task in (forecast, sentiment):
@@ -565,10 +565,10 @@ def test_doubtful_times_are_pointed_out(capsys, monkeypatch):
     main(["demo", "--quick"])
     out = capsys.readouterr().out.replace("\n", " ")
     assert out.count("do not rely on the times and speed-ups: a load of 9.3 on") == 2
-    quiet = {"load_before": 0.9, "cores": 2}
+    quiet = {"load": [0.9, 3, 3], "cores": 2}
     steady, uneven = ({"native": {"seconds_quartiles": quartiles}} for quartiles in ([4.0, 5.0], [4.0, 14.0]))
     assert demo.doubts({"machine": quiet, "tasks": {"A": steady}}) is None
-    assert "a load of 1.1 on 2 cores" in demo.doubts({"machine": {**quiet, "load_before": 1.1}, "tasks": {}})
+    assert "a load of 1.1 on 2 cores" in demo.doubts({"machine": {**quiet, "load": [1.1, 0, 0]}, "tasks": {}})
     expected = "A by torch.nn: the middle half of the epochs took 4 to 14 s"
     assert expected in demo.doubts({"machine": quiet, "tasks": {"A": uneven}})
 

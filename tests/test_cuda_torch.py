@@ -5,6 +5,7 @@ What a GPU would run but its own arithmetic: autograd, layouts, masks, projectio
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import shutil
@@ -490,31 +491,27 @@ def test_few_multiprocessors_go_to_step(monkeypatch, packed):
         util.run(problem)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"saved": torch.zeros(3, dtype=torch.uint8)}, "output and saved are not those"),
-        ({"grad_output": torch.zeros(1, 2, 5)}, r"expected grad_output of size \[3, 2, 5\], got \[1, 2, 5\]"),
-        ({"grad_h_n": torch.zeros(1, 2, 5, dtype=torch.float64)}, "expected grad_h_n as Float on cpu, got Double"),
-        ({"output_mask": [True]}, "expected output_mask of 5 values, got 1"),
-    ],
-)
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
+def test_gradients_pass_a_relu_of_nan(kernel):
+    """As on the CPU and in torch: only what is not above zero stops them."""
+    layer = rnn_ext.RNN(4, 16, nonlinearity="relu").to(DTYPE.get(kernel, torch.float64))
+    input = torch.randn(3, 2, 4, dtype=layer.weight_ih_l0.dtype)
+    input[1, 0, 2] = torch.nan
+    input.requires_grad_()
+    grads = []
+    for context in (contextlib.nullcontext(), emulated(kernel)):
+        with context:
+            output, _ = layer(input)
+            grads += torch.autograd.grad(output, input, torch.ones_like(output))
+    expected, found = grads
+    assert expected[1:, 0].isfinite().all() and (expected[1:, 0] != 0).all()
+    torch.testing.assert_close(found[1:, 0], expected[1:, 0], atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("change", "message"), util.BACKWARD_MISTAKES)
 def test_backward_checks_its_arguments(change, message):
-    weights = [torch.randn(20, 4), torch.randn(20, 5)]
-    input = torch.randn(3, 2, 4)
     with emulated():
-        output, *_, saved = torch.ops.rnn_ext.layer(
-            input, None, None, weights, None, None, None, [], "lstm", False, False, False, True
-        )
-        arguments = {
-            "grad_output": torch.ones_like(output), "grad_h_n": None, "grad_c_n": None, "grad_cells": None,
-            "input": input, "h_0": None, "c_0": None, "weights": weights, "batch_sizes": None, "lengths": None,
-            "resets": None, "masks": [], "output": output, "saved": saved, "cell": "lstm", "bidirectional": False,
-            "batch_first": False, "cell_states": False, "output_mask": [True, False, False, True, True],
-        }  # fmt: skip
-        torch.ops.rnn_ext.layer_backward(**arguments)
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.rnn_ext.layer_backward(**arguments | change)
+        util.check_backward_mistake(change, message)
 
 
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])

@@ -651,6 +651,11 @@ def test_mistakes(mistake):
         assert re.search(word, message), f"no {word!r} in: {message}"
 
 
+@pytest.mark.parametrize(("change", "message"), util.BACKWARD_MISTAKES)
+def test_backward_checks_its_arguments(change, message):
+    util.check_backward_mistake(change, message)
+
+
 @pytest.mark.parametrize("cell", ["lstmm", "", "LSTM", "RNN_TANH"])
 def test_unknown_cell(cell):
     problem = build(Case())

@@ -240,3 +240,12 @@ def test_more_than_there_is_is_refused_by_name():
     layer = rnn_ext.LSTM(1, 512, backend="custom")
     with pytest.raises(RuntimeError, match=r"not enough memory: \d{15,} bytes"):
         layer(torch.zeros(1, 1, 1).expand(10**6, 10**6, 1))
+
+
+def test_a_long_chain_of_calls_is_freed_one_by_one():
+    """Each node of the graph holds the one before it: freed within each other, they would overflow the stack."""
+    cell = rnn_ext.GRU(1, 1)
+    input, state = torch.zeros(1, 1, 1), None
+    for _ in range(50_000):
+        _, state = cell(input, state)
+    del state

@@ -328,6 +328,39 @@ def test_options_of_a_stack():
         rnn_ext.functional.gru(torch.zeros(L, N, I), None, weights, num_layers=0)
 
 
+@pytest.mark.parametrize("backend", ["custom", "native"])
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("dropout", "a", "a number"), ("dropout", None, "a number"), ("dropout", True, "a number"),
+        ("recompute", "", "a bool"), ("recompute", 0, "a bool"), ("zoneout", None, "a number"),
+        ("zoneout", (), "a number"), ("recurrent_dropout", "", "a number"), ("weight_dropout", None, "a number"),
+    ],
+)  # fmt: skip
+def test_options_of_a_wrong_type(option, value, expected, backend):
+    """Also those that are as good as off."""
+    layer = rnn_ext.GRU(I, H, 2)
+    with pytest.raises(TypeError, match=f"{option} must be {expected}, got {re.escape(repr(value))}"):
+        rnn_ext.functional.gru(
+            torch.zeros(L, N, I), None, list(layer.parameters()), num_layers=2, backend=backend, **{option: value}
+        )
+    layer.backend = backend
+    setattr(layer, option, value)
+    with pytest.raises(TypeError, match=f"{option} must be {expected}"):
+        layer(torch.zeros(L, N, I), lengths=[1] * N)
+
+
+@pytest.mark.parametrize("backend", ["custom", "native"])
+def test_what_are_no_weights(backend):
+    good = list(rnn_ext.RNN(I, H).parameters())
+    for given, message in (
+        (["a", *good[1:]], "Expected a tensor for each weight, got str for number 0 of 4"),
+        ([good[0], good[2]], r"Expected two-dimensional weight_ih and weight_hh, got sizes \[6, 4\] and \[6\]"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            rnn_ext.functional.rnn_tanh(torch.zeros(L, N, I), None, given, backend=backend)
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_a_weight_is_missing(name):
     module = OURS[name](I, H)
@@ -408,6 +441,27 @@ def test_too_many_weights_and_too_few():
     for given, layers, count in (([*weights, weights[0]], 2, 9), (weights[:1], 1, 1)):
         with pytest.raises(ValueError, match=f"got {count} in all"):
             rnn_ext.functional.rnn_tanh(torch.randn(L, N, I), None, given, num_layers=layers)
+
+
+@pytest.mark.parametrize("make", [rnn_ext.LSTM, rnn_ext.LSTMCell])
+def test_what_is_no_pair_of_states(make):
+    module, state = make(I, H), torch.zeros(N, H)
+    input = torch.zeros(N, I) if make is rnn_ext.LSTMCell else torch.zeros(L, N, I)
+    for given, found in ((5, "int"), ("ab", "str"), ((state,) * 3, "tuple of 3"), ([], "list of 0")):
+        with pytest.raises(RuntimeError, match=rf"expected hx to be the two states \(h_0, c_0\), got {found}"):
+            module(input, given)
+
+
+@pytest.mark.parametrize("make", [rnn_ext.RNNCell, rnn_ext.GRUCell, rnn_ext.LSTMCell])
+def test_what_is_no_tensor_for_a_cell(make):
+    cell, state = make(I, H), torch.zeros(N, H)
+    kind = make.__name__
+    with pytest.raises(TypeError, match=f"{kind}: expected input as a tensor, got list"):
+        cell([1.0, 2.0])
+    with pytest.raises(TypeError, match=f"{kind}: expected input as a tensor, got NoneType"):
+        cell(None)
+    with pytest.raises(TypeError, match=f"{kind}: expected hx as a tensor, got list"):
+        cell(torch.zeros(N, I), (state, [0.0]) if make is rnn_ext.LSTMCell else [0.0])
 
 
 def test_states_of_cells():

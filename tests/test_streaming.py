@@ -302,9 +302,9 @@ def test_the_binding_and_the_op_are_one():
     output, _ = module.step(randn(N, I).as_subclass(Mine), state)
     assert type(output) is Mine
     weights = module._flat_weights
-    options = ("lstm", False, False, True, False)
+    options = ("lstm", False, False, True)
     got = ops._fast_layer(randn(2, N, I), *state, weights, None, None, None, *options)
-    want = torch.ops.rnn_ext.layer(randn(2, N, I), *state, weights, None, None, None, [], *options)
+    want = torch.ops.rnn_ext.layer(randn(2, N, I), *state, weights, None, None, None, [], *options, False)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

@@ -12,6 +12,7 @@ import platform
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from rnn_ext import ops, reference
 
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+CELLS = tuple(reference.CELLS)
 LAYOUTS = ("dense", "batch_first", "packed")
 # Below, at and above multiples of every vector and tile width (1 to 128), and primes.
 SIZES = (1, 7, 33, 65, 129)
@@ -394,3 +395,39 @@ def matrix() -> list[Case]:
         proj = pick((1, (hidden + 1) // 2, hidden - 1)) if case.proj else 0
         sized.append(case.but(size=(length, batch, inputs, hidden), proj=proj, state=pick((True, True, False))))
     return sized
+
+
+# What layer_backward must not be given, and what it says.
+BACKWARD_MISTAKES = [
+    ({"saved": torch.zeros(3)}, r"expected saved as \d+ values of (Float|Byte), .* got 3 of Float"),
+    ({"output": torch.zeros(3, 2, 4)}, r"expected output of size \[3, 2, 5\], got \[3, 2, 4\]"),
+    ({"output": torch.zeros(3, 2, 5, dtype=torch.float64)}, "output is Double but input is Float"),
+    ({"grad_output": torch.zeros(1, 2, 5)}, r"expected grad_output of size \[3, 2, 5\], got \[1, 2, 5\]"),
+    ({"grad_h_n": torch.zeros(1, 2, 5, dtype=torch.float64)}, "grad_h_n is Double but input is Float"),
+    ({"grad_c_n": torch.zeros(1, 2, 4)}, r"expected grad_c_n of size \[1, 2, 5\], got \[1, 2, 4\]"),
+    ({"grad_cells": torch.zeros(3, 2, 4)}, r"expected grad_cells of size \[3, 2, 5\], got \[3, 2, 4\]"),
+    ({"output_mask": [True]}, "expected output_mask of 5 values, got 1"),
+    ({"output_mask": [True] * 2 + [False] * 3}, "output_mask asks for the gradient of h_0, which was not given"),
+    (
+        {"output_mask": [False] * 2 + [True] + [False] * 2},
+        "output_mask asks for the gradient of c_0, which was not given",
+    ),
+]
+
+
+def check_backward_mistake(change: dict[str, Any], message: str) -> None:
+    """layer_backward runs with what belongs to a forward call, and raises RuntimeError when this is changed."""
+    weights = [torch.randn(20, 4), torch.randn(20, 5)]
+    input = torch.randn(3, 2, 4)
+    output, *_, saved = torch.ops.rnn_ext.layer(
+        input, None, None, weights, None, None, None, [], "lstm", False, False, False, True
+    )
+    arguments = {
+        "grad_output": torch.ones_like(output), "grad_h_n": None, "grad_c_n": None, "grad_cells": None,
+        "input": input, "h_0": None, "c_0": None, "weights": weights, "batch_sizes": None, "lengths": None,
+        "resets": None, "masks": [], "output": output, "saved": saved, "cell": "lstm", "bidirectional": False,
+        "batch_first": False, "cell_states": False, "output_mask": [True, False, False, True, True],
+    }  # fmt: skip
+    torch.ops.rnn_ext.layer_backward(**arguments)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.rnn_ext.layer_backward(**arguments | change)

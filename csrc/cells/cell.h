@@ -4,14 +4,15 @@
 // of either, or several vectors), which has + - * and V{} for zero, and in M, the set of elementary functions for that
 // type:
 //
-//   M::sigmoid(V), M::tanh(V), M::relu(V), M::relu_backward(V dh, V h)     the last: dh where h > 0, else 0
+//   M::sigmoid(V), M::tanh(V), M::relu(V), M::relu_backward(V dh, V h)     the last: 0 where h <= 0, else dh
 //
 //   kName         the name used in schemas, tests and `explain()`
 //   kGates        G, gates that have a recurrent product
-//   kSplit        how many of the last gates need the input part kept apart from the recurrent part (GRU's n)
+//   kSplit        1 where the last gate needs the input part kept apart from the recurrent part (GRU's n), else 0
 //   kSaved        S, values per unit and timestep kept for backward besides the output
 //   kGradGates    how many gate gradients backward gives per unit: G, or more where input and hidden parts differ
 //   kHasCell      whether there is a cell state c beside h
+//   kSavedCell    if so, which saved value is c
 //   kDirectCarry  whether dh reaches the previous timestep by a way that is not the recurrent product
 //   ih_slot(g), hh_slot(g)   which gate gradient belongs to row block g of weight_ih and of weight_hh
 //

@@ -104,8 +104,9 @@ void with_threads(const Executor& executor, CellKind cell, const Sizes& sizes, c
   // Few rows take as long as their weights take to come from the third-level cache (measured on a Xeon: one timestep of
   // a row and 1e6 weights or more is as fast with a thread that has to be woken, twice as fast with one that is awake).
   constexpr double kLeastRows = 5;
+  if (executor.threads <= 1 || layout.rows == 0) return fn(Executor{});
   const double work = multiply_adds(cell, sizes, layout) * std::max(1., kLeastRows / double(layout.rows));
-  if (executor.threads <= 1 || layout.rows == 0 || work < kWorthwhileAwake) return fn(Executor{});
+  if (work < kWorthwhileAwake) return fn(Executor{});
   // Soon after such a call the threads are awake or, if that did without them, will be from this call on.
   const bool awake = executor.waits_actively && work < kWorthwhile && Clock::now() - last_end < kAwake;
   fn(work < kWorthwhile && !awake ? Executor{} : executor);
@@ -141,10 +142,7 @@ void set_tuning(const Tuning& tuning) {
 
 int saved_values(CellKind cell, bool projected, Variant variant) {
   // Of a projection h before it.
-  if (variant == Variant::kLayerNorm) return cells::LayerNormLstm::kSaved + projected;
-  return with_cell(cell, [&]<class Cell>() {
-    return (variant == Variant::kMasked ? cells::Masked<Cell>::kSaved : Cell::kSaved) + projected;
-  });
+  return with_cell(cell, variant, [&]<class Cell>() { return Cell::kSaved + projected; });
 }
 
 bool computes_bfloat16() {

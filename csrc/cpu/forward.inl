@@ -27,6 +27,7 @@ struct VariantForward {
 template <class Cell, class S>
 class ForwardScan {
   static constexpr int G = Cell::kGates;
+  static_assert(Cell::kSplit <= 1);  // as csrc/cells/cell.h has it
   using T = Compute<S>;
   using V = Vec<T>;
 

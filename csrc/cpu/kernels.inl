@@ -51,23 +51,14 @@ namespace {
 #include "cpu/variants.inl"
 #include "cpu/random.inl"
 
-// Variants are not computed in 16 bits.
-template <class Cell, class S>
-void forward_cell(const ForwardArgs<S>& args, const Executor& executor) {
+/// Variants are not computed in 16 bits.
+template <template <class> class Args, class S, class Fn>
+void with_cell_of(const Args<S>& args, const Fn& fn) {
   if constexpr (std::is_same_v<S, Compute<S>>) {
-    if (args.variant == Variant::kMasked) return forward<cells::Masked<Cell>>(args, executor);
-    if (args.variant == Variant::kLayerNorm) return forward<cells::LayerNormLstm>(args, executor);
+    with_cell(args.cell, args.variant, fn);
+  } else {
+    with_cell(args.cell, fn);
   }
-  forward<Cell>(args, executor);
-}
-
-template <class Cell, class S>
-void backward_cell(const BackwardArgs<S>& args, const Executor& executor) {
-  if constexpr (std::is_same_v<S, Compute<S>>) {
-    if (args.variant == Variant::kMasked) return backward<cells::Masked<Cell>>(args, executor);
-    if (args.variant == Variant::kLayerNorm) return backward<cells::LayerNormLstm>(args, executor);
-  }
-  backward<Cell>(args, executor);
 }
 
 template <class S>
@@ -79,7 +70,7 @@ std::unique_ptr<PackedWeights> pack_any(CellKind cell, const Sizes& sizes, const
 
 template <class S>
 void forward_any(const ForwardArgs<S>& args, const Executor& executor) {
-  with_cell(args.cell, [&]<class Cell>() { forward_cell<Cell>(args, executor); });
+  with_cell_of(args, [&]<class Cell>() { forward<Cell>(args, executor); });
 }
 
 template <class S>
@@ -89,7 +80,7 @@ void forward_stack_any(const ForwardArgs<S>* layers, int count, const Executor& 
 
 template <class S>
 void backward_any(const BackwardArgs<S>& args, const Executor& executor) {
-  with_cell(args.cell, [&]<class Cell>() { backward_cell<Cell>(args, executor); });
+  with_cell_of(args, [&]<class Cell>() { backward<Cell>(args, executor); });
 }
 
 }  // namespace

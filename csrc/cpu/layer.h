@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <memory>
 
+#include "cells/list.h"
+
 namespace rnn_ext::cpu {
 
 /// The upper half of a float.
@@ -38,7 +40,9 @@ struct ComputeOf<Float16> {
 template <class S>
 using Compute = typename ComputeOf<S>::type;
 
-enum class CellKind { kRnnTanh, kRnnRelu, kGru, kLstm };
+#define RNN_EXT_KIND(Cell, NAME) k##Cell,
+enum class CellKind { RNN_EXT_FOR_EACH_CELL(RNN_EXT_KIND) };
+#undef RNN_EXT_KIND
 
 /// What is done around the cell: nothing, zoneout and recurrent dropout, or (lstm) layer normalisation with both.
 enum class Variant { kPlain, kMasked, kLayerNorm };
@@ -212,7 +216,7 @@ struct Tuning {
 /// As measured on processors of its kind.
 const Tuning& tuning();
 
-/// Choose otherwise, for tests.
+/// Choose otherwise, for tests; while nothing computes.
 void set_tuning(const Tuning& tuning);
 
 /// Whether the instruction set in use multiplies BFloat16.

@@ -137,6 +137,8 @@ ALWAYS_INLINE void wait_until(const Condition& condition) {
     if (spins < kSpins) {
 #if defined(__x86_64__)
       _mm_pause();
+#elif defined(__aarch64__)
+      asm volatile("yield");
 #endif
     } else {
       sched_yield();

@@ -513,8 +513,11 @@ void BackwardScan<Cell, S, W>::masked_cell(int64_t t, int64_t r, const T* dh_row
   }
 }
 
-// The sums: [4] gate gradients; [4] times LN(W_ih x); [4] times LN(W_hh h_prev); gradient of LN(c) weight + bias times
-// LN(c); that gradient.
+/// Where each gradient stands among the sums, in units of padded H.
+struct NormSums {
+  static constexpr int kBias = 0, kWeightIh = 4, kWeightHh = 8, kWeightC = 12, kBiasC = 13;
+};
+
 template <class T>
 void norm_sums(const BackwardArgs<T>& args, const ChunkGrads<cells::LayerNormLstm, T>& grads, int direction, T* sums) {
   using Cell = cells::LayerNormLstm;
@@ -536,15 +539,15 @@ void norm_sums(const BackwardArgs<T>& args, const ChunkGrads<cells::LayerNormLst
     for (int g = 0; g < Cell::kGates; ++g) {
       for (int64_t at = g * padded; at < g * padded + hidden; at += kLanes<T>) {
         const V d = load(from + Cell::kGradGate * padded + at);
-        add(at, d);
-        add(4 * padded + at, d * load(kept + Cell::kNormIh * padded + at));
-        add(8 * padded + at, d * load(kept + Cell::kNormHh * padded + at));
+        add(NormSums::kBias * padded + at, d);
+        add(NormSums::kWeightIh * padded + at, d * load(kept + Cell::kNormIh * padded + at));
+        add(NormSums::kWeightHh * padded + at, d * load(kept + Cell::kNormHh * padded + at));
       }
     }
     for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
       const V d = load(from + Cell::kGradNorm * padded + unit);
-      add(12 * padded + unit, d * load(from + Cell::kNormC * padded + unit));
-      add(13 * padded + unit, d);
+      add(NormSums::kWeightC * padded + unit, d * load(from + Cell::kNormC * padded + unit));
+      add(NormSums::kBiasC * padded + unit, d);
     }
   }
   add_row(sums, some.get(), grads.stride);
@@ -556,10 +559,10 @@ void write_norm_sums(const Weights<void>& to, const T* sums, int64_t hidden, int
     for (int g = 0; grad && g < count; ++g)
       copy_row(static_cast<To*>(grad) + g * hidden, sums + (slot + g) * padded, hidden);
   };
-  write(to.bias_ih, 0, 4);
-  write(to.bias_hh, 0, 4);
-  write(to.weight_norm_ih, 4, 4);
-  write(to.weight_norm_hh, 8, 4);
-  write(to.weight_norm_c, 12, 1);
-  write(to.bias_norm_c, 13, 1);
+  write(to.bias_ih, NormSums::kBias, 4);
+  write(to.bias_hh, NormSums::kBias, 4);
+  write(to.weight_norm_ih, NormSums::kWeightIh, 4);
+  write(to.weight_norm_hh, NormSums::kWeightHh, 4);
+  write(to.weight_norm_c, NormSums::kWeightC, 1);
+  write(to.bias_norm_c, NormSums::kBiasC, 1);
 }

@@ -78,7 +78,7 @@ struct ExactMath {
 #endif
   }
   RNN_EXT_HD static V relu(V x) { return x < V(0) ? V(0) : x; }
-  RNN_EXT_HD static V relu_backward(V dh, V h) { return h > V(0) ? dh : V(0); }
+  RNN_EXT_HD static V relu_backward(V dh, V h) { return h <= V(0) ? V(0) : dh; }
 };
 
 // ---- flags between blocks, in global memory -------------------------------------------------------------------------

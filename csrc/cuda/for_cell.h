@@ -1,4 +1,4 @@
-// From a cell's number to its type: the one list of all launchers.
+// From a cell's number to its type.
 #pragma once
 
 #include "cells/cells.h"
@@ -9,17 +9,12 @@ namespace rnn_ext::cuda {
 // run(a value of the cell's type). The number has been checked.
 template <class Run>
 auto for_cell(RnnExtCell cell, const Run& run) {
-  switch (cell) {
-    case RNN_EXT_RNN_TANH:
-      return run(cells::RnnTanh{});
-    case RNN_EXT_RNN_RELU:
-      return run(cells::RnnRelu{});
-    case RNN_EXT_GRU:
-      return run(cells::Gru{});
-    case RNN_EXT_LSTM:
-      break;
-  }
-  return run(cells::Lstm{});
+#define RNN_EXT_CASE(Cell, NAME) \
+  case RNN_EXT_##NAME:           \
+    return run(cells::Cell{});
+  switch (cell) { RNN_EXT_FOR_EACH_CELL(RNN_EXT_CASE) }
+#undef RNN_EXT_CASE
+  __builtin_unreachable();
 }
 
 }  // namespace rnn_ext::cuda

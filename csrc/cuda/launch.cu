@@ -2,7 +2,9 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <iterator>
 
+#include "cells/cells.h"
 #include "cuda/cluster_entries.h"
 #include "cuda/dispatch.h"
 #include "cuda/grid_entries.h"
@@ -39,7 +41,7 @@ int check(const Args& args, int64_t first_step, int64_t last_step, int64_t steps
     return refuse(error, "no variant has the number %d", static_cast<int>(args.variant));
   if (args.variant == RNN_EXT_LAYER_NORM && args.cell != RNN_EXT_LSTM)
     return refuse(error, "only an lstm has layer normalisation, got cell %d", static_cast<int>(args.cell));
-  if (args.cell < RNN_EXT_RNN_TANH || args.cell > RNN_EXT_LSTM)
+  if (static_cast<size_t>(args.cell) >= std::size(rnn_ext::cells::kGatesOf))
     return refuse(error, "no cell has the number %d", static_cast<int>(args.cell));
   if (args.dtype < RNN_EXT_FLOAT32 || args.dtype > RNN_EXT_FLOAT16)
     return refuse(error, "no dtype has the number %d", static_cast<int>(args.dtype));

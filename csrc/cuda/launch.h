@@ -17,11 +17,15 @@
 
 #include <stdint.h>
 
+#include "cells/list.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-typedef enum RnnExtCell { RNN_EXT_RNN_TANH, RNN_EXT_RNN_RELU, RNN_EXT_GRU, RNN_EXT_LSTM } RnnExtCell;
+#define RNN_EXT_NUMBER(Cell, NAME) RNN_EXT_##NAME,
+typedef enum RnnExtCell { RNN_EXT_FOR_EACH_CELL(RNN_EXT_NUMBER) } RnnExtCell;
+#undef RNN_EXT_NUMBER
 typedef enum RnnExtVariant { RNN_EXT_PLAIN, RNN_EXT_MASKED, RNN_EXT_LAYER_NORM } RnnExtVariant;
 typedef enum RnnExtDtype { RNN_EXT_FLOAT32, RNN_EXT_FLOAT64, RNN_EXT_BFLOAT16, RNN_EXT_FLOAT16 } RnnExtDtype;
 

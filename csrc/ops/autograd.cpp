@@ -12,6 +12,8 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <iterator>
 #include <string>
 
 #include "ops/layer.h"
@@ -29,7 +31,9 @@ using NodePtr = decltype(std::declval<Node&>().getptr());  // a shared_ptr or, i
 template <class T>
 auto make_node() {
   if constexpr (std::is_same_v<NodePtr, std::shared_ptr<Node>>) {
-    return std::shared_ptr<T>(new T());
+    // torch's deleter frees a long chain of nodes one after the other: by default each would free the next within its
+    // own destructor, until the stack overflows.
+    return std::shared_ptr<T>(new T(), [](T* node) { deleteNode(node); });
   } else {
     return c10::make_intrusive<T>();
   }
@@ -46,22 +50,20 @@ struct SavedCall {
   std::string cell;
   bool bidirectional = false, batch_first = false, cell_states = false;
 
-  void save(const at::Tensor& input_, const OptionalTensor& h_0_, const OptionalTensor& c_0_, at::TensorList weights_,
-            const OptionalTensor& batch_sizes_, const OptionalTensor& lengths_, const OptionalTensor& resets_,
-            const OptionalTensors& masks_, const LayerOptions& options) {
-    input = SavedVariable(input_, false);
-    h_0 = SavedVariable(h_0_, false);
-    c_0 = SavedVariable(c_0_, false);
-    weights.reserve(weights_.size());
-    for (const at::Tensor& weight : weights_) weights.emplace_back(weight, false);
-    batch_sizes = SavedVariable(batch_sizes_, false);
-    lengths = SavedVariable(lengths_, false);
-    resets = SavedVariable(resets_, false);
-    for (const OptionalTensor& mask : masks_) masks.emplace_back(mask, false);
-    cell = options.cell;
-    bidirectional = options.bidirectional;
-    batch_first = options.batch_first;
-    cell_states = options.cell_states;
+  void save(const LayerInputs& in) {
+    input = SavedVariable(in.input, false);
+    h_0 = SavedVariable(in.h_0, false);
+    c_0 = SavedVariable(in.c_0, false);
+    weights.reserve(in.weights.size());
+    for (const at::Tensor& weight : in.weights) weights.emplace_back(weight, false);
+    batch_sizes = SavedVariable(in.batch_sizes, false);
+    lengths = SavedVariable(in.lengths, false);
+    resets = SavedVariable(in.resets, false);
+    for (const OptionalTensor& mask : in.masks) masks.emplace_back(mask, false);
+    cell = in.options.cell;
+    bidirectional = in.options.bidirectional;
+    batch_first = in.options.batch_first;
+    cell_states = in.options.cell_states;
   }
   void release() {
     each([](SavedVariable& saved) { saved.reset_data(); });
@@ -149,34 +151,38 @@ const auto& layer_double_backward_reference_op() {
 
 }  // namespace
 
-LayerResult layer_call(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
-                       at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                       const OptionalTensor& resets, const OptionalTensors& masks, const LayerOptions& options,
-                       bool save, bool recompute) {
-  return layer_op().call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options.cell,
-                         options.bidirectional, options.batch_first, options.cell_states, save, recompute);
+LayerResult layer_call(const LayerInputs& in, bool save, bool recompute) {
+  return layer_op().call(in.input, in.h_0, in.c_0, in.weights, in.batch_sizes, in.lengths, in.resets, in.masks,
+                         in.options.cell, in.options.bidirectional, in.options.batch_first, in.options.cell_states,
+                         save, recompute);
 }
 
-LayerGrads layer_backward_call(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                               const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,
-                               const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
-                               at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                               const OptionalTensor& resets, const OptionalTensors& masks, const at::Tensor& output,
-                               const at::Tensor& saved, const LayerOptions& options,
-                               const c10::List<bool>& output_mask) {
-  return layer_backward_op().call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights, batch_sizes,
-                                  lengths, resets, masks, output, saved, options.cell, options.bidirectional,
-                                  options.batch_first, options.cell_states, output_mask);
+LayerGrads layer_backward_call(const LayerCotangents& grads, const LayerInputs& in, const at::Tensor& output,
+                               const at::Tensor& saved, const c10::List<bool>& output_mask) {
+  return layer_backward_op().call(grads.output, grads.h_n, grads.c_n, grads.cells, in.input, in.h_0, in.c_0, in.weights,
+                                  in.batch_sizes, in.lengths, in.resets, in.masks, output, saved, in.options.cell,
+                                  in.options.bidirectional, in.options.batch_first, in.options.cell_states,
+                                  output_mask);
 }
 
 namespace {
 
 bool has_tangent(const OptionalTensor& tensor) { return torch::autograd::isFwGradDefined(tensor); }
-bool any_has_tangent(at::TensorList tensors) {
-  for (const at::Tensor& tensor : tensors) {
-    if (has_tangent(tensor)) return true;
-  }
-  return false;
+bool has_tangent(const LayerInputs& in) {
+  return has_tangent(in.input) || has_tangent(in.h_0) || has_tangent(in.c_0) ||
+         std::any_of(in.weights.begin(), in.weights.end(),
+                     [](const at::Tensor& weight) { return has_tangent(weight); });
+}
+
+/// To what a node gives gradients: the input, the states and the weights, in this order.
+void add_edge(torch::autograd::edge_list& edges, const OptionalTensor& tensor) {
+  const bool there = tensor.has_value() && tensor->defined();
+  edges.push_back(there ? torch::autograd::impl::gradient_edge(*tensor) : torch::autograd::Edge());
+}
+void add_edges(torch::autograd::edge_list& edges, const LayerInputs& in) {
+  edges.reserve(edges.size() + 3 + in.weights.size());
+  for (const OptionalTensor& tensor : {OptionalTensor(in.input), in.h_0, in.c_0}) add_edge(edges, tensor);
+  for (const at::Tensor& weight : in.weights) add_edge(edges, weight);
 }
 
 /// Recomputing in backward is as forward was, which autocast has had its say in.
@@ -250,21 +256,21 @@ struct LayerBackward : public Node {
     const OptionalTensor batch_sizes = unpack(call.batch_sizes), lengths = unpack(call.lengths),
                          resets = unpack(call.resets);
     const OptionalTensors masks = call.unpack_masks();
+    const LayerInputs in{input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, call.options()};
     at::Tensor forward_output, forward_saved;
     if (recomputes()) {
       const at::NoGradGuard no_grad;  // derivatives of a derivative go through the inputs alone
       const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
-      LayerResult again =
-          layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, call.options(), true, true);
+      LayerResult again = layer_call(in, true, true);
       forward_output = std::get<0>(again);
       forward_saved = std::get<4>(again);
     } else {
       forward_output = output.unpack(getptr());
       forward_saved = nothing_saved.defined() ? nothing_saved : saved.unpack();
     }
-    auto [dx, dh_0, dc_0, dw] = layer_backward_call(optional(grads[0]), optional(grads[1]), optional(grads[2]),
-                                                    optional(grads[3]), input, h_0, c_0, weights, batch_sizes, lengths,
-                                                    resets, masks, forward_output, forward_saved, call.options(), mask);
+    auto [dx, dh_0, dc_0, dw] =
+        layer_backward_call({optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3])}, in,
+                            forward_output, forward_saved, mask);
     if (mask.get(0)) result[0] = std::move(dx);
     if (mask.get(1)) result[1] = std::move(dh_0);
     if (mask.get(2)) result[2] = std::move(dc_0);
@@ -303,28 +309,18 @@ variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
 
 }  // namespace
 
-LayerResult record_layer(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
-                         at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                         const OptionalTensor& resets, const OptionalTensors& masks, const LayerOptions& options,
-                         bool save, bool recompute, c10::function_ref<LayerResult()> compute) {
+LayerResult record_layer(const LayerInputs& in, bool save, bool recompute, c10::function_ref<LayerResult()> compute) {
   auto node = make_node<LayerBackward>();
   torch::autograd::edge_list edges;
-  edges.reserve(3 + weights.size());
-  const auto add_edge = [&](const at::Tensor& tensor) {
-    edges.push_back(tensor.defined() ? torch::autograd::impl::gradient_edge(tensor) : torch::autograd::Edge());
-  };
-  add_edge(input);
-  add_edge(h_0.value_or(at::Tensor()));
-  add_edge(c_0.value_or(at::Tensor()));
-  for (const at::Tensor& weight : weights) add_edge(weight);
+  add_edges(edges, in);
   node->set_next_edges(std::move(edges));
-  node->call.save(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options);
+  node->call.save(in);
   LayerResult result = compute();
   auto& [output, h_n, c_n, cells, saved] = result;
   torch::autograd::set_history(output, node);
   torch::autograd::set_history(h_n, node);
-  torch::autograd::set_history(cell_info(options.cell).has_cell ? c_n : at::Tensor(), node);
-  torch::autograd::set_history(options.cell_states ? cells : at::Tensor(), node);
+  torch::autograd::set_history(cell_info(in.options.cell).has_cell ? c_n : at::Tensor(), node);
+  torch::autograd::set_history(in.options.cell_states ? cells : at::Tensor(), node);
   node->recompute = recompute;
   if (!recompute) {
     node->output = SavedVariable(output, true);
@@ -347,20 +343,20 @@ LayerResult layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, c
                            at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                            const OptionalTensor& resets, const OptionalTensors& masks, std::string_view cell,
                            bool bidirectional, bool batch_first, bool cell_states, bool save, bool recompute) {
-  const LayerOptions options{cell, bidirectional, batch_first, cell_states};
-  if (has_tangent(input) || has_tangent(h_0) || has_tangent(c_0) || any_has_tangent(weights)) {
+  const LayerInputs in{
+      input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, {cell, bidirectional, batch_first, cell_states}};
+  if (has_tangent(in)) {
     auto [output, h_n, c_n, cells] = layer_reference_op().call(input, h_0, c_0, weights, batch_sizes, lengths, resets,
                                                                masks, cell, bidirectional, batch_first, cell_states);
     return {output, h_n, c_n, cells, at::Tensor(input.new_empty({0}))};
   }
   if (!torch::autograd::compute_requires_grad(input, h_0, c_0, weights)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options, save, recompute);
+    return layer_call(in, save, recompute);
   }
-  return record_layer(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options, save, recompute, [&] {
+  return record_layer(in, save, recompute, [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options, save || !recompute,
-                      recompute);
+    return layer_call(in, save || !recompute, recompute);
   });
 }
 
@@ -372,9 +368,11 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
                                    const OptionalTensors& masks, const at::Tensor& output, const at::Tensor& saved,
                                    std::string_view cell, bool bidirectional, bool batch_first, bool cell_states,
                                    const c10::List<bool>& output_mask) {
-  const LayerOptions options{cell, bidirectional, batch_first, cell_states};
-  if (has_tangent(grad_output) || has_tangent(grad_h_n) || has_tangent(grad_c_n) || has_tangent(grad_cells) ||
-      has_tangent(input) || has_tangent(h_0) || has_tangent(c_0) || any_has_tangent(weights)) {
+  const LayerInputs in{
+      input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, {cell, bidirectional, batch_first, cell_states}};
+  const OptionalTensor* const grads[] = {&grad_output, &grad_h_n, &grad_c_n, &grad_cells};
+  if (has_tangent(in) ||
+      std::any_of(std::begin(grads), std::end(grads), [](auto* grad) { return has_tangent(*grad); })) {
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
     return layer_backward_reference_op().call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights,
                                               batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first,
@@ -382,28 +380,19 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
   }
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_backward_call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights, batch_sizes,
-                               lengths, resets, masks, output, saved, options, output_mask);
+    return layer_backward_call({grad_output, grad_h_n, grad_c_n, grad_cells}, in, output, saved, output_mask);
   };
   if (!torch::autograd::compute_requires_grad(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights))
     return compute();
   auto node = make_node<LayerBackwardBackward>();
   torch::autograd::edge_list edges;
-  const auto add_edge = [&](const OptionalTensor& tensor) {
-    edges.push_back(tensor.has_value() && tensor->defined() ? torch::autograd::impl::gradient_edge(*tensor)
-                                                            : torch::autograd::Edge());
-  };
-  const OptionalTensor* grads[] = {&grad_output, &grad_h_n, &grad_c_n, &grad_cells};
   for (int i = 0; i < LayerBackwardBackward::kGrads; ++i) {
-    add_edge(*grads[i]);
+    add_edge(edges, *grads[i]);
     node->grads[i] = SavedVariable(*grads[i], false);
   }
-  add_edge(input);
-  add_edge(h_0);
-  add_edge(c_0);
-  for (const at::Tensor& weight : weights) add_edge(weight);
+  add_edges(edges, in);
   node->set_next_edges(std::move(edges));
-  node->call.save(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options);
+  node->call.save(in);
   LayerGrads result = compute();
   auto& [dx, dh_0, dc_0, dw] = result;
   const auto attach = [&](size_t i, const at::Tensor& grad) {
@@ -429,8 +418,16 @@ LayerResult layer_autocast(const at::Tensor& input, const OptionalTensor& h_0, c
   };
   std::vector<at::Tensor> cast_weights;
   for (const at::Tensor& weight : weights) cast_weights.push_back(cast(weight));
-  return layer_call(cast(input), cast_optional(h_0), cast_optional(c_0), cast_weights, batch_sizes, lengths, resets,
-                    masks, {cell, bidirectional, batch_first, cell_states}, save, recompute);
+  return layer_call({cast(input),
+                     cast_optional(h_0),
+                     cast_optional(c_0),
+                     cast_weights,
+                     batch_sizes,
+                     lengths,
+                     resets,
+                     masks,
+                     {cell, bidirectional, batch_first, cell_states}},
+                    save, recompute);
 }
 
 TORCH_LIBRARY_IMPL(rnn_ext, Autograd, m) {

@@ -1,9 +1,7 @@
 // What ops/cuda_call.h declares.
 #include "ops/cuda_call.h"
 
-#include <string_view>
-
-#include "cells/cells.h"
+#include "cpu/with_cell.h"
 #include "ops/cuda_layer.h"
 
 namespace rnn_ext::ops {
@@ -27,15 +25,11 @@ Facts facts() {
   return result;
 }
 
-Facts facts_of(std::string_view name, cpu::Variant variant) {
-  if (variant == cpu::Variant::kLayerNorm) return facts<cells::LayerNormLstm>();
-  const bool masked = variant == cpu::Variant::kMasked;
-#define RNN_EXT_FACTS(Cell) \
-  if (name == cells::Cell::kName) return masked ? facts<cells::Masked<cells::Cell>>() : facts<cells::Cell>();
-  RNN_EXT_FOR_EACH_CELL(RNN_EXT_FACTS)
-#undef RNN_EXT_FACTS
-  TORCH_INTERNAL_ASSERT(false, "cell_info knows a cell that cells.h does not");
+Facts facts_of(cpu::CellKind kind, cpu::Variant variant) {
+  return cpu::with_cell(kind, variant, []<class Cell>() { return facts<Cell>(); });
 }
+
+}  // namespace
 
 RnnExtDtype dtype_of(at::ScalarType dtype) {
   switch (dtype) {
@@ -52,13 +46,9 @@ RnnExtDtype dtype_of(at::ScalarType dtype) {
   }
 }
 
-}  // namespace
-
-Call::Call(const at::Tensor& input, const OptionalTensor& h_0_, const OptionalTensor& c_0_, at::TensorList weights,
-           const OptionalTensor& batch_sizes, const OptionalTensor& lengths_, const OptionalTensor& resets_,
-           const OptionalTensors& masks, const LayerOptions& layer_options)
-    : shape(input, h_0_, c_0_, weights, batch_sizes, lengths_, resets_, masks, layer_options),
-      cell(facts_of(layer_options.cell, shape.variant)),
+Call::Call(const LayerInputs& in)
+    : shape(in),
+      cell(facts_of(shape.cell.kind, shape.variant)),
       directions(shape.sizes.directions),
       length(shape.length),
       batch(shape.batch),
@@ -66,27 +56,27 @@ Call::Call(const at::Tensor& input, const OptionalTensor& h_0_, const OptionalTe
       hidden(shape.sizes.hidden),
       out(shape.sizes.output()),
       projected(shape.sizes.proj != 0),
-      options(input.options()),
-      accumulator(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
-      dtype(dtype_of(input.scalar_type())),
-      h_0(given(h_0_)),
-      c_0(given(c_0_)),
-      guard_(input.device()),
-      stream(kernel_stream(input.device())) {
-  for (const at::Tensor& weight : weights) weights_.push_back(weight.contiguous());
+      options(in.input.options()),
+      accumulator(in.input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
+      dtype(dtype_of(in.input.scalar_type())),
+      h_0(given(in.h_0)),
+      c_0(given(in.c_0)),
+      guard_(in.input.device()),
+      stream(kernel_stream(in.input.device())) {
+  for (const at::Tensor& weight : in.weights) weights_.push_back(weight.contiguous());
   sequence.length = length;
   sequence.batch = batch;
   sequence.hidden = hidden;
   sequence.time_stride = shape.batch_first ? 1 : batch;
   sequence.batch_stride = shape.batch_first ? length : 1;
   if (shape.packed) sequence.batch_sizes = shape.batch_sizes.data();
-  if (lengths_.has_value()) {
-    if (lengths_->is_cpu() && !input.is_cpu()) check_not_captured("lengths on the CPU");
-    lengths_on_device_ = lengths_->to(options.device(), at::kLong, /*non_blocking=*/true).contiguous();
+  if (in.lengths.has_value()) {
+    if (in.lengths->is_cpu() && !in.input.is_cpu()) check_not_captured("lengths on the CPU");
+    lengths_on_device_ = in.lengths->to(options.device(), at::kLong, /*non_blocking=*/true).contiguous();
     sequence.lengths = lengths_on_device_.const_data_ptr<int64_t>();
   }
-  for (int i = 0; i < int(masks.size()); ++i) {
-    const OptionalTensor mask = masks.get(size_t(i));
+  for (int i = 0; i < int(in.masks.size()); ++i) {
+    const OptionalTensor mask = in.masks.get(size_t(i));
     if (!mask.has_value()) continue;
     const at::Tensor wide = mask->to(accumulator);
     if (i == LayerShape::kHiddenMask) {
@@ -96,8 +86,8 @@ Call::Call(const at::Tensor& input, const OptionalTensor& h_0_, const OptionalTe
       (i == LayerShape::kZoneoutH ? zoneout_h : zoneout_c) = all.stride(1) == 1 ? all : all.contiguous();
     }
   }
-  if (resets_.has_value()) {
-    resets = resets_->contiguous();
+  if (in.resets.has_value()) {
+    resets = in.resets->contiguous();
     if (shape.packed) {  // the kernels want them as (L, N)
       locate_packed_rows();
       resets_grid_ = at::zeros({length * batch}, resets.options());

@@ -36,9 +36,7 @@ inline at::Tensor of_direction(const at::Tensor& states, int64_t d) { return sta
 /// One call: its checked shape, where its rows lie, and what the kernels need to know about them.
 class Call {
  public:
-  Call(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0, at::TensorList weights,
-       const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& resets,
-       const OptionalTensors& masks, const LayerOptions& options);
+  explicit Call(const LayerInputs& in);
 
   const LayerShape shape;
   const Facts cell;

@@ -1,6 +1,6 @@
 // The layer op over the CUDA kernels. Products over all timesteps (input gates, and in backward the gradients of input
 // and weights) are single GEMMs of torch's, which obeys the user's precision settings; the chain through time is
-// csrc/cuda's. Nothing waits for the device, and lengths are never read on the host.
+// csrc/cuda's. Nothing waits for the device; lengths that lie on it are never read on the host.
 // Words and letters: ops/cuda_call.h.
 #include "ops/cuda_layer.h"
 
@@ -120,8 +120,8 @@ LayerResult layer_cuda(const at::Tensor& input, const OptionalTensor& h_0, const
                        const OptionalTensor& resets, const OptionalTensors& masks, std::string_view cell,
                        bool bidirectional, bool batch_first, bool cell_states, bool save, bool /*recompute*/) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  Call call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
-            {cell, bidirectional, batch_first, cell_states});
+  Call call(
+      {input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, {cell, bidirectional, batch_first, cell_states}});
   const int64_t D = call.directions, N = call.batch, R = call.rows, H = call.hidden, P = call.out;
   const bool has_cell = call.cell.has_cell;
 
@@ -279,26 +279,15 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
                                const at::Tensor& saved, std::string_view cell, bool bidirectional, bool batch_first,
                                bool cell_states, const c10::List<bool>& output_mask) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  Call call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
-            {cell, bidirectional, batch_first, cell_states});
+  const LayerInputs in{
+      input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, {cell, bidirectional, batch_first, cell_states}};
+  Call call(in);
+  call.shape.check_backward({grad_output, grad_h_n, grad_c_n, grad_cells}, in, output, saved, at::kByte,
+                            Kept::numel(call), output_mask);
   const int64_t D = call.directions, N = call.batch, R = call.rows, H = call.hidden, P = call.out;
   const bool has_cell = call.cell.has_cell;
-  call.shape.check_output_mask(h_0, c_0, weights.size(), output_mask);
-  TORCH_CHECK(output.sizes() == at::IntArrayRef(call.shape.sequence_sizes(D * P)) && saved.scalar_type() == at::kByte &&
-                  saved.numel() == Kept::numel(call),
-              "output and saved are not those of a forward call with these inputs");
-  const auto checked = [&](const OptionalTensor& grad, at::IntArrayRef expected, const char* name) {
-    const at::Tensor dense = given(grad);
-    TORCH_CHECK(!dense.defined() || dense.sizes() == expected, "expected ", name, " of size ", expected, ", got ",
-                dense.sizes());
-    TORCH_CHECK(!dense.defined() || (dense.device() == input.device() && dense.scalar_type() == input.scalar_type()),
-                "expected ", name, " as ", input.scalar_type(), " on ", input.device(), ", got ", dense.scalar_type(),
-                " on ", dense.device());
-    return dense;
-  };
-  const at::Tensor doutput = checked(grad_output, call.shape.sequence_sizes(D * P), "grad_output");
-  const at::Tensor dcells = checked(grad_cells, call.shape.sequence_sizes(D * H), "grad_cells");
-  const at::Tensor dh_n = checked(grad_h_n, {D, N, P}, "grad_h_n"), dc_n = checked(grad_c_n, {D, N, H}, "grad_c_n");
+  const at::Tensor doutput = given(grad_output), dcells = given(grad_cells);
+  const at::Tensor dh_n = given(grad_h_n), dc_n = given(grad_c_n);
 
   const at::Tensor none = call.empty({0});
   std::vector<at::Tensor> dw(weights.size(), none);

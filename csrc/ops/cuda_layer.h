@@ -3,6 +3,7 @@
 #pragma once
 
 #include <c10/core/Device.h>
+#include <c10/core/ScalarType.h>
 #include <torch/library.h>
 
 #include <string>
@@ -23,6 +24,9 @@ void* kernel_stream(c10::Device device);
 bool force_cuda_kernel(const std::string& name);
 
 const char* kernel_name(RnnExtKernel kernel);
+
+/// ValueError for a dtype that they do not compute.
+RnnExtDtype dtype_of(at::ScalarType dtype);
 
 /// Whether torch's settings let its own GEMMs round float32 to TF32. (Context::allowTF32CuBLAS raises where only the
 /// newer of the two ways to set it was used.)

@@ -51,11 +51,11 @@ static CellInfo info_of(cpu::CellKind kind) {
 }
 
 CellInfo cell_info(std::string_view name) {
-#define RNN_EXT_FIND(Cell) \
+#define RNN_EXT_FIND(Cell, NAME) \
   if (name == cells::Cell::kName) return info_of<cells::Cell>(cpu::CellKind::k##Cell);
   RNN_EXT_FOR_EACH_CELL(RNN_EXT_FIND)
 #undef RNN_EXT_FIND
-#define RNN_EXT_NAME(Cell) , " ", cells::Cell::kName
+#define RNN_EXT_NAME(Cell, NAME) , " ", cells::Cell::kName
   TORCH_CHECK_VALUE(false, "unknown cell '", std::string(name),
                     "': expected one of" RNN_EXT_FOR_EACH_CELL(RNN_EXT_NAME));
 #undef RNN_EXT_NAME
@@ -99,10 +99,11 @@ int LayerShape::index(int direction, Weight weight) const {
   }
 }
 
-LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
-                       at::TensorList weights, const OptionalTensor& batch_sizes_, const OptionalTensor& lengths,
-                       const OptionalTensor& resets, const OptionalTensors& masks, const LayerOptions& options)
-    : cell(cell_info(options.cell)), packed(batch_sizes_.has_value()), batch_first(options.batch_first && !packed) {
+LayerShape::LayerShape(const LayerInputs& in)
+    : cell(cell_info(in.options.cell)),
+      packed(in.batch_sizes.has_value()),
+      batch_first(in.options.batch_first && !packed) {
+  const auto& [input, h_0, c_0, weights, batch_sizes_, lengths, resets, masks, options] = in;
   sizes.directions = options.bidirectional ? 2 : 1;
   int64_t count = int64_t(weights.size()) / sizes.directions;
   const bool normed = count > 5;
@@ -235,12 +236,30 @@ LayerShape::LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const
   }
 }
 
-void LayerShape::check_output_mask(const OptionalTensor& h_0, const OptionalTensor& c_0, size_t weights,
-                                   const c10::List<bool>& output_mask) const {
-  TORCH_CHECK(output_mask.size() == 3 + weights, "expected output_mask of ", 3 + weights, " values, got ",
-              output_mask.size());
-  TORCH_CHECK((!output_mask.get(1) || h_0.has_value()) && (!output_mask.get(2) || c_0.has_value()),
-              "output_mask asks for the gradient of a state that was not given");
+void LayerShape::check_backward(const LayerCotangents& grads, const LayerInputs& in, const at::Tensor& output,
+                                const at::Tensor& saved, at::ScalarType saved_dtype, int64_t saved_numel,
+                                const c10::List<bool>& output_mask) const {
+  const auto check = [&](const OptionalTensor& grad, at::IntArrayRef expected, const char* name) {
+    if (!grad.has_value() || !grad->defined()) return;
+    check_like_input(*grad, in.input, name);
+    check_sizes(*grad, expected, name);
+  };
+  const std::vector<int64_t> outputs = sequence_sizes(sizes.directions * sizes.output());
+  check(grads.output, outputs, "grad_output");
+  check(grads.h_n, {sizes.directions, batch, sizes.output()}, "grad_h_n");
+  check(grads.c_n, {sizes.directions, batch, sizes.hidden}, "grad_c_n");
+  check(grads.cells, sequence_sizes(sizes.directions * sizes.hidden), "grad_cells");
+  check(output, outputs, "output");
+  TORCH_CHECK(saved.scalar_type() == saved_dtype && saved.numel() == saved_numel, "expected saved as ", saved_numel,
+              " values of ", saved_dtype, ", as a forward call with these inputs returns it, got ", saved.numel(),
+              " of ", saved.scalar_type());
+  TORCH_CHECK(output_mask.size() == 3 + in.weights.size(), "expected output_mask of ", 3 + in.weights.size(),
+              " values, got ", output_mask.size());
+  const OptionalTensor* const states[] = {&in.h_0, &in.c_0};
+  for (size_t i = 0; i < 2; ++i) {
+    TORCH_CHECK(!output_mask.get(1 + i) || states[i]->has_value(), "output_mask asks for the gradient of ",
+                i ? "c_0" : "h_0", ", which was not given");
+  }
 }
 
 void LayerShape::order_by(const at::Tensor& lengths) {

@@ -29,25 +29,29 @@ struct LayerOptions {
 using LayerResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using LayerGrads = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 
-LayerResult layer_call(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
-                       at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                       const OptionalTensor& resets, const OptionalTensors& masks, const LayerOptions& options,
-                       bool save, bool recompute);
+/// What a call of the op is given, forward and, besides the gradients, backward: for the time of the call.
+struct LayerInputs {
+  const at::Tensor& input;
+  const OptionalTensor &h_0, &c_0;
+  at::TensorList weights;
+  const OptionalTensor &batch_sizes, &lengths, &resets;
+  const OptionalTensors& masks;
+  LayerOptions options;
+};
 
-LayerGrads layer_backward_call(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                               const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,
-                               const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
-                               at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                               const OptionalTensor& resets, const OptionalTensors& masks, const at::Tensor& output,
-                               const at::Tensor& saved, const LayerOptions& options,
-                               const c10::List<bool>& output_mask);
+/// The gradients that backward is given, and the results of forward.
+struct LayerCotangents {
+  const OptionalTensor &output, &h_n, &c_n, &cells;
+};
+
+/// The op by way of the dispatcher.
+LayerResult layer_call(const LayerInputs& in, bool save, bool recompute);
+LayerGrads layer_backward_call(const LayerCotangents& grads, const LayerInputs& in, const at::Tensor& output,
+                               const at::Tensor& saved, const c10::List<bool>& output_mask);
 
 /// Autograd's record of a forward call whose results compute() gives, `saved` among them unless `recompute`. Tensors
 /// without a tangent, of which some require a gradient.
-LayerResult record_layer(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
-                         at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                         const OptionalTensor& resets, const OptionalTensors& masks, const LayerOptions& options,
-                         bool save, bool recompute, c10::function_ref<LayerResult()> compute);
+LayerResult record_layer(const LayerInputs& in, bool save, bool recompute, c10::function_ref<LayerResult()> compute);
 
 /// A cell's facts by its name in the schema; ValueError for any other name.
 struct CellInfo {
@@ -60,9 +64,7 @@ CellInfo cell_info(std::string_view name);
 /// The checked shape of a call. Raises what torch.nn raises, with the shape found and the shape expected.
 struct LayerShape {
   enum Mask { kHiddenMask, kZoneoutH, kZoneoutC, kMasks };
-  LayerShape(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0, at::TensorList weights,
-             const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& resets,
-             const OptionalTensors& masks, const LayerOptions& options);
+  explicit LayerShape(const LayerInputs& in);
 
   CellInfo cell;
   cpu::Sizes sizes;
@@ -79,9 +81,11 @@ struct LayerShape {
   bool packed = false;
   bool batch_first = false;
 
-  /// Checks which gradients of the input, the states and the weights are asked for: none of a state that is not there.
-  void check_output_mask(const OptionalTensor& h_0, const OptionalTensor& c_0, size_t weights,
-                         const c10::List<bool>& output_mask) const;
+  /// Checks what backward is given besides: gradients like the results they belong to; output and saved (so many values
+  /// of a dtype) as forward returns them; and which gradients of the input, the states and the weights it is asked for.
+  void check_backward(const LayerCotangents& grads, const LayerInputs& in, const at::Tensor& output,
+                      const at::Tensor& saved, at::ScalarType saved_dtype, int64_t saved_numel,
+                      const c10::List<bool>& output_mask) const;
 
   cpu::Layout layout() const;
   /// Sizes of a sequence of `features` in the caller's layout.

@@ -14,7 +14,6 @@
 #include <filesystem>
 #include <optional>
 #include <system_error>
-#include <thread>
 #include <utility>
 
 #include "cpu/subnormal.h"
@@ -26,6 +25,7 @@
 extern "C" {  // of libgomp, or of the OpenMP runtime that torch has in its place
 void GOMP_parallel(void (*fn)(void*), void* context, unsigned threads, unsigned flags);
 int omp_get_thread_num() noexcept;
+int omp_get_num_procs() noexcept;
 int omp_get_num_threads() noexcept;
 }
 
@@ -94,12 +94,12 @@ bool is_set(const char* name, const char* value) {
   return found && strcasecmp(found, value) == 0;
 }
 
-/// The most threads that wait actively for work: of more than there are processors, and where OpenMP has been told so,
-/// they fall asleep.
+/// The most threads that wait actively for work: of more than there are processors for this process, and where OpenMP
+/// has been told so, they fall asleep.
 int most_waiting_actively() {
   const bool sleep =
       is_set("OMP_WAIT_POLICY", "passive") || is_set("GOMP_SPINCOUNT", "0") || is_set("KMP_BLOCKTIME", "0");
-  return sleep ? 0 : int(std::thread::hardware_concurrency());
+  return sleep ? 0 : omp_get_num_procs();
 }
 
 cpu::Executor executor() {
@@ -134,7 +134,7 @@ at::ScalarType compute_type(const at::Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-/// What the kernels store sequences, states and weights in, forward
+/// What the kernels store sequences, states and weights in, forward.
 at::ScalarType forward_type(const at::Tensor& input, cpu::CellKind cell, cpu::Variant variant, const cpu::Sizes& sizes,
                             const cpu::Layout& layout) {
   const at::ScalarType type = input.scalar_type();
@@ -143,7 +143,7 @@ at::ScalarType forward_type(const at::Tensor& input, cpu::CellKind cell, cpu::Va
   if (type == at::kHalf && plain && cpu::computes_forward<cpu::Float16>(cell, sizes, layout)) return type;
   return compute_type(input);
 }
-/// and backward.
+/// The same of backward.
 at::ScalarType backward_type(const at::Tensor& input, cpu::Variant variant) {
   const bool is_bfloat16 = input.scalar_type() == at::kBFloat16 && variant == cpu::Variant::kPlain;
   return is_bfloat16 && cpu::computes_bfloat16() ? at::kBFloat16 : compute_type(input);
@@ -302,28 +302,26 @@ int64_t saved_numel(const LayerShape& shape) {
 /// A forward call: what it reads made ready for the kernels, and room for what they write.
 class ForwardCall {
  public:
-  ForwardCall(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0, at::TensorList weights,
-              const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& resets,
-              const OptionalTensors& masks, const LayerOptions& options, bool save)
-      : shape(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, options),
-        dtype(forward_type(input, shape.cell.kind, shape.variant, shape.sizes, shape.layout())),
-        input_(input),
-        resets_(resets),
-        x_(prepare_sequence(input, dtype)),
-        h_0_(prepare(h_0, dtype)),
-        c_0_(prepare(c_0, dtype)),
-        masks_(masks, dtype),
-        ends_(lengths.has_value()),
+  ForwardCall(const LayerInputs& in, bool save)
+      : shape(in),
+        dtype(forward_type(in.input, shape.cell.kind, shape.variant, shape.sizes, shape.layout())),
+        input_(in.input),
+        resets_(in.resets),
+        x_(prepare_sequence(in.input, dtype)),
+        h_0_(prepare(in.h_0, dtype)),
+        c_0_(prepare(in.c_0, dtype)),
+        masks_(in.masks, dtype),
+        ends_(in.lengths.has_value()),
         save_(save),
-        weights_(weights.vec()) {
-    const auto like = input.options().dtype(dtype);
+        weights_(in.weights.vec()) {
+    const auto like = in.input.options().dtype(dtype);
     const cpu::Sizes& sizes = shape.sizes;
     const auto new_sequence = [&](int64_t features) { return empty(shape.sequence_sizes(features), like); };
     output = new_sequence(sizes.directions * sizes.output());
-    cells_ = options.cell_states ? new_sequence(sizes.directions * sizes.hidden) : empty({0}, like);
+    cells_ = in.options.cell_states ? new_sequence(sizes.directions * sizes.hidden) : empty({0}, like);
     h_n_ = empty({sizes.directions, shape.batch, sizes.output()}, like);
     c_n_ = shape.cell.has_cell ? empty({sizes.directions, shape.batch, sizes.hidden}, like) : empty({0}, like);
-    saved_ = empty({save ? saved_numel(shape) : 0}, like.dtype(compute_type(input)));
+    saved_ = empty({save ? saved_numel(shape) : 0}, like.dtype(compute_type(in.input)));
   }
   ForwardCall(const ForwardCall&) = delete;
   ForwardCall& operator=(const ForwardCall&) = delete;
@@ -352,7 +350,7 @@ class ForwardCall {
     args.saved = save_ ? data<cpu::Compute<S>>(saved_) : nullptr;
     for (int d = 0; d < shape.sizes.directions; ++d) {
       if (!save_ && cpu::uses_packed_weights<S>(args.sizes, args.layout)) args.packed[d] = find_packed<S>(d);
-      prepare_weights(weights_, d, args.packed[d] != nullptr);
+      prepare_direction(weights_, d, args.packed[d] != nullptr);
       args.weights[d] = named_weights<const S>(weights_, shape, d);
     }
     return args;
@@ -376,15 +374,15 @@ class ForwardCall {
       if (!weight.is_contiguous()) return nullptr;
     packed_[d] = cached_weights(shape.cell.kind, shape.sizes, all, dtype, [&] {
       std::vector<at::Tensor> prepared = weights_;
-      prepare_weights(prepared, d, false);
+      prepare_direction(prepared, d, false);
       return cpu::pack_weights(shape.cell.kind, shape.sizes, named_weights<const S>(prepared, shape, d));
     });
     return packed_[d].get();
   }
 
-  /// Those of a direction; what is packed the kernels do not look at.
-  void prepare_weights(std::vector<at::Tensor>& weights, int d, bool packed) const {
-    rnn_ext::ops::prepare_weights(weights, shape, d, [&](LayerShape::Weight weight) {
+  /// The weights of a direction; what is packed the kernels do not look at.
+  void prepare_direction(std::vector<at::Tensor>& weights, int d, bool packed) const {
+    prepare_weights(weights, shape, d, [&](LayerShape::Weight weight) {
       const bool is_bias = weight == LayerShape::kBiasIh || weight == LayerShape::kBiasHh;
       const bool is_normed = weight >= LayerShape::kWeightNormIh || is_bias;
       const bool read = !packed || (is_normed && shape.variant == cpu::Variant::kLayerNorm);
@@ -408,8 +406,9 @@ LayerResult layer_cpu(const at::Tensor& input, const OptionalTensor& h_0, const 
                       const OptionalTensor& resets, const OptionalTensors& masks, std::string_view cell,
                       bool bidirectional, bool batch_first, bool cell_states, bool save, bool /*recompute*/) {
   leave_inherited_pool();
-  ForwardCall call(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
-                   {cell, bidirectional, batch_first, cell_states}, save);
+  ForwardCall call(
+      {input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, {cell, bidirectional, batch_first, cell_states}},
+      save);
   with_stored<float, double, cpu::BFloat16, cpu::Float16>(
       call.dtype, [&](auto storage) { cpu::layer_forward(call.args<decltype(storage)>(), executor()); });
   return call.result();
@@ -423,23 +422,14 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
                               const at::Tensor& saved, std::string_view cell, bool bidirectional, bool batch_first,
                               bool cell_states, const c10::List<bool>& output_mask) {
   leave_inherited_pool();
-  const LayerShape shape(input, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
-                         {cell, bidirectional, batch_first, cell_states});
+  const LayerInputs in{
+      input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, {cell, bidirectional, batch_first, cell_states}};
+  const LayerShape shape(in);
+  shape.check_backward({grad_output, grad_h_n, grad_c_n, grad_cells}, in, output, saved, compute_type(input),
+                       saved_numel(shape), output_mask);
   const at::ScalarType dtype = backward_type(input, shape.variant);
   const auto options = input.options().dtype(compute_type(input));
   const cpu::Sizes& sizes = shape.sizes;
-  shape.check_output_mask(h_0, c_0, weights.size(), output_mask);
-  TORCH_CHECK(output.sizes() == at::IntArrayRef(shape.sequence_sizes(sizes.directions * sizes.output())) &&
-                  saved.scalar_type() == compute_type(input) && saved.numel() == saved_numel(shape),
-              "output and saved are not those of a forward call with these inputs");
-  const auto check_grad = [&](const OptionalTensor& grad, at::IntArrayRef expected, const char* name) {
-    TORCH_CHECK(!grad.has_value() || !grad->defined() || grad->sizes() == expected, "expected ", name, " of size ",
-                expected, ", got ", grad.has_value() && grad->defined() ? grad->sizes() : at::IntArrayRef());
-  };
-  check_grad(grad_output, shape.sequence_sizes(sizes.directions * sizes.output()), "grad_output");
-  check_grad(grad_cells, shape.sequence_sizes(sizes.directions * sizes.hidden), "grad_cells");
-  check_grad(grad_h_n, {sizes.directions, shape.batch, sizes.output()}, "grad_h_n");
-  check_grad(grad_c_n, {sizes.directions, shape.batch, sizes.hidden}, "grad_c_n");
 
   const at::Tensor x = prepare_sequence(input, dtype);
   const at::Tensor y = prepare_sequence(output, dtype);
@@ -552,8 +542,9 @@ std::vector<LayerResult> pipelined_forward(const at::Tensor& input, const StackS
   for (size_t k = 0; k < weights.size(); ++k) {
     LayerOptions own = options;
     own.cell_states &= k + 1 == weights.size();
-    calls.emplace_back(k ? calls.back().output : input, h_0[k], c_0[k], weights[k], batch_sizes, lengths, resets,
-                       OptionalTensors(), own, save[k]);
+    calls.emplace_back(LayerInputs{k ? calls.back().output : input, h_0[k], c_0[k], weights[k], batch_sizes, lengths,
+                                   resets, OptionalTensors(), own},
+                       save[k]);
   }
   with_stored<float, double, cpu::BFloat16>(calls[0].dtype, [&](auto storage) {
     std::vector<cpu::ForwardArgs<decltype(storage)>> args;

@@ -7,6 +7,7 @@
 #include "cells/cells.h"
 #include "cpu/layer.h"
 #include "cpu/memory.h"
+#include "cpu/with_cell.h"
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
 #include "ops/plain_forward.h"
@@ -21,25 +22,40 @@ namespace {
 using rnn_ext::ops::OptionalTensor;
 using rnn_ext::ops::OptionalTensors;
 
-/// The same dispatcher call as torch.ops.rnn_ext.layer, for a third of what the latter costs to parse its arguments.
+/// The same dispatcher call as torch.ops.rnn_ext.layer, for a third of what the latter costs to parse its arguments:
+/// each costs a call a little, so those that are not here have their defaults.
 rnn_ext::ops::LayerResult layer(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                                 const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
                                 const OptionalTensor& lengths, const OptionalTensor& resets, std::string_view cell,
-                                bool bidirectional, bool batch_first, bool cell_states, bool save) {
-  return rnn_ext::ops::layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, OptionalTensors(),
-                                  {cell, bidirectional, batch_first, cell_states}, save, false);
+                                bool bidirectional, bool batch_first, bool cell_states) {
+  return rnn_ext::ops::layer_call({input,
+                                   h_0,
+                                   c_0,
+                                   weights,
+                                   batch_sizes,
+                                   lengths,
+                                   resets,
+                                   OptionalTensors(),
+                                   {cell, bidirectional, batch_first, cell_states}},
+                                  false, false);
 }
 
-/// With what the above leaves out, each argument of which costs a call a little.
+/// The same with masks and recompute.
 rnn_ext::ops::LayerResult extended_layer(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                                          const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
                                          const OptionalTensor& lengths, const OptionalTensor& resets,
                                          const std::vector<OptionalTensor>& masks, std::string_view cell,
-                                         bool bidirectional, bool batch_first, bool cell_states, bool save,
-                                         bool recompute) {
-  return rnn_ext::ops::layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets,
-                                  OptionalTensors(at::ArrayRef<OptionalTensor>(masks)),
-                                  {cell, bidirectional, batch_first, cell_states}, save, recompute);
+                                         bool bidirectional, bool batch_first, bool cell_states, bool recompute) {
+  return rnn_ext::ops::layer_call({input,
+                                   h_0,
+                                   c_0,
+                                   weights,
+                                   batch_sizes,
+                                   lengths,
+                                   resets,
+                                   OptionalTensors(at::ArrayRef<OptionalTensor>(masks)),
+                                   {cell, bidirectional, batch_first, cell_states}},
+                                  false, recompute);
 }
 
 /// One timestep of one direction, without the dimensions of these: (N, I) -> (N, P); with flat_states also of states.
@@ -56,30 +72,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const at::Tensor& input, con
     return OptionalTensor(state->unsqueeze(0));
   };
   const auto lower = [&](at::Tensor& state) { return flat_states ? state.squeeze(0) : std::move(state); };
-  auto [output, h_n, c_n, cells, saved] = rnn_ext::ops::layer_call(
-      input.unsqueeze(0), lift(h_0, "h_0"), lift(c_0, "c_0"), weights, std::nullopt, std::nullopt, std::nullopt,
-      OptionalTensors(), {cell, false, false, false}, false, false);
+  auto [output, h_n, c_n, cells, saved] = rnn_ext::ops::layer_call({input.unsqueeze(0),
+                                                                    lift(h_0, "h_0"),
+                                                                    lift(c_0, "c_0"),
+                                                                    weights,
+                                                                    std::nullopt,
+                                                                    std::nullopt,
+                                                                    std::nullopt,
+                                                                    OptionalTensors(),
+                                                                    {cell, false, false, false}},
+                                                                   false, false);
   return {output.squeeze(0), lower(h_n), lower(c_n)};
 }
 
-std::pair<int64_t, int64_t> cuda_saved_bytes(const std::string& cell, bool projected, int variant, int64_t itemsize) {
+std::pair<int64_t, int64_t> cuda_saved_bytes(std::string_view cell, bool projected, int variant, int64_t itemsize) {
   namespace cells = rnn_ext::cells;
-  const auto bytes = [&](auto cell_type, bool normed) {
-    using Cell = decltype(cell_type);
-    const auto kept =
-        rnn_ext::ops::saved_bytes(cells::saved_planes<Cell>(), Cell::kHasCell, projected, normed, itemsize);
+  const auto bytes = [&]<class Cell>() {
+    const auto kept = rnn_ext::ops::saved_bytes(cells::saved_planes<Cell>(), Cell::kHasCell, projected,
+                                                cells::kIsNormed<Cell>, itemsize);
     return std::pair(kept.unit, kept.row);
   };
-  const auto kind = rnn_ext::cpu::Variant(variant);
-  if (kind == rnn_ext::cpu::Variant::kLayerNorm) return bytes(cells::LayerNormLstm(), true);
-#define RNN_EXT_SAVED_BYTES(Cell)                                                              \
-  if (cell == cells::Cell::kName) {                                                            \
-    return kind == rnn_ext::cpu::Variant::kMasked ? bytes(cells::Masked<cells::Cell>(), false) \
-                                                  : bytes(cells::Cell(), false);               \
-  }
-  RNN_EXT_FOR_EACH_CELL(RNN_EXT_SAVED_BYTES)
-#undef RNN_EXT_SAVED_BYTES
-  throw std::invalid_argument("unknown cell '" + cell + "'");
+  return rnn_ext::cpu::with_cell(rnn_ext::ops::cell_info(cell).kind, rnn_ext::cpu::Variant(variant), bytes);
 }
 
 #ifdef RNN_EXT_WITH_CUDA
@@ -94,11 +107,12 @@ std::optional<std::string> cuda_problem(int device) {
   return std::nullopt;
 }
 
-std::pair<std::string, std::string> cuda_kernel(int cell, int dtype, int variant, int64_t length, int64_t batch,
-                                                int64_t hidden, int directions, bool projected, bool backward,
-                                                int device, int64_t shared_bytes, int64_t multiprocessors) {
-  const RnnExtQuestion question{RnnExtCell(cell),
-                                RnnExtDtype(dtype),
+std::pair<std::string, std::string> cuda_kernel(std::string_view cell, at::ScalarType dtype, int variant,
+                                                int64_t length, int64_t batch, int64_t hidden, int directions,
+                                                bool projected, bool backward, int device, int64_t shared_bytes,
+                                                int64_t multiprocessors) {
+  const RnnExtQuestion question{RnnExtCell(rnn_ext::ops::cell_info(cell).kind),
+                                rnn_ext::ops::dtype_of(dtype),
                                 RnnExtVariant(variant),
                                 length,
                                 batch,
@@ -132,7 +146,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", [] { return rnn_ext::cpu::capability(); }, "Instruction set in use.");
   m.def(
       "set_cpu_capability", [](const char* name) { return rnn_ext::cpu::set_capability(name); },
-      "Choose baseline, avx2 or avx512; False where this processor or build lacks it.");
+      "Choose baseline, avx2 or avx512, while nothing computes; False where this processor or build lacks it.");
   m.def(
       "tuning",
       [] {
@@ -146,20 +160,23 @@ PYBIND11_MODULE(_C, m) {
         rnn_ext::cpu::set_tuning({vectors_a_cycle, fetch_panels, joins_far});
       },
       pybind11::arg("vectors_a_cycle") = 1, pybind11::arg("fetch_panels") = false, pybind11::arg("joins_far") = false,
-      "Choose otherwise, for tests.");
+      "Choose otherwise, for tests; while nothing computes.");
   m.def("widen_always", &rnn_ext::cpu::widen_always, "See csrc/cpu/layer.h; for tests.");
-  m.def("computes_bfloat16", &rnn_ext::cpu::computes_bfloat16, "Whether it multiplies bfloat16.");
-  m.def("layer", torch::wrap_pybind_function_no_gil(&layer), "torch.ops.rnn_ext.layer.");
+  m.def("computes_bfloat16", &rnn_ext::cpu::computes_bfloat16,
+        "Whether the instruction set in use multiplies bfloat16.");
+  m.def("layer", torch::wrap_pybind_function_no_gil(&layer),
+        "torch.ops.rnn_ext.layer, without masks, save and recompute.");
   m.def("extended_layer", torch::wrap_pybind_function_no_gil(&extended_layer), "The same with masks and recompute.");
   m.def("random_mask", torch::wrap_pybind_function_no_gil(&rnn_ext::ops::draw_mask),
         "torch.ops.rnn_ext.random_mask with a seed of torch's generator, in float64 or float32.");
   if (PyModule_AddFunctions(m.ptr(), rnn_ext::ops::plain_forward) < 0) throw pybind11::error_already_set();
-  m.def("step", torch::wrap_pybind_function_no_gil(&step), "The same for one timestep; see rnn_ext.ops.step.");
+  m.def("step", torch::wrap_pybind_function_no_gil(&step), "One timestep of a layer; see rnn_ext.ops.step.");
   m.def("stack", torch::wrap_pybind_function_no_gil(&rnn_ext::ops::stack), "Several layers; see rnn_ext.ops.stack.");
   m.def(
       "saved_values",
-      [](int cell, bool projected, int variant) {
-        return rnn_ext::cpu::saved_values(rnn_ext::cpu::CellKind(cell), projected, rnn_ext::cpu::Variant(variant));
+      [](std::string_view cell, bool projected, int variant) {
+        return rnn_ext::cpu::saved_values(rnn_ext::ops::cell_info(cell).kind, projected,
+                                          rnn_ext::cpu::Variant(variant));
       },
       "Values per hidden unit and row kept for backward.");
   m.def("cached_weights_count", &rnn_ext::ops::cached_weights_count, py::call_guard<py::gil_scoped_release>(),

@@ -6,11 +6,13 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <iterator>
 #include <optional>
 #include <string_view>
 #include <tuple>
 #include <utility>
 
+#include "cells/cells.h"
 #include "ops/layer.h"
 #include "ops/stack.h"
 
@@ -38,8 +40,9 @@ struct Keys {
   Key options[5] = {Key("recompute"), Key("layer_norm"), Key("zoneout"), Key("recurrent_dropout"),
                     Key("weight_dropout")};
   Key auto_{"auto"}, custom{"custom"};
-  std::pair<Key, std::string_view> cells[4] = {
-      {Key("LSTM"), "lstm"}, {Key("GRU"), "gru"}, {Key("RNN_TANH"), "rnn_tanh"}, {Key("RNN_RELU"), "rnn_relu"}};
+#define RNN_EXT_MODE(Cell, NAME) {Key(#NAME), cells::Cell::kName},
+  std::pair<Key, std::string_view> cells[std::size(cells::kGatesOf)] = {RNN_EXT_FOR_EACH_CELL(RNN_EXT_MODE)};
+#undef RNN_EXT_MODE
 };
 
 /// A module's attributes.
@@ -125,8 +128,9 @@ std::optional<PyObject*> run(PyObject* dict, PyObject* input_object, PyObject* h
   {
     const pybind11::gil_scoped_release no_gil;
     if (layers == 1) {
-      LayerResult result = layer_call(*input, states[0], states[1], weights, std::nullopt, std::nullopt, std::nullopt,
-                                      OptionalTensors(), options, false, false);
+      LayerResult result = layer_call(
+          {*input, states[0], states[1], weights, std::nullopt, std::nullopt, std::nullopt, OptionalTensors(), options},
+          false, false);
       std::tie(output, h_n, c_n) = std::tie(std::get<0>(result), std::get<1>(result), std::get<2>(result));
     } else {
       auto result = stack(*input, states[0], states[1], {weights.begin(), weights.end()}, std::nullopt, std::nullopt,

@@ -69,7 +69,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stack(
   if (!counted || input.dim() != (batch_sizes.has_value() ? 2 : 3) || parts[0][0].dim() != 2 ||
       parts[0][1].dim() != 2) {
     // Says what is wrong, as it would for the first layer.
-    LayerShape(input, std::nullopt, std::nullopt, parts[0], batch_sizes, lengths, resets, OptionalTensors(), options);
+    LayerShape({input, std::nullopt, std::nullopt, parts[0], batch_sizes, lengths, resets, OptionalTensors(), options});
   }
   const int64_t batch =
       batch_sizes.has_value() ? batch_sizes->const_data_ptr<int64_t>()[0] : input.size(batch_first ? 0 : 1);
@@ -95,15 +95,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stack(
   std::vector<at::Tensor> h_ns, c_ns;
   for (int64_t k = 0; k < layers; ++k) {
     options.cell_states = cell_states && k == layers - 1;
-    const auto run = [&] {
-      return layer_call(output, h_0s[k], c_0s[k], parts[k], batch_sizes, lengths, resets, OptionalTensors(), options,
-                        false, false);
-    };
+    const LayerInputs in{output, h_0s[k], c_0s[k], parts[k], batch_sizes, lengths, resets, OptionalTensors(), options};
     const auto take = [&] { return std::move((*found)[k]); };
-    LayerResult result = !found         ? run()
+    LayerResult result = !found         ? layer_call(in, false, false)
                          : !recorded[k] ? take()
-                                        : record_layer(output, h_0s[k], c_0s[k], parts[k], batch_sizes, lengths, resets,
-                                                       OptionalTensors(), options, false, false, take);
+                                        : record_layer(in, false, false, take);
     output = std::get<0>(result);
     h_ns.push_back(std::get<1>(result));
     c_ns.push_back(std::get<2>(result));

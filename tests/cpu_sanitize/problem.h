@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/layer.h"
+#include "cpu/with_cell.h"
 
 namespace cpu_sanitize {
 
@@ -33,7 +33,9 @@ struct Config {
   unsigned masks = 0;  // bits: hidden, zoneout_h, zoneout_c
 
   std::string name() const {
-    static const char* const cell_names[] = {"rnn_tanh", "rnn_relu", "gru", "lstm"};
+#define CELL_NAME(Cell, NAME) rnn_ext::cells::Cell::kName,
+    static const char* const cell_names[] = {RNN_EXT_FOR_EACH_CELL(CELL_NAME)};
+#undef CELL_NAME
     static const char* const form_names[] = {"time-major", "batch-major", "packed"};
     char text[240];
     std::snprintf(text, sizeof text,
@@ -43,8 +45,10 @@ struct Config {
                   form_names[form], bias, lengths, resets, states, wanted, int(variant), masks);
     return text;
   }
-  int gates() const { return cell == CellKind::kLstm ? 4 : cell == CellKind::kGru ? 3 : 1; }
-  bool has_cell() const { return cell == CellKind::kLstm; }
+  int gates() const { return rnn_ext::cells::kGatesOf[int(cell)]; }
+  bool has_cell() const {
+    return with_cell(cell, []<class Cell>() { return Cell::kHasCell; });
+  }
 };
 
 [[noreturn]] inline void fail(const Config& config, const std::string& what) {

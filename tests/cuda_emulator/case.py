@@ -14,7 +14,7 @@ from torch import Tensor
 from rnn_ext import reference
 from tests.cuda_emulator import build
 
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # the numbers of RnnExtCell
+CELLS = tuple(reference.CELLS)  # in the order of csrc/cells/list.h
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the numbers of RnnExtDtype
 SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 4}  # S and Q of launch.h
 SAVED_MASKED = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 5}
