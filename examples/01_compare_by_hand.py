@@ -10,10 +10,10 @@ from rnn_ext import by_hand
 result = by_hand.compare()
 for t in range(len(result.input)):
     print(f"Time step {t} =>")
-    print("   Input           :", result.input[t].numpy())
-    print("   Output (by hand):", result.by_hand[t].numpy())
-    print("   torch.nn.RNN    :", result.torch_nn[t].numpy())
-    print("   rnn_ext.RNN     :", result.rnn_ext[t].numpy())
+    print("   Input           :", result.input[t].tolist())
+    print("   Output (by hand):", result.by_hand[t].tolist())
+    print("   torch.nn.RNN    :", result.torch_nn[t].tolist())
+    print("   rnn_ext.RNN     :", result.rnn_ext[t].tolist())
 print(f"Largest difference: {result.difference:.1e}")
 
 assert result.by_hand.shape == (3, 2)

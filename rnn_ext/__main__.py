@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rnn_ext._files import InputError, check_output
+from rnn_ext._files import InputError, check_output, version
 from rnn_ext._options import Parser, positive_int, positive_number, whole_number
 from rnn_ext._version import __version__
 
@@ -22,6 +22,7 @@ DELEGATED = {
     "bench": "measure against torch.nn",
 }
 # What the weights' shapes and their meaning depend on: a checkpoint cannot go on with another value.
+DEMO_PACKAGES = "matplotlib numpy pandas rich"  # as in pyproject.toml
 FIXED = ("cell", "hidden_size", "num_layers", "window", "vocab_size")
 
 
@@ -86,6 +87,7 @@ def train(options: dict[str, Any]) -> int:
     task_name = options["task"]
     path = options.get("checkpoint", Path(f"rnn_ext_{task_name}.pt"))
     resume, evaluate = options.get("resume", False), options.get("evaluate", False)
+    loaded = version(path)
     checkpoint = load_checkpoint(path, task_name) if resume or evaluate else None
     if not evaluate:
         check_output(path)
@@ -139,19 +141,23 @@ def train(options: dict[str, Any]) -> int:
     if not evaluate:
         if checkpoint and checkpoint.get("examples", run.examples) != run.examples:  # tested on before, for instance
             raise InputError(f"{path} was trained on other examples: --resume needs the same data and --test-fraction")
-        train_to_the_end(run, path, console, progress_bars)
+        train_to_the_end(run, path, loaded, console, progress_bars)
     score = run.evaluate()
-    what = f"{len(task.test)} test examples after {run.epoch} epochs"
+    what = f"{len(task.test)} test examples after {run.epoch} epoch{'s'[: run.epoch != 1]}"
     form = ".4f" if task.metric == "accuracy" else ".4g"  # an RMSE is as large or small as the data
     beside = ", ".join(f"{name} {value:{form}}" for name, value in task.baselines.items())
     console.print(f"{task.metric} {score:{form}} on {what} ({beside})", soft_wrap=True)
     return 0
 
 
-def train_to_the_end(run: Any, path: Path, console: Any, progress_bars: Any) -> None:
+def train_to_the_end(run: Any, path: Path, written: Any, console: Any, progress_bars: Any) -> None:
+    """Saves after each epoch to `path`, of which `written` is the version known."""
     epochs = run.config.epochs
     if run.epoch >= epochs:
-        console.print(f"{path} has been trained for {run.epoch} epochs already; --epochs {run.epoch + 1} would go on")
+        trained = f"{run.epoch} epoch{'s'[: run.epoch != 1]}"
+        console.print(
+            f"{path} has been trained for {trained} already; --epochs {run.epoch + 1} would go on", soft_wrap=True
+        )
         return
     with progress_bars(console) as progress:
         bar = progress.add_task(
@@ -163,7 +169,10 @@ def train_to_the_end(run: Any, path: Path, console: Any, progress_bars: Any) -> 
             try:
                 for loss in run.run_epoch():
                     progress.update(bar, advance=1, loss=loss)
+                if version(path) != written:
+                    raise InputError(f"{path} has been written by somebody else meanwhile: --checkpoint names another")
                 run.save(path)
+                written = version(path)
             except KeyboardInterrupt:
                 kept = f": {path} holds what was trained before (--resume goes on)" if path.exists() else ""
                 raise KeyboardInterrupt(f"stopped in epoch {epoch}{kept}") from None
@@ -178,8 +187,8 @@ def run(argv: list[str]) -> int:
     try:
         from rnn_ext import demo
     except ModuleNotFoundError as error:
-        missing, remedy = error.name.partition(".")[0], "in the checkout: python -m pip install -e '.[demo]'"
-        print(f"error: {missing} is not installed; {remedy}", file=sys.stderr)
+        missing = error.name.partition(".")[0]
+        print(f"error: {missing} is not installed; run: python -m pip install {DEMO_PACKAGES}", file=sys.stderr)
         return 2
     if options["command"] == "demo":
         return demo.main(options["out"], options["quick"])

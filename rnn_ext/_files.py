@@ -81,6 +81,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def version(path: Path) -> tuple[int, int, int] | None:
+    """What changes when somebody writes the file; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def write(path: Path, text: str) -> None:
     """:func:`replacing`, of text in UTF-8."""
     with replacing(path) as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import struct
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -16,7 +17,7 @@ def remedy() -> str:
     """The command that compiles the library anew for the running Python and torch."""
     checkout = FOLDER.parent
     if (checkout / "setup.py").is_file():
-        return f"run: python -m pip install -e {checkout}"
+        return f"run: python -m pip install -e {shlex.quote(str(checkout))}"
     return "run, in rnn_ext's source folder: python -m pip install --force-reinstall --no-deps ."
 
 

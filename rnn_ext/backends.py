@@ -5,6 +5,7 @@ Both read the same parameters in the same layout, so a model can be switched bet
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -59,14 +60,14 @@ def use_custom(backend: str, input: Tensor, only_custom: bool = False) -> bool:
     """The rule of ``auto``: ours wherever it can run and has been measured to be worth it.
 
     On CUDA it has not been measured on any GPU: there torch's kernels run, unless `only_custom`: the call has options
-    that they lack, or cannot do without waiting for the device (lengths). They also run under torch.jit.trace, which
-    takes an op of nobody else down.
+    that they lack, or cannot do without waiting for the device (lengths). They also run under torch.jit.trace
+    and torch.onnx.export, which know no op of ours.
 
     Raises:
         ValueError: unknown backend.
         RuntimeError: ``"custom"`` was asked for and cannot run this input.
     """
-    if backend == "native":
+    if backend == "native" or (backend == "auto" and torch.onnx.is_in_onnx_export()):
         return False
     supported, reason = can_run_custom(input)
     if supported and torch.jit.is_tracing():
@@ -79,7 +80,8 @@ def use_custom(backend: str, input: Tensor, only_custom: bool = False) -> bool:
 
 
 def backend_for(backend: str, weights: Iterable[Tensor]) -> str:
-    """`backend`, or "native" where "auto" meets weights that only torch's kernels can take: sparse ones.
+    """`backend`, or "native" where "auto" meets weights that only torch's kernels can take: sparse ones,
+    and those of per-sample gradients by torch.nn.utils.
 
     Raises:
         RuntimeError: "custom" meets them.
@@ -87,9 +89,12 @@ def backend_for(backend: str, weights: Iterable[Tensor]) -> str:
     if backend == "native":
         return backend
     for weight in weights:
-        if weight.layout is not torch.strided:
+        # By its name, as it has no attributes: of torch.nn.utils' per-sample gradients, which know torch's operators.
+        expanded = type(weight).__name__ == "ExpandedWeight"
+        if expanded or weight.layout is not torch.strided:
             if check_backend(backend) == "custom":
-                raise RuntimeError(f"backend 'custom' cannot run weights of layout {weight.layout}")
+                kind = "type ExpandedWeight" if expanded else f"layout {weight.layout}"
+                raise RuntimeError(f"backend 'custom' cannot run weights of {kind}")
             return "native"
     return backend
 
@@ -195,13 +200,19 @@ def _cuda_kernel(module: nn.Module, cell: str, input: Tensor | PackedSequence) -
 def set_backend(model: ModuleT, backend: str) -> ModuleT:
     """Switch every layer of this package inside `model` (itself included), at any time; returns `model`.
 
+    Warns where there is none.
+
     Raises:
         ValueError: unknown backend; nothing is switched.
     """
     check_backend(backend)
-    for module in model.modules():
-        if _has_backend(module):
-            module.backend = backend
+    layers = [module for module in model.modules() if _has_backend(module)]
+    for layer in layers:
+        layer.backend = backend
+    if not layers:
+        warnings.warn(
+            f"no layer of rnn_ext in this {type(model).__name__}: rnn_ext.convert makes torch.nn's such", stacklevel=2
+        )
     return model
 
 
@@ -233,9 +244,10 @@ def native(
         RuntimeError: the features of `input` or the sequences of `h_0` are not as many as expected.
     """
     states = num_layers * (2 if bidirectional else 1)
-    batch = input.shape[0 if batch_first else 1] if batch_sizes is None else batch_sizes[0]
-    if not torch.jit.is_tracing():  # which would take the number for one of all inputs
-        batch = int(batch)
+    if batch_sizes is None:
+        batch = input.shape[0 if batch_first else 1]
+    else:  # a trace would take the number for one of all inputs
+        batch = batch_sizes[0] if torch.jit.is_tracing() else int(batch_sizes[0])
     if h_0 is None:
         h_0 = input.new_zeros(states, batch, weights[1].shape[1])
     if cell == "lstm" and c_0 is None:

@@ -397,7 +397,7 @@ def duration(seconds: float) -> str:
 
 def size(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} GiB"

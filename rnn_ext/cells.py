@@ -28,7 +28,7 @@ class _Cell(modules.Leaf, nn.RNNCellBase):
         *,
         backend: str = "auto",
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, self._gates, device=device, dtype=dtype)
+        nn.RNNCellBase.__init__(self, input_size, hidden_size, bias, self._gates, device=device, dtype=dtype)
         self.backend = backends.check_backend(backend)
 
     def _step(self, input: Tensor, h: Tensor | None, c: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from rnn_ext import subclasses
 from rnn_ext.backends import check_backend
 from rnn_ext.cells import GRUCell, LSTMCell, RNNCell
 from rnn_ext.modules import GRU, LSTM, OPTIONS, RNN
@@ -21,10 +22,11 @@ TO_CUSTOM = {
     nn.LSTMCell: LSTMCell,
     nn.GRUCell: GRUCell,
 }
-TO_NATIVE = {ours: native for native, ours in TO_CUSTOM.items()}
+TO_SUBCLASS = {native: getattr(subclasses, native.__name__) for native in TO_CUSTOM}
+TO_NATIVE = {ours: native for table in (TO_CUSTOM, TO_SUBCLASS) for native, ours in table.items()}
 
 
-def convert(model: ModuleT, backend: str = "auto") -> ModuleT:
+def convert(model: ModuleT, backend: str = "auto", as_subclass: bool = False) -> ModuleT:
     """Make every nn.RNN, nn.LSTM, nn.GRU and cell of these in `model`, itself included, one of ours; in place.
 
     Each layer stays the object that it is and only changes its class, so that parameters, hooks, training flag, ties
@@ -36,15 +38,19 @@ def convert(model: ModuleT, backend: str = "auto") -> ModuleT:
     Args:
         model: any module.
         backend: of the converted layers: ``"auto"``, ``"custom"`` or ``"native"``.
+        as_subclass: whether they stay an nn.RNN, LSTM and so on for ``isinstance``, which the code around them may ask
+            for; torch.compile breaks the graph at such, see :mod:`rnn_ext.subclasses`.
 
     Returns:
         `model`.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: unknown backend; nothing is converted.
     """
     check_backend(backend)
-    for module in _change_class(model, TO_CUSTOM):
+    _check_module(model)
+    for module in _change_class(model, TO_SUBCLASS if as_subclass else TO_CUSTOM):
         module.__dict__.pop("_flat_weights", None)  # ours is a property
         vars(module).update(module._added, backend=backend)
     return model
@@ -56,9 +62,11 @@ def to_native(model: ModuleT) -> ModuleT:
     For what reads the class of a layer: quantization, TorchScript, ONNX export.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: a layer has an option that torch.nn lacks (`recompute` aside, which changes no result); nothing is
             converted.
     """
+    _check_module(model)
     for name, module in model.named_modules():
         if type(module) in TO_NATIVE and isinstance(module, nn.RNNBase):
             for option, default in OPTIONS.items():
@@ -73,13 +81,19 @@ def to_native(model: ModuleT) -> ModuleT:
     return model
 
 
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"expected a module, got {found}")
+
+
 def _change_class(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[nn.Module]:
     changed = []
     for name, module in model.named_modules():
         if type(module) in classes:
             module.__class__ = classes[type(module)]
             changed.append(module)
-        elif isinstance(module, tuple(classes)):
+        elif isinstance(module, tuple(classes)) and type(module) not in TO_NATIVE:
             kind = type(module)
             warnings.warn(f"{name or 'model'} is left as it is: {kind.__qualname__} is a subclass", stacklevel=3)
     return changed

@@ -154,7 +154,9 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         raise InputError(f"{path} is empty, expected a CSV file with a header row") from None
     except pd.errors.ParserWarning:
-        raise InputError(f"{path}: the rows have more cells, separated by commas, than the header") from None
+        raise InputError(
+            f"{path}: the rows have more cells than the header, expected commas between cells and points in numbers"
+        ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error})") from None
     except pd.errors.ParserError as error:
@@ -215,8 +217,10 @@ def read_series(path: str | Path, column: str | None = None) -> pd.Series:
             raise InputError(
                 f"{path} has the number {numbers[0]!r} in its first row, expected a header row, or --column"
             )
+        if not numeric:
+            raise InputError(f"{path} has no column of numbers like 1020.84; its columns are {names}")
         if len(numeric) != 1:
-            choice = numeric or names
+            choice = numeric
             raise InputError(f"{path} has {len(numeric)} columns of numbers: name one of {choice} with --column")
         column = numeric[0]
     values = _choose(path, table, column, "--column")

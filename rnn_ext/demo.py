@@ -129,7 +129,7 @@ def doubts(report: dict[str, Any]) -> str | None:
     signs = []
     load = found["load"][0] if found["load"] else 0.0
     if load >= 0.5 * found["cores"]:
-        signs.append(f"a load of {load:.1f} on {found['cores']} cores before the demo began")
+        signs.append(f"a load of {load:.1f} on {found['cores']} core(s) before the demo began")
     for title, task in report["tasks"].items():
         for backend, name in plots.NAMES.items():
             low, high = task[backend]["seconds_quartiles"] if backend in task else (1, 1)
@@ -195,8 +195,9 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
     plots.forecast(out / "forecast.png", next(iter(races.values()))[backends[-1]])
     plots.losses(out / "losses.png", races)
     found = report["machine"]
-    where = f"{found['processor']}, {found['threads']} threads, torch {found['versions']['torch']}"
+    where = f"{found['processor']}, {found['threads']} thread(s), torch {found['versions']['torch']}"
     where += f", kernels for {found['instructions']}" if found["instructions"] else ""
+    where += ", busy: do not rely on these times" * bool(note)
     plots.epoch_time(out / "epoch_time.png", races, where)
     write(out / "results.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     console.print(f"Written to {out}/: {', '.join(FILES)}", highlight=False, markup=False)

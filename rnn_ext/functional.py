@@ -567,7 +567,9 @@ def _native(
         return_cell_states=cell_states,
     )
     if lacking:
-        raise ValueError(f"{lacking[0]} is an option of the custom backend, but this call runs on the native one")
+        supported, reason = backends.can_run_custom(input)
+        why = "" if supported else f": {reason}"
+        raise ValueError(f"{lacking[0]} is an option of the custom backend, but this call runs on the native one{why}")
     _check_states(call, input, h_0, c_0, weights, batch_sizes)
     stack = (num_layers, bidirectional, dropout, training)
     if lengths is None:

@@ -88,7 +88,8 @@ class Leaf(nn.Module):
 class _Layer(Leaf, nn.RNNBase):
     """What the three layers share.
 
-    It derives from nn.RNNBase and not from nn.RNN, nn.LSTM or nn.GRU: torch.compile breaks the graph at those.
+    It derives from nn.RNNBase and not from nn.RNN, nn.LSTM or nn.GRU: torch.compile breaks the graph at those. See
+    :mod:`rnn_ext.subclasses`.
     """
 
     backend: str
@@ -115,7 +116,9 @@ class _Layer(Leaf, nn.RNNBase):
     ) -> None:
         if mode != "LSTM" and "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__(mode, *args, **kwargs)
+        if mode != "LSTM" and "layer_norm" in kwargs:
+            raise TypeError("layer_norm is an option of LSTM, not of RNN or GRU")
+        nn.RNNBase.__init__(self, mode, *args, **kwargs)  # by its name: a subclass may be an nn.LSTM as well
         self.backend = check_backend(backend)
         extras = functional.check_extras(mode.lower(), recompute, zoneout, recurrent_dropout, weight_dropout)
         self.recompute = recompute

@@ -57,7 +57,8 @@ if _held and not _load_error:
 
     if not _C.set_cpu_capability(_held):
         _load_error = f"RNN_EXT_CPU_CAPABILITY={_held} cannot be met here: unset it, or name baseline, avx2 or avx512"
-        warnings.warn(_load_error, stacklevel=2)
+if _load_error:
+    warnings.warn(f"only torch's own kernels can run: {_load_error}", stacklevel=2)
 
 
 def is_available() -> bool:

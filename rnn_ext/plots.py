@@ -74,8 +74,9 @@ def forecast(path: Path, run: Training) -> None:
         bottom.plot(task.index, predicted - truth, color=COLOURS[run.config.backend], linewidth=1.4, label="the model")
         bottom.set_ylabel("error (°C)")
         bottom.set_xlabel("year")
-        low, high = bottom.get_ylim()
-        bottom.set_ylim(low, high + 0.45 * (high - low))
+        most = np.abs(bottom.get_ylim()).max()
+        bottom.set_ylim(-most, 1.9 * most)
+        bottom.set_yticks([tick for tick in bottom.get_yticks() if abs(tick) <= most])
         bottom.legend(loc="upper left", ncols=2)
         bottom.margins(x=0.01)
         save(figure, path)
@@ -127,7 +128,8 @@ def epoch_time(path: Path, races: dict[str, dict[str, Training]], where: str) ->
             slowest = max(medians.values())
             scale, unit = (1e3, "ms") if slowest < 1 else (1, "s")
             # epochs that the rest of the machine held up would squeeze the others: of many, the slowest are left out
-            limit = max(np.quantile(seconds, 0.97 if len(seconds) >= 20 else 1) for seconds in times.values())
+            many = max(map(len, times.values())) >= 20
+            limit = max(np.quantile(seconds, 0.97 if many else 1) for seconds in times.values())
             labels = []
             for place, (backend, seconds) in enumerate(times.items()):
                 axis.barh(place, medians[backend] * scale, height=0.66, color=COLOURS[backend], alpha=0.8)
@@ -141,6 +143,7 @@ def epoch_time(path: Path, races: dict[str, dict[str, Training]], where: str) ->
             axis.grid(axis="y", visible=False)
             axis.set_xlim(0, 1.05 * limit * scale)
             axis.set_title(title)
-            axis.set_xlabel(f"{unit} per epoch (bar: median, dots: epochs, the slowest 3 % of many left out)")
+            left_out = ", the slowest 3 % left out" * many
+            axis.set_xlabel(f"{unit} per epoch (bar: median, dots: epochs{left_out})")
         figure.supxlabel(where, fontsize=8, color=INK)
         save(figure, path)

@@ -96,6 +96,8 @@ def test_set_backend_reaches_every_layer_of_a_model_and_nothing_else():
     assert model[0].backend == model[1]["a"].backend == "native"
     assert not hasattr(native, "backend")
     assert rnn_ext.set_backend(rnn_ext.LSTM(2, 3), "custom").backend == "custom"
+    with pytest.warns(UserWarning, match="no layer of rnn_ext in this LSTM: rnn_ext.convert makes"):
+        rnn_ext.set_backend(native, "custom")
 
 
 @pytest.mark.parametrize("bad", ["fast", "", "Custom", None, 1])

@@ -264,6 +264,7 @@ def load_error(package: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1, done.stdout
+    assert f"UserWarning: only torch's own kernels can run: {done.stdout.strip()}" in done.stderr
     assert "python -m pip install" in done.stdout
     return done.stdout.strip()
 

@@ -21,7 +21,7 @@ for package in ("matplotlib", "pandas", "rich"):
 import pandas as pd  # noqa: E402
 
 import rnn_ext  # noqa: E402
-from rnn_ext import _options, by_hand, datasets, demo, ops, training  # noqa: E402
+from rnn_ext import __main__, _options, by_hand, datasets, demo, ops, training  # noqa: E402
 from rnn_ext.__main__ import main  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -134,7 +134,7 @@ def test_backends_agree(capsys, series):
 
 def test_built_in_series(capsys):
     assert main(["train", "regressor", "--epochs", "1"]) == 0
-    assert "on 142 test examples after 1 epochs (last value 1.167, linear AR 0.5033)" in capsys.readouterr().out
+    assert "on 142 test examples after 1 epoch (last value 1.167, linear AR 0.5033)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e150])
@@ -275,7 +275,10 @@ def test_no_cuda(capsys, series):
         ("level\n1\n2\n3\n", "bad.csv (column 'level') has 3 values: a window of 24 needs at least 26"),
         ("\nlevel\n1\n", "bad.csv begins with a blank line, expected a header row"),
         ("month;level\nm0;1\n", "bad.csv has the one column 'month;level': expected cells separated by commas"),
-        ("month;level\nm0;1,5\n", "bad.csv: the rows have more cells, separated by commas, than the header"),
+        (
+            "month;level\nm0;1,5\n",
+            "bad.csv: the rows have more cells than the header, expected commas between cells and points",
+        ),
         (
             "level\n" + "3e301\n-2e301\n" * 30,
             "bad.csv (column 'level') has values too large to be normalised (up to 3e+301)",
@@ -335,6 +338,22 @@ def test_diverging_keeps_the_last_checkpoint(capsys, series):
     message = fails(capsys, ["train", "regressor", *series, "--resume", "--epochs", "4"])
     assert "no longer finite in epoch 2" in message
     assert path.read_bytes() == before
+
+
+def test_two_trainings_in_one_file(capsys, series, monkeypatch):
+    """The second to save stops instead of replacing what the first has saved."""
+
+    class Other(training.Training):
+        def run_epoch(self):
+            yield from super().run_epoch()
+            if self.epoch == 2:
+                Path("rnn_ext_regressor.pt").write_bytes(b"of somebody else")
+
+    monkeypatch.setattr(training, "Training", Other)
+    arguments = [*REGRESSOR, *series, "--epochs"]
+    text = "rnn_ext_regressor.pt has been written by somebody else meanwhile: --checkpoint names another"
+    assert text in fails(capsys, [*arguments, "3"])
+    assert Path("rnn_ext_regressor.pt").read_bytes() == b"of somebody else"
 
 
 def test_interrupted(capsys, series, monkeypatch):
@@ -568,7 +587,7 @@ def test_doubtful_times_are_pointed_out(capsys, monkeypatch):
     quiet = {"load": [0.9, 3, 3], "cores": 2}
     steady, uneven = ({"native": {"seconds_quartiles": quartiles}} for quartiles in ([4.0, 5.0], [4.0, 14.0]))
     assert demo.doubts({"machine": quiet, "tasks": {"A": steady}}) is None
-    assert "a load of 1.1 on 2 cores" in demo.doubts({"machine": {**quiet, "load": [1.1, 0, 0]}, "tasks": {}})
+    assert "a load of 1.1 on 2 core(s)" in demo.doubts({"machine": {**quiet, "load": [1.1, 0, 0]}, "tasks": {}})
     expected = "A by torch.nn: the middle half of the epochs took 4 to 14 s"
     assert expected in demo.doubts({"machine": quiet, "tasks": {"A": uneven}})
 
@@ -617,7 +636,9 @@ def test_without_the_demo_packages():
     call = "from rnn_ext.__main__ import main; sys.exit(main(sys.argv[1:]))"
     done = run("-c", block + call, "demo")
     assert done.returncode == 2
-    assert done.stderr == "error: rich is not installed; in the checkout: python -m pip install -e '.[demo]'\n"
+    assert done.stderr == "error: rich is not installed; run: python -m pip install matplotlib numpy pandas rich\n"
+    listed = re.search(r"^demo = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert listed.group(1).replace('"', "").replace(",", "") == __main__.DEMO_PACKAGES
     pytest.importorskip("rnn_ext.doctor")
     assert "torch" in run("-c", block + call, "doctor").stdout
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import warnings
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils._pytree import tree_leaves
 
 import rnn_ext
+from rnn_ext import subclasses
 
 PAIRS = [(nn.RNN, rnn_ext.RNN), (nn.GRU, rnn_ext.GRU), (nn.LSTM, rnn_ext.LSTM)]
 
@@ -181,3 +184,61 @@ def test_a_model_that_is_a_layer_has_a_name():
 
 def test_a_converted_cell_is_one_of_ours():
     assert vars(rnn_ext.convert(nn.GRUCell(3, 4))).keys() == vars(rnn_ext.GRUCell(3, 4)).keys()
+
+
+KINDS = ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_subclass(kind):
+    """What asks for torch's class finds it, and all else is as of our layers."""
+    native = getattr(nn, kind)(5, 4)
+    input = torch.randn(3, 5) if "Cell" in kind else torch.randn(6, 3, 5)
+    expected = tree_leaves(native(input))
+    layer = rnn_ext.convert(copy.deepcopy(native), "custom", as_subclass=True)
+    assert type(layer) is getattr(subclasses, kind)
+    assert isinstance(layer, getattr(nn, kind)) and isinstance(layer, getattr(rnn_ext, kind))
+    copies = [layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+    for each in copies:
+        assert each.backend == "custom" and type(each) is type(layer)
+        for found, want in zip(tree_leaves(each(input)), expected, strict=True):
+            torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+    assert rnn_ext.explain(layer, input).backend == "custom"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rnn_ext.convert(layer) is layer and type(layer) is getattr(subclasses, kind)  # is one of ours already
+        assert rnn_ext.set_backend(layer, "native").backend == "native"
+        assert type(rnn_ext.to_native(layer)) is getattr(nn, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_subclasses_made_directly(kind):
+    """With every argument: the same parameters as torch's class from the same seed; also a class of the user's own."""
+    arguments, options = (5, 4), {"bias": False, "dtype": torch.float64}
+    if "Cell" not in kind:
+        options |= {"num_layers": 2, "batch_first": True, "bidirectional": True}
+    mine = type("Mine", (getattr(rnn_ext, kind), getattr(nn, kind)), {})
+    made = []
+    for make in (getattr(nn, kind), getattr(subclasses, kind), mine):
+        torch.manual_seed(3)
+        made.append(make(*arguments, **options))
+    native, *ours = made
+    for layer in ours:
+        assert str(layer).partition("(")[2] == str(native).partition("(")[2]
+        for (name, got), (expected_name, want) in zip(layer.named_parameters(), native.named_parameters(), strict=True):
+            assert name == expected_name and torch.equal(got, want)
+
+
+def test_subclasses_compile_where_torch_lets_them():
+    layer, input = subclasses.GRU(5, 4), torch.randn(6, 3, 5)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(input), layer(input))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("change", [rnn_ext.convert, rnn_ext.to_native])
+def test_what_is_no_module(change):
+    for given, found in (("abc", "str"), (nn.LSTM, "the class LSTM"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"expected a module, got {found}"):
+            change(given)

@@ -156,3 +156,26 @@ def test_onnx_through_to_native(cell, exporter):
         output, state = model(input)
         found = [torch.from_numpy(array) for array in session.run(None, {"input": input.numpy()})]
         close(found, [output, *(state if isinstance(state, tuple) else (state,))])
+
+
+def test_onnx_of_a_layer_that_was_not_converted():
+    """By "auto", which takes torch's kernels then. (L stays: the exporter can make it dynamic only once a process.)"""
+    import onnxruntime
+
+    layer, file = rnn_ext.LSTM(I, H, 2, batch_first=True).eval(), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            layer, (torch.randn(3, 5, I),), dynamic_shapes={"input": {0: "N"}}, input_names=["input"],
+            dynamo=True, verbose=False,
+        )  # fmt: skip
+    program.save(file)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    for batch in (2, 3, 7):
+        input = torch.randn(batch, 5, I)
+        output, state = layer(input)
+        assert rnn_ext.explain(layer, input).backend == "custom"
+        found = [torch.from_numpy(array) for array in session.run(None, {"input": input.numpy()})]
+        close(found, [output, *state])

@@ -470,3 +470,18 @@ def test_states_of_cells():
         cell(input, (h, h[None]))
     with pytest.raises(RuntimeError, match="For 2-D input, hx should also be 2-D"):
         cell(input, (h, h[0]))
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU"])
+def test_options_of_an_lstm(name):
+    with pytest.raises(TypeError, match="layer_norm is an option of LSTM, not of RNN or GRU"):
+        OURS[name](I, H, layer_norm=True)
+
+
+def test_why_an_option_is_refused(monkeypatch):
+    """Where our kernels cannot run at all, and "auto" takes torch's."""
+    monkeypatch.setattr(rnn_ext.ops, "is_available", lambda: False)
+    monkeypatch.setattr(rnn_ext.ops, "load_error", lambda: "it was built for another torch; run: make it")
+    layer = rnn_ext.GRU(I, H, zoneout=0.5)
+    with pytest.raises(ValueError, match=r"zoneout is an option of the custom .*: it was built for another torch; run"):
+        layer(torch.zeros(L, N, I), lengths=[1] * N)

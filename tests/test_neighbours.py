@@ -36,6 +36,20 @@ def test_torchrl_module_with_resets():
         state = [found["next", "recurrent_state_h"], found["next", "recurrent_state_c"]]
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_torchrl_modules_that_ask_for_the_class(kind):
+    """A layer that is no nn.LSTM torchrl takes for one of its own."""
+    tensordict, modules = pytest.importorskip("tensordict"), pytest.importorskip("torchrl.modules")
+    module = getattr(modules, f"{kind}Module")(I, H, in_key="x", out_key="y").double()
+    given = {"x": torch.randn(N, L, I, dtype=torch.float64), "is_init": torch.rand(N, L, 1) < 0.3}
+    found = []
+    for _ in range(2):
+        with modules.set_recurrent_mode(True):
+            found.append(module(tensordict.TensorDict(dict(given), batch_size=[N, L]))["y"])
+        rnn_ext.convert(module, "custom", as_subclass=True)
+    check_values({"y": found[1]}, {"y": found[0]})
+
+
 def test_the_policy_of_the_example_takes_a_tensordict():
     tensordict = pytest.importorskip("tensordict")
     source = (EXAMPLES / "10_recurrent_policy.py").read_text(encoding="utf-8").split("\npolicy = ")[0]
