@@ -436,3 +436,43 @@ def test_biases_of_many_rows(name, options):
         )
         apart = (found.double() - expected).abs().max() / expected.abs().max()
         assert apart < 2e-6, (name, parameter.shape, float(apart))
+
+
+def test_autocast_around_second_derivatives():
+    problem = build(Case(), torch.float32).requiring()
+    weights = list(problem.weights.values())
+    output = ops.layer(problem.input, None, None, weights, cell="lstm")[0]
+    (grad,) = torch.autograd.grad(output.square().sum(), problem.input, create_graph=True)
+    loss = grad.square().sum()
+    expected = torch.autograd.grad(loss, weights, retain_graph=True)
+    with torch.autocast("cpu"):
+        found = torch.autograd.grad(loss, weights)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_gradients_pass_a_relu_of_nan():
+    """As in torch."""
+    native, layer = torch.nn.RNN(3, 5, nonlinearity="relu"), rnn_ext.RNN(3, 5, nonlinearity="relu", backend="custom")
+    layer.load_state_dict(native.state_dict())
+    grads = []
+    for module in (native, layer):
+        input = torch.ones(4, 2, 3)
+        input[1, 0] = torch.nan
+        input.requires_grad_()
+        module(input)[0].sum().backward()
+        grads.append(input.grad)
+    assert grads[0][1:, 0].isfinite().all() and (grads[0][1:, 0] != 0).any()
+    torch.testing.assert_close(*grads, equal_nan=True)
+
+
+def test_only_gradients_that_were_asked_for_have_a_history():
+    weights, input = [torch.randn(20, 4), torch.randn(20, 5)], torch.randn(3, 2, 4, requires_grad=True)
+    h_0 = torch.zeros(1, 2, 5)
+    call = (input, h_0, None, weights, None, None, None, [])
+    options = ("lstm", False, False, False)
+    output, *_, saved = torch.ops.rnn_ext.layer(*call, *options, True)
+    cotangents, asked = (torch.ones_like(output), None, None, None), [True, False, False, True, False]
+    dx, dh_0, _, dw = torch.ops.rnn_ext.layer_backward(
+        *cotangents, *call, output.detach(), saved.detach(), *options, asked
+    )
+    assert [grad.requires_grad for grad in (dx, dh_0, *dw)] == [True, False, True, False]

@@ -612,7 +612,10 @@ MISTAKES = {
     "bias_ih": (lambda p: {"bias_ih": torch.zeros(29).double()}, ["bias_ih", "29", "28"]),
     "bias_hh": (lambda p: {"bias_hh": torch.zeros(28, 1).double()}, ["bias_hh", "28, 1", "28"]),
     "bias_hh dtype": (lambda p: {"bias_hh": torch.zeros(28)}, ["bias_hh", "float32|Float", "float64|Double"]),
-    "batch sizes rising": (lambda p: {"batch_sizes": torch.tensor([2, 3])}, ["batch_sizes", "2", "3"]),
+    "batch sizes rising": (
+        lambda p: {"batch_sizes": torch.tensor([2, 3])},
+        ["batch_sizes", "got 3 at timestep 1 after 2"],
+    ),
     "batch sizes zero": (lambda p: {"batch_sizes": torch.tensor([5, 0])}, ["batch_sizes", "0"]),
     "batch sizes negative": (lambda p: {"batch_sizes": torch.tensor([7, -2])}, ["batch_sizes", "-2"]),
     "batch sizes sum": (lambda p: {"batch_sizes": torch.tensor([3, 1])}, ["batch_sizes", "4", "5"]),
@@ -621,7 +624,10 @@ MISTAKES = {
     "batch sizes 2-D": (lambda p: {"batch_sizes": torch.tensor([[3, 2]])}, ["batch_sizes", "2"]),
     "batch sizes huge": (lambda p: {"batch_sizes": torch.tensor([2**62, 2**62])}, ["batch_sizes"]),
     "lengths count": (lambda p: {"lengths": torch.tensor([1, 2])}, ["lengths", "2", "3"]),
-    "lengths negative": (lambda p: {"lengths": torch.tensor([1, -1, 2])}, ["lengths", "-1"]),
+    "lengths negative": (
+        lambda p: {"lengths": torch.tensor([1, -1, 2])},
+        ["lengths", "got -1 for batch entry 1$"],
+    ),
     "lengths long": (lambda p: {"lengths": torch.tensor([1, 6, 2])}, ["lengths", "6", "5"]),
     "lengths floating": (lambda p: {"lengths": torch.tensor([1.0, 2.0, 3.0])}, ["lengths", "float32|Float"]),
     "lengths boolean": (lambda p: {"lengths": torch.tensor([True, False, True])}, ["lengths", "(?i)bool"]),
@@ -711,3 +717,27 @@ def test_sizes_no_memory_can_hold():
     for lead in ((1, 2**46), (2**46, 1), (2**23, 2**23)):
         with pytest.raises((RuntimeError, ValueError, MemoryError)):
             ops.layer(torch.zeros(1, 1, 1).expand(*lead, 1), None, None, weights, cell="lstm")
+
+
+def test_weights_of_two_directions():
+    problem = build(Case(bidirectional=True))
+    weights = list(problem.weights.values())
+    with pytest.raises(ValueError, match="for each of 2 directions, got 9 in all"):
+        ops.layer(problem.input, None, None, [*weights, torch.zeros(3)], cell="lstm", bidirectional=True)
+    for i, weight in enumerate(weights):
+        wrong = [*weights[:i], weight[:-1], *weights[i + 1 :]]
+        with pytest.raises(RuntimeError):
+            ops.layer(problem.input, None, None, wrong, cell="lstm", bidirectional=True)
+
+
+def test_a_projection_of_what_has_none():
+    """With weights that fit each other."""
+    weights = [torch.randn(21, 4), torch.randn(21, 3), torch.randn(21), torch.randn(21), torch.randn(3, 7)]
+    with pytest.raises(ValueError, match="only an lstm can be projected, got 5 weights a direction for gru"):
+        ops.layer(torch.randn(5, 3, 4), None, None, weights, cell="gru")
+
+
+def test_a_step_with_a_state_of_three_dimensions():
+    weights = [torch.zeros(15, 4), torch.zeros(15, 5), torch.zeros(15), torch.zeros(15)]
+    with pytest.raises(RuntimeError, match=r"expected h_0 of size \[3, 5\], got \[3, 5, 1\]"):
+        ops.step(torch.zeros(3, 4), torch.zeros(3, 5, 1), None, weights, "gru", True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import profile
 
 import rnn_ext
 from rnn_ext import ops
@@ -249,3 +250,21 @@ def test_a_long_chain_of_calls_is_freed_one_by_one():
     for _ in range(50_000):
         _, state = cell(input, state)
     del state
+
+
+def test_small_memory_is_dropped_too():
+    rnn_ext.GRU(5, 7)(torch.randn(4, 3, 5))
+    assert _C.idle_memory() > 0
+    _C.drop_idle_memory()
+    assert _C.idle_memory() == 0
+
+
+def test_the_profiler_sees_it_come_and_go():
+    input, weights = torch.randn(64, 32, 8), [torch.randn(256, 8), torch.randn(256, 64)]
+    with profile(profile_memory=True) as events:
+        output = ops.layer(input, None, None, weights, cell="lstm")
+        size = output[0].nbytes
+        del output
+    used = next(event for event in events.key_averages() if event.key == "rnn_ext::layer").cpu_memory_usage
+    assert used >= size
+    assert sum(event.cpu_memory_usage for event in events.events() if event.name == "[memory]") <= -size

@@ -705,3 +705,29 @@ def test_stack_in_eval_is_one_call(monkeypatch):
     weights = list(nn.GRU(I, H, 2).parameters())
     rnn_ext.functional.gru(torch.randn(5, 2, I), None, weights, num_layers=2, dropout=0.5)
     assert len(calls) == 1
+
+
+def made_of(what: str) -> list[tuple[nn.Module, torch.Tensor]]:
+    double = {"dtype": torch.float64}
+    layers = {
+        "data": [rnn_ext.LSTM(4, 4, **double)] * 2,
+        "cell": [rnn_ext.RNN(4, 4, nonlinearity=name, **double) for name in ("tanh", "relu")],
+        "batch_first": [rnn_ext.LSTM(4, 4, batch_first=first, **double) for first in (False, True)],
+    }
+    return [(layer, torch.randn(5, 5, 4, requires_grad=True, **double)) for layer in layers[what]]
+
+
+@pytest.mark.parametrize("what", ["data", "cell", "batch_first"])
+def test_compiled_autograd_tells_calls_apart(what):
+    """Without a reset in between: what one graph was compiled for is not taken for another call's."""
+    torch._dynamo.reset()
+    calls = made_of(what)
+    expected = [torch.autograd.grad(m(x)[0].square().sum(), [x, *m.parameters()]) for m, x in calls]
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        for (layer, input), grads in zip(calls, expected, strict=True):
+            leaves = [input, *layer.parameters()]
+            for leaf in leaves:
+                leaf.grad = None
+            layer(input)[0].square().sum().backward()
+            for leaf, grad in zip(leaves, grads, strict=True):
+                torch.testing.assert_close(leaf.grad, grad)

@@ -197,3 +197,30 @@ def test_capabilities_do_not_share_them():
         torch.testing.assert_close(kept(module, input), want)
     finally:
         ops.set_cpu_capability(best)
+
+
+def test_rows_that_lie_whole_vectors_apart():
+    """Swapped, each number stays in its lane of the digest."""
+    module, input = ours("lstm", 16, H), randn(L, N, 16)
+    before = kept(module, input)
+    weight = module.weight_ih_l0.data
+    weight[[0, 1]] = weight[[1, 0]]
+    after = kept(module, input)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, module(input)[0])
+
+
+def test_what_was_used_last_stays():
+    input, first = randn(L, N, INPUTS), ours("rnn_tanh", INPUTS, 3)
+    kept(first, input)
+    modules = [ours("rnn_tanh", INPUTS, 3) for _ in range(1200)]
+    for i, module in enumerate(modules):
+        kept(module, input)
+        if i == 700:
+            kept(first, input)
+    recent = modules[1150]
+    del modules, module
+    gc.collect()
+    with torch.no_grad():
+        first(input), recent(input)
+    assert _C.cached_weights_count() == 2

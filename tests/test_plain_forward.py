@@ -197,3 +197,14 @@ def test_odd_attributes_take_the_long_way(name):
     assert short(module, input) is None
     del vars(module)[name]
     assert short(module, input) is None
+
+
+def test_odd_values_take_the_long_way():
+    module, input = rnn_ext.LSTM(5, 7, dtype=torch.complex64), torch.randn(4, 3, 5, dtype=torch.complex64)
+    assert short(module, input) is None
+    module, input = make(), torch.randn(4, 3, 5)
+    vars(module)["num_layers"] = 2**70
+    assert short(module, input) is None
+    module = make(num_layers=2, dropout=0.5)
+    vars(module)["training"] = 1
+    assert short(module, input) is None

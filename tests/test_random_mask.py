@@ -113,3 +113,8 @@ def test_bad_arguments():
         draw(1, 3, p=1.5)
     with pytest.raises(RuntimeError, match="expected dtype to be float32 or float64, got Half"):
         draw(1, 3, dtype=torch.float16)
+
+
+def test_negative_probability():
+    with pytest.raises(ValueError, match=r"expected p to be a probability, got -0\.5"):
+        draw(1, 3, p=-0.5)

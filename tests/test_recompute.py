@@ -174,3 +174,12 @@ def test_autocast_around_backward_alone(cell, changed):
             found = torch.autograd.grad(loss, leaves)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_second_backward_is_refused(recompute):
+    problem = build(Case()).requiring()
+    output = run(problem, recompute)["output"]
+    output.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        output.sum().backward()

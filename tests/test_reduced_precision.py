@@ -354,3 +354,15 @@ def test_few_rows_are_not_converted(dtype):
     for _ in instruction_sets():
         output = ops.layer(input, None, None, weights, cell="rnn_relu")[0].flatten().tolist()
         assert output == [1 + eps, eps if widens(dtype) else 0.75 * eps]
+
+
+@pytest.mark.parametrize("size", [(5, 1, 9, 33), (150, 1, 9, 33), (150, 1, 9, 330)])
+def test_gradients_of_masked_cells_of_one_sequence(size):
+    """Whose weights backward does not read as they are stored."""
+    grads = []
+    for always in (False, True):
+        _C.widen_always(always)
+        problem, masks = sample(Case("gru", size=size), "masks", torch.float16)
+        grads.append(gradients(lambda p, masks=masks: run(p, masks=masks), problem)[1])
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-2, atol=1e-2)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -273,3 +274,55 @@ def test_mistakes(threads):
         layer(PackedSequence(input[:3, 0], sizes))
     with pytest.raises(RuntimeError, match="same dtype"):
         layer(input, (good.double(), good.double()))
+
+
+@pytest.mark.parametrize("kind", [rnn_ext.LSTM, rnn_ext.GRU])
+def test_two_directions_without_biases(kind):
+    """Which have as many weights as one direction with biases."""
+    layer, input = kind(64, HIDDEN, 2, bidirectional=True, bias=False), torch.randn(LENGTH, 1, 64)
+    expected = layer(input)[0]
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        assert torch.equal(layer(input)[0], expected)
+
+
+def test_nothing_to_share():
+    torch.set_num_threads(2)
+    layer = rnn_ext.LSTM(5, 7, 2)
+    assert layer(torch.zeros(4, 0, 5))[0].shape == (4, 0, 7)
+    weights = [torch.zeros(28, 0), *rnn_ext.LSTM(7, 7, 2)._flat_weights[1:]]
+    found = ops.stack(torch.zeros(4, 3, 0), None, None, weights, "lstm", 2)[0]
+    torch.set_num_threads(1)
+    assert torch.equal(found, ops.stack(torch.zeros(4, 3, 0), None, None, weights, "lstm", 2)[0])
+
+
+def test_a_frozen_layer_above():
+    """Gradients go through it to the one below."""
+    layer, input, found = module("lstm", 2), torch.randn(LENGTH, 1, HIDDEN + 5), []
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name.endswith("_l0"))
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        layer.zero_grad()
+        layer(input)[0].sum().backward()
+        found.append({name: p.grad.clone() for name, p in layer.named_parameters() if p.requires_grad})
+    same_bits(*found)
+
+
+@pytest.mark.parametrize("which", ["input", "h_0", "c_0", "weight_hh_l1"])
+def test_tangents(which):
+    """Of forward mode without a transform, whose keys would say enough."""
+    layer, found = module("lstm", 2), []
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+    given = {"input": torch.randn(LENGTH, 1, HIDDEN + 5)}
+    given |= {name: torch.randn(2, 1, HIDDEN) for name in ("h_0", "c_0")} | weights
+    tangent = torch.randn_like(given[which])
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with forward_ad.dual_level():
+            dual = given | {which: forward_ad.make_dual(given[which], tangent)}
+            flat = [dual[name] for name in weights]
+            output = ops.stack(dual["input"], dual["h_0"], dual["c_0"], flat, "lstm", 2)[0]
+            found.append(forward_ad.unpack_dual(output).tangent)
+    assert found[1] is not None
+    torch.testing.assert_close(*found)

@@ -18,6 +18,10 @@ import torch
 from util import CELLS, LAYOUTS, Case, build, cotangents, gradients, instruction_sets, run, same_bits
 
 import rnn_ext
+from rnn_ext import ops
+
+if ops.is_available():
+    from rnn_ext import _C
 
 CASES = [
     Case(cell, layout, True, proj=5 if cell == "lstm" else 0, size=(7, 5, 9, 21))
@@ -445,3 +449,109 @@ def test_fork_before_use():
     """A parent of one thread leaves its child no pool to wait for: the child makes its own."""
     found = script(FORKED_ALONE, OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
     assert found == "True 2\n" or found == "False 1\n"  # torch may have started a thread when it was imported
+
+
+FORKED_STACK = """
+import os, signal, torch, rnn_ext
+torch.set_num_threads(2)
+layer, input = rnn_ext.LSTM(101, 96, 2), torch.randn(60, 1, 101)
+expected = layer(input)[0].detach()
+if (pid := os.fork()) == 0:
+    signal.alarm(100)
+    print("well" if torch.equal(layer(input)[0], expected) else "differs", flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+"""
+
+
+def test_a_stack_after_a_fork():
+    """Whether its layers run at the same time is asked before anything is computed."""
+    assert script(FORKED_STACK) == "well\n"
+
+
+GRANDCHILD = """
+import os, signal, torch, rnn_ext
+torch.set_num_threads(2)
+layer, input = rnn_ext.LSTM(64, 512), torch.randn(100, 16, 64)
+with torch.no_grad():
+    expected = layer(input)[0]
+
+def child(depth):
+    if (pid := os.fork()) == 0:
+        signal.alarm(100)
+        if depth:
+            child(depth - 1)
+        else:
+            with torch.no_grad():
+                print("well" if torch.equal(layer(input)[0], expected) else "differs", flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+child(1)
+"""
+
+
+def test_a_fork_of_a_fork():
+    """Its parent had one thread, and yet inherited the pool."""
+    assert script(GRANDCHILD) == "well\n"
+
+
+LEFT = """
+import os, signal, sys, torch, rnn_ext
+torch.set_num_threads(2)
+layer, input = rnn_ext.LSTM(64, 64).half(), torch.randn(400, 64, 64).half()
+layer(input)[0].sum().backward()
+output = layer(input)[0]
+grad = torch.ones((), dtype=output.dtype).expand(output.shape)
+if (pid := os.fork()) == 0:
+    signal.alarm(100)
+    layer(input) if os.environ["PASS"] == "forward" else output.backward(grad)
+    torch.randn(2000, 2000).mul(2)  # torch's own, which would wait for the pool
+    print("well", flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_torch_leaves_the_inherited_pool(which):
+    """After the first call of either."""
+    assert script(LEFT, PASS=which) == "well\n"
+
+
+FEWER = """
+import torch
+from util import Case, build, gradients, run, same_bits
+torch.set_num_threads(1)
+problem = build(Case("lstm", bidirectional=True, size=(12, 1, 64, 512)), torch.float32)
+expected = gradients(run, problem)
+torch.set_num_threads(4)
+found = gradients(run, problem)
+same_bits(found[0], expected[0])
+same_bits(found[1], expected[1])
+print("well")
+"""
+
+
+@pytest.mark.parametrize("limit", ["1", "2", "3"])
+def test_fewer_threads_than_were_asked_for(limit):
+    assert script(FEWER, OMP_THREAD_LIMIT=limit) == "well\n"
+
+
+def calls_that_take_long() -> dict:
+    sequence, row = torch.randn(600, 16, 64), torch.randn(2000, 256)
+    plain, recomputing, stacked = (rnn_ext.LSTM(64, 128, **o) for o in ({}, {"recompute": True}, {"num_layers": 2}))
+    cell = rnn_ext.LSTMCell(256, 512)
+    return {
+        "plain_forward": lambda: plain(sequence),
+        "extended_layer": lambda: recomputing(sequence),
+        "stack": lambda: ops.stack(sequence, None, None, stacked._flat_weights, "lstm", 2),
+        "step": lambda: cell(row),
+        "random_mask": lambda: _C.random_mask((2**27,), 0.5, 1.0, False),
+    }
+
+
+@pytest.mark.parametrize("which", ["plain_forward", "extended_layer", "stack", "step", "random_mask"])
+def test_every_way_in_releases_the_gil(which):
+    call = calls_that_take_long()[which]
+    assert any(ticks_during(call) for _ in range(20))

@@ -24,6 +24,7 @@ from util import (
 )
 
 import rnn_ext
+from rnn_ext import ops
 
 FUNC_CASES = [
     Case(
@@ -319,3 +320,22 @@ def test_tangent_of_a_cotangent(name, create_graph):
             primal, tangent = forward_ad.unpack_dual(grad)
         torch.testing.assert_close(tangent, doubled, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(2 * primal, doubled, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_tangent_of_each_cotangent(which):
+    """The derivative of a vjp, which is linear in the cotangent of output, h_n and c_n."""
+    problem = build(Case())
+
+    def call(input):
+        return ops.layer(input, problem.h_0, problem.c_0, list(problem.weights.values()), cell="lstm")[:3]
+
+    results, vjp = torch.func.vjp(call, problem.input)
+
+    def of_one(cotangent):
+        return vjp(tuple(cotangent if i == which else torch.zeros_like(r) for i, r in enumerate(results)))[0]
+
+    cotangent, direction = torch.randn_like(results[which]), torch.randn_like(results[which])
+    tangent = torch.func.jvp(of_one, (cotangent,), (direction,))[1]
+    assert tangent.abs().max() > 0
+    torch.testing.assert_close(tangent, of_one(direction))

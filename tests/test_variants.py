@@ -674,3 +674,32 @@ def test_normalisation_begins_as_none():
     for name, parameter in rnn_ext.LSTM(3, 4, 2, layer_norm=True).named_parameters():
         if "_norm_" in name:
             assert torch.equal(parameter, torch.full_like(parameter, float(name.startswith("weight")))), name
+
+
+@pytest.mark.parametrize("name", ["norm", "masks", "norm+masks"])
+def test_threads_do_not_change_the_bits_of_projections(name):
+    problem, masks = sample(Case("lstm", bidirectional=True, proj=33, size=(12, 67, 21, 70)), name, torch.float32)
+    found = []
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        found.append(gradients(lambda p: run(p, masks), problem))
+    same_bits(found[1][0], found[0][0])
+    same_bits(found[1][1], found[0][1])
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_mask_changed_before_backward(which):
+    problem, masks = sample(Case("lstm"), "masks")
+    output = run(problem.requiring(), masks)["output"]
+    masks[which].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("suffix", ["", "_reverse"])
+def test_sizes_of_norms(name, suffix):
+    problem, _ = sample(Case("lstm", bidirectional=True), "norm")
+    wrong = problem.weights | {name + suffix: problem.weights[name + suffix][:-1]}
+    with pytest.raises(RuntimeError, match=f"expected {name} of size"):
+        ops.layer(problem.input, None, None, list(wrong.values()), cell="lstm", bidirectional=True)
