@@ -268,3 +268,17 @@ def test_the_profiler_sees_it_come_and_go():
     used = next(event for event in events.key_averages() if event.key == "rnn_ext::layer").cpu_memory_usage
     assert used >= size
     assert sum(event.cpu_memory_usage for event in events.events() if event.name == "[memory]") <= -size
+
+
+@torch.no_grad()
+def test_a_block_is_never_too_short():
+    """One that lacks a line stays where it is."""
+    layer = rnn_ext.GRU(1, 16)
+    size = layer(torch.zeros(4096, 1, 1))[0].nbytes
+    for length, taken in ((4096, 1), (4097, 0), (4095, 1)):
+        before = _C.idle_memory()
+        output = layer(torch.zeros(length, 1, 1))[0]
+        assert round((before - _C.idle_memory()) / size) == taken, length  # small memory aside
+        del output
+        _C.drop_idle_memory()
+        assert layer(torch.zeros(4096, 1, 1))[0].nbytes == size  # and back to the others
