@@ -36,7 +36,7 @@ assert isinstance(model.rnn, rnn_ext.GRU) and model.rnn.weight_ih_l0 is weight
 torch.testing.assert_close(model(x), expected)
 print("who runs it:", rnn_ext.explain(model.rnn, x))
 
-# 3. Back, for what insists on torch.nn's classes (quantization, ONNX), or only to torch's kernels.
+# 3. Back, for what insists on torch.nn's classes (quantization, TorchScript), or only to torch's kernels.
 rnn_ext.set_backend(model, "native")
 assert rnn_ext.explain(model.rnn, x).backend == "native"
 plain = rnn_ext.to_native(copy.deepcopy(model))

@@ -21,8 +21,8 @@ DELEGATED = {
     "doctor": "versions, compiler, instruction set, CUDA, what each backend can do, and how to mend what is wrong",
     "bench": "measure against torch.nn",
 }
-# What the weights' shapes and their meaning depend on: a checkpoint cannot go on with another value.
 DEMO_PACKAGES = "matplotlib numpy pandas rich"  # as in pyproject.toml
+# What the weights' shapes and their meaning depend on: a checkpoint cannot go on with another value.
 FIXED = ("cell", "hidden_size", "num_layers", "window", "vocab_size")
 
 
@@ -169,7 +169,7 @@ def train_to_the_end(run: Any, path: Path, written: Any, console: Any, progress_
             try:
                 for loss in run.run_epoch():
                     progress.update(bar, advance=1, loss=loss)
-                if version(path) != written:
+                if version(path) not in (written, None):
                     raise InputError(f"{path} has been written by somebody else meanwhile: --checkpoint names another")
                 run.save(path)
                 written = version(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
 import tempfile
@@ -81,13 +82,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def version(path: Path) -> tuple[int, int, int] | None:
-    """What changes when somebody writes the file; None where there is none."""
+def version(path: Path) -> str | None:
+    """A hash of what the file holds; None where there is none, or something else that is not to be read."""
     try:
-        found = path.stat()
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def write(path: Path, text: str) -> None:

@@ -56,6 +56,16 @@ def can_run_custom(input: Tensor) -> tuple[bool, str]:
     return True, "the input's device and dtype have a custom kernel"
 
 
+def can_run_custom_here(input: Tensor) -> tuple[bool, str]:
+    """The same of a call at this moment, which may be one that is recorded."""
+    supported, reason = can_run_custom(input)
+    if supported and torch.jit.is_tracing():
+        return False, "torch.jit.trace records torch's own operators only; 'auto' and 'native' use these"
+    if supported and torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        return False, "torch.onnx.export knows torch's own operators only; 'auto' and 'native' use these"
+    return supported, reason
+
+
 def use_custom(backend: str, input: Tensor, only_custom: bool = False) -> bool:
     """The rule of ``auto``: ours wherever it can run and has been measured to be worth it.
 
@@ -67,11 +77,9 @@ def use_custom(backend: str, input: Tensor, only_custom: bool = False) -> bool:
         ValueError: unknown backend.
         RuntimeError: ``"custom"`` was asked for and cannot run this input.
     """
-    if backend == "native" or (backend == "auto" and torch.onnx.is_in_onnx_export()):
+    if backend == "native":
         return False
-    supported, reason = can_run_custom(input)
-    if supported and torch.jit.is_tracing():
-        supported, reason = False, "torch.jit.trace records torch's own operators only; 'auto' and 'native' use these"
+    supported, reason = can_run_custom_here(input)
     if supported and (backend == "custom" or (backend == "auto" and (only_custom or not input.is_cuda))):
         return True
     if check_backend(backend) == "custom":

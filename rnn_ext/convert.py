@@ -39,7 +39,8 @@ def convert(model: ModuleT, backend: str = "auto", as_subclass: bool = False) ->
         model: any module.
         backend: of the converted layers: ``"auto"``, ``"custom"`` or ``"native"``.
         as_subclass: whether they stay an nn.RNN, LSTM and so on for ``isinstance``, which the code around them may ask
-            for; torch.compile breaks the graph at such, see :mod:`rnn_ext.subclasses`.
+            for, and layers of rnn_ext become such; torch.compile breaks the graph at these layers, see
+            :mod:`rnn_ext.subclasses`.
 
     Returns:
         `model`.
@@ -50,6 +51,8 @@ def convert(model: ModuleT, backend: str = "auto", as_subclass: bool = False) ->
     """
     check_backend(backend)
     _check_module(model)
+    if as_subclass:  # also those that are ours, which keep their options
+        _change_class(model, {ours: TO_SUBCLASS[native] for native, ours in TO_CUSTOM.items()})
     for module in _change_class(model, TO_SUBCLASS if as_subclass else TO_CUSTOM):
         module.__dict__.pop("_flat_weights", None)  # ours is a property
         vars(module).update(module._added, backend=backend)
@@ -59,7 +62,7 @@ def convert(model: ModuleT, backend: str = "auto", as_subclass: bool = False) ->
 def to_native(model: ModuleT) -> ModuleT:
     """The reverse of :func:`convert`: all layers and cells of rnn_ext become torch.nn's; in place, returns `model`.
 
-    For what reads the class of a layer: quantization, TorchScript, ONNX export.
+    For what reads the class of a layer: quantization, TorchScript; and what of ONNX export "auto" does not do.
 
     Raises:
         TypeError: `model` is no module.

@@ -220,8 +220,7 @@ def read_series(path: str | Path, column: str | None = None) -> pd.Series:
         if not numeric:
             raise InputError(f"{path} has no column of numbers like 1020.84; its columns are {names}")
         if len(numeric) != 1:
-            choice = numeric
-            raise InputError(f"{path} has {len(numeric)} columns of numbers: name one of {choice} with --column")
+            raise InputError(f"{path} has {len(numeric)} columns of numbers: name one of {numeric} with --column")
         column = numeric[0]
     values = _choose(path, table, column, "--column")
     bad = ~values.map(_is_number)

@@ -360,7 +360,7 @@ def _layers(
             raise ValueError(f"Expected a tensor for each weight, got {found} for number {i} of {len(weights)}")
     backend = backends.backend_for(call.backend, weights)
     weight_ih = weights[0]
-    if weight_ih.dim() != 2 or weights[1].dim() != 2:
+    if len(weight_ih.shape) != 2 or len(weights[1].shape) != 2:
         sizes = f"{list(weight_ih.shape)} and {list(weights[1].shape)}"
         raise RuntimeError(f"Expected two-dimensional weight_ih and weight_hh, got sizes {sizes}")
     if input.dtype != weight_ih.dtype and (input.is_meta or not torch.is_autocast_enabled(input.device.type)):
@@ -567,7 +567,7 @@ def _native(
         return_cell_states=cell_states,
     )
     if lacking:
-        supported, reason = backends.can_run_custom(input)
+        supported, reason = backends.can_run_custom_here(input)
         why = "" if supported else f": {reason}"
         raise ValueError(f"{lacking[0]} is an option of the custom backend, but this call runs on the native one{why}")
     _check_states(call, input, h_0, c_0, weights, batch_sizes)

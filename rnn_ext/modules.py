@@ -39,7 +39,7 @@ _READ_BY_PLAIN_FORWARD = frozenset(
 
 
 # In whose place torch.fx puts another one while it traces. (It has a flag, too, by another name in each release.)
-_MODULE_CALL = nn.Module.__call__
+_MODULE_CALL = nn.Module._wrapped_call_impl  # as torch defines it, also if this is imported in a trace
 
 
 class Leaf(nn.Module):

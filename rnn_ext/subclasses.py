@@ -1,7 +1,8 @@
 """Our layers and cells as classes of torch.nn: for code that asks for ``isinstance(layer, nn.LSTM)``.
 
-Elsewhere take those of :mod:`rnn_ext`, which are no subclasses on purpose: torch.compile breaks the graph at what is an
-nn.RNN, LSTM or GRU, unless ``torch._dynamo.config.allow_rnn`` is set. Arguments, results and errors are the same.
+Elsewhere take those of :mod:`rnn_ext`, which are no subclasses on purpose: torch.compile breaks the graph at a layer
+that is an nn.RNN, LSTM or GRU, unless ``torch._dynamo.config.allow_rnn`` is set. Arguments, results and errors are the
+same.
 ``rnn_ext.convert(model, as_subclass=True)`` makes the layers of a model these.
 """
 

@@ -242,3 +242,11 @@ def test_what_is_no_module(change):
     for given, found in (("abc", "str"), (nn.LSTM, "the class LSTM"), (None, "NoneType")):
         with pytest.raises(TypeError, match=f"expected a module, got {found}"):
             change(given)
+
+
+def test_our_layers_as_subclasses():
+    """With the options they have."""
+    layer = rnn_ext.LSTM(5, 4, backend="custom", recompute=True, zoneout=0.5)
+    assert rnn_ext.convert(layer, as_subclass=True) is layer
+    assert type(layer) is subclasses.LSTM
+    assert (layer.backend, layer.recompute, layer.zoneout) == ("custom", True, 0.5)

@@ -16,6 +16,7 @@ from test_modules import OURS, H, I, flatten, initial, native, options, ours, pa
 from torch import Tensor, nn
 from torch.fx.proxy import TraceError
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -731,3 +732,29 @@ def test_compiled_autograd_tells_calls_apart(what):
             layer(input)[0].square().sum().backward()
             for leaf, grad in zip(leaves, grads, strict=True):
                 torch.testing.assert_close(leaf.grad, grad)
+
+
+def test_per_sample_gradients_of_torch():
+    """By a subclass of tensors that knows torch's operators only."""
+    native = nn.GRU(4, 5, batch_first=True)
+    layer = rnn_ext.convert(copy.deepcopy(native))
+    input = torch.randn(3, 2, 4)
+    for module in (native, layer):
+        call_for_per_sample_grads(module)(input)[0].sum().backward()
+    for expected, found in zip(native.parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(found.grad_sample, expected.grad_sample)
+    with pytest.raises(RuntimeError, match="'custom' cannot run weights of type ExpandedWeight"):
+        call_for_per_sample_grads(rnn_ext.GRU(4, 5, batch_first=True, backend="custom"))(input)
+
+
+def test_why_a_recorded_call_is_refused():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = rnn_ext.GRU(4, 5)
+
+        def forward(self, input):
+            return self.rnn(input, resets=torch.zeros(6, 3, dtype=torch.bool))[0]
+
+    with pytest.raises(ValueError, match=r"resets is an option of the custom .*: torch\.jit\.trace records"):
+        torch.jit.trace(Model(), torch.randn(6, 3, 4))
