@@ -87,7 +87,7 @@ def train(options: dict[str, Any]) -> int:
     task_name = options["task"]
     path = options.get("checkpoint", Path(f"rnn_ext_{task_name}.pt"))
     resume, evaluate = options.get("resume", False), options.get("evaluate", False)
-    loaded = version(path)
+    loaded = version(path) if resume else None
     checkpoint = load_checkpoint(path, task_name) if resume or evaluate else None
     if not evaluate:
         check_output(path)

@@ -22,40 +22,26 @@ namespace {
 using rnn_ext::ops::OptionalTensor;
 using rnn_ext::ops::OptionalTensors;
 
-/// The same dispatcher call as torch.ops.rnn_ext.layer, for a third of what the latter costs to parse its arguments:
-/// each costs a call a little, so those that are not here have their defaults.
-rnn_ext::ops::LayerResult layer(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
-                                const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
-                                const OptionalTensor& lengths, const OptionalTensor& resets, std::string_view cell,
-                                bool bidirectional, bool batch_first, bool cell_states) {
-  return rnn_ext::ops::layer_call({input,
-                                   h_0,
-                                   c_0,
-                                   weights,
-                                   batch_sizes,
-                                   lengths,
-                                   resets,
-                                   OptionalTensors(),
-                                   {cell, bidirectional, batch_first, cell_states}},
-                                  false, false);
-}
-
-/// The same with masks and recompute.
+/// The same dispatcher call as torch.ops.rnn_ext.layer, without `save`, for a third of what the latter costs to parse
+/// its arguments.
 rnn_ext::ops::LayerResult extended_layer(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                                          const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
                                          const OptionalTensor& lengths, const OptionalTensor& resets,
                                          const std::vector<OptionalTensor>& masks, std::string_view cell,
                                          bool bidirectional, bool batch_first, bool cell_states, bool recompute) {
-  return rnn_ext::ops::layer_call({input,
-                                   h_0,
-                                   c_0,
-                                   weights,
-                                   batch_sizes,
-                                   lengths,
-                                   resets,
-                                   OptionalTensors(at::ArrayRef<OptionalTensor>(masks)),
-                                   {cell, bidirectional, batch_first, cell_states}},
-                                  false, recompute);
+  const OptionalTensors all_masks{at::ArrayRef<OptionalTensor>(masks)};
+  const rnn_ext::ops::LayerOptions options{cell, bidirectional, batch_first, cell_states};
+  return rnn_ext::ops::layer_call({input, h_0, c_0, weights, batch_sizes, lengths, resets, all_masks, options}, false,
+                                  recompute);
+}
+
+/// Without masks and recompute: each argument costs a call a little.
+rnn_ext::ops::LayerResult layer(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                                const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
+                                const OptionalTensor& lengths, const OptionalTensor& resets, std::string_view cell,
+                                bool bidirectional, bool batch_first, bool cell_states) {
+  return extended_layer(input, h_0, c_0, weights, batch_sizes, lengths, resets, {}, cell, bidirectional, batch_first,
+                        cell_states, false);
 }
 
 /// One timestep of one direction, without the dimensions of these: (N, I) -> (N, P); with flat_states also of states.
