@@ -10,6 +10,8 @@ Writes results/features.md.
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -240,6 +242,37 @@ def recompute() -> list[Row]:
     return rows
 
 
+def derivatives() -> list[Row]:
+    """Beside torch.nn's layers, of which the LSTM has no forward mode."""
+    rows = []
+    for name, (N, L, H) in itertools.product(LAYERS, ((1, 128, 64), (16, 30, 32), (64, 50, 128))):
+        ours, theirs = LAYERS[name](H, H), getattr(nn, name)(H, H)
+        theirs.load_state_dict(ours.state_dict())
+        x, direction = torch.randn(2, L, N, H)
+
+        def penalty(module, x=x):
+            leaf = x.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(module(leaf)[0].sum(), leaf, create_graph=True)
+            loss = (grad.flatten(1).norm(dim=1) - 1).square().mean()
+            return torch.autograd.grad(loss, [module.weight_ih_l0, module.weight_hh_l0])
+
+        def product(module, x=x):
+            parameters = list(module.parameters())
+            grads = torch.autograd.grad(module(x)[0].square().mean(), parameters, create_graph=True)
+            return torch.autograd.grad(grads, parameters, parameters)
+
+        def forward_mode(module, x=x, direction=direction):
+            return torch.func.jvp(lambda x: module(x)[0], (x,), (direction,))
+
+        kinds = {"gradient penalty": penalty, "product of the parameters' Hessian": product}
+        if name != "LSTM":
+            kinds["forward mode"] = torch.no_grad()(forward_mode)
+        for what, fn in kinds.items():
+            calls = [functools.partial(fn, module) for module in (ours, theirs)]
+            rows.append(Row(f"{name}, N={N}, L={L}, H={H}: {what} against torch.nn", *calls, 1.0))
+    return rows
+
+
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=positive_number(), default=2, help="for each comparison")
@@ -260,7 +293,7 @@ def main() -> None:
         "|---|---:|---:|---:|---:|",
     ]
     head = len(lines)
-    for row in (*resets(), *cell_states(), *lengths(), *variants(), *recompute(), *streaming()):
+    for row in (*resets(), *cell_states(), *lengths(), *variants(), *recompute(), *streaming(), *derivatives()):
         if args.only not in row.what:
             continue
         if row.same:

@@ -46,7 +46,7 @@ from torch.overrides import has_torch_function
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from rnn_ext import _loader, reference
+from rnn_ext import _loader, batching, reference
 
 # As of csrc/ops/cuda_layer.cpp.
 CUDA_KERNELS = ("step", "pointwise", "persistent", "tensor", "cluster", "grid")
@@ -331,8 +331,8 @@ def _layer_backward_reference(
     return results[0], results[1], results[2], results[3:]
 
 
-def _layer_double_backward_reference(
-    grad_grads: Sequence[Tensor | None],
+def _layer_tangent_reference(
+    tangents: Sequence[Tensor | None],
     tensors: Sequence[Tensor | None],
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
@@ -344,19 +344,61 @@ def _layer_double_backward_reference(
     cell_states: bool,
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
-    """The vector-Jacobian product of the above, in its grad_output .. grad_cells, input, h_0, c_0 and weights: in those
-    that are given and, by `output_mask`, wanted."""
+    """What the op layer_tangent returns: for the tangents of the inputs the above's vector-Jacobian product, which is
+    symmetric in them, and of those of the gradients the above itself, which is linear in these."""
+    input, h_0, c_0, *weights = tensors[4:]
+    layout = (batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first)
+    results = [input.new_empty(0)] * len(tensors)
+    if any(x is None and wanted for x, wanted in zip(tensors[:4], output_mask[:4], strict=True)):
+        with torch.no_grad():
+            outputs = _layer_reference(input, h_0, c_0, weights, *layout, True)
+        grads = [x if x is not None else torch.zeros_like(y) for x, y in zip(tensors[:4], outputs, strict=True)]
+        tensors = [x if wanted else y for x, y, wanted in zip(grads, tensors[:4], output_mask[:4], strict=True)]
+        tensors += [input, h_0, c_0, *weights]
     places = [i for i, x in enumerate(tensors) if x is not None and output_mask[i]]
-    mask = [g is not None for g in grad_grads]
 
     def backward(*present: Tensor) -> Sequence[Tensor]:
         a = _replaced(tensors, places, present)
-        *grads, dw = _layer_backward_reference(
-            *a[:7], a[7:], batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, mask
-        )
+        mask = [tangent is not None for tangent in tangents[4:]]
+        *grads, dw = _layer_backward_reference(*a[:7], a[7:], *layout, cell_states, mask)
         return *grads, *dw
 
-    return _vjp(backward, [tensors[i] for i in places], grad_grads)
+    results = _replaced(results, places, _vjp(backward, [tensors[i] for i in places], tangents[4:]))
+    if any(tangent is not None for tangent in tangents[:4]) and any(output_mask[4:]):
+        *linear, dw = _layer_backward_reference(
+            *tangents[:4], input, h_0, c_0, weights, *layout, cell_states, output_mask[4:]
+        )
+        sums = zip(results[4:], (*linear, *dw), output_mask[4:], strict=True)
+        results[4:] = [x + y if wanted else x for x, y, wanted in sums]
+    return results
+
+
+def _layer_tangent_backward_reference(
+    cotangents: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    masks: Sequence[Tensor | None],
+    cell: str,
+    bidirectional: bool,
+    batch_first: bool,
+    cell_states: bool,
+    output_mask: Sequence[bool],
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """The vector-Jacobian product of the above, in tangents and tensors, empty tensors for what is not wanted."""
+    inputs = [*tangents, *tensors]
+    places = [i for i, x in enumerate(inputs) if x is not None and wanted[i]]
+    options = (batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, output_mask)
+
+    def tangent(*present: Tensor) -> Sequence[Tensor]:
+        a = _replaced(inputs, places, present)
+        return _layer_tangent_reference(a[: len(tangents)], a[len(tangents) :], *options)
+
+    found = _vjp(tangent, [inputs[i] for i in places], cotangents)
+    return _replaced([tensors[4].new_empty(0)] * len(inputs), places, found)
 
 
 def _replaced(items: Sequence[Any], places: Sequence[int], new: Sequence[Any]) -> list[Any]:
@@ -510,81 +552,21 @@ def _layer_backward_fake(
     return grads[0], grads[1], grads[2], grads[3:]
 
 
+def _layer_tangent_fake(
+    tangents, tensors, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, output_mask
+):  # fmt: skip
+    input, h_0, c_0, *weights = tensors[4:]
+    results = _layer_fake(
+        input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, True, False
+    )  # fmt: skip
+    return [
+        input.new_empty(x.shape if wanted and x is not None else 0)
+        for x, wanted in zip((*results[:4], *tensors[4:]), output_mask, strict=True)
+    ]
+
+
 def _random_mask_fake(seed, size, p, value, dtype):
     return seed.new_empty(size, dtype=dtype)
-
-
-def _select(value: Any, dim: Any, index: int) -> Any:
-    """Entry `index` of a mapped argument; lists of tensors come with lists of dims."""
-    if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
-        return [_select(v, d, index) for v, d in zip(value, dim, strict=True)]
-    if dim is None or value is None:
-        return value
-    return value.select(dim, index) if value.shape[dim] else value.new_zeros(value.movedim(dim, 0).shape[1:])
-
-
-def _loop(op: Callable, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[tuple, tuple]:
-    """vmap the plain way: a call per entry. Where there is none, zeros stand for one: it has the shapes."""
-    count = max(1, size)
-    outputs = _stacked([op(*(_select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(count)])
-    if size == 0:
-        outputs = pytree.tree_map(lambda x: x[:0], outputs)
-    return outputs, pytree.tree_map(lambda _: 0, outputs)
-
-
-def _stacked(results: Sequence[Any]) -> Any:
-    """Results of the same structure as one of that structure."""
-    return pytree.tree_map(lambda *parts: torch.stack(parts), *results)
-
-
-def _layer_vmap(info, in_dims, *args):
-    (input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, save,
-     *recompute) = args  # fmt: skip
-    size = info.batch_size
-    if any(dim is not None for dim in in_dims[3] or ()) or batch_sizes is not None or size == 0:
-        return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
-    # The weights are shared: the mapped dimension is more batch.
-    batch = 0 if batch_first else 1
-
-    def fold(x: Tensor | None, dim: int | None, at: int) -> Tensor | None:
-        if x is None:
-            return None
-        x = x.unsqueeze(at).expand(*x.shape[:at], size, *x.shape[at:]) if dim is None else x.movedim(dim, at)
-        return x.flatten(at, at + 1)
-
-    def unfold(x: Tensor, at: int) -> Tensor:
-        return x.unflatten(at, (size, x.shape[at] // size)) if x.dim() > 1 else x  # what was not asked for is (0,)
-
-    # Rows are kept in the kernel's order, by falling length: only where all are equally long do the entries follow each
-    # other, [D, L, size, N, ..]. On CUDA it is bytes in parts.
-    if save and (lengths is not None or input.is_cuda):
-        return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
-    lengths = fold(lengths, in_dims[5], 0)
-    mask_dims = in_dims[7] or [None] * len(masks)
-    masks = [fold(mask, dim, at) for mask, dim, at in zip(masks, mask_dims, (1, batch, batch), strict=False)]
-    output, h_n, c_n, cells, saved = torch.ops.rnn_ext.layer(
-        fold(input, in_dims[0], batch), fold(h_0, in_dims[1], 1), fold(c_0, in_dims[2], 1), weights, None, lengths,
-        fold(resets, in_dims[6], batch), masks, cell, bidirectional, batch_first, cell_states,
-        save, *recompute,
-    )  # fmt: skip
-    output = unfold(output, batch)
-    c_n_dim = 1 if c_n.dim() > 1 else None
-    cells_dim = batch if cells.dim() > 1 else None
-    if save:
-        if saved.dtype == torch.uint8:  # of CUDA's kernels, on the emulator
-            return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
-        directions = 2 if bidirectional else 1
-        steps = output.shape[2 if batch_first else 0]
-        entries = output.shape[1 if batch_first else 2]
-        saved = saved.view(directions, steps, size, entries, -1) if saved.numel() else saved.new_empty(1, 1, size, 0, 1)
-    return (
-        (output, unfold(h_n, 1), unfold(c_n, 1), unfold(cells, batch), saved),
-        (batch, 1, c_n_dim, cells_dim, 2 if save else None),
-    )
-
-
-def _layer_backward_vmap(info, in_dims, *args):
-    return _loop(torch.ops.rnn_ext.layer_backward, info.batch_size, in_dims, args)
 
 
 def _batched(op: Callable) -> Callable:
@@ -606,7 +588,7 @@ def _batched(op: Callable) -> Callable:
             results = [op(*entry(args, i)) for i in range(size)]
         finally:
             torch._C._vmapmode_increment_nesting()
-        return pytree.tree_map(lambda x: torch._add_batch_dim(x, 0, level), _stacked(results))
+        return pytree.tree_map(lambda x: torch._add_batch_dim(x, 0, level), batching.stacked(results))
 
     return call
 
@@ -631,14 +613,6 @@ def _layer_backward_flops(
     return flops
 
 
-def _layer_double_backward_vmap(info, in_dims, *args):
-    return _loop(torch.ops.rnn_ext.layer_double_backward_reference, info.batch_size, in_dims, args)
-
-
-def _random_mask_vmap(info, in_dims, *args):
-    return _loop(torch.ops.rnn_ext.random_mask, info.batch_size, in_dims, args)
-
-
 if is_available():
     from rnn_ext._C import extended_layer as _fast_extended_layer
     from rnn_ext._C import layer as _fast_layer
@@ -651,17 +625,17 @@ if is_available():
     _library = torch.library.Library("rnn_ext", "IMPL")  # kept: dropping it would unregister what follows
     _library.impl("layer_reference", _layer_reference, "CompositeImplicitAutograd")
     _library.impl("layer_backward_reference", _layer_backward_reference, "CompositeImplicitAutograd")
-    _library.impl("layer_double_backward_reference", _layer_double_backward_reference, "CompositeImplicitAutograd")
+    _library.impl("layer_tangent_reference", _layer_tangent_reference, "CompositeImplicitAutograd")
+    _library.impl("layer_tangent_backward_reference", _layer_tangent_backward_reference, "CompositeImplicitAutograd")
     torch.library.register_fake("rnn_ext::layer", _layer_fake)
     torch.library.register_fake("rnn_ext::layer_backward", _layer_backward_fake)
+    torch.library.register_fake("rnn_ext::layer_tangent", _layer_tangent_fake)
     torch.library.register_fake("rnn_ext::random_mask", _random_mask_fake)
-    torch.library.register_vmap("rnn_ext::layer", _layer_vmap)
-    torch.library.register_vmap("rnn_ext::layer_backward", _layer_backward_vmap)
-    torch.library.register_vmap("rnn_ext::layer_double_backward_reference", _layer_double_backward_vmap)
-    torch.library.register_vmap("rnn_ext::random_mask", _random_mask_vmap)
+    for _name, _rule in batching.RULES.items():
+        torch.library.register_vmap(f"rnn_ext::{_name}", _rule)
     for _name in (
         *("layer", "layer_reference", "layer_backward", "layer_backward_reference"),
-        "layer_double_backward_reference",
+        *("layer_tangent", "layer_tangent_reference", "layer_tangent_backward_reference"),
     ):
         _library.impl(_name, _batched(getattr(torch.ops.rnn_ext, _name)), "Batched")
     for _op, _formula in (

@@ -66,9 +66,9 @@ class ParameterGradients {
         to_(args.grad_weights[direction]),
         direction_(direction),
         storage_(args.grad_storage()),
-        input_(to_.weight_ih, storage_, Cell::kGates, args.sizes.hidden, args.sizes.input, args.layout),
-        hidden_(to_.weight_hh, storage_, Cell::kGates, args.sizes.hidden, args.sizes.output(), args.layout),
-        proj_(to_.weight_hr, storage_, 1, args.sizes.proj, args.sizes.hidden, args.layout),
+        input_(to_.weight_ih, storage_, Cell::kGates, args.sizes.hidden, args.sizes.input, args.layout.rows),
+        hidden_(to_.weight_hh, storage_, Cell::kGates, args.sizes.hidden, args.sizes.output(), args.layout.rows),
+        proj_(to_.weight_hr, storage_, 1, args.sizes.proj, args.sizes.hidden, args.layout.rows),
         bias_tasks_(to_.bias_ih || to_.bias_hh || to_.weight_norm_ih || to_.weight_norm_hh || to_.weight_norm_c ||
                     to_.bias_norm_c),
         bias_sums_(grads.stride, true) {}
@@ -129,7 +129,7 @@ class ParameterGradients {
   void add(WeightGradient<S>& to, int64_t task, bool begin, const Element<S>* columns, int64_t stride,
            const int64_t* offset, const auto& with_rows) {
     const int64_t rows = grads_.chunk.rows;
-    if (has_few_rows(args_.layout)) return to.write(task, columns, stride, offset, rows);
+    if (has_few_rows(args_.layout.rows)) return to.write(task, columns, stride, offset, rows);
     with_rows([&](const auto& row) { to.add(task, columns, stride, offset, rows, begin, row); });
   }
 
@@ -296,9 +296,9 @@ class BackwardPass {
   /// After the scans, before the products; there is something to do only where prepares().
   void prepare() {
     grads_.pair();
-    if (has_few_rows(args_.layout)) parameters_.take();
+    if (has_few_rows(args_.layout.rows)) parameters_.take();
   }
-  static bool prepares(const Layout& layout) { return kPack<S> > 1 || has_few_rows(layout); }
+  static bool prepares(const Layout& layout) { return kPack<S> > 1 || has_few_rows(layout.rows); }
 
   int64_t product_tasks() const {
     const int64_t input = args_.grad_input.data ? (grads_.chunk.rows + kInputRows - 1) / kInputRows : 0;

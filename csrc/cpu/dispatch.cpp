@@ -253,7 +253,7 @@ template <class S>
 Narrow narrow_backward(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout) {
   Narrow narrow;
   if (!kernels<S>().forward) return narrow;  // cannot widen them
-  const bool few = has_few_rows(layout);
+  const bool few = has_few_rows(layout.rows);
   narrow.grads = few;
   if (kernels<S>().backward || variant != Variant::kPlain) return narrow;
   narrow.weight_ih = few;
@@ -333,6 +333,14 @@ void layer_backward(const BackwardArgs<S>& args, const Executor& executor) {
   with_threads(executor, args.cell, args.sizes, args.layout,
                [&](const Executor& threads) { kernels<S>().backward(args, threads); });
 }
+template <class T>
+void layer_tangent(const TangentArgs<T>& args, const Executor& executor) {
+  const FlushSubnormals flush;
+  with_threads(executor, args.values.cell, args.values.sizes, args.values.layout,
+               [&](const Executor& threads) { kernels<T>().tangent(args, threads); });
+}
+template void layer_tangent(const TangentArgs<float>&, const Executor&);
+template void layer_tangent(const TangentArgs<double>&, const Executor&);
 template void layer_forward(const ForwardArgs<float>&, const Executor&);
 template void layer_forward(const ForwardArgs<double>&, const Executor&);
 template void layer_forward(const ForwardArgs<BFloat16>&, const Executor&);

@@ -28,7 +28,7 @@ int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_
 /// take longer (measured on a Xeon, one row and gradients beyond the second-level cache: 1.5 to 3 times; 128 rows: 1.02
 /// to 1.25 times).
 constexpr int64_t kFewRows = 128;
-inline bool has_few_rows(const Layout& layout) { return layout.rows <= kFewRows; }
+inline bool has_few_rows(int64_t rows) { return rows <= kFewRows; }
 
 /// The kernels for one storage type. Of 16 bits that the instruction set does not multiply, but widens, there are
 /// `forward` and `pack`, of others nothing.
@@ -39,6 +39,7 @@ struct Kernels {
   void (*forward_stack)(const ForwardArgs<S>*, int, const Executor&) = nullptr;
   void (*backward)(const BackwardArgs<S>&, const Executor&) = nullptr;
   void (*random_mask)(uint64_t, double, S, S*, int64_t) = nullptr;
+  void (*tangent)(const TangentArgs<S>&, const Executor&) = nullptr;
 };
 
 namespace baseline {

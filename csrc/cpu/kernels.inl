@@ -9,6 +9,7 @@
 // and includes csrc/cpu/kernels.h first, so that no library header is compiled for a special instruction set: an inline
 // function of one, compiled twice, could be linked in the version that the processor cannot run.
 
+#include "cells/dual.h"
 #include "cpu/with_cell.h"
 
 namespace rnn_ext::cpu::RNN_EXT_ISA {
@@ -48,6 +49,7 @@ namespace {
 #include "cpu/backward.inl"
 #include "cpu/weight_gradient.inl"
 #include "cpu/backward_pass.inl"
+#include "cpu/tangent.inl"
 #include "cpu/variants.inl"
 #include "cpu/random.inl"
 
@@ -83,6 +85,11 @@ void backward_any(const BackwardArgs<S>& args, const Executor& executor) {
   with_cell_of(args, [&]<class Cell>() { backward<Cell>(args, executor); });
 }
 
+template <class T>
+void tangent_any(const TangentArgs<T>& args, const Executor& executor) {
+  with_cell(args.values.cell, [&]<class Cell>() { tangent<Cell>(args, executor); });
+}
+
 }  // namespace
 
 #if defined(RNN_EXT_BFLOAT16)
@@ -96,8 +103,8 @@ const Kernels<Float16> kWidenedFloat16 = {forward_any<Float16>, pack_any<Float16
 const Kernels<Float16> kWidenedFloat16 = {nullptr};
 #endif
 #elif defined(RNN_EXT_FLOAT64)
-const Kernels<double> kDouble = {forward_any<double>, pack_any<double>, forward_stack_any<double>, backward_any<double>,
-                                 random_mask<double>};
+const Kernels<double> kDouble = {forward_any<double>,  pack_any<double>,    forward_stack_any<double>,
+                                 backward_any<double>, random_mask<double>, tangent_any<double>};
 #else
 void add_to_digest(Digest* digest, const void* data, size_t bytes) {
   // Two sums over 64-bit words: of the words themselves, which any single change changes, and of the products of their
@@ -125,8 +132,8 @@ void add_to_digest(Digest* digest, const void* data, size_t bytes) {
   }
 }
 
-const Kernels<float> kFloat = {forward_any<float>, pack_any<float>, forward_stack_any<float>, backward_any<float>,
-                               random_mask<float>};
+const Kernels<float> kFloat = {forward_any<float>,  pack_any<float>,    forward_stack_any<float>,
+                               backward_any<float>, random_mask<float>, tangent_any<float>};
 #endif
 
 }  // namespace rnn_ext::cpu::RNN_EXT_ISA

@@ -198,6 +198,18 @@ struct BackwardArgs {
   Storage grad_storage() const { return narrow_grads ? narrow : Storage::kComputed; }
 };
 
+/// Where a plain layer without projection is differentiated, in which direction, and what comes of it.
+template <class T>
+struct TangentArgs {
+  BackwardArgs<T> values;    // but for `output` and `saved`, and without anything that is wanted
+  BackwardArgs<T> tangents;  // of these, null: zeros; and which gradients' tangents are wanted
+  Sequence<T> output;        // what follows are tangents of results; data may be null: not wanted, as in all of them
+  Sequence<T> cells;
+  T* h_n = nullptr;
+  T* c_n = nullptr;
+  bool backward = false;  // whether a gradient's tangent is wanted
+};
+
 /// The instruction set whose kernels run: "baseline", "avx2" or "avx512"; the best the processor has.
 const char* capability();
 
@@ -272,5 +284,9 @@ template <class S>
 void stack_forward(ForwardArgs<S>* layers, int count, const Executor& executor);
 template <class S>
 void layer_backward(const BackwardArgs<S>& args, const Executor& executor);
+
+/// The derivative of all results, and of the gradients that layer_backward gives, in the direction of the tangents.
+template <class T>
+void layer_tangent(const TangentArgs<T>& args, const Executor& executor);
 
 }  // namespace rnn_ext::cpu

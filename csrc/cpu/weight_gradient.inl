@@ -7,17 +7,17 @@ class WeightGradient {
   using T = Compute<S>;
 
  public:
-  /// `grad` null: it is not wanted.
-  WeightGradient(void* grad, Storage storage, int parts, int64_t height, int64_t width, const Layout& layout)
+  /// `grad` null: it is not wanted. `rows`: of A and B, in all.
+  WeightGradient(void* grad, Storage storage, int parts, int64_t height, int64_t width, int64_t rows)
       : grad_(grad),
         storage_(storage),
         parts_(parts),
         height_(height),
         width_(width),
-        few_(grad && has_few_rows(layout)),
+        few_(grad && has_few_rows(rows)),
         rest_(grad && !few_ ? rest_of(width, height) : 0),
         padded_(Sizes::padded(height)),
-        packed_(few_ ? elements<S>(layout.rows) * blocks_of<T>(width) * kLanes<T> : 0),
+        packed_(few_ ? elements<S>(rows) * blocks_of<T>(width) * kLanes<T> : 0),
         transposed_(rest_ * parts * padded_) {}
 
   /// Of few rows: takes B, for all tasks, before their write(). b_row(row) is asked for in order, null is zeros.

@@ -41,6 +41,11 @@ auto make_node() {
 
 OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 OptionalTensor unpack(const SavedVariable& saved) { return optional(saved.unpack()); }
+OptionalTensors unpack_all(const std::vector<SavedVariable>& saved) {
+  OptionalTensors result;
+  for (const SavedVariable& one : saved) result.push_back(unpack(one));
+  return result;
+}
 
 /// Every tensor and option of a forward call, as long as a node keeps them.
 struct SavedCall {
@@ -86,11 +91,6 @@ struct SavedCall {
     std::vector<at::Tensor> result;
     result.reserve(weights.size());
     for (const SavedVariable& weight : weights) result.push_back(weight.unpack());
-    return result;
-  }
-  OptionalTensors unpack_masks() const {
-    OptionalTensors result;
-    for (const SavedVariable& mask : masks) result.push_back(unpack(mask));
     return result;
   }
   LayerOptions options() const { return {cell, bidirectional, batch_first, cell_states}; }
@@ -139,13 +139,30 @@ const auto& layer_backward_reference_op() {
   return op;
 }
 
-const auto& layer_double_backward_reference_op() {
+auto find_tangent_op(const char* name) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow(name, "")
+      .typed<std::vector<at::Tensor>(const OptionalTensors&, const OptionalTensors&, const OptionalTensor&,
+                                     const OptionalTensor&, const OptionalTensor&, const OptionalTensors&,
+                                     std::string_view, bool, bool, bool, const c10::List<bool>&)>();
+}
+const auto& layer_tangent_op() {
+  static const auto op = find_tangent_op("rnn_ext::layer_tangent");
+  return op;
+}
+const auto& layer_tangent_reference_op() {
+  static const auto op = find_tangent_op("rnn_ext::layer_tangent_reference");
+  return op;
+}
+
+const auto& layer_tangent_backward_reference_op() {
   static const auto op =
       c10::Dispatcher::singleton()
-          .findSchemaOrThrow("rnn_ext::layer_double_backward_reference", "")
-          .typed<std::vector<at::Tensor>(const OptionalTensors&, const OptionalTensors&, const OptionalTensor&,
-                                         const OptionalTensor&, const OptionalTensor&, const OptionalTensors&,
-                                         std::string_view, bool, bool, bool, const c10::List<bool>&)>();
+          .findSchemaOrThrow("rnn_ext::layer_tangent_backward_reference", "")
+          .typed<std::vector<at::Tensor>(const OptionalTensors&, const OptionalTensors&, const OptionalTensors&,
+                                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                         const OptionalTensors&, std::string_view, bool, bool, bool,
+                                         const c10::List<bool>&, const c10::List<bool>&)>();
   return op;
 }
 
@@ -167,7 +184,41 @@ LayerGrads layer_backward_call(const LayerCotangents& grads, const LayerInputs& 
 
 namespace {
 
+/// Whether layer_tangent has a kernel for such a layer: a plain one without projection, on the CPU.
+bool has_tangent_kernel(const at::Tensor& input, size_t weights, bool bidirectional, const OptionalTensors& masks) {
+  const size_t count = weights / (bidirectional ? 2 : 1);
+  bool masked = false;
+  for (size_t i = 0; i < masks.size(); ++i) masked |= masks.get(i).has_value();
+  return input.is_cpu() && !masked && (count == 2 || count == 4);
+}
+bool has_tangent_kernel(const LayerInputs& in) {
+  return has_tangent_kernel(in.input, in.weights.size(), in.options.bidirectional, in.masks);
+}
+
 bool has_tangent(const OptionalTensor& tensor) { return torch::autograd::isFwGradDefined(tensor); }
+OptionalTensor tangent_of(const OptionalTensor& tensor) {
+  return has_tangent(tensor) ? OptionalTensor(tensor->_fw_grad(/*level=*/0)) : std::nullopt;
+}
+OptionalTensor without_tangent(const OptionalTensor& tensor) {
+  return has_tangent(tensor) ? OptionalTensor(tensor->_fw_primal(/*level=*/0)) : tensor;
+}
+void set_tangent(const at::Tensor& tensor, const at::Tensor& tangent) {
+  tensor._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
+}
+
+/// layer_tangent in the direction of the tangents that its arguments have.
+std::vector<at::Tensor> derivative(const LayerInputs& in, const LayerCotangents& grads, const c10::List<bool>& wanted) {
+  OptionalTensors tangents, tensors;
+  const auto add = [&](const OptionalTensor& tensor) {
+    tangents.push_back(tangent_of(tensor));
+    tensors.push_back(without_tangent(tensor));
+  };
+  for (const OptionalTensor* grad : {&grads.output, &grads.h_n, &grads.c_n, &grads.cells}) add(*grad);
+  for (const OptionalTensor& tensor : {OptionalTensor(in.input), in.h_0, in.c_0}) add(tensor);
+  for (const at::Tensor& weight : in.weights) add(weight);
+  return layer_tangent_op().call(tangents, tensors, in.batch_sizes, in.lengths, in.resets, in.masks, in.options.cell,
+                                 in.options.bidirectional, in.options.batch_first, in.options.cell_states, wanted);
+}
 bool has_tangent(const LayerInputs& in) {
   return has_tangent(in.input) || has_tangent(in.h_0) || has_tangent(in.c_0) ||
          std::any_of(in.weights.begin(), in.weights.end(),
@@ -188,18 +239,41 @@ void add_edges(torch::autograd::edge_list& edges, const LayerInputs& in) {
 /// Recomputing in backward is as forward was, which autocast has had its say in.
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
-/// Backward of layer_backward. Derivatives go through grad_* and the layer's inputs; `output` and `saved` are functions
-/// of the latter, so their share is already counted there.
-struct LayerBackwardBackward : public Node {
+/// The arguments of a backward call, as long as a node keeps them. Derivatives go through grad_* and the layer's
+/// inputs; `output` and `saved` are functions of the latter, so their share is already counted there.
+struct SavedBackwardCall {
   enum { kGrads = 4 };
   SavedCall call;
   SavedVariable grads[kGrads];
 
+  void save(const LayerCotangents& cotangents, const LayerInputs& in) {
+    SavedVariable* next = grads;
+    for (const OptionalTensor* grad : {&cotangents.output, &cotangents.h_n, &cotangents.c_n, &cotangents.cells})
+      *next++ = SavedVariable(*grad, false);
+    call.save(in);
+  }
+  void release() {
+    call.release();
+    for (SavedVariable& grad : grads) grad.reset_data();
+  }
+  /// In the order of layer_tangent.
+  OptionalTensors unpack_tensors() const {
+    OptionalTensors tensors;
+    for (const SavedVariable& grad : grads) tensors.push_back(unpack(grad));
+    for (const SavedVariable* saved : {&call.input, &call.h_0, &call.c_0}) tensors.push_back(unpack(*saved));
+    for (at::Tensor& weight : call.unpack_weights()) tensors.push_back(std::move(weight));
+    return tensors;
+  }
+};
+
+/// Backward of layer_backward.
+struct LayerBackwardBackward : public Node {
+  SavedBackwardCall saved;
+
   std::string name() const override { return "RnnExtLayerBackwardBackward"; }
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    call.release();
-    for (SavedVariable& grad : grads) grad.reset_data();
+    saved.release();
   }
   variable_list apply(variable_list&& grad_grads) override;
 };
@@ -255,7 +329,7 @@ struct LayerBackward : public Node {
     const OptionalTensor h_0 = unpack(call.h_0), c_0 = unpack(call.c_0);
     const OptionalTensor batch_sizes = unpack(call.batch_sizes), lengths = unpack(call.lengths),
                          resets = unpack(call.resets);
-    const OptionalTensors masks = call.unpack_masks();
+    const OptionalTensors masks = unpack_all(call.masks);
     const LayerInputs in{input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, call.options()};
     at::Tensor forward_output, forward_saved;
     if (recomputes()) {
@@ -281,31 +355,66 @@ struct LayerBackward : public Node {
   }
 };
 
-variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  variable_list result(kGrads + 3 + call.weights.size());
-  OptionalTensors cotangents, tensors;
+/// Results of a node of so many, by compute(cotangents, wanted), which leaves empty what is not; undefined gradients
+/// give undefined ones.
+template <class Compute>
+variable_list apply_wanted(const Node& node, const variable_list& grads, size_t count, const Compute& compute) {
+  variable_list result(count);
+  OptionalTensors cotangents;
   bool any = false;
-  for (const at::Tensor& grad : grad_grads) {
+  for (const at::Tensor& grad : grads) {
     any |= grad.defined();
     cotangents.push_back(optional(grad));
   }
   if (!any) return result;
   const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
-  for (const SavedVariable& grad : grads) tensors.push_back(unpack(grad));
-  for (const SavedVariable* saved : {&call.input, &call.h_0, &call.c_0}) tensors.push_back(unpack(*saved));
-  for (at::Tensor& weight : call.unpack_weights()) tensors.push_back(std::move(weight));
-  c10::List<bool> mask;
-  for (size_t i = 0; i < result.size(); ++i) mask.push_back(task_should_compute_output(i));
-  std::vector<at::Tensor> found = layer_double_backward_reference_op().call(
-      cotangents, tensors, unpack(call.batch_sizes), unpack(call.lengths), unpack(call.resets), call.unpack_masks(),
-      call.cell, call.bidirectional, call.batch_first, call.cell_states, mask);
-  size_t next = 0;
-  for (size_t i = 0; i < result.size(); ++i) {
-    if (tensors.get(i).has_value() && mask.get(i)) result[i] = std::move(found[next++]);
+  c10::List<bool> wanted;
+  for (size_t i = 0; i < count; ++i) wanted.push_back(node.task_should_compute_output(i));
+  std::vector<at::Tensor> found = compute(cotangents, wanted);
+  for (size_t i = 0; i < count; ++i) {
+    if (wanted.get(i)) result[i] = std::move(found[i]);
   }
   return result;
 }
+
+variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const SavedCall& call = saved.call;
+  const size_t count = SavedBackwardCall::kGrads + 3 + call.weights.size();
+  return apply_wanted(*this, grad_grads, count, [&](const OptionalTensors& cotangents, const c10::List<bool>& wanted) {
+    OptionalTensors tangents;
+    tangents.resize(SavedBackwardCall::kGrads, std::nullopt);
+    tangents.append(cotangents);
+    return layer_tangent_op().call(tangents, saved.unpack_tensors(), unpack(call.batch_sizes), unpack(call.lengths),
+                                   unpack(call.resets), unpack_all(call.masks), call.cell, call.bidirectional,
+                                   call.batch_first, call.cell_states, wanted);
+  });
+}
+
+/// Backward of layer_tangent, by the reference, which is differentiable as often as one likes.
+struct LayerTangentBackward : public Node {
+  SavedBackwardCall saved;
+  std::vector<SavedVariable> tangents;
+  c10::List<bool> output_mask;
+
+  std::string name() const override { return "RnnExtLayerTangentBackward"; }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    saved.release();
+    for (SavedVariable& tangent : tangents) tangent.reset_data();
+  }
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const SavedCall& call = saved.call;
+    return apply_wanted(*this, grads, 2 * tangents.size(),
+                        [&](const OptionalTensors& cotangents, const c10::List<bool>& wanted) {
+                          return layer_tangent_backward_reference_op().call(
+                              cotangents, unpack_all(tangents), saved.unpack_tensors(), unpack(call.batch_sizes),
+                              unpack(call.lengths), unpack(call.resets), unpack_all(call.masks), call.cell,
+                              call.bidirectional, call.batch_first, call.cell_states, output_mask, wanted);
+                        });
+  }
+};
 
 }  // namespace
 
@@ -345,19 +454,56 @@ LayerResult layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, c
                            bool bidirectional, bool batch_first, bool cell_states, bool save, bool recompute) {
   const LayerInputs in{
       input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, {cell, bidirectional, batch_first, cell_states}};
-  if (has_tangent(in)) {
+  const bool differentiates = has_tangent(in);
+  if (differentiates && !has_tangent_kernel(in)) {
     auto [output, h_n, c_n, cells] = layer_reference_op().call(input, h_0, c_0, weights, batch_sizes, lengths, resets,
                                                                masks, cell, bidirectional, batch_first, cell_states);
     return {output, h_n, c_n, cells, at::Tensor(input.new_empty({0}))};
   }
-  if (!torch::autograd::compute_requires_grad(input, h_0, c_0, weights)) {
+  const bool records = torch::autograd::compute_requires_grad(input, h_0, c_0, weights);
+  const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_call(in, save, recompute);
+    return layer_call(in, save || (records && !recompute), recompute);
+  };
+  LayerResult result = records ? record_layer(in, save, recompute, compute) : compute();
+  if (differentiates) {
+    const bool has_cell = cell_info(cell).has_cell;
+    c10::List<bool> wanted({true, true, has_cell, cell_states});
+    wanted.resize(7 + weights.size(), false);
+    const OptionalTensor none;
+    const std::vector<at::Tensor> found = derivative(in, {none, none, none, none}, wanted);
+    const auto& [output, h_n, c_n, cells, saved] = result;
+    const at::Tensor* const results[] = {&output, &h_n, &c_n, &cells};
+    for (size_t i = 0; i < std::size(results); ++i)
+      if (wanted.get(i)) set_tangent(*results[i], found[i]);
   }
-  return record_layer(in, save, recompute, [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_call(in, save || !recompute, recompute);
+  return result;
+}
+
+/// Calls fn(i, gradient) for the gradients of the input, h_0, c_0 and the weights.
+template <class Fn>
+void each_gradient(const LayerGrads& grads, const Fn& fn) {
+  const auto& [dx, dh_0, dc_0, dw] = grads;
+  fn(0, dx);
+  fn(1, dh_0);
+  fn(2, dc_0);
+  for (size_t i = 0; i < dw.size(); ++i) fn(3 + i, dw[i]);
+}
+
+/// Autograd's record of a backward call whose results compute() gives.
+LayerGrads record_layer_backward(const LayerCotangents& grads, const LayerInputs& in,
+                                 const c10::List<bool>& output_mask, c10::function_ref<LayerGrads()> compute) {
+  auto node = make_node<LayerBackwardBackward>();
+  torch::autograd::edge_list edges;
+  for (const OptionalTensor* grad : {&grads.output, &grads.h_n, &grads.c_n, &grads.cells}) add_edge(edges, *grad);
+  add_edges(edges, in);
+  node->set_next_edges(std::move(edges));
+  node->saved.save(grads, in);
+  LayerGrads result = compute();
+  each_gradient(result, [&](size_t i, const at::Tensor& grad) {
+    torch::autograd::set_history(output_mask.get(i) ? grad : at::Tensor(), node);
   });
+  return result;
 }
 
 LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -370,9 +516,11 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
                                    const c10::List<bool>& output_mask) {
   const LayerInputs in{
       input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, {cell, bidirectional, batch_first, cell_states}};
-  const OptionalTensor* const grads[] = {&grad_output, &grad_h_n, &grad_c_n, &grad_cells};
-  if (has_tangent(in) ||
-      std::any_of(std::begin(grads), std::end(grads), [](auto* grad) { return has_tangent(*grad); })) {
+  const LayerCotangents grads{grad_output, grad_h_n, grad_c_n, grad_cells};
+  const bool along_inputs = has_tangent(in);
+  const bool along_grads =
+      has_tangent(grad_output) || has_tangent(grad_h_n) || has_tangent(grad_c_n) || has_tangent(grad_cells);
+  if ((along_inputs || along_grads) && !has_tangent_kernel(in)) {
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
     return layer_backward_reference_op().call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights,
                                               batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first,
@@ -380,29 +528,78 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
   }
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_backward_call({grad_output, grad_h_n, grad_c_n, grad_cells}, in, output, saved, output_mask);
+    return layer_backward_call(grads, in, output, saved, output_mask);
   };
-  if (!torch::autograd::compute_requires_grad(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights))
-    return compute();
-  auto node = make_node<LayerBackwardBackward>();
-  torch::autograd::edge_list edges;
-  for (int i = 0; i < LayerBackwardBackward::kGrads; ++i) {
-    add_edge(edges, *grads[i]);
-    node->grads[i] = SavedVariable(*grads[i], false);
+  const bool records =
+      torch::autograd::compute_requires_grad(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights);
+  LayerGrads result = records ? record_layer_backward(grads, in, output_mask, compute) : compute();
+  if (!along_inputs && !along_grads) return result;
+  std::vector<at::Tensor> tangents;
+  if (along_inputs) {
+    c10::List<bool> wanted({false, false, false, false});
+    wanted.append(output_mask);
+    const std::vector<at::Tensor> found = derivative(in, grads, wanted);
+    tangents.assign(found.begin() + SavedBackwardCall::kGrads, found.end());
+  } else {  // the gradients are linear in what they are made of
+    const OptionalTensor along[] = {tangent_of(grad_output), tangent_of(grad_h_n), tangent_of(grad_c_n),
+                                    tangent_of(grad_cells)};
+    const LayerGrads found =
+        layer_backward_call({along[0], along[1], along[2], along[3]}, in, output, saved, output_mask);
+    each_gradient(found, [&](size_t, const at::Tensor& grad) { tangents.push_back(grad); });
   }
-  add_edges(edges, in);
-  node->set_next_edges(std::move(edges));
-  node->call.save(in);
-  LayerGrads result = compute();
-  auto& [dx, dh_0, dc_0, dw] = result;
-  const auto attach = [&](size_t i, const at::Tensor& grad) {
-    torch::autograd::set_history(output_mask.get(i) ? grad : at::Tensor(), node);
-  };
-  attach(0, dx);
-  attach(1, dh_0);
-  attach(2, dc_0);
-  for (size_t i = 0; i < dw.size(); ++i) attach(3 + i, dw[i]);
+  each_gradient(result, [&](size_t i, const at::Tensor& grad) {
+    if (output_mask.get(i)) set_tangent(grad, tangents[i]);
+  });
   return result;
+}
+
+/// Where something has a tangent of its own, and what there is no kernel for, the reference does it.
+std::vector<at::Tensor> layer_tangent_autograd(const OptionalTensors& tangents, const OptionalTensors& tensors,
+                                               const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                                               const OptionalTensor& resets, const OptionalTensors& masks,
+                                               std::string_view cell, bool bidirectional, bool batch_first,
+                                               bool cell_states, const c10::List<bool>& output_mask) {
+  bool records = false, differentiates = false;
+  for (const OptionalTensors* list : {&tangents, &tensors}) {
+    for (size_t i = 0; i < list->size(); ++i) {
+      const OptionalTensor tensor = list->get(i);
+      records |= tensor.has_value() && torch::autograd::compute_requires_grad(*tensor);
+      differentiates |= has_tangent(tensor);
+    }
+  }
+  const TangentTensors given(tensors);
+  if (differentiates || !has_tangent_kernel(given.input, given.weights.size(), bidirectional, masks)) {
+    const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+    return layer_tangent_reference_op().call(tangents, tensors, batch_sizes, lengths, resets, masks, cell,
+                                             bidirectional, batch_first, cell_states, output_mask);
+  }
+  const auto compute = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return layer_tangent_op().call(tangents, tensors, batch_sizes, lengths, resets, masks, cell, bidirectional,
+                                   batch_first, cell_states, output_mask);
+  };
+  if (!records) return compute();
+  auto node = make_node<LayerTangentBackward>();
+  torch::autograd::edge_list edges;
+  for (const OptionalTensors* list : {&tangents, &tensors})
+    for (size_t i = 0; i < list->size(); ++i) add_edge(edges, list->get(i));
+  node->set_next_edges(std::move(edges));
+  node->saved.save({given.grad_output, given.grad_h_n, given.grad_c_n, given.grad_cells},
+                   {given.input,
+                    given.h_0,
+                    given.c_0,
+                    given.weights,
+                    batch_sizes,
+                    lengths,
+                    resets,
+                    masks,
+                    {cell, bidirectional, batch_first, cell_states}});
+  for (size_t i = 0; i < tangents.size(); ++i) node->tangents.emplace_back(OptionalTensor(tangents.get(i)), false);
+  node->output_mask = output_mask.copy();
+  std::vector<at::Tensor> results = compute();
+  for (size_t i = 0; i < results.size(); ++i)
+    torch::autograd::set_history(output_mask.get(i) ? results[i] : at::Tensor(), node);
+  return results;
 }
 
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
@@ -433,6 +630,7 @@ LayerResult layer_autocast(const at::Tensor& input, const OptionalTensor& h_0, c
 TORCH_LIBRARY_IMPL(rnn_ext, Autograd, m) {
   m.impl("layer", &layer_autograd);
   m.impl("layer_backward", &layer_backward_autograd);
+  m.impl("layer_tangent", &layer_tangent_autograd);
 }
 
 TORCH_LIBRARY_IMPL(rnn_ext, AutocastCPU, m) {

@@ -26,6 +26,14 @@ TORCH_LIBRARY(rnn_ext, m) {
       "Tensor?[] masks, Tensor output, Tensor saved, str cell, bool bidirectional, bool batch_first, bool cell_states, "
       "bool[] output_mask) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)");
   m.def("random_mask(Tensor seed, SymInt[] size, float p, float value, ScalarType dtype) -> Tensor");
+  // A derivative in a direction: `tensors` are the first eight arguments of layer_backward, `tangents` the direction in
+  // the same order. Returns the derivatives of the four results of layer, then of the gradients of input, h_0, c_0 and
+  // weights that layer_backward returns; empty where they are not wanted. So it is forward mode, over reverse mode,
+  // too; and with the cotangents of layer_backward's results as tangents of the inputs, and no other, its backward.
+  m.def(
+      "layer_tangent(Tensor?[] tangents, Tensor?[] tensors, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
+      "Tensor?[] masks, str cell, bool bidirectional, bool batch_first, bool cell_states, bool[] output_mask) "
+      "-> Tensor[]");
   // The following are written in Python with reference.py, and differentiable as often as one likes.
   m.def(
       "layer_reference(Tensor input, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
@@ -36,12 +44,15 @@ TORCH_LIBRARY(rnn_ext, m) {
       "Tensor input, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
       "Tensor?[] masks, str cell, bool bidirectional, bool batch_first, bool cell_states, bool[] output_mask) "
       "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)");
-  // The gradient of layer_backward: `tensors` are its first eight arguments, `grad_grads` the cotangents of its results
-  // in the order input, h_0, c_0, weights. Returns a gradient for each of `tensors` that is there and wanted.
   m.def(
-      "layer_double_backward_reference(Tensor?[] grad_grads, Tensor?[] tensors, Tensor? batch_sizes, Tensor? lengths, "
+      "layer_tangent_reference(Tensor?[] tangents, Tensor?[] tensors, Tensor? batch_sizes, Tensor? lengths, "
       "Tensor? resets, Tensor?[] masks, str cell, bool bidirectional, bool batch_first, bool cell_states, "
       "bool[] output_mask) -> Tensor[]");
+  // The gradient of that, in tangents and tensors, from the cotangents of its results.
+  m.def(
+      "layer_tangent_backward_reference(Tensor?[] cotangents, Tensor?[] tangents, Tensor?[] tensors, "
+      "Tensor? batch_sizes, Tensor? lengths, Tensor? resets, Tensor?[] masks, str cell, bool bidirectional, "
+      "bool batch_first, bool cell_states, bool[] output_mask, bool[] wanted) -> Tensor[]");
 }
 #endif
 
@@ -61,6 +72,20 @@ CellInfo cell_info(std::string_view name) {
 #undef RNN_EXT_NAME
 }
 
+TangentTensors::TangentTensors(const OptionalTensors& tensors) {
+  TORCH_CHECK(tensors.size() > kFirstWeight && tensors.get(kInput).has_value(),
+              "expected tensors with an input and weights, got ", tensors.size());
+  size_t next = 0;
+  for (OptionalTensor* to : {&grad_output, &grad_h_n, &grad_c_n, &grad_cells}) *to = tensors.get(next++);
+  input = *OptionalTensor(tensors.get(kInput));
+  h_0 = tensors.get(kInput + 1);
+  c_0 = tensors.get(kInput + 2);
+  for (size_t i = kFirstWeight; i < tensors.size(); ++i) {
+    TORCH_CHECK(tensors.get(i).has_value(), "expected all weights, got None for one");
+    weights.push_back(*OptionalTensor(tensors.get(i)));
+  }
+}
+
 namespace {
 
 const char* const kWeightNames[] = {"weight_ih",      "weight_hh",      "bias_ih",       "bias_hh",    "weight_hr",
@@ -77,6 +102,12 @@ void check_like_input(const at::Tensor& tensor, const at::Tensor& input, const c
 
 void check_sizes(const at::Tensor& tensor, at::IntArrayRef expected, const char* name) {
   TORCH_CHECK(tensor.sizes() == expected, "expected ", name, " of size ", expected, ", got ", tensor.sizes());
+}
+
+void check_optional(const OptionalTensor& tensor, const at::Tensor& input, at::IntArrayRef expected, const char* name) {
+  if (!tensor.has_value() || !tensor->defined()) return;
+  check_like_input(*tensor, input, name);
+  check_sizes(*tensor, expected, name);
 }
 
 }  // namespace
@@ -236,20 +267,20 @@ LayerShape::LayerShape(const LayerInputs& in)
   }
 }
 
+void LayerShape::check_cotangents(const LayerCotangents& grads, const at::Tensor& input) const {
+  const int64_t outputs[] = {sizes.directions, batch, sizes.output()},
+                hidden[] = {sizes.directions, batch, sizes.hidden};
+  check_optional(grads.output, input, sequence_sizes(sizes.directions * sizes.output()), "grad_output");
+  check_optional(grads.h_n, input, outputs, "grad_h_n");
+  check_optional(grads.c_n, input, hidden, "grad_c_n");
+  check_optional(grads.cells, input, sequence_sizes(sizes.directions * sizes.hidden), "grad_cells");
+}
+
 void LayerShape::check_backward(const LayerCotangents& grads, const LayerInputs& in, const at::Tensor& output,
                                 const at::Tensor& saved, at::ScalarType saved_dtype, int64_t saved_numel,
                                 const c10::List<bool>& output_mask) const {
-  const auto check = [&](const OptionalTensor& grad, at::IntArrayRef expected, const char* name) {
-    if (!grad.has_value() || !grad->defined()) return;
-    check_like_input(*grad, in.input, name);
-    check_sizes(*grad, expected, name);
-  };
-  const std::vector<int64_t> outputs = sequence_sizes(sizes.directions * sizes.output());
-  check(grads.output, outputs, "grad_output");
-  check(grads.h_n, {sizes.directions, batch, sizes.output()}, "grad_h_n");
-  check(grads.c_n, {sizes.directions, batch, sizes.hidden}, "grad_c_n");
-  check(grads.cells, sequence_sizes(sizes.directions * sizes.hidden), "grad_cells");
-  check(output, outputs, "output");
+  check_cotangents(grads, in.input);
+  check_optional(output, in.input, sequence_sizes(sizes.directions * sizes.output()), "output");
   TORCH_CHECK(saved.scalar_type() == saved_dtype && saved.numel() == saved_numel, "expected saved as ", saved_numel,
               " values of ", saved_dtype, ", as a forward call with these inputs returns it, got ", saved.numel(),
               " of ", saved.scalar_type());
@@ -259,6 +290,20 @@ void LayerShape::check_backward(const LayerCotangents& grads, const LayerInputs&
   for (size_t i = 0; i < 2; ++i) {
     TORCH_CHECK(!output_mask.get(1 + i) || states[i]->has_value(), "output_mask asks for the gradient of ",
                 i ? "c_0" : "h_0", ", which was not given");
+  }
+}
+
+void LayerShape::check_tangents(const OptionalTensors& tangents, const OptionalTensors& tensors,
+                                const c10::List<bool>& output_mask) const {
+  const TangentTensors given(tensors);
+  check_cotangents({given.grad_output, given.grad_h_n, given.grad_c_n, given.grad_cells}, given.input);
+  TORCH_CHECK(tangents.size() == tensors.size() && output_mask.size() == tensors.size(), "expected ", tensors.size(),
+              " tangents and values of output_mask, got ", tangents.size(), " and ", output_mask.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const OptionalTensor tensor = tensors.get(i), tangent = tangents.get(i);
+    if (!tangent.has_value()) continue;
+    TORCH_CHECK(tensor.has_value(), "a tangent was given of argument ", i, " of layer_backward, which was not");
+    check_optional(tangent, given.input, tensor->sizes(), "a tangent");
   }
 }
 

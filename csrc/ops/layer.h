@@ -29,6 +29,18 @@ struct LayerOptions {
 using LayerResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using LayerGrads = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 
+/// The `tensors` of layer_tangent, the first eight arguments of layer_backward; RuntimeError unless input and weights
+/// are there.
+struct TangentTensors {
+  enum { kInput = 4, kFirstWeight = 7 };
+  explicit TangentTensors(const OptionalTensors& tensors);
+
+  OptionalTensor grad_output, grad_h_n, grad_c_n, grad_cells;
+  at::Tensor input;
+  OptionalTensor h_0, c_0;
+  std::vector<at::Tensor> weights;
+};
+
 /// What a call of the op is given, forward and, besides the gradients, backward: for the time of the call.
 struct LayerInputs {
   const at::Tensor& input;
@@ -87,6 +99,10 @@ struct LayerShape {
                       const at::Tensor& saved, at::ScalarType saved_dtype, int64_t saved_numel,
                       const c10::List<bool>& output_mask) const;
 
+  /// The same of what layer_tangent is given.
+  void check_tangents(const OptionalTensors& tangents, const OptionalTensors& tensors,
+                      const c10::List<bool>& output_mask) const;
+
   cpu::Layout layout() const;
   /// Sizes of a sequence of `features` in the caller's layout.
   std::vector<int64_t> sequence_sizes(int64_t features) const;
@@ -106,6 +122,7 @@ struct LayerShape {
   int index(int direction, Weight weight) const;
 
  private:
+  void check_cotangents(const LayerCotangents& grads, const at::Tensor& input) const;
   void order_by(const at::Tensor& lengths);
 };
 

@@ -1,138 +1,21 @@
 // The layer op on the CPU: hands tensors to csrc/cpu. What its kernels do not take of float16 and bfloat16 is converted
 // to float32 and back.
-#include <ATen/Parallel.h>
-#include <pthread.h>
-#include <strings.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <cstdlib>
 #include <deque>
-#include <exception>
-#include <filesystem>
 #include <optional>
-#include <system_error>
 #include <utility>
 
-#include "cpu/subnormal.h"
+#include "ops/cpu_call.h"
+#include "ops/executor.h"
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
 #include "ops/stack.h"
 #include "ops/workspace.h"
 
-extern "C" {  // of libgomp, or of the OpenMP runtime that torch has in its place
-void GOMP_parallel(void (*fn)(void*), void* context, unsigned threads, unsigned flags);
-int omp_get_thread_num() noexcept;
-int omp_get_num_procs() noexcept;
-int omp_get_num_threads() noexcept;
-}
-
 namespace rnn_ext::ops {
 namespace {
-
-/// Whether this process has no other thread.
-bool has_one_thread() {
-  std::error_code error;
-  std::filesystem::directory_iterator tasks("/proc/self/task", error);
-  int count = 0;
-  for (; !error && tasks != std::filesystem::directory_iterator(); tasks.increment(error)) ++count;
-  return !error && count == 1;
-}
-
-// A forked child inherits an OpenMP pool whose threads do not exist: it would wait for them forever. Unless there was
-// none: a parent of one thread has no pool.
-std::atomic<bool> forked{false};
-bool forks_alone = false;
-const int watch_forks =
-    pthread_atfork([] { forks_alone = has_one_thread(); }, nullptr, [] { forked = forked || !forks_alone; });
-
-/// Holds torch's own operators to one thread in such a child, where they would wait as well: those that convert here,
-/// and whatever stands between the caller's layers.
-void leave_inherited_pool() {
-  if (forked && at::get_num_threads() > 1) at::set_num_threads(1);
-}
-
-/// Calls fn(thread, threads) on every thread of torch's pool: libgomp ends those that a smaller team leaves out, and
-/// starts others in their place when they are wanted again. It is called by name because clang turns `#pragma omp` into
-/// calls of a runtime of its own, which would be the second in the process.
-template <class Fn>
-void on_all_threads(const Fn& fn) {
-  const cpu::FlushSubnormals::Not not_while_threads_start;
-  GOMP_parallel(
-      [](void* context) noexcept {
-        const cpu::FlushSubnormals flush;
-        (*static_cast<const Fn*>(context))(omp_get_thread_num(), omp_get_num_threads());
-      },
-      const_cast<void*>(static_cast<const void*>(&fn)), 0, 0);
-}
-
-/// The first exception of several threads, for the one that waits for them.
-class FirstError {
- public:
-  template <class Fn>
-  void guard(const Fn& fn) noexcept {
-    try {
-      fn();
-    } catch (const cpu::Stopped&) {
-    } catch (...) {
-      if (!found_.test_and_set()) error_ = std::current_exception();
-    }
-  }
-  void rethrow() const {
-    if (error_) std::rethrow_exception(error_);
-  }
-
- private:
-  std::atomic_flag found_;
-  std::exception_ptr error_;
-};
-
-bool is_set(const char* name, const char* value) {
-  const char* found = std::getenv(name);
-  return found && strcasecmp(found, value) == 0;
-}
-
-/// The most threads that wait actively for work: of more than there are processors for this process, and where OpenMP
-/// has been told so, they fall asleep.
-int most_waiting_actively() {
-  const bool sleep =
-      is_set("OMP_WAIT_POLICY", "passive") || is_set("GOMP_SPINCOUNT", "0") || is_set("KMP_BLOCKTIME", "0");
-  return sleep ? 0 : omp_get_num_procs();
-}
-
-cpu::Executor executor() {
-  static const int most_active = most_waiting_actively();
-  cpu::Executor executor;
-  executor.threads = forked || at::in_parallel_region() ? 1 : at::get_num_threads();
-  executor.waits_actively = executor.threads <= most_active;
-  // Tasks are not equally long, so a thread takes the next one when it is free.
-  executor.run = [](int64_t tasks, void (*fn)(void*, int64_t), void* context) {
-    std::atomic<int64_t> next{0};
-    FirstError error;
-    on_all_threads([&](int, int) {
-      error.guard([&] {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(context, i);
-      });
-    });
-    error.rethrow();
-  };
-  executor.run_team = [](int wanted, void (*fn)(void*, int, int), void* context) {
-    FirstError error;
-    on_all_threads([&](int thread, int threads) {
-      threads = std::min(wanted, threads);
-      if (thread < threads) error.guard([&] { fn(context, thread, threads); });
-    });
-    error.rethrow();
-  };
-  return executor;
-}
-
-/// What the kernels sum, keep for backward and return gradients in.
-at::ScalarType compute_type(const at::Tensor& input) {
-  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 /// What the kernels store sequences, states and weights in, forward.
 at::ScalarType forward_type(const at::Tensor& input, cpu::CellKind cell, cpu::Variant variant, const cpu::Sizes& sizes,
@@ -161,119 +44,6 @@ cpu::Narrow narrow_backward(at::ScalarType type, const LayerShape& shape) {
   if (type == at::kBFloat16) return cpu::narrow_backward<cpu::BFloat16>(shape.cell.kind, shape.variant, sizes, layout);
   if (type == at::kHalf) return cpu::narrow_backward<cpu::Float16>(shape.cell.kind, shape.variant, sizes, layout);
   return {};
-}
-
-template <class S>
-constexpr at::ScalarType kScalarType = at::kFloat;
-template <>
-constexpr at::ScalarType kScalarType<double> = at::kDouble;
-template <>
-constexpr at::ScalarType kScalarType<cpu::BFloat16> = at::kBFloat16;
-template <>
-constexpr at::ScalarType kScalarType<cpu::Float16> = at::kHalf;
-
-/// Calls fn(S()) with that one of the types S of csrc/cpu that a storage type stands for.
-template <class... S, class Fn>
-void with_stored(at::ScalarType type, const Fn& fn) {
-  const bool found = ((type == kScalarType<S> && (fn(S()), true)) || ...);
-  TORCH_INTERNAL_ASSERT(found, "no kernels for tensors of ", type);
-}
-
-template <class T>
-T* data(const at::Tensor& tensor) {
-  if constexpr (std::is_const_v<T>) {
-    return static_cast<T*>(tensor.const_data_ptr());
-  } else {
-    return static_cast<T*>(tensor.mutable_data_ptr());
-  }
-}
-
-/// tensor.to(dtype), which even with nothing to do costs a trip through the dispatcher, and new pages for what is
-/// large.
-at::Tensor cast(const at::Tensor& tensor, at::ScalarType dtype) {
-  if (tensor.scalar_type() == dtype) return tensor;
-  if (!tensor.is_contiguous()) return tensor.to(dtype);
-  return empty(tensor.sizes(), tensor.options().dtype(dtype)).copy_(tensor);
-}
-
-/// In memory the kernels can walk.
-at::Tensor prepare(const at::Tensor& tensor, at::ScalarType dtype) { return cast(tensor, dtype).contiguous(); }
-
-OptionalTensor prepare(const OptionalTensor& tensor, at::ScalarType dtype) {
-  if (!tensor.has_value() || !tensor->defined()) return std::nullopt;
-  return prepare(*tensor, dtype);
-}
-
-/// A sequence only needs unit stride in its features: transposed, sliced and expanded ones are read where they lie.
-at::Tensor prepare_sequence(const at::Tensor& tensor, at::ScalarType dtype) {
-  const at::Tensor result = cast(tensor, dtype);
-  return result.stride(-1) == 1 || result.size(-1) <= 1 ? result : result.contiguous();
-}
-
-OptionalTensor prepare_sequence(const OptionalTensor& tensor, at::ScalarType dtype) {
-  if (!tensor.has_value() || !tensor->defined()) return std::nullopt;
-  return prepare_sequence(*tensor, dtype);
-}
-
-template <class T>
-cpu::Sequence<T> sequence(const at::Tensor& tensor, const LayerShape& shape) {
-  cpu::Sequence<T> result;
-  result.data = data<T>(tensor);
-  if (shape.packed) {
-    result.row = tensor.stride(0);
-  } else {
-    result.step = tensor.stride(shape.batch_first ? 1 : 0);
-    result.row = tensor.stride(shape.batch_first ? 0 : 1);
-  }
-  return result;
-}
-
-template <class T>
-cpu::Sequence<T> sequence(const OptionalTensor& tensor, const LayerShape& shape) {
-  return tensor.has_value() ? sequence<T>(*tensor, shape) : cpu::Sequence<T>{};
-}
-
-template <class T>
-const T* pointer(const OptionalTensor& tensor) {
-  return tensor.has_value() ? data<const T>(*tensor) : nullptr;
-}
-
-/// The weights of one direction: T is const for weights, not for their gradients. Undefined tensors give null.
-template <class T>
-cpu::Weights<T> named_weights(at::TensorList flat, const LayerShape& shape, int direction) {
-  const auto find = [&](LayerShape::Weight weight) -> T* {
-    const int index = shape.index(direction, weight);
-    return index < 0 || !flat[index].defined() ? nullptr : data<T>(flat[index]);
-  };
-  return {find(LayerShape::kWeightIh),     find(LayerShape::kWeightHh),    find(LayerShape::kBiasIh),
-          find(LayerShape::kBiasHh),       find(LayerShape::kWeightHr),    find(LayerShape::kWeightNormIh),
-          find(LayerShape::kWeightNormHh), find(LayerShape::kWeightNormC), find(LayerShape::kBiasNormC)};
-}
-
-/// Those of one direction, made ready for the kernels as what type_of(weight) says; undefined if that is nothing.
-template <class TypeOf>
-void prepare_weights(std::vector<at::Tensor>& flat, const LayerShape& shape, int direction, const TypeOf& type_of) {
-  for (int i = 0; i < LayerShape::kWeights; ++i) {
-    const auto weight = LayerShape::Weight(i);
-    const int index = shape.index(direction, weight);
-    if (index < 0) continue;
-    const std::optional<at::ScalarType> type = type_of(weight);
-    flat[index] = type ? prepare(flat[index], *type) : at::Tensor();
-  }
-}
-
-/// Zeros where a sequence has ended: the kernels do not visit these positions.
-template <class T>
-void zero_past_end(const cpu::Sequence<T>& sequence, const cpu::Layout& layout, int64_t features) {
-  int64_t end = layout.steps;
-  for (int64_t j = 0; j < layout.batch; ++j) {
-    while (end > 0 && layout.batch_sizes[end - 1] <= j) --end;
-    if (sequence.step == features) {
-      std::fill_n(sequence.at(layout, end, j), (layout.steps - end) * features, T{});
-    } else {
-      for (int64_t t = end; t < layout.steps; ++t) std::fill_n(sequence.at(layout, t, j), features, T{});
-    }
-  }
 }
 
 /// The masks in the dtype the kernels compute in; all null where there are none.

@@ -101,6 +101,66 @@ void compare_narrow(const Config& config, BackwardArgs<float> args, Random& rand
   }
 }
 
+/// The derivatives of all that a plain layer without projection computes, in a direction in which, by config.wanted,
+/// everything moves or only a part of it.
+template <class T>
+void add_tangents(const Config& config, const BackwardArgs<T>& backward, const Executor& executor, Results& results) {
+  Random random{uint64_t(config.hidden)};  // of its own: how much has been drawn before depends on the instruction set
+  const int64_t D = config.directions, N = config.batch, H = config.hidden, I = config.input;
+  const int64_t positions = config.form == Config::kPacked ? backward.layout.rows : config.steps * N;
+  const auto bit = [&](int i) { return (config.wanted >> i & 1) != 0; };
+  const std::vector<int64_t> sizes = weight_sizes(config);
+  const Array<T> input(positions * I, random, 1), h_0(D * N * H, random, 1), c_0(D * N * H, random, 1);
+  const Array<T> grad_output(positions * D * H, random, 1), grad_cells(positions * D * H, random, 1);
+  const Array<T> grad_h_n(D * N * H, random, 1), grad_c_n(D * N * H, random, 1);
+  const Array<T> output(positions * D * H), cells(positions * D * H), h_n(D * N * H), c_n(D * N * H);
+  const Array<T> grad_input(positions * I), grad_h_0(D * N * H), grad_c_0(D * N * H);
+  std::vector<Array<T>> weights, grad_weights;
+  for (int64_t i = 0; i < D * kWeights; ++i) {
+    weights.emplace_back(sizes[size_t(i % kWeights)], random, 1 / std::sqrt(double(H)));
+    grad_weights.emplace_back(sizes[size_t(i % kWeights)]);
+  }
+  TangentArgs<T> args;
+  args.values = args.tangents = backward;
+  args.tangents.input = bit(12) ? sequence<const T>(input, config, I) : Sequence<const T>{};
+  args.tangents.h_0 = bit(13) && config.states ? h_0.begin() : nullptr;
+  args.tangents.c_0 = bit(14) && config.states && config.has_cell() ? c_0.begin() : nullptr;
+  if (args.values.grad_output.data) args.tangents.grad_output = sequence<const T>(grad_output, config, D * H);
+  if (args.values.grad_cells.data) args.tangents.grad_cells = sequence<const T>(grad_cells, config, D * H);
+  if (args.values.grad_h_n) args.tangents.grad_h_n = grad_h_n.begin();
+  if (args.values.grad_c_n) args.tangents.grad_c_n = grad_c_n.begin();
+  if (bit(0)) args.output = sequence<T>(output, config, D * H);
+  if (config.cells) args.cells = sequence<T>(cells, config, D * H);
+  if (bit(2)) args.h_n = h_n.begin();
+  if (bit(3) && config.has_cell()) args.c_n = c_n.begin();
+  if (backward.grad_input.data) args.tangents.grad_input = sequence<T>(grad_input, config, I);
+  if (backward.grad_h_0) args.tangents.grad_h_0 = grad_h_0.begin();
+  if (backward.grad_c_0) args.tangents.grad_c_0 = grad_c_0.begin();
+  args.backward = args.tangents.grad_input.data || args.tangents.grad_h_0 || args.tangents.grad_c_0;
+  for (int d = 0; d < config.directions; ++d) {
+    for (int i = 0; i < kWeights; ++i) {
+      const size_t at = size_t(d * kWeights + i);
+      const T*& weight = args.tangents.weights[d].*kMembers<const T>[i];
+      if (weight) weight = bit(15 - i % 4) ? weights[at].begin() : nullptr;
+      void*& grad = args.tangents.grad_weights[d].*kMembers<void>[i];
+      if (grad) grad = grad_weights[at].begin();
+      args.backward |= grad != nullptr;
+    }
+  }
+  layer_tangent(args, executor);
+  if (args.output.data) results.add(output, "tangent of output", config, backward.layout, D * H);
+  if (args.cells.data) results.add(cells, "tangent of cells", config, backward.layout, D * H);
+  if (args.h_n) results.add(h_n, "tangent of h_n");
+  if (args.c_n) results.add(c_n, "tangent of c_n");
+  if (args.tangents.grad_input.data) results.add(grad_input, "tangent of grad_input", config, backward.layout, I);
+  if (args.tangents.grad_h_0) results.add(grad_h_0, "tangent of grad_h_0");
+  if (args.tangents.grad_c_0) results.add(grad_c_0, "tangent of grad_c_0");
+  for (int64_t i = 0; i < D * kWeights; ++i) {
+    if (args.tangents.grad_weights[i / kWeights].*kMembers<void>[i % kWeights])
+      results.add(grad_weights[size_t(i)], "tangent of a weight's gradient");
+  }
+}
+
 /// Forward and backward, or forward alone of what is only widened; nothing of a layout for which not even that is
 /// there.
 template <class S>
@@ -230,6 +290,9 @@ Results run(const Config& config, const Executor& executor) {
       const Array<T>* g = &grad_weights[size_t(kWeights * d)];
       for (int i = 0; i < kWeights; ++i)
         if (backward.grad_weights[d].*kMembers<void>[i]) results.add(g[i], kGradNames[i]);
+    }
+    if constexpr (!kIs16Bit) {
+      if (config.variant == Variant::kPlain && !config.proj) add_tangents<T>(config, backward, executor, results);
     }
   }
   if (!results.problem.empty()) fail(config, results.problem);

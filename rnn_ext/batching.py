@@ -1,0 +1,207 @@
+"""The ops under ``torch.func.vmap``: where the weights are shared, mapped entries are more batch; elsewhere a call for
+each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["RULES", "stacked"]
+
+
+def _select(value: Any, dim: Any, index: int) -> Any:
+    """Entry `index` of a mapped argument; lists of tensors come with lists of dims."""
+    if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
+        return [_select(v, d, index) for v, d in zip(value, dim, strict=True)]
+    if dim is None or value is None:
+        return value
+    return value.select(dim, index) if value.shape[dim] else value.new_zeros(value.movedim(dim, 0).shape[1:])
+
+
+def _loop(op: Callable, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+    """vmap the plain way: a call per entry. Where there is none, zeros stand for one: it has the shapes."""
+    count = max(1, size)
+    outputs = stacked([op(*(_select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(count)])
+    if size == 0:
+        outputs = pytree.tree_map(lambda x: x[:0], outputs)
+    return outputs, pytree.tree_map(lambda _: 0, outputs)
+
+
+def stacked(results: Sequence[Any]) -> Any:
+    """Results of the same structure as one of that structure."""
+    return pytree.tree_map(lambda *parts: torch.stack(parts), *results)
+
+
+def _in_parts(rule: Callable, size: int, entries: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+    """``rule(size, in_dims, args)`` of no more than so many entries at a time."""
+
+    def part(value: Any, dim: Any, first: int) -> Any:
+        if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [part(v, d, first) for v, d in zip(value, dim, strict=True)]
+        if dim is None or value is None:
+            return value
+        return value.narrow(dim, first, min(entries, size - first))
+
+    if size <= entries:
+        return rule(size, in_dims, args)
+    parts = [
+        rule(min(entries, size - first), in_dims, [part(a, d, first) for a, d in zip(args, in_dims, strict=True)])
+        for first in range(0, size, entries)
+    ]
+    dims = parts[0][1]
+    flat_dims = pytree.tree_leaves(dims, is_leaf=lambda dim: dim is None)
+    columns = zip(*(pytree.tree_leaves(results) for results, _ in parts), strict=True)
+    pairs = zip(columns, flat_dims, strict=True)
+    joined = [column[0] if dim is None else torch.cat(column, dim) for column, dim in pairs]
+    return pytree.tree_unflatten(joined, pytree.tree_structure(parts[0][0])), dims
+
+
+def _any_mapped(dims: Sequence[int | None] | None) -> bool:
+    return any(dim is not None for dim in dims or ())
+
+
+class _Folding:
+    """`size` mapped entries as more batch, and back."""
+
+    def __init__(self, size: int, batch_first: bool):
+        self.size = size
+        self.batch = 0 if batch_first else 1  # dimension of the batch in sequences
+
+    def fold(self, x: Tensor | None, dim: int | None, at: int) -> Tensor | None:
+        """`x`, mapped in `dim` or the same for all entries, whose batches follow each other in dimension `at`."""
+        if x is None:
+            return None
+        shape = (*x.shape[:at], self.size, *x.shape[at:])
+        x = x.unsqueeze(at).expand(shape) if dim is None else x.movedim(dim, at)
+        return x.flatten(at, at + 1)
+
+    def fold_all(self, tensors: Sequence[Tensor | None], dims: Sequence | None, at: Sequence[int]) -> list:
+        dims = dims or [None] * len(tensors)
+        return [self.fold(x, dim, place) for x, dim, place in zip(tensors, dims, at, strict=False)]
+
+    def unfold(self, x: Tensor, at: int) -> tuple[Tensor, int | None]:
+        """The result and its mapped dimension. What was not asked for is (0,), and the same for all."""
+        if x.dim() == 1:
+            return x, None
+        return x.unflatten(at, (self.size, x.shape[at] // self.size)), at
+
+    def unfold_all(self, tensors: Sequence[Tensor], at: Sequence[int]) -> tuple[list, list]:
+        pairs = [self.unfold(x, place) for x, place in zip(tensors, at, strict=True)]
+        return [x for x, _ in pairs], [dim for _, dim in pairs]
+
+    def mask_places(self) -> tuple[int, int, int]:
+        return 1, self.batch, self.batch
+
+
+def _layer(info, in_dims, *args):
+    (input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, save,
+     *recompute) = args  # fmt: skip
+    size = info.batch_size
+    # Rows are kept in the kernel's order, by falling length: only where all are equally long do the entries follow each
+    # other, [D, L, size, N, ..]. On CUDA it is bytes in parts.
+    keeps_order = not save or (lengths is None and not input.is_cuda)
+    if _any_mapped(in_dims[3]) or batch_sizes is not None or size == 0 or not keeps_order:
+        return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
+    folding = _Folding(size, batch_first)
+    batch = folding.batch
+    output, h_n, c_n, cells, saved = torch.ops.rnn_ext.layer(
+        *folding.fold_all((input, h_0, c_0), in_dims[:3], (batch, 1, 1)), weights, None,
+        *folding.fold_all((lengths, resets), in_dims[5:7], (0, batch)),
+        folding.fold_all(masks, in_dims[7], folding.mask_places()), cell, bidirectional, batch_first, cell_states,
+        save, *recompute,
+    )  # fmt: skip
+    results, dims = folding.unfold_all((output, h_n, c_n, cells), (batch, 1, 1, batch))
+    if not save:
+        return (*results, saved), (*dims, None)
+    if saved.dtype == torch.uint8:  # of CUDA's kernels, on the emulator
+        return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
+    directions = 2 if bidirectional else 1
+    steps, entries = results[0].shape[2 if batch_first else 0], results[0].shape[1 if batch_first else 2]
+    saved = saved.view(directions, steps, size, entries, -1) if saved.numel() else saved.new_empty(1, 1, size, 0, 1)
+    return (*results, saved), (*dims, 2)
+
+
+# What is given to backward, the tangents of what goes in included, should stay in the caches: rows of a call.
+ROWS = 4096
+
+
+def _steps_and_batch(x: Tensor, dim: int | None, batch_first: bool) -> tuple[int, int]:
+    shape = list(x.shape)
+    if dim is not None:
+        del shape[dim]
+    return (shape[1], shape[0]) if batch_first else (shape[0], shape[1])
+
+
+def _layer_backward(info, in_dims, *args):
+    input, batch_sizes, lengths, batch_first, output_mask = args[4], args[8], args[9], args[16], args[18]
+    size = info.batch_size
+    # A weight's gradient is a sum over the batch; `saved` as above.
+    apart = _any_mapped(in_dims[7]) or any(output_mask[3:]) or batch_sizes is not None or lengths is not None
+    if apart or size == 0 or args[13].dtype == torch.uint8:
+        return _loop(torch.ops.rnn_ext.layer_backward, size, in_dims, args)
+    steps, batch = _steps_and_batch(input, in_dims[4], batch_first)
+    return _in_parts(_layer_backward_folded, size, max(1, ROWS // max(1, steps * batch)), in_dims, args)
+
+
+def _layer_backward_folded(size, in_dims, args):
+    (input, weights, resets, masks, output, saved) = (args[i] for i in (4, 7, 10, 11, 12, 13))
+    bidirectional, batch_first = args[15], args[16]
+    folding = _Folding(size, batch_first)
+    batch = folding.batch
+    if saved.numel() == 0:
+        saved = saved.new_empty(0)
+    else:
+        directions = 2 if bidirectional else 1
+        steps, entries = _steps_and_batch(input, in_dims[4], batch_first)
+        one = 1 if in_dims[13] is None else size
+        saved = saved if in_dims[13] is None else saved.movedim(in_dims[13], 0)
+        saved = saved.reshape(one, directions, steps, entries, -1).movedim(0, 2)
+        saved = saved.expand(-1, -1, size, -1, -1).reshape(-1)
+    dx, dh_0, dc_0, dw = torch.ops.rnn_ext.layer_backward(
+        *folding.fold_all(args[:7], in_dims[:7], (batch, 1, 1, batch, batch, 1, 1)), weights, None, None,
+        folding.fold(resets, in_dims[10], batch), folding.fold_all(masks, in_dims[11], folding.mask_places()),
+        folding.fold(output, in_dims[12], batch), saved, *args[14:],
+    )  # fmt: skip
+    results, dims = folding.unfold_all((dx, dh_0, dc_0), (batch, 1, 1))
+    return (*results, dw), (*dims, [None] * len(dw))
+
+
+def _layer_tangent(info, in_dims, *args):
+    tensors, batch_sizes, masks, batch_first, output_mask = (args[i] for i in (1, 2, 5, 8, 10))
+    size = info.batch_size
+    in_dims = [dims or [None] * len(tensors) for dims in in_dims[:2]] + list(in_dims[2:])
+    apart = _any_mapped((*in_dims[0][7:], *in_dims[1][7:])) or any(output_mask[7:])
+    if apart or any(mask is not None for mask in masks) or batch_sizes is not None or size == 0:
+        return _loop(torch.ops.rnn_ext.layer_tangent, size, in_dims, args)
+    steps, batch = _steps_and_batch(tensors[4], in_dims[1][4], batch_first)
+    return _in_parts(_layer_tangent_folded, size, max(1, ROWS // max(1, steps * batch)), in_dims, args)
+
+
+def _layer_tangent_folded(size, in_dims, args):
+    tangents, tensors, batch_sizes, lengths, resets, *options = args
+    folding = _Folding(size, batch_first=args[8])
+    batch = folding.batch
+    places = (batch, 1, 1, batch, batch, 1, 1)
+    results = torch.ops.rnn_ext.layer_tangent(
+        [*folding.fold_all(tangents[:7], in_dims[0], places), *tangents[7:]],
+        [*folding.fold_all(tensors[:7], in_dims[1], places), *tensors[7:]], batch_sizes,
+        *folding.fold_all((lengths, resets), in_dims[3:5], (0, batch)), *options,
+    )  # fmt: skip
+    unfolded, dims = folding.unfold_all(results[:7], places)
+    return [*unfolded, *results[7:]], [*dims, *[None] * (len(results) - 7)]
+
+
+def _random_mask(info, in_dims, *args):
+    return _loop(torch.ops.rnn_ext.random_mask, info.batch_size, in_dims, args)
+
+
+RULES = {
+    "layer": _layer,
+    "layer_backward": _layer_backward,
+    "layer_tangent": _layer_tangent,
+    "random_mask": _random_mask,
+}
