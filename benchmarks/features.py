@@ -27,6 +27,7 @@ from rnn_ext._options import Parser, output_file, positive_number
 from rnn_ext.bench import machine
 
 RESULTS = Path(__file__).parent / "results" / "features.md"
+DIFFERENTIATED = ((1, 128, 64), (16, 30, 32), (64, 50, 128))  # N, L, H
 LAYERS = {"RNN": rnn_ext.RNN, "GRU": rnn_ext.GRU, "LSTM": rnn_ext.LSTM}
 
 
@@ -245,7 +246,7 @@ def recompute() -> list[Row]:
 def derivatives() -> list[Row]:
     """Beside torch.nn's layers, of which the LSTM has no forward mode."""
     rows = []
-    for name, (N, L, H) in itertools.product(LAYERS, ((1, 128, 64), (16, 30, 32), (64, 50, 128))):
+    for name, (N, L, H) in itertools.product(LAYERS, DIFFERENTIATED):
         ours, theirs = LAYERS[name](H, H), getattr(nn, name)(H, H)
         theirs.load_state_dict(ours.state_dict())
         x, direction = torch.randn(2, L, N, H)

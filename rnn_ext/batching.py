@@ -1,8 +1,9 @@
-"""The ops under ``torch.func.vmap``: where the weights are shared, mapped entries are more batch; elsewhere a call for
+"""The ops under vmap: where the weights are shared, mapped entries are more batch; elsewhere a call for
 each."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,28 +11,30 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["RULES", "stacked"]
+__all__ = ["register"]
 
 
-def _select(value: Any, dim: Any, index: int) -> Any:
-    """Entry `index` of a mapped argument; lists of tensors come with lists of dims."""
+def _entries(value: Any, dim: Any, count: int) -> Sequence[Any]:
+    """A mapped argument's entries; lists of tensors come with lists of dims."""
     if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
-        return [_select(v, d, index) for v, d in zip(value, dim, strict=True)]
+        columns = [_entries(v, d, count) for v, d in zip(value, dim, strict=True)]
+        return [[column[i] for column in columns] for i in range(count)]
     if dim is None or value is None:
-        return value
-    return value.select(dim, index) if value.shape[dim] else value.new_zeros(value.movedim(dim, 0).shape[1:])
+        return [value] * count
+    return value.unbind(dim) if value.shape[dim] else [value.new_zeros(value.movedim(dim, 0).shape[1:])]
 
 
-def _loop(op: Callable, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
-    """vmap the plain way: a call per entry. Where there is none, zeros stand for one: it has the shapes."""
-    count = max(1, size)
-    outputs = stacked([op(*(_select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(count)])
+def _loop(name: str, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+    """The op the plain way: a call per entry. Where there is none, zeros stand for one: it has the shapes."""
+    op, count = getattr(torch.ops.rnn_ext, name).default, max(1, size)
+    columns = [_entries(a, d, count) for a, d in zip(args, in_dims, strict=True)]
+    outputs = _stacked([op(*row) for row in zip(*columns, strict=True)])
     if size == 0:
         outputs = pytree.tree_map(lambda x: x[:0], outputs)
     return outputs, pytree.tree_map(lambda _: 0, outputs)
 
 
-def stacked(results: Sequence[Any]) -> Any:
+def _stacked(results: Sequence[Any]) -> Any:
     """Results of the same structure as one of that structure."""
     return pytree.tree_map(lambda *parts: torch.stack(parts), *results)
 
@@ -97,15 +100,14 @@ class _Folding:
         return 1, self.batch, self.batch
 
 
-def _layer(info, in_dims, *args):
+def _layer(size, in_dims, args):
     (input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, save,
      *recompute) = args  # fmt: skip
-    size = info.batch_size
     # Rows are kept in the kernel's order, by falling length: only where all are equally long do the entries follow each
     # other, [D, L, size, N, ..]. On CUDA it is bytes in parts.
     keeps_order = not save or (lengths is None and not input.is_cuda)
     if _any_mapped(in_dims[3]) or batch_sizes is not None or size == 0 or not keeps_order:
-        return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
+        return _loop("layer", size, in_dims, args)
     folding = _Folding(size, batch_first)
     batch = folding.batch
     output, h_n, c_n, cells, saved = torch.ops.rnn_ext.layer(
@@ -118,14 +120,14 @@ def _layer(info, in_dims, *args):
     if not save:
         return (*results, saved), (*dims, None)
     if saved.dtype == torch.uint8:  # of CUDA's kernels, on the emulator
-        return _loop(torch.ops.rnn_ext.layer, size, in_dims, args)
+        return _loop("layer", size, in_dims, args)
     directions = 2 if bidirectional else 1
     steps, entries = results[0].shape[2 if batch_first else 0], results[0].shape[1 if batch_first else 2]
     saved = saved.view(directions, steps, size, entries, -1) if saved.numel() else saved.new_empty(1, 1, size, 0, 1)
     return (*results, saved), (*dims, 2)
 
 
-# What is given to backward, the tangents of what goes in included, should stay in the caches: rows of a call.
+# Rows, (timestep, entry) pairs, of one call: as many as stay in the caches with all that is computed of them.
 ROWS = 4096
 
 
@@ -136,13 +138,12 @@ def _steps_and_batch(x: Tensor, dim: int | None, batch_first: bool) -> tuple[int
     return (shape[1], shape[0]) if batch_first else (shape[0], shape[1])
 
 
-def _layer_backward(info, in_dims, *args):
+def _layer_backward(size, in_dims, args):
     input, batch_sizes, lengths, batch_first, output_mask = args[4], args[8], args[9], args[16], args[18]
-    size = info.batch_size
     # A weight's gradient is a sum over the batch; `saved` as above.
     apart = _any_mapped(in_dims[7]) or any(output_mask[3:]) or batch_sizes is not None or lengths is not None
     if apart or size == 0 or args[13].dtype == torch.uint8:
-        return _loop(torch.ops.rnn_ext.layer_backward, size, in_dims, args)
+        return _loop("layer_backward", size, in_dims, args)
     steps, batch = _steps_and_batch(input, in_dims[4], batch_first)
     return _in_parts(_layer_backward_folded, size, max(1, ROWS // max(1, steps * batch)), in_dims, args)
 
@@ -170,13 +171,12 @@ def _layer_backward_folded(size, in_dims, args):
     return (*results, dw), (*dims, [None] * len(dw))
 
 
-def _layer_tangent(info, in_dims, *args):
+def _layer_tangent(size, in_dims, args):
     tensors, batch_sizes, masks, batch_first, output_mask = (args[i] for i in (1, 2, 5, 8, 10))
-    size = info.batch_size
     in_dims = [dims or [None] * len(tensors) for dims in in_dims[:2]] + list(in_dims[2:])
     apart = _any_mapped((*in_dims[0][7:], *in_dims[1][7:])) or any(output_mask[7:])
     if apart or any(mask is not None for mask in masks) or batch_sizes is not None or size == 0:
-        return _loop(torch.ops.rnn_ext.layer_tangent, size, in_dims, args)
+        return _loop("layer_tangent", size, in_dims, args)
     steps, batch = _steps_and_batch(tensors[4], in_dims[1][4], batch_first)
     return _in_parts(_layer_tangent_folded, size, max(1, ROWS // max(1, steps * batch)), in_dims, args)
 
@@ -192,16 +192,55 @@ def _layer_tangent_folded(size, in_dims, args):
         *folding.fold_all((lengths, resets), in_dims[3:5], (0, batch)), *options,
     )  # fmt: skip
     unfolded, dims = folding.unfold_all(results[:7], places)
-    return [*unfolded, *results[7:]], [*dims, *[None] * (len(results) - 7)]
+    # Each entry contiguous, as what it is the tangent of: forward mode would copy another, and not with symbolic sizes.
+    entries = [x if dim is None else x.movedim(dim, 0).contiguous() for x, dim in zip(unfolded, dims, strict=True)]
+    dims = [None if dim is None else 0 for dim in dims]
+    return [*entries, *results[7:]], [*dims, *[None] * (len(results) - 7)]
 
 
-def _random_mask(info, in_dims, *args):
-    return _loop(torch.ops.rnn_ext.random_mask, info.batch_size, in_dims, args)
-
-
-RULES = {
+_Rule = Callable[[int, Sequence[Any], Sequence[Any]], tuple[Any, Any]]
+# By op: from the number of entries, the mapped dimension of each argument and the arguments to the results and theirs.
+RULES: dict[str, _Rule] = {
     "layer": _layer,
     "layer_backward": _layer_backward,
     "layer_tangent": _layer_tangent,
-    "random_mask": _random_mask,
+    **{
+        name: functools.partial(_loop, name)
+        for name in (
+            *("layer_reference", "layer_backward_reference", "layer_tangent_reference"),
+            *("layer_tangent_backward_reference", "random_mask"),
+        )
+    },
 }
+
+
+def register(library: torch.library.Library) -> None:
+    """The rules, for torch.func's vmap and for the one that autograd has for `is_grads_batched` and `vectorize`."""
+    for name, rule in RULES.items():
+        torch.library.register_vmap(
+            f"rnn_ext::{name}", lambda info, in_dims, *args, rule=rule: rule(info.batch_size, in_dims, args)
+        )
+        library.impl(name, functools.partial(_autograds_vmap, rule), "Batched")
+
+
+def _autograds_vmap(rule: _Rule, *args: Any) -> Any:
+    # (What torch does itself for an op without such a kernel fails at lists of tensors.)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    # Of each tensor the entries in dimension 0, or one of what is not mapped.
+    args = pytree.tree_map_only(Tensor, lambda x: torch._remove_batch_dim(x, level, 1, 0), args)
+    sizes = [x.shape[0] for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+    size = next((n for n in sizes if n != 1), 1)
+    in_dims = pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) and x.shape[0] == size else None, args)
+    args = pytree.tree_map_only(Tensor, lambda x: x if x.shape[0] == size else x[0], args)
+    torch._C._vmapmode_decrement_nesting()  # an outer vmap is the innermost one now
+    try:
+        results, dims = rule(size, in_dims, args)
+    finally:
+        torch._C._vmapmode_increment_nesting()
+    flat_dims = pytree.tree_leaves(dims, is_leaf=lambda dim: dim is None)
+    flat = [
+        x if dim is None else torch._add_batch_dim(x, dim, level)
+        for x, dim in zip(pytree.tree_leaves(results), flat_dims, strict=True)
+    ]
+    return pytree.tree_unflatten(flat, pytree.tree_structure(results))

@@ -43,7 +43,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from rnn_ext import _loader, batching, reference
@@ -569,30 +568,6 @@ def _random_mask_fake(seed, size, p, value, dtype):
     return seed.new_empty(size, dtype=dtype)
 
 
-def _batched(op: Callable) -> Callable:
-    """The op under the vmap that autograd has for `is_grads_batched` and `vectorize`, which is not torch.func's: an
-    entry after the other. (What torch does itself for an op without such a rule fails at lists of tensors.)"""
-
-    def entry(args: Any, i: int) -> Any:
-        return pytree.tree_map_only(Tensor, lambda x: x[i % x.shape[0]], args)
-
-    def call(*args: Any) -> Any:
-        level = torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
-
-        # Of each tensor the entries, or one of what is not mapped.
-        args = pytree.tree_map_only(Tensor, lambda x: torch._remove_batch_dim(x, level, 1, 0), args)
-        size = max(x.shape[0] for x in pytree.tree_leaves(args) if isinstance(x, Tensor))
-        torch._C._vmapmode_decrement_nesting()  # an outer vmap is the innermost one now
-        try:
-            results = [op(*entry(args, i)) for i in range(size)]
-        finally:
-            torch._C._vmapmode_increment_nesting()
-        return pytree.tree_map(lambda x: torch._add_batch_dim(x, 0, level), batching.stacked(results))
-
-    return call
-
-
 def _layer_flops(input_shape, h_0, c_0, weights, batch_sizes, lengths, *args, **kwargs) -> int:
     """Flops of the products of a layer over all of its rows, for torch.utils.flop_counter; shapes for tensors."""
     rows = math.prod(input_shape[:-1])
@@ -610,6 +585,27 @@ def _layer_backward_flops(
         if len(shape) == 2:
             products = output_mask[3 + i] + (output_mask[0] if i % count == 0 else 1)
             flops += 2 * rows * math.prod(shape) * products
+    return flops
+
+
+def _layer_tangent_flops(
+    tangents, tensors, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, output_mask,
+    **kwargs
+) -> int:  # fmt: skip
+    """The derivative of a product is two, of which those without a tangent are not computed; and values are again."""
+    input_shape, weights, along = tensors[4], tensors[7:], tangents[7:]
+    rows, count = math.prod(input_shape[:-1]), len(weights) // (2 if bidirectional else 1)
+    flops = 0
+    for i, shape in enumerate(weights):
+        if len(shape) != 2:
+            continue
+        moves, is_input = along[i] is not None, i % count == 0
+        products = 1 + moves + (not is_input or tangents[4] is not None)
+        if any(output_mask[4:]):
+            moved = 1 if is_input and tangents[4] is None else 2
+            products += output_mask[7 + i] * moved
+            products += output_mask[4] * (1 + moves) if is_input else 2 + moves
+        flops += 2 * rows * math.prod(shape) * products
     return flops
 
 
@@ -631,16 +627,11 @@ if is_available():
     torch.library.register_fake("rnn_ext::layer_backward", _layer_backward_fake)
     torch.library.register_fake("rnn_ext::layer_tangent", _layer_tangent_fake)
     torch.library.register_fake("rnn_ext::random_mask", _random_mask_fake)
-    for _name, _rule in batching.RULES.items():
-        torch.library.register_vmap(f"rnn_ext::{_name}", _rule)
-    for _name in (
-        *("layer", "layer_reference", "layer_backward", "layer_backward_reference"),
-        *("layer_tangent", "layer_tangent_reference", "layer_tangent_backward_reference"),
-    ):
-        _library.impl(_name, _batched(getattr(torch.ops.rnn_ext, _name)), "Batched")
+    batching.register(_library)
     for _op, _formula in (
         (torch.ops.rnn_ext.layer, _layer_flops),
         (torch.ops.rnn_ext.layer_backward, _layer_backward_flops),
+        (torch.ops.rnn_ext.layer_tangent, _layer_tangent_flops),
     ):
         if _op not in flop_registry:  # this module is loaded again
             register_flop_formula(_op)(_formula)

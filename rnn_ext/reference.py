@@ -1,7 +1,7 @@
 """Each cell in a few lines of PyTorch: the oracle that every kernel is held against.
 
 Nothing here is fast. Everything here is differentiable any number of times and works in any dtype, on any device and
-under every ``torch.func`` transform, which is why the double backward of the kernels is computed with it too.
+under every ``torch.func`` transform, which is why what the kernels do not differentiate is computed with it too.
 
 Equations and gate order are those documented for :class:`torch.nn.RNN`, :class:`torch.nn.LSTM` and
 :class:`torch.nn.GRU`. ``igates`` is ``W_ih x + b_ih``, ``hgates`` is ``W_hh h + b_hh``, both ``(N, G * H)``.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from util import (
     CELLS,
     LAYOUTS,
@@ -27,7 +28,7 @@ from util import (
 )
 
 import rnn_ext
-from rnn_ext import batching, ops
+from rnn_ext import batching
 
 RESULTS = ("output", "h_n", "c_n", "cells")
 # Relative to the largest entry of that tangent: sums over as many products as in a gradient, of tangents of size one,
@@ -176,7 +177,7 @@ def test_few_and_many_rows(cell, size):
 @pytest.mark.parametrize("cell", CELLS)
 def test_threads_do_not_change_a_bit(cell, layout):
     given = {"lengths": True, "resets": True} if layout != "packed" else {}
-    for size in ((20, 33, 40, 65), (300, 1, 64, 97)):
+    for size in ((40, 33, 40, 97), (700, 1, 64, 129)):
         arguments = Arguments(build(Case(cell, layout, size[1] > 1, size=size, **given)).to(torch.float32))
         found = []
         for threads in (1, 2, 3):
@@ -344,10 +345,100 @@ def test_jacobians_are_few_calls(kind, rows, monkeypatch):
     torch.testing.assert_close(actual, torch.func.jacrev(lambda x: native(x)[0])(x))
 
 
+@pytest.mark.parametrize("kind", [rnn_ext.RNN, rnn_ext.GRU, rnn_ext.LSTM])
+def test_vectorized_hessians_are_few_calls(kind):
+    """The vmap of torch.autograd.functional, which is not torch.func's, makes more batch of its entries as well."""
+    torch.manual_seed(0)
+    layer = kind(3, 5, dtype=torch.float64)
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+
+    def loss(x):
+        return layer(x)[0].square().sum()
+
+    expected = torch.autograd.functional.hessian(loss, x)
+    with Calls() as calls:
+        actual = torch.autograd.functional.hessian(loss, x, vectorize=True)
+    assert calls.names.count("layer_tangent") == 1
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("kind", [rnn_ext.RNN, rnn_ext.GRU, rnn_ext.LSTM])
+def test_jacobians_of_third_derivatives(kind):
+    """Batched cotangents of layer_tangent: of inputs and of weights."""
+    torch.manual_seed(0)
+    layer = kind(2, 3, dtype=torch.float64, bidirectional=True)
+    x = torch.randn(3, 2, 2, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(x, bias=parameters["bias_hh_l0"]):
+        return torch.func.functional_call(layer, parameters | {"bias_hh_l0": bias}, (x,))[0].square().sum()
+
+    hessian = torch.autograd.functional.hessian(loss, x)
+    torch.testing.assert_close(torch.func.jacrev(torch.func.jacfwd(loss))(x), hessian)
+    torch.testing.assert_close(torch.func.jacfwd(torch.func.jacfwd(loss))(x), hessian)
+    third = torch.func.jacrev(torch.func.hessian(loss, 1), 1)(x, parameters["bias_hh_l0"])
+    torch.testing.assert_close(torch.func.jacfwd(torch.func.hessian(loss, 1), 1)(x, parameters["bias_hh_l0"]), third)
+
+
+@pytest.mark.parametrize("features", [1, 3])
+def test_negative_bit(features):
+    """Numbers whose sign is a bit of the tensor, as imaginary parts of conjugates are."""
+    arguments = Arguments(build(Case("gru", size=(4, 2, features, 3))))
+
+    def noted(tensors):
+        negative = {name: None if t is None else torch.complex(t, -t).conj().imag for name, t in tensors.items()}
+        assert all(t is None or t.is_neg() for t in negative.values())
+        return negative
+
+    actual = arguments.call(tensors=noted(arguments.tensors), tangents=noted(arguments.tangents))
+    same_bits(actual, arguments.call())
+
+
+@pytest.mark.parametrize("name", ["jacfwd", "hessian"])
+def test_compiled_with_symbolic_sizes(name):
+    layer = rnn_ext.GRU(2, 3, dtype=torch.float64)
+
+    def jacobian(x):
+        return torch.func.jacfwd(lambda x: layer(x)[0].square().sum((1, 2)))(x)
+
+    def hessian(x):
+        return torch.func.hessian(lambda x: layer(x)[0].square().sum())(x)
+
+    derivative = jacobian if name == "jacfwd" else hessian
+    compiled = torch.compile(derivative, backend="aot_eager", fullgraph=True, dynamic=True)
+    for steps in (4, 5):
+        x = torch.randn(steps, 2, 2, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), derivative(x))
+
+
+def test_flops():
+    """Of forward mode and of a gradient penalty, as torch.utils.flop_counter counts what torch.nn's layer computes."""
+    L, N, I, H = 5, 2, 3, 7  # noqa: E741
+    x, direction = torch.randn(2, L, N, I)
+    counts = []
+    for layer in (rnn_ext.GRU(I, H), rnn_ext.to_native(rnn_ext.GRU(I, H))):
+        parameters = list(layer.parameters())
+
+        def penalty(layer=layer, parameters=parameters):
+            leaf = x.clone().requires_grad_()
+            layer(leaf)[0].sum().backward(inputs=[leaf], create_graph=True)
+            (leaf.grad * direction).sum().backward(inputs=parameters)
+
+        def forward_mode(layer=layer):
+            torch.func.jvp(lambda x: layer(x)[0], (x,), (direction,))
+
+        for call in (forward_mode, penalty):
+            with FlopCounterMode(display=False) as counter:
+                call()
+            counts.append(counter.get_total_flops())
+    for ours, theirs in zip(counts[:2], counts[2:], strict=True):
+        assert 0.5 * theirs < ours < 2 * theirs, counts
+
+
 MISTAKES = [
     (lambda a: a["tangents"].pop(), "expected 11 tangents and values of output_mask, got 10 and 11"),
     (lambda a: a["mask"].pop(), "expected 11 tangents and values of output_mask, got 11 and 10"),
-    (lambda a: a["tensors"].__setitem__(4, None), "expected tensors with an input and weights, got 11"),
+    (lambda a: a["tensors"].__setitem__(4, None), "expected an input as tensor 4, got None"),
     (lambda a: a["tensors"].__setitem__(8, None), "expected all weights, got None for one"),
     (
         lambda a: a["tangents"].__setitem__(4, torch.zeros(3).double()),
@@ -399,4 +490,3 @@ def test_what_has_no_kernel_is_differentiated_all_the_same():
         with torch.no_grad():
             expected = (output(x + step * direction) - output(x - step * direction)) / (2 * step)
         torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-8)
-    assert ops.is_available()

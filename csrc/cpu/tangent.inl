@@ -240,8 +240,8 @@ class TangentPass {
   enum Half { kTangent, kValue };
   // A row has the sums of its gates, then what the cell keeps of them, then their gradients.
   static constexpr int kPlanes = int(larger(larger(PackedT::kSums, Cell::kSaved), Cell::kGradGates));
-  static_assert(!Cell::kHasCell || Cell::kGradGates <= 4,
-                "the gradients of gates must leave c, which steps after read");
+  static_assert(!Cell::kHasCell || Cell::kGradGates <= cells::saved_planes<Cell>(),
+                "the gradients of gates must leave c, which the step before reads");
 
   const Weights<void>& gradients() const { return tangents_.grad_weights[direction_]; }
   int64_t hidden_tasks() const { return recurs_ ? hidden_gradient_.tasks() : 0; }

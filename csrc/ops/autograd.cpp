@@ -3,7 +3,6 @@
 // The nodes are written by hand in the manner of torch's own generated ones rather than as a torch::autograd::Function:
 // they cost less per call, and torch.func's transforms refuse the latter but work through these.
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/FunctionsManual.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
@@ -16,6 +15,7 @@
 #include <iterator>
 #include <string>
 
+#include "ops/calls.h"
 #include "ops/layer.h"
 
 namespace rnn_ext::ops {
@@ -96,94 +96,6 @@ struct SavedCall {
   LayerOptions options() const { return {cell, bidirectional, batch_first, cell_states}; }
 };
 
-const auto& layer_op() {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("rnn_ext::layer", "")
-          .typed<LayerResult(const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList,
-                             const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                             const OptionalTensors&, std::string_view, bool, bool, bool, bool, bool)>();
-  return op;
-}
-
-const auto& layer_backward_op() {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("rnn_ext::layer_backward", "")
-          .typed<LayerGrads(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                            const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList,
-                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensors&,
-                            const at::Tensor&, const at::Tensor&, std::string_view, bool, bool, bool,
-                            const c10::List<bool>&)>();
-  return op;
-}
-
-const auto& layer_reference_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("rnn_ext::layer_reference", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
-                                 const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList,
-                                 const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                 const OptionalTensors&, std::string_view, bool, bool, bool)>();
-  return op;
-}
-
-const auto& layer_backward_reference_op() {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("rnn_ext::layer_backward_reference", "")
-          .typed<LayerGrads(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                            const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList,
-                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensors&,
-                            std::string_view, bool, bool, bool, const c10::List<bool>&)>();
-  return op;
-}
-
-auto find_tangent_op(const char* name) {
-  return c10::Dispatcher::singleton()
-      .findSchemaOrThrow(name, "")
-      .typed<std::vector<at::Tensor>(const OptionalTensors&, const OptionalTensors&, const OptionalTensor&,
-                                     const OptionalTensor&, const OptionalTensor&, const OptionalTensors&,
-                                     std::string_view, bool, bool, bool, const c10::List<bool>&)>();
-}
-const auto& layer_tangent_op() {
-  static const auto op = find_tangent_op("rnn_ext::layer_tangent");
-  return op;
-}
-const auto& layer_tangent_reference_op() {
-  static const auto op = find_tangent_op("rnn_ext::layer_tangent_reference");
-  return op;
-}
-
-const auto& layer_tangent_backward_reference_op() {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("rnn_ext::layer_tangent_backward_reference", "")
-          .typed<std::vector<at::Tensor>(const OptionalTensors&, const OptionalTensors&, const OptionalTensors&,
-                                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                         const OptionalTensors&, std::string_view, bool, bool, bool,
-                                         const c10::List<bool>&, const c10::List<bool>&)>();
-  return op;
-}
-
-}  // namespace
-
-LayerResult layer_call(const LayerInputs& in, bool save, bool recompute) {
-  return layer_op().call(in.input, in.h_0, in.c_0, in.weights, in.batch_sizes, in.lengths, in.resets, in.masks,
-                         in.options.cell, in.options.bidirectional, in.options.batch_first, in.options.cell_states,
-                         save, recompute);
-}
-
-LayerGrads layer_backward_call(const LayerCotangents& grads, const LayerInputs& in, const at::Tensor& output,
-                               const at::Tensor& saved, const c10::List<bool>& output_mask) {
-  return layer_backward_op().call(grads.output, grads.h_n, grads.c_n, grads.cells, in.input, in.h_0, in.c_0, in.weights,
-                                  in.batch_sizes, in.lengths, in.resets, in.masks, output, saved, in.options.cell,
-                                  in.options.bidirectional, in.options.batch_first, in.options.cell_states,
-                                  output_mask);
-}
-
-namespace {
-
 /// Whether layer_tangent has a kernel for such a layer: a plain one without projection, on the CPU.
 bool has_tangent_kernel(const at::Tensor& input, size_t weights, bool bidirectional, const OptionalTensors& masks) {
   const size_t count = weights / (bidirectional ? 2 : 1);
@@ -216,8 +128,7 @@ std::vector<at::Tensor> derivative(const LayerInputs& in, const LayerCotangents&
   for (const OptionalTensor* grad : {&grads.output, &grads.h_n, &grads.c_n, &grads.cells}) add(*grad);
   for (const OptionalTensor& tensor : {OptionalTensor(in.input), in.h_0, in.c_0}) add(tensor);
   for (const at::Tensor& weight : in.weights) add(weight);
-  return layer_tangent_op().call(tangents, tensors, in.batch_sizes, in.lengths, in.resets, in.masks, in.options.cell,
-                                 in.options.bidirectional, in.options.batch_first, in.options.cell_states, wanted);
+  return layer_tangent_call({tangents, tensors, in.batch_sizes, in.lengths, in.resets, in.masks, in.options}, wanted);
 }
 bool has_tangent(const LayerInputs& in) {
   return has_tangent(in.input) || has_tangent(in.h_0) || has_tangent(in.c_0) ||
@@ -256,13 +167,15 @@ struct SavedBackwardCall {
     call.release();
     for (SavedVariable& grad : grads) grad.reset_data();
   }
-  /// In the order of layer_tangent.
-  OptionalTensors unpack_tensors() const {
+  /// fn of these as what layer_tangent is given.
+  template <class Fn>
+  std::vector<at::Tensor> with_tangents(const OptionalTensors& tangents, const Fn& fn) const {
     OptionalTensors tensors;
     for (const SavedVariable& grad : grads) tensors.push_back(unpack(grad));
     for (const SavedVariable* saved : {&call.input, &call.h_0, &call.c_0}) tensors.push_back(unpack(*saved));
     for (at::Tensor& weight : call.unpack_weights()) tensors.push_back(std::move(weight));
-    return tensors;
+    return fn(TangentInputs{tangents, tensors, unpack(call.batch_sizes), unpack(call.lengths), unpack(call.resets),
+                            unpack_all(call.masks), call.options()});
   }
 };
 
@@ -385,9 +298,7 @@ variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
     OptionalTensors tangents;
     tangents.resize(SavedBackwardCall::kGrads, std::nullopt);
     tangents.append(cotangents);
-    return layer_tangent_op().call(tangents, saved.unpack_tensors(), unpack(call.batch_sizes), unpack(call.lengths),
-                                   unpack(call.resets), unpack_all(call.masks), call.cell, call.bidirectional,
-                                   call.batch_first, call.cell_states, wanted);
+    return saved.with_tangents(tangents, [&](const TangentInputs& in) { return layer_tangent_call(in, wanted); });
   });
 }
 
@@ -405,13 +316,11 @@ struct LayerTangentBackward : public Node {
   }
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    const SavedCall& call = saved.call;
     return apply_wanted(*this, grads, 2 * tangents.size(),
                         [&](const OptionalTensors& cotangents, const c10::List<bool>& wanted) {
-                          return layer_tangent_backward_reference_op().call(
-                              cotangents, unpack_all(tangents), saved.unpack_tensors(), unpack(call.batch_sizes),
-                              unpack(call.lengths), unpack(call.resets), unpack_all(call.masks), call.cell,
-                              call.bidirectional, call.batch_first, call.cell_states, output_mask, wanted);
+                          return saved.with_tangents(unpack_all(tangents), [&](const TangentInputs& in) {
+                            return layer_tangent_backward_reference_call(cotangents, in, output_mask, wanted);
+                          });
                         });
   }
 };
@@ -456,9 +365,7 @@ LayerResult layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, c
       input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, {cell, bidirectional, batch_first, cell_states}};
   const bool differentiates = has_tangent(in);
   if (differentiates && !has_tangent_kernel(in)) {
-    auto [output, h_n, c_n, cells] = layer_reference_op().call(input, h_0, c_0, weights, batch_sizes, lengths, resets,
-                                                               masks, cell, bidirectional, batch_first, cell_states);
-    return {output, h_n, c_n, cells, at::Tensor(input.new_empty({0}))};
+    return layer_reference_call(in);
   }
   const bool records = torch::autograd::compute_requires_grad(input, h_0, c_0, weights);
   const auto compute = [&] {
@@ -522,9 +429,7 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
       has_tangent(grad_output) || has_tangent(grad_h_n) || has_tangent(grad_c_n) || has_tangent(grad_cells);
   if ((along_inputs || along_grads) && !has_tangent_kernel(in)) {
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
-    return layer_backward_reference_op().call(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights,
-                                              batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first,
-                                              cell_states, output_mask);
+    return layer_backward_reference_call(grads, in, output_mask);
   }
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -559,6 +464,8 @@ std::vector<at::Tensor> layer_tangent_autograd(const OptionalTensors& tangents, 
                                                const OptionalTensor& resets, const OptionalTensors& masks,
                                                std::string_view cell, bool bidirectional, bool batch_first,
                                                bool cell_states, const c10::List<bool>& output_mask) {
+  const LayerOptions options{cell, bidirectional, batch_first, cell_states};
+  const TangentInputs in{tangents, tensors, batch_sizes, lengths, resets, masks, options};
   bool records = false, differentiates = false;
   for (const OptionalTensors* list : {&tangents, &tensors}) {
     for (size_t i = 0; i < list->size(); ++i) {
@@ -570,13 +477,11 @@ std::vector<at::Tensor> layer_tangent_autograd(const OptionalTensors& tangents, 
   const TangentTensors given(tensors);
   if (differentiates || !has_tangent_kernel(given.input, given.weights.size(), bidirectional, masks)) {
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
-    return layer_tangent_reference_op().call(tangents, tensors, batch_sizes, lengths, resets, masks, cell,
-                                             bidirectional, batch_first, cell_states, output_mask);
+    return layer_tangent_reference_call(in, output_mask);
   }
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_tangent_op().call(tangents, tensors, batch_sizes, lengths, resets, masks, cell, bidirectional,
-                                   batch_first, cell_states, output_mask);
+    return layer_tangent_call(in, output_mask);
   };
   if (!records) return compute();
   auto node = make_node<LayerTangentBackward>();

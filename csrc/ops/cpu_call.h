@@ -45,8 +45,9 @@ T* data(const at::Tensor& tensor) {
 }
 
 /// tensor.to(dtype), which even with nothing to do costs a trip through the dispatcher, and new pages for what is
-/// large.
+/// large; and negated where that is only noted, which torch sees to but in lists.
 inline at::Tensor cast(const at::Tensor& tensor, at::ScalarType dtype) {
+  if (tensor.is_neg()) return cast(tensor.resolve_neg(), dtype);
   if (tensor.scalar_type() == dtype) return tensor;
   if (!tensor.is_contiguous()) return tensor.to(dtype);
   return empty(tensor.sizes(), tensor.options().dtype(dtype)).copy_(tensor);

@@ -73,8 +73,8 @@ CellInfo cell_info(std::string_view name) {
 }
 
 TangentTensors::TangentTensors(const OptionalTensors& tensors) {
-  TORCH_CHECK(tensors.size() > kFirstWeight && tensors.get(kInput).has_value(),
-              "expected tensors with an input and weights, got ", tensors.size());
+  TORCH_CHECK(tensors.size() > kFirstWeight, "expected at least ", kFirstWeight + 1, " tensors, got ", tensors.size());
+  TORCH_CHECK(tensors.get(kInput).has_value(), "expected an input as tensor ", int(kInput), ", got None");
   size_t next = 0;
   for (OptionalTensor* to : {&grad_output, &grad_h_n, &grad_c_n, &grad_cells}) *to = tensors.get(next++);
   input = *OptionalTensor(tensors.get(kInput));
@@ -294,8 +294,7 @@ void LayerShape::check_backward(const LayerCotangents& grads, const LayerInputs&
 }
 
 void LayerShape::check_tangents(const OptionalTensors& tangents, const OptionalTensors& tensors,
-                                const c10::List<bool>& output_mask) const {
-  const TangentTensors given(tensors);
+                                const TangentTensors& given, const c10::List<bool>& output_mask) const {
   check_cotangents({given.grad_output, given.grad_h_n, given.grad_c_n, given.grad_cells}, given.input);
   TORCH_CHECK(tangents.size() == tensors.size() && output_mask.size() == tensors.size(), "expected ", tensors.size(),
               " tangents and values of output_mask, got ", tangents.size(), " and ", output_mask.size());

@@ -56,13 +56,8 @@ struct LayerCotangents {
   const OptionalTensor &output, &h_n, &c_n, &cells;
 };
 
-/// The op by way of the dispatcher.
-LayerResult layer_call(const LayerInputs& in, bool save, bool recompute);
-LayerGrads layer_backward_call(const LayerCotangents& grads, const LayerInputs& in, const at::Tensor& output,
-                               const at::Tensor& saved, const c10::List<bool>& output_mask);
-
-/// Autograd's record of a forward call whose results compute() gives, `saved` among them unless `recompute`. Tensors
-/// without a tangent, of which some require a gradient.
+/// Autograd's record of a forward call whose results compute() gives, `saved` among them unless `recompute`. Some
+/// of the tensors require a gradient; tangents are not its business.
 LayerResult record_layer(const LayerInputs& in, bool save, bool recompute, c10::function_ref<LayerResult()> compute);
 
 /// A cell's facts by its name in the schema; ValueError for any other name.
@@ -100,7 +95,7 @@ struct LayerShape {
                       const c10::List<bool>& output_mask) const;
 
   /// The same of what layer_tangent is given.
-  void check_tangents(const OptionalTensors& tangents, const OptionalTensors& tensors,
+  void check_tangents(const OptionalTensors& tangents, const OptionalTensors& tensors, const TangentTensors& given,
                       const c10::List<bool>& output_mask) const;
 
   cpu::Layout layout() const;

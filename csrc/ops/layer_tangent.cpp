@@ -59,7 +59,7 @@ std::vector<at::Tensor> layer_tangent_cpu(const OptionalTensors& tangents, const
                        given.weights, batch_sizes, lengths,
                        resets,        masks,       {cell, bidirectional, batch_first, cell_states}};
   const LayerShape shape(in);
-  shape.check_tangents(tangents, tensors, output_mask);
+  shape.check_tangents(tangents, tensors, given, output_mask);
   TORCH_CHECK_NOT_IMPLEMENTED(shape.variant == cpu::Variant::kPlain && shape.sizes.proj == 0,
                               "layer_tangent is for plain layers without projection");
   const at::ScalarType dtype = compute_type(input);

@@ -8,6 +8,7 @@
 #include "cpu/layer.h"
 #include "cpu/memory.h"
 #include "cpu/with_cell.h"
+#include "ops/calls.h"
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
 #include "ops/plain_forward.h"

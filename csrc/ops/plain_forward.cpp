@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "cells/cells.h"
+#include "ops/calls.h"
 #include "ops/layer.h"
 #include "ops/stack.h"
 

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 
+#include "ops/calls.h"
+
 namespace rnn_ext::ops {
 namespace {
 

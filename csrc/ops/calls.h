@@ -1,0 +1,32 @@
+// The ops by way of the dispatcher.
+#pragma once
+
+#include "ops/layer.h"
+
+namespace rnn_ext::ops {
+
+LayerResult layer_call(const LayerInputs& in, bool save, bool recompute);
+LayerGrads layer_backward_call(const LayerCotangents& grads, const LayerInputs& in, const at::Tensor& output,
+                               const at::Tensor& saved, const c10::List<bool>& output_mask);
+
+/// What layer_tangent is given: for the time of the call.
+struct TangentInputs {
+  const OptionalTensors &tangents, &tensors;
+  const OptionalTensor &batch_sizes, &lengths, &resets;
+  const OptionalTensors& masks;
+  LayerOptions options;
+};
+std::vector<at::Tensor> layer_tangent_call(const TangentInputs& in, const c10::List<bool>& output_mask);
+
+/// The same written in PyTorch, see rnn_ext/ops.py.
+LayerResult layer_reference_call(const LayerInputs& in);
+LayerGrads layer_backward_reference_call(const LayerCotangents& grads, const LayerInputs& in,
+                                         const c10::List<bool>& output_mask);
+std::vector<at::Tensor> layer_tangent_reference_call(const TangentInputs& in, const c10::List<bool>& output_mask);
+/// And the gradient of that, of its tangents and tensors.
+std::vector<at::Tensor> layer_tangent_backward_reference_call(const OptionalTensors& cotangents,
+                                                              const TangentInputs& in,
+                                                              const c10::List<bool>& output_mask,
+                                                              const c10::List<bool>& wanted);
+
+}  // namespace rnn_ext::ops
