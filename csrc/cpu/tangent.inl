@@ -12,7 +12,9 @@ struct TangentWeights {
   static constexpr int G = Cell::kGates, kSums = G + Cell::kSplit;
 
   TangentWeights(const Weights<const T>& w, const TangentArgs<T>& args, bool recurs)
-      : TangentWeights(w, args.values.sizes, recurs, args.backward && recurs, args.tangents.grad_input.data) {}
+      : TangentWeights(w, args.values.sizes, recurs,
+                       args.backward && (args.values.layout.steps > 1 || args.tangents.grad_h_0),
+                       args.tangents.grad_input.data) {}
 
   /// Which sum of a row the input part of gate g goes to; the recurrent part goes to sum g.
   static constexpr int input_sum(int g) { return g < G - Cell::kSplit ? g : g + Cell::kSplit; }
