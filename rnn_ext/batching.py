@@ -100,6 +100,13 @@ class _Folding:
         return 1, self.batch, self.batch
 
 
+def _steps_and_batch(x: Tensor, dim: int | None, batch_first: bool) -> tuple[int, int]:
+    shape = list(x.shape)
+    if dim is not None:
+        del shape[dim]
+    return (shape[1], shape[0]) if batch_first else (shape[0], shape[1])
+
+
 def _layer(size, in_dims, args):
     (input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, save,
      *recompute) = args  # fmt: skip
@@ -122,20 +129,13 @@ def _layer(size, in_dims, args):
     if saved.dtype == torch.uint8:  # of CUDA's kernels, on the emulator
         return _loop("layer", size, in_dims, args)
     directions = 2 if bidirectional else 1
-    steps, entries = results[0].shape[2 if batch_first else 0], results[0].shape[1 if batch_first else 2]
+    steps, entries = _steps_and_batch(results[0], dims[0], batch_first)
     saved = saved.view(directions, steps, size, entries, -1) if saved.numel() else saved.new_empty(1, 1, size, 0, 1)
     return (*results, saved), (*dims, 2)
 
 
 # Rows, (timestep, entry) pairs, of one call: as many as stay in the caches with all that is computed of them.
 ROWS = 4096
-
-
-def _steps_and_batch(x: Tensor, dim: int | None, batch_first: bool) -> tuple[int, int]:
-    shape = list(x.shape)
-    if dim is not None:
-        del shape[dim]
-    return (shape[1], shape[0]) if batch_first else (shape[0], shape[1])
 
 
 def _layer_backward(size, in_dims, args):

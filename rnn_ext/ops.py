@@ -316,17 +316,13 @@ def _layer_backward_reference(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The vector-Jacobian product of the reference."""
-    inputs = [input, h_0, c_0, *weights]
-    places = [i for i, x in enumerate(inputs) if x is not None and output_mask[i]]
+    options = (batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states)
 
-    def forward(*wanted: Tensor) -> Sequence[Tensor]:
-        a = _replaced(inputs, places, wanted)
-        return _layer_reference(
-            a[0], a[1], a[2], a[3:], batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states
-        )
+    def forward(a: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        return _layer_reference(*a[:3], a[3:], *options)
 
-    found = _vjp(forward, [inputs[i] for i in places], (grad_output, grad_h_n, grad_c_n, grad_cells))
-    results = _replaced([input.new_empty(0)] * len(inputs), places, found)
+    grads = (grad_output, grad_h_n, grad_c_n, grad_cells)
+    results = _gradients(forward, [input, h_0, c_0, *weights], output_mask, grads)
     return results[0], results[1], results[2], results[3:]
 
 
@@ -347,22 +343,19 @@ def _layer_tangent_reference(
     symmetric in them, and of those of the gradients the above itself, which is linear in these."""
     input, h_0, c_0, *weights = tensors[4:]
     layout = (batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first)
-    results = [input.new_empty(0)] * len(tensors)
     if any(x is None and wanted for x, wanted in zip(tensors[:4], output_mask[:4], strict=True)):
         with torch.no_grad():
             outputs = _layer_reference(input, h_0, c_0, weights, *layout, True)
         grads = [x if x is not None else torch.zeros_like(y) for x, y in zip(tensors[:4], outputs, strict=True)]
         tensors = [x if wanted else y for x, y, wanted in zip(grads, tensors[:4], output_mask[:4], strict=True)]
         tensors += [input, h_0, c_0, *weights]
-    places = [i for i, x in enumerate(tensors) if x is not None and output_mask[i]]
 
-    def backward(*present: Tensor) -> Sequence[Tensor]:
-        a = _replaced(tensors, places, present)
+    def backward(a: Sequence[Tensor | None]) -> Sequence[Tensor]:
         mask = [tangent is not None for tangent in tangents[4:]]
         *grads, dw = _layer_backward_reference(*a[:7], a[7:], *layout, cell_states, mask)
         return *grads, *dw
 
-    results = _replaced(results, places, _vjp(backward, [tensors[i] for i in places], tangents[4:]))
+    results = _gradients(backward, tensors, output_mask, tangents[4:])
     if any(tangent is not None for tangent in tangents[:4]) and any(output_mask[4:]):
         *linear, dw = _layer_backward_reference(
             *tangents[:4], input, h_0, c_0, weights, *layout, cell_states, output_mask[4:]
@@ -376,28 +369,34 @@ def _layer_tangent_backward_reference(
     cotangents: Sequence[Tensor | None],
     tangents: Sequence[Tensor | None],
     tensors: Sequence[Tensor | None],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    masks: Sequence[Tensor | None],
-    cell: str,
-    bidirectional: bool,
-    batch_first: bool,
-    cell_states: bool,
-    output_mask: Sequence[bool],
-    wanted: Sequence[bool],
+    *options: Any,
 ) -> list[Tensor]:
-    """The vector-Jacobian product of the above, in tangents and tensors, empty tensors for what is not wanted."""
-    inputs = [*tangents, *tensors]
-    places = [i for i, x in enumerate(inputs) if x is not None and wanted[i]]
-    options = (batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, output_mask)
+    """The vector-Jacobian product of the above, whose other arguments are all `options` but the last, in those of
+    tangents and tensors that the last one wants."""
+    *options, wanted = options
 
-    def tangent(*present: Tensor) -> Sequence[Tensor]:
-        a = _replaced(inputs, places, present)
+    def tangent(a: Sequence[Tensor | None]) -> Sequence[Tensor]:
         return _layer_tangent_reference(a[: len(tangents)], a[len(tangents) :], *options)
 
-    found = _vjp(tangent, [inputs[i] for i in places], cotangents)
-    return _replaced([tensors[4].new_empty(0)] * len(inputs), places, found)
+    return _gradients(tangent, [*tangents, *tensors], wanted, cotangents)
+
+
+def _gradients(
+    function: Callable[[Sequence[Tensor | None]], Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """:func:`_vjp` of a function of the whole list, in those of the inputs that are there and wanted; empty tensors for
+    the others."""
+    places = [i for i, x in enumerate(inputs) if x is not None and wanted[i]]
+
+    def call(*present: Tensor) -> Sequence[Tensor]:
+        return function(_replaced(inputs, places, present))
+
+    found = _vjp(call, [inputs[i] for i in places], cotangents)
+    empty = next(x for x in inputs if x is not None).new_empty(0)
+    return _replaced([empty] * len(inputs), places, found)
 
 
 def _replaced(items: Sequence[Any], places: Sequence[int], new: Sequence[Any]) -> list[Any]:
