@@ -13,6 +13,7 @@ import copy
 import functools
 import itertools
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,10 @@ from rnn_ext.bench import machine
 
 RESULTS = Path(__file__).parent / "results" / "features.md"
 DIFFERENTIATED = ((1, 128, 64), (16, 30, 32), (64, 50, 128))  # N, L, H
+PER_SAMPLE = ((64, 8, 16), (64, 30, 32), (32, 50, 128))
+ENSEMBLES = ((10, 1, 20, 16), (10, 32, 20, 32), (64, 1, 5, 16))  # models, N, L, H
+QUANTIZED = ((1, 100, 64), (1, 100, 512), (1, 50, 1024), (32, 50, 512))
+JACOBIANS = ((1, 5, 8), (1, 20, 32), (4, 10, 16))
 LAYERS = {"RNN": rnn_ext.RNN, "GRU": rnn_ext.GRU, "LSTM": rnn_ext.LSTM}
 
 
@@ -274,6 +279,78 @@ def derivatives() -> list[Row]:
     return rows
 
 
+def by_weights() -> list[Row]:
+    """Gradients of each sample's own loss, and Jacobians, by the weights; beside torch.nn's layers, which vmap needs
+    to be given a state."""
+    rows = []
+    for name, (N, L, H) in itertools.product(LAYERS, PER_SAMPLE):
+        ours, theirs = (kind(H, H, batch_first=True) for kind in (LAYERS[name], getattr(nn, name)))
+        theirs.load_state_dict(ours.state_dict())
+        x, zeros = torch.randn(N, 1, L, H), torch.zeros(N, 1, 1, H)
+
+        def per_sample(module, x=x, zeros=zeros, name=name):
+            def loss(parameters, x, zeros):
+                state = (zeros, zeros) if name == "LSTM" else zeros
+                return torch.func.functional_call(module, parameters, (x, state))[0].square().mean()
+
+            parameters = {key: p.detach() for key, p in module.named_parameters()}
+            return torch.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, zeros)
+
+        calls = [functools.partial(per_sample, module) for module in (ours, theirs)]
+        rows.append(Row(f"{name}, N={N}, L={L}, H={H}: per-sample gradients against torch.nn", *calls, 1.0))
+    for name, (N, L, H) in itertools.product(LAYERS, JACOBIANS):
+        ours, theirs = LAYERS[name](H, H), getattr(nn, name)(H, H)
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(L, N, H)
+
+        def jacobian(module, x=x):
+            parameters = {key: p.detach() for key, p in module.named_parameters()}
+            return torch.func.jacrev(lambda p: torch.func.functional_call(module, p, (x,))[0])(parameters)
+
+        calls = [functools.partial(jacobian, module) for module in (ours, theirs)]
+        rows.append(Row(f"{name}, N={N}, L={L}, H={H}: Jacobian by the weights against torch.nn", *calls, 1.0))
+    return rows
+
+
+def ensembles() -> list[Row]:
+    """Training of models of the same shape side by side, beside torch.nn's layers under the same vmap."""
+    rows = []
+    for name, (models, N, L, H) in itertools.product(LAYERS, ENSEMBLES):
+        calls = []
+        torch.manual_seed(0)
+        ours = [LAYERS[name](H, H, batch_first=True) for _ in range(models)]
+        parameters = {key: p.detach() for key, p in torch.func.stack_module_state(ours)[0].items()}
+        x, zeros = torch.randn(N, L, H), torch.zeros(models, 1, N, H)
+        for layer in (ours[0], getattr(nn, name)(H, H, batch_first=True)):
+
+            def loss(parameters, zeros, x=x, name=name, layer=layer):
+                state = (zeros, zeros) if name == "LSTM" else zeros
+                return torch.func.functional_call(layer, parameters, (x, state))[0].square().mean()
+
+            calls.append(functools.partial(torch.vmap(torch.func.grad(loss)), parameters, zeros))
+        what = f"{models} {name}s, N={N}, L={L}, H={H}: vmap over their weights against torch.nn"
+        rows.append(Row(what, *calls, 1.0))
+    return rows
+
+
+def quantized() -> list[Row]:
+    """Our layers in float32 and bfloat16 beside torch's with weights and activations of 8 bits, whose outputs are off
+    by some hundredths."""
+    rows = []
+    for name, (N, L, H) in itertools.product(("GRU", "LSTM"), QUANTIZED):
+        ours, x = LAYERS[name](H, H).eval(), torch.randn(L, N, H)
+        native = nn.Sequential(rnn_ext.to_native(copy.deepcopy(ours)))
+        with warnings.catch_warnings():  # that it will be removed
+            warnings.simplefilter("ignore")
+            theirs = torch.ao.quantization.quantize_dynamic(native, {nn.GRU, nn.LSTM})
+        for dtype in (torch.float32, torch.bfloat16):
+            layer, given = copy.deepcopy(ours).to(dtype), x.to(dtype)
+            calls = forward(lambda layer=layer, x=given: layer(x)), forward(lambda model=theirs, x=x: model(x))
+            words = f"{str(dtype).removeprefix('torch.')} against torch.nn's with dynamic quantization, forward"
+            rows.append(Row(f"{name}, N={N}, L={L}, H={H}: {words}", *calls, None, same=False))
+    return rows
+
+
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=positive_number(), default=2, help="for each comparison")
@@ -294,7 +371,9 @@ def main() -> None:
         "|---|---:|---:|---:|---:|",
     ]
     head = len(lines)
-    for row in (*resets(), *cell_states(), *lengths(), *variants(), *recompute(), *streaming(), *derivatives()):
+    parts = (resets, cell_states, lengths, variants, recompute, streaming)
+    parts += (derivatives, by_weights, ensembles, quantized)
+    for row in itertools.chain.from_iterable(part() for part in parts):
         if args.only not in row.what:
             continue
         if row.same:

@@ -22,6 +22,8 @@ h_n, c_n       (D, N, P or H), (D, N, H); c_n is empty for cells without a cell 
 cells          the cell state of every timestep, D * H features, where ``cell_states``; else empty
 saved          what backward needs, opaque; empty unless ``save``, which autograd sets by itself
 recompute      whether autograd keeps neither ``saved`` nor ``output`` and its backward computes them once more
+groups         of backward: the batch is so many groups of equally many entries, each with weight gradients of its own,
+               stacked; 0: all have the same. For plain layers without projection and `batch_sizes` on the CPU
 =============  ========================================================================================================
 
 All floating-point tensors share one dtype out of float32, float64, bfloat16 and float16 and one device. Reduced
@@ -535,7 +537,7 @@ def _layer_fake(
 
 def _layer_backward_fake(
     grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, output,
-    saved, cell, bidirectional, batch_first, cell_states, output_mask,
+    saved, cell, bidirectional, batch_first, cell_states, output_mask, groups=0,
 ):  # fmt: skip
     for name, tensor in (
         ("grad_output", grad_output), ("grad_h_n", grad_h_n), ("grad_c_n", grad_c_n), ("grad_cells", grad_cells),
@@ -545,7 +547,8 @@ def _layer_backward_fake(
         _check_device(input, name, tensor)
     # A gradient is wanted only of states that are there, and the size of a packed batch is known from them alone.
     states = [() if state is None else state.shape for state in (h_0, c_0)]
-    sizes = [input.shape, *states, *(w.shape for w in weights)]
+    own = (groups,) if groups else ()
+    sizes = [input.shape, *states, *((*own, *w.shape) for w in weights)]
     grads = [input.new_empty(size if mask else 0) for size, mask in zip(sizes, output_mask, strict=True)]
     return grads[0], grads[1], grads[2], grads[3:]
 

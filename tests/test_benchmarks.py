@@ -591,13 +591,15 @@ def test_what_the_options_cost(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(features, "lengths", list)
     monkeypatch.setattr(features, "variants", list)
     monkeypatch.setattr(features, "recompute", list)
-    monkeypatch.setattr(features, "DIFFERENTIATED", ((2, 3, 4),))
+    for shapes in ("DIFFERENTIATED", "PER_SAMPLE", "JACOBIANS", "QUANTIZED"):
+        monkeypatch.setattr(features, shapes, ((2, 3, 4),))
+    monkeypatch.setattr(features, "ENSEMBLES", ((2, 3, 4, 5),))
     output = tmp_path / "features.md"
     arguments = ["features.py", "--seconds", "0.001", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", arguments)
     features.main()
     rows = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("| LSTM")]
-    assert len(rows) == 10 and all(line.count("|") == 6 for line in rows)
+    assert len(rows) == 14 and all(line.count("|") == 6 for line in rows)
     assert rows[-1] in capsys.readouterr().out
 
 

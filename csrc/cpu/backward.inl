@@ -93,20 +93,24 @@ struct Chunk {
   bool has(int64_t t) const { return t >= first && t < last; }
 };
 
-/// The chunks of one direction, in the order backward walks them. They do not depend on the number of threads.
+/// The chunks of one direction, in the order backward walks them; one chunk where `whole`. They do not depend on the
+/// number of threads.
 class Chunks {
  public:
   static constexpr int64_t kRows = 384;  // at least: their gate gradients should stay in the cache, but amortise passes
 
-  Chunks(const Layout& layout, bool reverse) : layout_(layout), reverse_(reverse), next_(reverse ? 0 : layout.steps) {}
+  Chunks(const Layout& layout, bool reverse, bool whole)
+      : layout_(layout), reverse_(reverse), rows_(whole ? layout.rows : kRows), next_(reverse ? 0 : layout.steps) {}
 
   /// The most rows a chunk can have.
-  static int64_t capacity(const Layout& layout) { return smaller(layout.rows, kRows + layout.batch); }
+  static int64_t capacity(const Layout& layout, bool whole) {
+    return whole ? layout.rows : smaller(layout.rows, kRows + layout.batch);
+  }
 
   bool next(Chunk* chunk) {
     if (reverse_ ? next_ >= layout_.steps : next_ <= 0) return false;
     *chunk = Chunk{next_, next_, 0, 0};
-    while (chunk->rows < kRows && (reverse_ ? chunk->last < layout_.steps : chunk->first > 0)) {
+    while (chunk->rows < rows_ && (reverse_ ? chunk->last < layout_.steps : chunk->first > 0)) {
       const int64_t t = reverse_ ? chunk->last++ : --chunk->first;
       chunk->rows += layout_.batch_sizes[t];
     }
@@ -118,7 +122,7 @@ class Chunks {
  private:
   const Layout& layout_;
   bool reverse_;
-  int64_t next_;
+  int64_t rows_, next_;
 };
 
 /// A distance between rows, of at least `width` numbers, at which a column of elements lies in every set of a cache: an
@@ -133,14 +137,16 @@ int64_t spread(int64_t width) {
 /// for those of the last step, which its first step reads.
 template <class Cell, class S>
 struct ChunkGrads {
-  ChunkGrads(const Sizes& s, const Layout& layout)
+  ChunkGrads(const Sizes& s, const Layout& layout, bool whole)
+      : ChunkGrads(s, layout.batch, Chunks::capacity(layout, whole)) {}
+  ChunkGrads(const Sizes& s, int64_t batch, int64_t capacity)
       : stride(spread<S>(Cell::kGradGates * s.padded())),
         proj_stride(s.proj ? spread<S>(Sizes::padded(s.proj)) : 0),
-        gates(Chunks::capacity(layout) * stride),
-        last_step(layout.batch * stride),
-        proj(Chunks::capacity(layout) * proj_stride),
-        paired_gates(kPack<S> > 1 ? elements<S>(Chunks::capacity(layout)) * stride : 0),
-        paired_proj(kPack<S> > 1 ? elements<S>(Chunks::capacity(layout)) * proj_stride : 0) {}
+        gates(capacity * stride),
+        last_step(batch * stride),
+        proj(capacity * proj_stride),
+        paired_gates(kPack<S> > 1 ? elements<S>(capacity) * stride : 0),
+        paired_proj(kPack<S> > 1 ? elements<S>(capacity) * proj_stride : 0) {}
   int64_t stride, proj_stride;
   Buffer<S> gates;      // [chunk rows, gate gradients, padded H]
   Buffer<S> last_step;  // [batch, gate gradients, padded H], of the chunk before

@@ -1,6 +1,9 @@
 // Backward of a layer: the scans of backward.inl and, while a chunk's gate gradients are in the cache, their share of
 // the gradients of input, weights and biases.
 
+/// Rows of one task, a few heights of a register tile.
+constexpr int64_t kTaskRows = 48;
+
 /// Rows [first, last) of the chunk's grad_input: gate gradients times weight_ih, on top of another direction's where
 /// `accumulate`. They go to args.grad_input or, if it is given, to `apart` [T, I].
 template <class Cell, class S>
@@ -53,6 +56,18 @@ template <class T>
 void norm_sums(const BackwardArgs<T>& args, const ChunkGrads<cells::LayerNormLstm, T>& grads, int direction, T* sums);
 template <class To, class T>
 void write_norm_sums(const Weights<void>& to, const T* sums, int64_t hidden, int64_t padded);
+
+/// The gradients of the biases from the sums of those of the gates.
+template <class Cell, class To, class T>
+void write_bias_gradients(const Weights<void>& to, const T* sums, int64_t hidden, int64_t padded) {
+  const auto write = [&](void* grad, int g, int slot) {
+    if (grad) copy_row(static_cast<To*>(grad) + g * hidden, sums + slot * padded, hidden);
+  };
+  for (int g = 0; g < Cell::kGates; ++g) {
+    write(to.bias_ih, g, Cell::ih_slot(g));
+    write(to.bias_hh, g, Cell::hh_slot(g));
+  }
+}
 
 /// The gradients of one direction's parameters, a chunk's share at a time. Each task has gradients of its own.
 template <class Cell, class S>
@@ -113,13 +128,7 @@ class ParameterGradients {
       if constexpr (cells::kIsNormed<Cell>) {
         write_norm_sums<To>(to_, bias_sums_.get(), hidden, padded);
       } else {
-        const auto write = [&](void* grad, int g, int slot) {
-          if (grad) copy_row(static_cast<To*>(grad) + g * hidden, bias_sums_.get() + slot * padded, hidden);
-        };
-        for (int g = 0; g < Cell::kGates; ++g) {
-          write(to_.bias_ih, g, Cell::ih_slot(g));
-          write(to_.bias_hh, g, Cell::hh_slot(g));
-        }
+        write_bias_gradients<Cell, To>(to_, bias_sums_.get(), hidden, padded);
       }
     });
   }
@@ -128,9 +137,7 @@ class ParameterGradients {
   /// A task of one gradient. with_rows: one of with_..() below.
   void add(WeightGradient<S>& to, int64_t task, bool begin, const Element<S>* columns, int64_t stride,
            const int64_t* offset, const auto& with_rows) {
-    const int64_t rows = grads_.chunk.rows;
-    if (has_few_rows(args_.layout.rows)) return to.write(task, columns, stride, offset, rows);
-    with_rows([&](const auto& row) { to.add(task, columns, stride, offset, rows, begin, row); });
+    with_rows([&](const auto& row) { to.add(task, columns, stride, offset, grads_.chunk.rows, begin, row); });
   }
 
   /// `slot(g)`: the gate gradients of gate g.
@@ -209,6 +216,76 @@ class ParameterGradients {
   Buffer<T> bias_sums_;  // [gate gradients, padded H]
 };
 
+/// A group of batch entries as a batch of its own.
+struct Group {
+  Group(const Layout& all, int64_t groups, int64_t group)
+      : first(all.batch / groups * group),
+        rows(all.batch / groups),
+        order(all.batch / groups),
+        batch_sizes(all.steps),
+        offsets(all.steps) {
+    int64_t alive = 0;
+    for (int64_t j = 0; j < all.batch; ++j) {
+      const int64_t entry = all.entry(j) - first;
+      if (entry < 0 || entry >= all.batch / groups) continue;
+      rows.get()[alive] = j;
+      order.get()[alive++] = entry;
+    }
+    layout.batch = alive;
+    layout.batch_sizes = batch_sizes.get();
+    layout.offsets = offsets.get();
+    layout.order = all.order ? order.get() : nullptr;
+    for (int64_t t = 0; t < all.steps; ++t) {
+      while (alive > 0 && rows.get()[alive - 1] >= all.batch_sizes[t]) --alive;
+      if (alive == 0) break;
+      batch_sizes.get()[t] = alive;
+      offsets.get()[t] = layout.rows;
+      layout.rows += alive;
+      ++layout.steps;
+    }
+  }
+
+  const int64_t first;   // entry
+  Buffer<int64_t> rows;  // [entries] which of all rows of a step are its rows
+  Buffer<int64_t> order, batch_sizes, offsets;
+  Layout layout;
+};
+
+/// The gradients of one direction's parameters of a group of batch entries alone, once all steps have been scanned.
+template <class Cell, class S>
+void group_gradients(const BackwardArgs<S>& all, const ChunkGrads<Cell, S>& grads, int direction, int64_t number) {
+  const Group group(all.layout, all.groups, number);
+  const int64_t hidden = all.sizes.hidden, gates = Cell::kGates * hidden;
+  BackwardArgs<S> args = all;
+  args.layout = group.layout;
+  args.input.data += group.first * args.input.row;
+  args.output.data += group.first * args.output.row;
+  if (args.resets.data) args.resets.data += group.first * args.resets.row;
+  if (args.h_0) args.h_0 += (direction * (all.layout.batch - group.layout.batch) + group.first) * hidden;
+  with_storage<Compute<S>>(args.grad_storage(), [&]<class To>() {
+    const auto move = [&](void*& grad, int64_t size) {
+      if (grad) grad = static_cast<To*>(grad) + number * size;
+    };
+    Weights<void>& to = args.grad_weights[direction];
+    move(to.weight_ih, gates * args.sizes.input);
+    move(to.weight_hh, gates * hidden);
+    move(to.bias_ih, gates);
+    move(to.bias_hh, gates);
+  });
+  ChunkGrads<Cell, S> own(args.sizes, args.layout, true);
+  own.chunk = {0, args.layout.steps, 0, args.layout.rows};
+  for (int64_t t = 0; t < args.layout.steps; ++t) {
+    for (int64_t j = 0; j < args.layout.batch_sizes[t]; ++j)
+      std::memcpy(static_cast<void*>(own.gates_at(args.layout, t, j)),
+                  grads.gates_at(all.layout, t, group.rows.get()[j]), size_t(own.stride) * sizeof(S));
+  }
+  own.pair();
+  ParameterGradients<Cell, S> parameters(args, own, direction);
+  parameters.take();
+  for (int64_t task = 0; task < parameters.tasks(); ++task) parameters.run(task, true);
+  parameters.finish();
+}
+
 /// The scans of one direction: one for each slice of the batch, or for each member of the team that shares the units.
 template <class Cell, class S>
 class Scans {
@@ -271,11 +348,12 @@ class BackwardPass {
         direction_(direction),
         weight_ih_({args.weights[direction].weight_ih, args.narrow_ih[direction], args.narrow}, args.sizes.hidden,
                    args.sizes.input, args.grad_input.data, args.layout.rows),
-        chunks_(args.layout, direction == 1),
-        grads_(args.sizes, args.layout),
+        chunks_(args.layout, direction == 1, args.groups > 0),
+        grads_(args.sizes, args.layout, args.groups > 0),
         scans_(make_scans<Cell>(args, direction, shares)),
         members_(shares.members),
-        parameters_(args, grads_, direction) {}
+        parameters_(args.groups > 0 ? nullptr
+                                    : std::make_unique<ParameterGradients<Cell, S>>(args, grads_, direction)) {}
 
   bool next_chunk() {
     ++count_;
@@ -296,29 +374,31 @@ class BackwardPass {
   /// After the scans, before the products; there is something to do only where prepares().
   void prepare() {
     grads_.pair();
-    if (has_few_rows(args_.layout.rows)) parameters_.take();
+    if (parameters_) parameters_->take();
   }
   static bool prepares(const Layout& layout) { return kPack<S> > 1 || has_few_rows(layout.rows); }
 
   int64_t product_tasks() const {
-    const int64_t input = args_.grad_input.data ? (grads_.chunk.rows + kInputRows - 1) / kInputRows : 0;
-    return parameters_.tasks() + input;
+    const int64_t input = args_.grad_input.data ? (grads_.chunk.rows + kTaskRows - 1) / kTaskRows : 0;
+    return parameter_tasks() + input;
   }
 
   void run_product(int64_t task, T* input_apart, bool accumulate_input) {
-    if (task < parameters_.tasks()) return parameters_.run(task, count_ == 1);
-    const int64_t first = (task - parameters_.tasks()) * kInputRows;
+    if (task < parameter_tasks()) {
+      return parameters_ ? parameters_->run(task, count_ == 1) : group_gradients<Cell>(args_, grads_, direction_, task);
+    }
+    const int64_t first = (task - parameter_tasks()) * kTaskRows;
     input_gradient<Cell>(args_, weight_ih_, grads_, input_apart, accumulate_input, first,
-                         smaller(grads_.chunk.rows, first + kInputRows));
+                         smaller(grads_.chunk.rows, first + kTaskRows));
   }
 
   void finish() {
     scans_->finish();
-    parameters_.finish();
+    if (parameters_) parameters_->finish();
   }
 
  private:
-  static constexpr int64_t kInputRows = 48;  // of one task: a few heights of a register tile
+  int64_t parameter_tasks() const { return parameters_ ? parameters_->tasks() : args_.groups; }
 
   const BackwardArgs<S>& args_;
   const int direction_;
@@ -328,7 +408,7 @@ class BackwardPass {
   const std::unique_ptr<Scans<Cell, S>> scans_;
   const int members_;
   Team team_;
-  ParameterGradients<Cell, S> parameters_;
+  const std::unique_ptr<ParameterGradients<Cell, S>> parameters_;  // null: each group of entries has its own
   int64_t count_ = 0;
 };
 

@@ -188,6 +188,9 @@ struct BackwardArgs {
   Compute<S>* grad_h_0 = nullptr;
   Compute<S>* grad_c_0 = nullptr;
   Weights<void> grad_weights[2];  // of Compute<S>, but see below
+  // The batch is so many groups of equally many entries, each with weight gradients of its own, one group's after the
+  // other's; 0: all have the same. Of plain layers without projection that are not packed.
+  int64_t groups = 0;
   Variant variant = Variant::kPlain;
   Masks<S> masks;
   // Of a layer of 16 bits, what narrow_backward() says:

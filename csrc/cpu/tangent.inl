@@ -97,8 +97,6 @@ class TangentPass {
     if (args.backward) read(dc_, kTangent, tangents_.grad_c_n);
   }
 
-  /// Rows of one task, a few heights of a register tile.
-  static constexpr int64_t kTaskRows = 48;
   int64_t row_tasks() const { return (layout_.rows + kTaskRows - 1) / kTaskRows; }
 
   /// The sums of some rows' gates, but for the recurrent product.
@@ -166,7 +164,6 @@ class TangentPass {
 
   /// Before the tasks.
   void prepare_parameters() {
-    if (!has_few_rows(2 * layout_.rows)) return;
     with_inputs([&](const auto& row, int64_t rows) { input_gradient_.take(rows, row); });
     if (recurs_) with_states([&](const auto& row, int64_t rows) { hidden_gradient_.take(rows, row); });
   }
@@ -227,13 +224,7 @@ class TangentPass {
     if (!args_.backward) return;
     input_gradient_.finish(layout_.rows > 0);
     hidden_gradient_.finish(layout_.rows > 0 && recurs_);
-    for (int g = 0; g < G; ++g) {
-      const auto write_bias = [&](void* to, int slot) {
-        if (to) copy_row(static_cast<T*>(to) + g * hidden_, bias_sums_.get() + slot * padded_, hidden_);
-      };
-      write_bias(gradients().bias_ih, Cell::ih_slot(g));
-      write_bias(gradients().bias_hh, Cell::hh_slot(g));
-    }
+    write_bias_gradients<Cell, T>(gradients(), bias_sums_.get(), hidden_, padded_);
   }
 
  private:
@@ -454,7 +445,6 @@ class TangentPass {
   void add(WeightGradient<T>& to, int64_t task, int64_t rows, const auto& row, const auto& slot) const {
     int64_t offset[G];
     for (int g = 0; g < G; ++g) offset[g] = slot(g) * padded_;
-    if (has_few_rows(2 * layout_.rows)) return to.write(task, planes_.get(), stride_, offset, rows);
     to.add(task, planes_.get(), stride_, offset, rows, true, row);
   }
 

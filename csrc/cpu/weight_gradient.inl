@@ -20,10 +20,11 @@ class WeightGradient {
         packed_(few_ ? elements<S>(rows) * blocks_of<T>(width) * kLanes<T> : 0),
         transposed_(rest_ * parts * padded_) {}
 
-  /// Of few rows: takes B, for all tasks, before their write(). b_row(row) is asked for in order, null is zeros.
+  /// Of few rows, which are the only chunk: takes B, for all tasks, before their add(). b_row(row) is asked for in
+  /// order, null is zeros.
   template <class Row>
   void take(int64_t rows, const Row& b_row) {
-    if (grad_) pack_rows<S>(packed_.get(), b_row, rows, 0, width_);
+    if (few_) pack_rows<S>(packed_.get(), b_row, rows, 0, width_);
   }
 
   int64_t tasks() const {
@@ -37,6 +38,7 @@ class WeightGradient {
   void add(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, int64_t rows, bool begin,
            const Row& b_row) {
     if (rows == 0) return;
+    if (few_) return write(task, a, stride, offset, rows);
     const int64_t first = task * kColumns, columns = smaller(kColumns, width_ - first);
     const int64_t whole = first + columns == width_ ? columns - rest_ : columns;
     constexpr int64_t kMost = 512;  // rows whose B stays in the second-level cache
@@ -79,38 +81,6 @@ class WeightGradient {
     }
   }
 
-  /// The same of few rows, which are the only chunk.
-  void write(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, int64_t rows) {
-    if (rows == 0) return;
-    // So little to compute that stores would wait for their lines (Xeon, one row of 512 units: a fifth off; from 8 rows
-    // on nothing).
-    constexpr int64_t kWaiting = 8;
-    const int64_t pieces = tasks_of_part(), part = task / pieces, piece = task % pieces;
-    const int64_t first = height_ * piece / pieces, last = height_ * (piece + 1) / pieces;
-    with_storage<T>(storage_, [&]<class To>() {
-      To* const grad = static_cast<To*>(grad_) + part * height_ * width_;
-      if (elements<S>(rows) <= kShallow)
-        return write_rows<kShallow>(elements<S>(rows), grad, first, last, a + offset[part], stride);
-      const S* from[kAtOnce];
-      T* to[kAtOnce];
-      PlainProduct<S> p;
-      p.columns = width_;
-      p.b = packed_.get();
-      p.segments.length = elements<S>(rows);
-      p.segments.stride = stride;
-      constexpr bool kRounds = !std::is_same_v<To, T>;  // what has been summed up in the cache
-      p.fetch_c = !kRounds && rows < kWaiting;
-      Buffer<T> sums(kRounds ? kAtOnce * width_ : 0);
-      if constexpr (kRounds) space_rows(to, sums.get(), width_, kAtOnce);
-      for (int64_t m = first; m < last; m += kAtOnce) {
-        const int64_t count = smaller(kAtOnce, last - m);
-        if constexpr (!kRounds) space_rows(to, grad + m * width_, width_, count);
-        multiply_rows_of(m, count, a + offset[part], from, to, p);
-        if constexpr (kRounds) copy_row(grad + m * width_, sums.get(), count * width_);
-      }
-    });
-  }
-
   /// After the last chunk; `any`: there was one.
   void finish(bool any) {
     if (!grad_) return;
@@ -139,6 +109,37 @@ class WeightGradient {
 
  private:
   static constexpr int64_t kAtOnce = 24;  // rows of the gradient that are written together, where there are few of A
+
+  /// A task's share of the gradient, of few rows.
+  void write(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, int64_t rows) {
+    // So little to compute that stores would wait for their lines (Xeon, one row of 512 units: a fifth off; from 8 rows
+    // on nothing).
+    constexpr int64_t kWaiting = 8;
+    const int64_t pieces = tasks_of_part(), part = task / pieces, piece = task % pieces;
+    const int64_t first = height_ * piece / pieces, last = height_ * (piece + 1) / pieces;
+    with_storage<T>(storage_, [&]<class To>() {
+      To* const grad = static_cast<To*>(grad_) + part * height_ * width_;
+      if (elements<S>(rows) <= kShallow)
+        return write_rows<kShallow>(elements<S>(rows), grad, first, last, a + offset[part], stride);
+      const S* from[kAtOnce];
+      T* to[kAtOnce];
+      PlainProduct<S> p;
+      p.columns = width_;
+      p.b = packed_.get();
+      p.segments.length = elements<S>(rows);
+      p.segments.stride = stride;
+      constexpr bool kRounds = !std::is_same_v<To, T>;  // what has been summed up in the cache
+      p.fetch_c = !kRounds && rows < kWaiting;
+      Buffer<T> sums(kRounds ? kAtOnce * width_ : 0);
+      if constexpr (kRounds) space_rows(to, sums.get(), width_, kAtOnce);
+      for (int64_t m = first; m < last; m += kAtOnce) {
+        const int64_t count = smaller(kAtOnce, last - m);
+        if constexpr (!kRounds) space_rows(to, grad + m * width_, width_, count);
+        multiply_rows_of(m, count, a + offset[part], from, to, p);
+        if constexpr (kRounds) copy_row(grad + m * width_, sums.get(), count * width_);
+      }
+    });
+  }
 
   /// Sums of so few products that a tile would take longer to begin and to end than to multiply.
   static constexpr int kShallow = 4;

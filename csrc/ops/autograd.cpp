@@ -150,6 +150,13 @@ void add_edges(torch::autograd::edge_list& edges, const LayerInputs& in) {
 /// Recomputing in backward is as forward was, which autocast has had its say in.
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
+/// What backward needs of forward. Derivatives of a derivative go through the inputs alone.
+LayerResult recomputed(const LayerInputs& in) {
+  const at::NoGradGuard no_grad;
+  const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+  return layer_call(in, true, true);
+}
+
 /// The arguments of a backward call, as long as a node keeps them. Derivatives go through grad_* and the layer's
 /// inputs; `output` and `saved` are functions of the latter, so their share is already counted there.
 struct SavedBackwardCall {
@@ -246,9 +253,7 @@ struct LayerBackward : public Node {
     const LayerInputs in{input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, call.options()};
     at::Tensor forward_output, forward_saved;
     if (recomputes()) {
-      const at::NoGradGuard no_grad;  // derivatives of a derivative go through the inputs alone
-      const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
-      LayerResult again = layer_call(in, true, true);
+      const LayerResult again = recomputed(in);
       forward_output = std::get<0>(again);
       forward_saved = std::get<4>(again);
     } else {
@@ -413,6 +418,35 @@ LayerGrads record_layer_backward(const LayerCotangents& grads, const LayerInputs
   return result;
 }
 
+/// The gradients of each group of batch entries by a call of its own, whose derivatives are known.
+LayerGrads layer_backward_by_group(const LayerCotangents& grads, const LayerInputs& in,
+                                   const c10::List<bool>& output_mask, int64_t groups) {
+  const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+  const int64_t sequences = in.options.batch_first ? 0 : 1, states = 1;
+  const auto part = [&](const OptionalTensor& tensor, int64_t dim, int64_t i) {
+    if (!tensor.has_value()) return tensor;
+    const c10::SymInt size = tensor->sym_size(dim) / groups;
+    return OptionalTensor(tensor->narrow_symint(dim, size * i, size));
+  };
+  std::vector<std::vector<at::Tensor>> found(3 + in.weights.size());
+  for (int64_t i = 0; i < groups; ++i) {
+    const OptionalTensor output = part(grads.output, sequences, i), h_n = part(grads.h_n, states, i),
+                         c_n = part(grads.c_n, states, i), cells = part(grads.cells, sequences, i);
+    const OptionalTensor h_0 = part(in.h_0, states, i), c_0 = part(in.c_0, states, i);
+    const OptionalTensor lengths = part(in.lengths, 0, i), resets = part(in.resets, sequences, i);
+    const at::Tensor input = *part(in.input, sequences, i);
+    const LayerInputs own{input, h_0, c_0, in.weights, in.batch_sizes, lengths, resets, in.masks, in.options};
+    const LayerResult again = recomputed(own);
+    each_gradient(
+        layer_backward_call({output, h_n, c_n, cells}, own, std::get<0>(again), std::get<4>(again), output_mask),
+        [&](size_t k, const at::Tensor& grad) { found[k].push_back(grad); });
+  }
+  const auto join = [&](size_t k, int64_t dim) { return output_mask.get(k) ? at::cat(found[k], dim) : found[k][0]; };
+  std::vector<at::Tensor> dw;
+  for (size_t k = 3; k < found.size(); ++k) dw.push_back(output_mask.get(k) ? at::stack(found[k]) : found[k][0]);
+  return {join(0, sequences), join(1, states), join(2, states), dw};
+}
+
 LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                    const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,
                                    const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
@@ -420,23 +454,26 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
                                    const OptionalTensor& lengths, const OptionalTensor& resets,
                                    const OptionalTensors& masks, const at::Tensor& output, const at::Tensor& saved,
                                    std::string_view cell, bool bidirectional, bool batch_first, bool cell_states,
-                                   const c10::List<bool>& output_mask) {
+                                   const c10::List<bool>& output_mask, c10::SymInt groups) {
   const LayerInputs in{
       input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, {cell, bidirectional, batch_first, cell_states}};
   const LayerCotangents grads{grad_output, grad_h_n, grad_c_n, grad_cells};
   const bool along_inputs = has_tangent(in);
   const bool along_grads =
       has_tangent(grad_output) || has_tangent(grad_h_n) || has_tangent(grad_c_n) || has_tangent(grad_cells);
+  const bool records =
+      torch::autograd::compute_requires_grad(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights);
+  if (groups != 0 && (along_inputs || along_grads || records)) {
+    return layer_backward_by_group(grads, in, output_mask, groups.guard_int(__FILE__, __LINE__));
+  }
   if ((along_inputs || along_grads) && !has_tangent_kernel(in)) {
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
     return layer_backward_reference_call(grads, in, output_mask);
   }
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_backward_call(grads, in, output, saved, output_mask);
+    return layer_backward_call(grads, in, output, saved, output_mask, groups);
   };
-  const bool records =
-      torch::autograd::compute_requires_grad(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights);
   LayerGrads result = records ? record_layer_backward(grads, in, output_mask, compute) : compute();
   if (!along_inputs && !along_grads) return result;
   std::vector<at::Tensor> tangents;

@@ -23,7 +23,7 @@ const auto& layer_backward_op() {
                             const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList,
                             const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensors&,
                             const at::Tensor&, const at::Tensor&, std::string_view, bool, bool, bool,
-                            const c10::List<bool>&)>();
+                            const c10::List<bool>&, c10::SymInt)>();
   return op;
 }
 
@@ -84,11 +84,11 @@ LayerResult layer_call(const LayerInputs& in, bool save, bool recompute) {
 }
 
 LayerGrads layer_backward_call(const LayerCotangents& grads, const LayerInputs& in, const at::Tensor& output,
-                               const at::Tensor& saved, const c10::List<bool>& output_mask) {
+                               const at::Tensor& saved, const c10::List<bool>& output_mask, const c10::SymInt& groups) {
   return layer_backward_op().call(grads.output, grads.h_n, grads.c_n, grads.cells, in.input, in.h_0, in.c_0, in.weights,
                                   in.batch_sizes, in.lengths, in.resets, in.masks, output, saved, in.options.cell,
-                                  in.options.bidirectional, in.options.batch_first, in.options.cell_states,
-                                  output_mask);
+                                  in.options.bidirectional, in.options.batch_first, in.options.cell_states, output_mask,
+                                  groups);
 }
 
 std::vector<at::Tensor> layer_tangent_call(const TangentInputs& in, const c10::List<bool>& output_mask) {

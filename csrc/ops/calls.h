@@ -7,7 +7,8 @@ namespace rnn_ext::ops {
 
 LayerResult layer_call(const LayerInputs& in, bool save, bool recompute);
 LayerGrads layer_backward_call(const LayerCotangents& grads, const LayerInputs& in, const at::Tensor& output,
-                               const at::Tensor& saved, const c10::List<bool>& output_mask);
+                               const at::Tensor& saved, const c10::List<bool>& output_mask,
+                               const c10::SymInt& groups = 0);
 
 /// What layer_tangent is given: for the time of the call.
 struct TangentInputs {

@@ -24,7 +24,8 @@ TORCH_LIBRARY(rnn_ext, m) {
       "layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, Tensor input, "
       "Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
       "Tensor?[] masks, Tensor output, Tensor saved, str cell, bool bidirectional, bool batch_first, bool cell_states, "
-      "bool[] output_mask) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)");
+      "bool[] output_mask, SymInt groups=0) "
+      "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)");
   m.def("random_mask(Tensor seed, SymInt[] size, float p, float value, ScalarType dtype) -> Tensor");
   // A derivative in a direction: `tensors` are the first eight arguments of layer_backward, `tangents` the direction in
   // the same order. Returns the derivatives of the four results of layer, then of the gradients of input, h_0, c_0 and
@@ -278,7 +279,7 @@ void LayerShape::check_cotangents(const LayerCotangents& grads, const at::Tensor
 
 void LayerShape::check_backward(const LayerCotangents& grads, const LayerInputs& in, const at::Tensor& output,
                                 const at::Tensor& saved, at::ScalarType saved_dtype, int64_t saved_numel,
-                                const c10::List<bool>& output_mask) const {
+                                const c10::List<bool>& output_mask, int64_t groups) const {
   check_cotangents(grads, in.input);
   check_optional(output, in.input, sequence_sizes(sizes.directions * sizes.output()), "output");
   TORCH_CHECK(saved.scalar_type() == saved_dtype && saved.numel() == saved_numel, "expected saved as ", saved_numel,
@@ -286,6 +287,13 @@ void LayerShape::check_backward(const LayerCotangents& grads, const LayerInputs&
               " of ", saved.scalar_type());
   TORCH_CHECK(output_mask.size() == 3 + in.weights.size(), "expected output_mask of ", 3 + in.weights.size(),
               " values, got ", output_mask.size());
+  if (groups != 0) {
+    TORCH_CHECK(groups > 0 && batch % groups == 0, "expected groups of equally many batch entries, got ", groups,
+                " groups of ", batch, " entries");
+    const bool plain = variant == cpu::Variant::kPlain && sizes.proj == 0;
+    TORCH_CHECK_NOT_IMPLEMENTED(in.input.is_cpu() && plain && !packed,
+                                "groups are of plain layers without projection, not packed, on the CPU");
+  }
   const OptionalTensor* const states[] = {&in.h_0, &in.c_0};
   for (size_t i = 0; i < 2; ++i) {
     TORCH_CHECK(!output_mask.get(1 + i) || states[i]->has_value(), "output_mask asks for the gradient of ",

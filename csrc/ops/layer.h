@@ -89,10 +89,11 @@ struct LayerShape {
   bool batch_first = false;
 
   /// Checks what backward is given besides: gradients like the results they belong to; output and saved (so many values
-  /// of a dtype) as forward returns them; and which gradients of the input, the states and the weights it is asked for.
+  /// of a dtype) as forward returns them; which gradients of the input, the states and the weights it is asked for; and
+  /// the groups of batch entries that have weight gradients of their own, 0: none.
   void check_backward(const LayerCotangents& grads, const LayerInputs& in, const at::Tensor& output,
                       const at::Tensor& saved, at::ScalarType saved_dtype, int64_t saved_numel,
-                      const c10::List<bool>& output_mask) const;
+                      const c10::List<bool>& output_mask, int64_t groups) const;
 
   /// The same of what layer_tangent is given.
   void check_tangents(const OptionalTensors& tangents, const OptionalTensors& tensors, const TangentTensors& given,

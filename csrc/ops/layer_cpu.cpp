@@ -190,13 +190,13 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
                               const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                               const OptionalTensor& resets, const OptionalTensors& masks, const at::Tensor& output,
                               const at::Tensor& saved, std::string_view cell, bool bidirectional, bool batch_first,
-                              bool cell_states, const c10::List<bool>& output_mask) {
+                              bool cell_states, const c10::List<bool>& output_mask, int64_t groups) {
   leave_inherited_pool();
   const LayerInputs in{
       input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, {cell, bidirectional, batch_first, cell_states}};
   const LayerShape shape(in);
   shape.check_backward({grad_output, grad_h_n, grad_c_n, grad_cells}, in, output, saved, compute_type(input),
-                       saved_numel(shape), output_mask);
+                       saved_numel(shape), output_mask, groups);
   const at::ScalarType dtype = backward_type(input, shape.variant);
   const auto options = input.options().dtype(compute_type(input));
   const cpu::Sizes& sizes = shape.sizes;
@@ -231,7 +231,11 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   if (output_mask.get(2)) dc_0 = empty({sizes.directions, shape.batch, sizes.hidden}, options);
   std::vector<at::Tensor> dw(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
-    if (output_mask.get(3 + i)) dw[i] = empty(weights[i].sizes(), narrow.grads ? input.options() : options);
+    if (!output_mask.get(3 + i)) continue;
+    std::vector<int64_t> size = weights[i].sizes().vec();
+    if (groups > 0) size.insert(size.begin(), groups);
+    dw[i] = empty(size, narrow.grads ? input.options() : options);
+    if (groups > 0 && shape.rows == 0) dw[i].zero_();
   }
 
   with_stored<float, double, cpu::BFloat16>(dtype, [&](auto storage) {
@@ -267,6 +271,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     }
     args.narrow = storage_of(input.scalar_type());
     args.narrow_grads = narrow.grads;
+    args.groups = groups;
     cpu::layer_backward(args, executor());
   });
 

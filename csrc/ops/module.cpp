@@ -9,6 +9,7 @@
 #include "cpu/memory.h"
 #include "cpu/with_cell.h"
 #include "ops/calls.h"
+#include "ops/each.h"
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
 #include "ops/plain_forward.h"
@@ -159,6 +160,7 @@ PYBIND11_MODULE(_C, m) {
   if (PyModule_AddFunctions(m.ptr(), rnn_ext::ops::plain_forward) < 0) throw pybind11::error_already_set();
   m.def("step", torch::wrap_pybind_function_no_gil(&step), "One timestep of a layer; see rnn_ext.ops.step.");
   m.def("stack", torch::wrap_pybind_function_no_gil(&rnn_ext::ops::stack), "Several layers; see rnn_ext.ops.stack.");
+  m.def("call_each", &rnn_ext::ops::call_each, "An op for each entry of what vmap maps; see rnn_ext.batching.");
   m.def(
       "saved_values",
       [](std::string_view cell, bool projected, int variant) {

@@ -161,6 +161,36 @@ void add_tangents(const Config& config, const BackwardArgs<T>& backward, const E
   }
 }
 
+/// Gradients of weights by group, of which what is given has the sums. Pairs of batch entries, or single ones.
+template <class S>
+void add_groups(const Config& config, BackwardArgs<S> args, const Executor& executor, Results& results) {
+  using T = Compute<S>;
+  args.groups = config.batch % 2 == 0 ? config.batch / 2 : config.batch;
+  args.grad_input = {};
+  args.grad_h_0 = args.grad_c_0 = nullptr;
+  const std::vector<int64_t> sizes = weight_sizes(config);
+  std::vector<Array<T>> grads;
+  std::vector<const T*> sums;
+  for (int64_t i = 0; i < config.directions * kWeights; ++i) {
+    void*& grad = args.grad_weights[i / kWeights].*kMembers<void>[i % kWeights];
+    grads.emplace_back(grad ? args.groups * sizes[size_t(i % kWeights)] : 0);
+    sums.push_back(static_cast<const T*>(grad));
+    if (grad) grad = grads.back().begin();
+  }
+  layer_backward(args, executor);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    results.add(grads[i], "a group's gradient of a weight");
+    const int64_t size = grads[i].size() / args.groups;
+    double largest = 1;
+    for (int64_t k = 0; k < size; ++k) largest = std::max(largest, std::abs(double(sums[i][k])));
+    for (int64_t k = 0; k < size; ++k) {
+      double sum = 0;
+      for (int64_t group = 0; group < args.groups; ++group) sum += grads[i].begin()[group * size + k];
+      if (!(std::abs(sum - sums[i][k]) <= 1e-4 * largest)) fail(config, "gradients of groups have another sum");
+    }
+  }
+}
+
 /// Forward and backward, or forward alone of what is only widened; nothing of a layout for which not even that is
 /// there.
 template <class S>
@@ -291,8 +321,12 @@ Results run(const Config& config, const Executor& executor) {
       for (int i = 0; i < kWeights; ++i)
         if (backward.grad_weights[d].*kMembers<void>[i]) results.add(g[i], kGradNames[i]);
     }
+    const bool plain = config.variant == Variant::kPlain && !config.proj;
+    if constexpr (!std::is_same_v<S, Float16>) {
+      if (plain && config.form != Config::kPacked && layout.rows > 0) add_groups(config, backward, executor, results);
+    }
     if constexpr (!kIs16Bit) {
-      if (config.variant == Variant::kPlain && !config.proj) add_tangents<T>(config, backward, executor, results);
+      if (plain) add_tangents<T>(config, backward, executor, results);
     }
   }
   if (!results.problem.empty()) fail(config, results.problem);

@@ -1,0 +1,20 @@
+// An op for each entry of what vmap maps.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace rnn_ext::ops {
+
+/// Of each argument the dimension that has the entries; of a list that of each of its tensors.
+using MappedDims = std::vector<std::vector<std::optional<int64_t>>>;
+
+/// Calls rnn_ext::`name` for each of `count` entries of the arguments and stacks what the calls return.
+pybind11::object call_each(const std::string& name, int64_t count, const MappedDims& dims,
+                           const pybind11::args& arguments);
+
+}  // namespace rnn_ext::ops
