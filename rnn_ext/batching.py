@@ -101,9 +101,8 @@ def _steps_and_batch(x: Tensor, dim: int | None, batch_first: bool) -> tuple[int
     return (shape[1], shape[0]) if batch_first else (shape[0], shape[1])
 
 
-def _is_plain(weights: Sequence[Tensor], masks: Sequence[Tensor | None], bidirectional: bool) -> bool:
-    """Whether it is a layer whose weights can have a gradient for each entry: without projection, masks and layer
-    normalisation."""
+def _has_groups(weights: Sequence[Tensor], masks: Sequence[Tensor | None], bidirectional: bool) -> bool:
+    """Whether layer_backward has `groups` for such a layer: one without projection, masks and layer normalisation."""
     return len(weights) // (2 if bidirectional else 1) in (2, 4) and not any(mask is not None for mask in masks)
 
 
@@ -113,7 +112,7 @@ def _layer(size, in_dims, args):
     # `saved` has a row for each timestep and sequence in the kernel's order, by falling length. Where all are equally
     # long the entries can be told apart, [D, L, size, N, ..]; else backward must take them together. On CUDA it is
     # bytes in parts.
-    apart = save and (input.is_cuda or (lengths is not None and not _is_plain(weights, masks, bidirectional)))
+    apart = save and (input.is_cuda or (lengths is not None and not _has_groups(weights, masks, bidirectional)))
     if _any_mapped(in_dims[3]) or batch_sizes is not None or size == 0 or apart:
         return _loop("layer", size, in_dims, args)
     folding = _Folding(size, batch_first)
@@ -125,10 +124,10 @@ def _layer(size, in_dims, args):
         save, *recompute,
     )  # fmt: skip
     results, dims = folding.unfold_all((output, h_n, c_n, cells), (batch, 1, 1, batch))
+    if save and saved.dtype == torch.uint8:  # of CUDA's kernels, on the emulator
+        return _loop("layer", size, in_dims, args)
     if not save or lengths is not None:
         return (*results, saved), (*dims, None)
-    if saved.dtype == torch.uint8:  # of CUDA's kernels, on the emulator
-        return _loop("layer", size, in_dims, args)
     directions = 2 if bidirectional else 1
     steps, entries = _steps_and_batch(results[0], dims[0], batch_first)
     saved = saved.view(directions, steps, size, entries, -1) if saved.numel() else saved.new_empty(1, 1, size, 0, 1)
@@ -144,7 +143,7 @@ def _layer_backward(size, in_dims, args):
     input, weights, batch_sizes, lengths, masks = (args[i] for i in (4, 7, 8, 9, 11))
     apart = _any_mapped(in_dims[7]) or batch_sizes is not None or args[13].dtype == torch.uint8
     if any(args[18][3:]):
-        apart = apart or not _is_plain(weights, masks, bidirectional=args[15])
+        apart = apart or not _has_groups(weights, masks, bidirectional=args[15])
     was_mapped = _any_mapped((*in_dims[4:7], *in_dims[9:11]))  # forward
     if lengths is not None:  # then `saved` is that of all entries, unless it comes from _loop
         apart = apart or in_dims[13] is not None or not was_mapped

@@ -20,7 +20,8 @@ cell           "rnn_tanh", "rnn_relu", "gru" or "lstm"
 output         in the layout of the input, D * (P or H) features; zeros where a sequence has ended
 h_n, c_n       (D, N, P or H), (D, N, H); c_n is empty for cells without a cell state
 cells          the cell state of every timestep, D * H features, where ``cell_states``; else empty
-saved          what backward needs, opaque; empty unless ``save``, which autograd sets by itself
+saved          what backward needs, opaque; empty unless ``save``, which autograd sets by itself. Under a vmap with
+               ``lengths`` it is of use within this vmap only
 recompute      whether autograd keeps neither ``saved`` nor ``output`` and its backward computes them once more
 groups         of backward: the batch is so many groups of equally many entries, each with weight gradients of its own,
                stacked; 0: all have the same. For plain layers without projection and `batch_sizes` on the CPU

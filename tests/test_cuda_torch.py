@@ -285,14 +285,16 @@ def test_gradcheck_and_double_backward(cell):
         assert torch.autograd.gradgradcheck(layer, tuple(leaves.values()))
 
 
+@pytest.mark.parametrize("lengths", [None, [2]], ids=["", "lengths"])
 @pytest.mark.parametrize("layout", ["dense", "batch_first"])
-def test_vmap_of_gradients(layout):
+def test_vmap_of_gradients(layout, lengths):
     """Per-sample gradients: what is kept for backward is not cut along the batch."""
     problem = util.build(Case("lstm", layout, state=False, size=(3, 4, 2, 5)), torch.float64)
     batch = 0 if layout == "batch_first" else 1
 
     def loss(weights, x):
         output = ops.layer(x.unsqueeze(batch), None, None, list(weights.values()), cell="lstm",
+                           lengths=None if lengths is None else torch.tensor(lengths),
                            batch_first=layout == "batch_first")[0]  # fmt: skip
         return output.square().sum()
 

@@ -131,16 +131,30 @@ def test_threads_do_not_change_a_bit(cell):
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(dict(enumerate(in_groups(arguments(problem), 8))))
+        given = arguments(problem)  # fewer groups than threads, which share each, and more
+        found.append(dict(enumerate(x for groups in (1, 2, 8) for x in in_groups(given, groups))))
     same_bits(found[1], found[0])
     same_bits(found[2], found[0])
 
 
-def test_no_rows():
-    """No timesteps: zeros for each group."""
-    *_, weights = backward(**arguments(build(Case("gru", size=(0, 4, 3, 5)))), groups=2)
-    assert [w.shape[0] for w in weights] == [2] * 4
+@pytest.mark.parametrize("size", [(0, 4, 3, 5), (3, 0, 3, 5)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_rows(cell, size):
+    """No timesteps or no entries: zeros for each group."""
+    *_, weights = backward(**arguments(build(Case(cell, bidirectional=True, size=size))), groups=2)
+    assert [w.shape[0] for w in weights] == [2] * 8
     assert not any(w.any() for w in weights)
+
+
+@pytest.mark.parametrize("lengths", [[2, 4, 1, 3], [0, 0, 0, 4], [3, 3, 0, 0], [0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_sequence_is_full(cell, lengths):
+    """All end before the last timestep, groups that have none among them."""
+    problem = build(Case(cell, bidirectional=True, lengths=True, size=(9, 4, 3, 5)))
+    problem.lengths = torch.tensor(lengths)
+    for _ in instruction_sets():
+        for groups in (1, 2, 4):
+            agree(arguments(problem), groups)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -167,9 +181,11 @@ def test_derivatives(cell):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("groups", [3, -1, 8])
-def test_uneven_groups(groups):
+def test_uneven_groups(groups, recorded):
     given = arguments(build(Case("rnn_tanh", size=(5, 4, 3, 7))).to(torch.float32))
+    given["input"].requires_grad_(recorded)
     with pytest.raises(RuntimeError, match=f"equally many batch entries, got {groups} groups of 4 entries"):
         backward(**given, groups=groups)
 
@@ -191,12 +207,13 @@ def test_opcheck():
 
 
 class Calls(TorchDispatchMode):
-    """How many calls of backward there are."""
+    """How many calls of backward there are, and of forward."""
 
-    count = 0
+    count = forward = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is backward.default
+        self.forward += func is torch.ops.rnn_ext.layer.default
         return func(*args, **(kwargs or {}))
 
 
@@ -213,43 +230,62 @@ def test_per_sample_gradients_are_one_call(kind, options):
 
     expected = [torch.func.grad(loss)(parameters, sample) for sample in x]
     expected = {name: torch.stack([grad[name] for grad in expected]) for name in parameters}
-    with Calls() as seen:
-        found = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
-    assert seen.count == layer.num_layers
-    torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("which", ["lengths", "resets", "both"])
-@pytest.mark.parametrize("cell", CELLS)
-def test_ragged_per_sample_gradients_are_one_call(cell, which):
-    """Lengths and resets of each entry's own, or the same for all."""
-    problem = build(Case(cell, "batch_first", True, lengths=which != "resets", resets=which != "lengths"))
-    inputs = torch.randn(5, *problem.input.shape, dtype=torch.float64)
-    leaves = problem.leaves()
-
-    def loss(leaves: dict[str, Tensor], input: Tensor, lengths: Tensor | None) -> Tensor:
-        results = run(dataclasses.replace(problem.having(leaves | {"input": input}), lengths=lengths))
-        return sum(t.pow(2).sum() for t in results.values())
-
-    lengths = None if problem.lengths is None else torch.stack([problem.lengths.roll(k) for k in range(5)])
-    for mapped in (False, True):
-        given = lengths if mapped or lengths is None else problem.lengths
-        dims = (None, 0, 0 if mapped and lengths is not None else None)
+    for given in (parameters, dict(layer.named_parameters())):  # autograd records it, or not
         with Calls() as seen:
-            found = torch.vmap(torch.func.grad(loss), dims)(leaves, inputs, given)
-        assert seen.count == 1
-        own = [given if dims[2] is None else given[i] for i in range(5)]
-        expected = [torch.func.grad(loss)(leaves, x, n) for x, n in zip(inputs, own, strict=True)]
-        torch.testing.assert_close(found, {k: torch.stack([e[k] for e in expected]) for k in leaves})
-    # A Jacobian for each sample: cotangents mapped within, and what forward saved is of all samples.
-    jacobian = torch.func.jacrev(lambda p, x, n: run(dataclasses.replace(problem.having(p | {"input": x}), lengths=n)))
-    found = torch.vmap(jacobian, dims)(
-        {"weight_hh": leaves["weight_hh"]}, inputs[:2], lengths if dims[2] is None else lengths[:2]
-    )
-    one = jacobian({"weight_hh": leaves["weight_hh"]}, inputs[1], own[1])
-    torch.testing.assert_close(
-        {k: v["weight_hh"][1] for k, v in found.items()}, {k: v["weight_hh"] for k, v in one.items()}
-    )
+            found = torch.vmap(torch.func.grad(loss), (None, 0))(given, x)
+        assert seen.count == seen.forward == layer.num_layers
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("resets", [None, 0], ids=["resets", "resets of each"])
+@pytest.mark.parametrize("lengths", [None, 0], ids=["lengths", "lengths of each"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_ragged_per_sample_gradients_are_one_call(cell, lengths, resets):
+    """Lengths and resets of each entry's own, or the same for all."""
+    problem = build(Case(cell, "batch_first", True, lengths=True, resets=True))
+    leaves = problem.leaves()
+    inputs = torch.randn(5, *problem.input.shape, dtype=torch.float64)
+    own_lengths = torch.randint(0, 5, (5, *problem.lengths.shape))  # none is full
+    own_resets = torch.rand(5, *problem.resets.shape) < 0.3
+    given = (leaves, inputs, own_lengths[0] if lengths is None else own_lengths)
+    given += (own_resets[0] if resets is None else own_resets,)
+    dims = (None, 0, lengths, resets)
+    samples = [[x if dim is None else x[i] for x, dim in zip(given, dims, strict=True)] for i in range(5)]
+
+    def results(leaves: dict[str, Tensor], input: Tensor, lengths: Tensor, resets: Tensor) -> dict[str, Tensor]:
+        return run(dataclasses.replace(problem.having(leaves | {"input": input}), lengths=lengths, resets=resets))
+
+    def loss(*given) -> Tensor:
+        return sum(t.pow(2).sum() for t in results(*given).values())
+
+    with Calls() as seen:
+        found = torch.vmap(torch.func.grad(loss), dims)(*given)
+    assert seen.count == seen.forward == 1
+    expected = [torch.func.grad(loss)(*sample) for sample in samples]
+    torch.testing.assert_close(found, {k: torch.stack([e[k] for e in expected]) for k in leaves})
+    # A Jacobian for each sample: cotangents are mapped within, and what forward saved is of all samples.
+    jacobian = torch.func.jacrev(lambda w, *rest: results(leaves | {"weight_hh": w}, *rest))
+    found = torch.vmap(jacobian, dims)(leaves["weight_hh"], *given[1:])
+    expected = [jacobian(leaves["weight_hh"], *sample[1:]) for sample in samples]
+    torch.testing.assert_close(found, {k: torch.stack([e[k] for e in expected]) for k in found})
+
+
+def test_tangents_of_cotangents_are_two_calls():
+    """Backward is linear in the gradients of the results."""
+    layer = rnn_ext.GRU(3, 5, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    inputs, scales = torch.randn(6, 4, 2, 3, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+
+    def per_sample(scales: Tensor) -> dict[str, Tensor]:
+        def loss(p: dict[str, Tensor], x: Tensor, scale: Tensor) -> Tensor:
+            return torch.func.functional_call(layer, p, (x,))[0].sum() * scale
+
+        return torch.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, inputs, scales)
+
+    with Calls() as seen:
+        _, found = torch.func.jvp(per_sample, (scales,), (torch.ones_like(scales),))
+    assert seen.count == 2
+    torch.testing.assert_close(found, per_sample(torch.ones_like(scales)))
 
 
 @pytest.mark.parametrize("kind", [rnn_ext.RNN, rnn_ext.GRU, rnn_ext.LSTM])

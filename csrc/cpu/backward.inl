@@ -100,7 +100,7 @@ class Chunks {
   static constexpr int64_t kRows = 384;  // at least: their gate gradients should stay in the cache, but amortise passes
 
   Chunks(const Layout& layout, bool reverse, bool whole)
-      : layout_(layout), reverse_(reverse), rows_(whole ? layout.rows : kRows), next_(reverse ? 0 : layout.steps) {}
+      : layout_(layout), reverse_(reverse), rows_(whole ? INT64_MAX : kRows), next_(reverse ? 0 : layout.steps) {}
 
   /// The most rows a chunk can have.
   static int64_t capacity(const Layout& layout, bool whole) {
@@ -137,16 +137,15 @@ int64_t spread(int64_t width) {
 /// for those of the last step, which its first step reads.
 template <class Cell, class S>
 struct ChunkGrads {
-  ChunkGrads(const Sizes& s, const Layout& layout, bool whole)
-      : ChunkGrads(s, layout.batch, Chunks::capacity(layout, whole)) {}
-  ChunkGrads(const Sizes& s, int64_t batch, int64_t capacity)
+  /// Of so many rows at most; `pairs`: see pair().
+  ChunkGrads(const Sizes& s, int64_t batch, int64_t capacity, bool pairs)
       : stride(spread<S>(Cell::kGradGates * s.padded())),
         proj_stride(s.proj ? spread<S>(Sizes::padded(s.proj)) : 0),
         gates(capacity * stride),
         last_step(batch * stride),
         proj(capacity * proj_stride),
-        paired_gates(kPack<S> > 1 ? elements<S>(capacity) * stride : 0),
-        paired_proj(kPack<S> > 1 ? elements<S>(capacity) * proj_stride : 0) {}
+        paired_gates(pairs && kPack<S> > 1 ? elements<S>(capacity) * stride : 0),
+        paired_proj(pairs && kPack<S> > 1 ? elements<S>(capacity) * proj_stride : 0) {}
   int64_t stride, proj_stride;
   Buffer<S> gates;      // [chunk rows, gate gradients, padded H]
   Buffer<S> last_step;  // [batch, gate gradients, padded H], of the chunk before

@@ -216,75 +216,87 @@ class ParameterGradients {
   Buffer<T> bias_sums_;  // [gate gradients, padded H]
 };
 
-/// A group of batch entries as a batch of its own.
-struct Group {
-  Group(const Layout& all, int64_t groups, int64_t group)
-      : first(all.batch / groups * group),
-        rows(all.batch / groups),
-        order(all.batch / groups),
-        batch_sizes(all.steps),
-        offsets(all.steps) {
-    int64_t alive = 0;
-    for (int64_t j = 0; j < all.batch; ++j) {
-      const int64_t entry = all.entry(j) - first;
-      if (entry < 0 || entry >= all.batch / groups) continue;
-      rows.get()[alive] = j;
-      order.get()[alive++] = entry;
-    }
-    layout.batch = alive;
-    layout.batch_sizes = batch_sizes.get();
-    layout.offsets = offsets.get();
-    layout.order = all.order ? order.get() : nullptr;
-    for (int64_t t = 0; t < all.steps; ++t) {
-      while (alive > 0 && rows.get()[alive - 1] >= all.batch_sizes[t]) --alive;
-      if (alive == 0) break;
-      batch_sizes.get()[t] = alive;
-      offsets.get()[t] = layout.rows;
-      layout.rows += alive;
-      ++layout.steps;
-    }
+/// For each group of batch entries, one after the other, which rows of a step are its rows.
+inline void find_group_rows(const Layout& layout, int64_t groups, int64_t* rows) {
+  const int64_t size = layout.batch / groups;
+  Buffer<int64_t> found(groups, true);
+  for (int64_t j = 0; j < layout.batch; ++j) {
+    const int64_t group = layout.entry(j) / size;
+    rows[group * size + found.get()[group]++] = j;
   }
-
-  const int64_t first;   // entry
-  Buffer<int64_t> rows;  // [entries] which of all rows of a step are its rows
-  Buffer<int64_t> order, batch_sizes, offsets;
-  Layout layout;
-};
-
-/// The gradients of one direction's parameters of a group of batch entries alone, once all steps have been scanned.
-template <class Cell, class S>
-void group_gradients(const BackwardArgs<S>& all, const ChunkGrads<Cell, S>& grads, int direction, int64_t number) {
-  const Group group(all.layout, all.groups, number);
-  const int64_t hidden = all.sizes.hidden, gates = Cell::kGates * hidden;
-  BackwardArgs<S> args = all;
-  args.layout = group.layout;
-  args.input.data += group.first * args.input.row;
-  args.output.data += group.first * args.output.row;
-  if (args.resets.data) args.resets.data += group.first * args.resets.row;
-  if (args.h_0) args.h_0 += (direction * (all.layout.batch - group.layout.batch) + group.first) * hidden;
-  with_storage<Compute<S>>(args.grad_storage(), [&]<class To>() {
-    const auto move = [&](void*& grad, int64_t size) {
-      if (grad) grad = static_cast<To*>(grad) + number * size;
-    };
-    Weights<void>& to = args.grad_weights[direction];
-    move(to.weight_ih, gates * args.sizes.input);
-    move(to.weight_hh, gates * hidden);
-    move(to.bias_ih, gates);
-    move(to.bias_hh, gates);
-  });
-  ChunkGrads<Cell, S> own(args.sizes, args.layout, true);
-  own.chunk = {0, args.layout.steps, 0, args.layout.rows};
-  for (int64_t t = 0; t < args.layout.steps; ++t) {
-    for (int64_t j = 0; j < args.layout.batch_sizes[t]; ++j)
-      std::memcpy(static_cast<void*>(own.gates_at(args.layout, t, j)),
-                  grads.gates_at(all.layout, t, group.rows.get()[j]), size_t(own.stride) * sizeof(S));
-  }
-  own.pair();
-  ParameterGradients<Cell, S> parameters(args, own, direction);
-  parameters.take();
-  for (int64_t task = 0; task < parameters.tasks(); ++task) parameters.run(task, true);
-  parameters.finish();
 }
+
+/// The gradients of one direction's parameters of a group of batch entries alone, once all steps have been scanned:
+/// as if the group were a batch of its own.
+template <class Cell, class S>
+class GroupGradients {
+ public:
+  /// `rows`: those of the group, as of find_group_rows().
+  GroupGradients(const BackwardArgs<S>& all, const ChunkGrads<Cell, S>& grads, int direction, int64_t group,
+                 const int64_t* rows)
+      : first_(all.layout.batch / all.groups * group),
+        order_(all.layout.batch / all.groups),
+        batch_sizes_(all.layout.steps),
+        offsets_(all.layout.steps),
+        args_(args_of(all, direction, group, rows)),
+        grads_(args_.sizes, args_.layout.batch, args_.layout.rows, true),
+        parameters_(args_, grads_, direction) {
+    const Layout& layout = args_.layout;
+    grads_.chunk = {0, layout.steps, 0, layout.rows};
+    for (int64_t t = 0; t < layout.steps; ++t) {
+      for (int64_t j = 0; j < layout.batch_sizes[t]; ++j)
+        std::memcpy(static_cast<void*>(grads_.gates_at(layout, t, j)), grads.gates_at(all.layout, t, rows[j]),
+                    size_t(grads_.stride) * sizeof(S));
+    }
+    grads_.pair();
+    parameters_.take();
+  }
+
+  int64_t tasks() const { return parameters_.tasks(); }
+  void run(int64_t task) { parameters_.run(task, true); }
+  void finish() { parameters_.finish(); }
+
+ private:
+  BackwardArgs<S> args_of(const BackwardArgs<S>& all, int direction, int64_t group, const int64_t* rows) {
+    const int64_t hidden = all.sizes.hidden, gates = Cell::kGates * hidden, batch = all.layout.batch / all.groups;
+    BackwardArgs<S> args = all;
+    args.groups = 0;
+    Layout& layout = args.layout;
+    layout = {0, batch, 0, batch_sizes_.get(), offsets_.get()};
+    for (int64_t t = 0, alive = batch; t < all.layout.steps; ++t, ++layout.steps) {
+      while (alive > 0 && rows[alive - 1] >= all.layout.batch_sizes[t]) --alive;
+      if (alive == 0) break;
+      batch_sizes_.get()[t] = alive;
+      offsets_.get()[t] = layout.rows;
+      layout.rows += alive;
+    }
+    if (all.layout.order) {
+      for (int64_t j = 0; j < batch; ++j) order_.get()[j] = all.layout.entry(rows[j]) - first_;
+      layout.order = order_.get();
+    }
+    args.input.data += first_ * args.input.row;
+    args.output.data += first_ * args.output.row;
+    if (args.resets.data) args.resets.data += first_ * args.resets.row;
+    if (args.h_0) args.h_0 += (direction * (all.layout.batch - batch) + first_) * hidden;
+    with_storage<Compute<S>>(args.grad_storage(), [&]<class To>() {
+      const auto move = [&](void*& grad, int64_t size) {
+        if (grad) grad = static_cast<To*>(grad) + group * size;
+      };
+      Weights<void>& to = args.grad_weights[direction];
+      move(to.weight_ih, gates * args.sizes.input);
+      move(to.weight_hh, gates * hidden);
+      move(to.bias_ih, gates);
+      move(to.bias_hh, gates);
+    });
+    return args;
+  }
+
+  const int64_t first_;  // entry
+  Buffer<int64_t> order_, batch_sizes_, offsets_;
+  const BackwardArgs<S> args_;
+  ChunkGrads<Cell, S> grads_;
+  ParameterGradients<Cell, S> parameters_;
+};
 
 /// The scans of one direction: one for each slice of the batch, or for each member of the team that shares the units.
 template <class Cell, class S>
@@ -343,17 +355,21 @@ class BackwardPass {
   using T = Compute<S>;
 
  public:
-  BackwardPass(const BackwardArgs<S>& args, int direction, Shares shares)
+  BackwardPass(const BackwardArgs<S>& args, int direction, Shares shares, int threads)
       : args_(args),
         direction_(direction),
         weight_ih_({args.weights[direction].weight_ih, args.narrow_ih[direction], args.narrow}, args.sizes.hidden,
                    args.sizes.input, args.grad_input.data, args.layout.rows),
         chunks_(args.layout, direction == 1, args.groups > 0),
-        grads_(args.sizes, args.layout, args.groups > 0),
+        grads_(args.sizes, args.layout.batch, Chunks::capacity(args.layout, args.groups > 0), args.groups == 0),
         scans_(make_scans<Cell>(args, direction, shares)),
         members_(shares.members),
+        group_tasks_(args.groups < threads ? 0 : args.groups),
+        group_rows_(args.groups > 0 ? args.layout.batch : 0),
         parameters_(args.groups > 0 ? nullptr
-                                    : std::make_unique<ParameterGradients<Cell, S>>(args, grads_, direction)) {}
+                                    : std::make_unique<ParameterGradients<Cell, S>>(args, grads_, direction)) {
+    if (args.groups > 0) find_group_rows(args.layout, args.groups, group_rows_.get());
+  }
 
   bool next_chunk() {
     ++count_;
@@ -373,10 +389,16 @@ class BackwardPass {
 
   /// After the scans, before the products; there is something to do only where prepares().
   void prepare() {
+    if (!parameters_) return;
     grads_.pair();
-    if (parameters_) parameters_->take();
+    parameters_->take();
   }
   static bool prepares(const Layout& layout) { return kPack<S> > 1 || has_few_rows(layout.rows); }
+
+  /// Before the products: the gradients of groups that are fewer than the threads, which share each.
+  void run_groups(const Executor& executor) {
+    for (int64_t group = group_tasks_; group < args_.groups; ++group) run_group(group, executor);
+  }
 
   int64_t product_tasks() const {
     const int64_t input = args_.grad_input.data ? (grads_.chunk.rows + kTaskRows - 1) / kTaskRows : 0;
@@ -385,7 +407,7 @@ class BackwardPass {
 
   void run_product(int64_t task, T* input_apart, bool accumulate_input) {
     if (task < parameter_tasks()) {
-      return parameters_ ? parameters_->run(task, count_ == 1) : group_gradients<Cell>(args_, grads_, direction_, task);
+      return parameters_ ? parameters_->run(task, count_ == 1) : run_group(task, Executor());
     }
     const int64_t first = (task - parameter_tasks()) * kTaskRows;
     input_gradient<Cell>(args_, weight_ih_, grads_, input_apart, accumulate_input, first,
@@ -398,7 +420,14 @@ class BackwardPass {
   }
 
  private:
-  int64_t parameter_tasks() const { return parameters_ ? parameters_->tasks() : args_.groups; }
+  int64_t parameter_tasks() const { return parameters_ ? parameters_->tasks() : group_tasks_; }
+
+  void run_group(int64_t group, const Executor& executor) {
+    const int64_t* rows = group_rows_.get() + args_.layout.batch / args_.groups * group;
+    GroupGradients<Cell, S> gradients(args_, grads_, direction_, group, rows);
+    parallel(executor, gradients.tasks(), [&](int64_t task) { gradients.run(task); });
+    gradients.finish();
+  }
 
   const BackwardArgs<S>& args_;
   const int direction_;
@@ -408,7 +437,9 @@ class BackwardPass {
   const std::unique_ptr<Scans<Cell, S>> scans_;
   const int members_;
   Team team_;
-  const std::unique_ptr<ParameterGradients<Cell, S>> parameters_;  // null: each group of entries has its own
+  const int64_t group_tasks_;  // groups of entries that are a task each
+  Buffer<int64_t> group_rows_;
+  const std::unique_ptr<ParameterGradients<Cell, S>> parameters_;  // null: each group has its own
   int64_t count_ = 0;
 };
 
@@ -420,7 +451,7 @@ void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int 
       share_out(args.layout, args.sizes, Cell::kGates, sizeof(S), executor, !cells::kIsVariant<Cell>, true);
   Several<BackwardPass<Cell, S>> passes(last - first);
   parallel(executor, last - first,
-           [&](int64_t i) { passes[i] = new BackwardPass<Cell, S>(args, first + int(i), shares); });
+           [&](int64_t i) { passes[i] = new BackwardPass<Cell, S>(args, first + int(i), shares, executor.threads); });
   for (;;) {
     bool more[2] = {false, false};
     int64_t scans = 0, products[2] = {0, 0};
@@ -442,6 +473,9 @@ void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int 
       parallel(executor, last - first, [&](int64_t i) {
         if (more[i]) passes[i]->prepare();
       });
+    }
+    for (int i = 0; i < last - first; ++i) {
+      if (more[i]) passes[i]->run_groups(executor);
     }
     parallel(executor, products[0] + products[1], [&](int64_t task) {
       const int i = task < products[0] ? 0 : 1;

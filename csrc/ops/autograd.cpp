@@ -118,8 +118,54 @@ void set_tangent(const at::Tensor& tensor, const at::Tensor& tangent) {
   tensor._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
 }
 
-/// layer_tangent in the direction of the tangents that its arguments have.
-std::vector<at::Tensor> derivative(const LayerInputs& in, const LayerCotangents& grads, const c10::List<bool>& wanted) {
+/// layer_tangent for each of some groups of batch entries, which have weight gradients of their own. The groups' own
+/// are either the tangents of the weights, or the tangents of their gradients: of the others all have the same.
+std::vector<at::Tensor> tangents_by_group(const TangentInputs& in, const c10::List<bool>& wanted,
+                                          const c10::SymInt& groups, bool own_tangents) {
+  const int64_t sequences = in.options.batch_first ? 0 : 1, states = 1, count = groups.guard_int(__FILE__, __LINE__);
+  const auto batch_dim = [&](size_t i) { return i == 1 || i == 2 || i == 5 || i == 6 ? states : sequences; };
+  const auto part = [&](const OptionalTensor& tensor, int64_t dim, int64_t group) {
+    if (!tensor.has_value()) return tensor;
+    const c10::SymInt size = tensor->sym_size(dim) / groups;
+    return OptionalTensor(tensor->narrow_symint(dim, size * group, size));
+  };
+  const auto part_of_all = [&](const OptionalTensors& all, bool own_weights, int64_t group) {
+    OptionalTensors result;
+    for (size_t i = 0; i < all.size(); ++i) {
+      const OptionalTensor tensor = all.get(i);
+      if (i < TangentTensors::kFirstWeight) {
+        result.push_back(part(tensor, batch_dim(i), group));
+      } else {
+        result.push_back(own_weights && tensor.has_value() ? OptionalTensor(tensor->select(0, group)) : tensor);
+      }
+    }
+    return result;
+  };
+  std::vector<std::vector<at::Tensor>> found(wanted.size());
+  for (int64_t group = 0; group < count; ++group) {
+    const OptionalTensor lengths = part(in.lengths, 0, group), resets = part(in.resets, sequences, group);
+    const OptionalTensors tangents = part_of_all(in.tangents, own_tangents, group);
+    const OptionalTensors tensors = part_of_all(in.tensors, false, group);
+    std::vector<at::Tensor> results =
+        layer_tangent_call({tangents, tensors, in.batch_sizes, lengths, resets, in.masks, in.options}, wanted);
+    for (size_t i = 0; i < results.size(); ++i) found[i].push_back(std::move(results[i]));
+  }
+  std::vector<at::Tensor> joined;
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (!wanted.get(i)) {
+      joined.push_back(found[i][0]);
+    } else if (i < TangentTensors::kFirstWeight) {
+      joined.push_back(at::cat(found[i], batch_dim(i)));
+    } else {
+      joined.push_back(own_tangents ? at::stack(found[i]).sum(0) : at::stack(found[i]));
+    }
+  }
+  return joined;
+}
+
+/// layer_tangent in the direction of the tangents that its arguments have; by group where there are some.
+std::vector<at::Tensor> derivative(const LayerInputs& in, const LayerCotangents& grads, const c10::List<bool>& wanted,
+                                   const c10::SymInt& groups = 0) {
   OptionalTensors tangents, tensors;
   const auto add = [&](const OptionalTensor& tensor) {
     tangents.push_back(tangent_of(tensor));
@@ -128,7 +174,8 @@ std::vector<at::Tensor> derivative(const LayerInputs& in, const LayerCotangents&
   for (const OptionalTensor* grad : {&grads.output, &grads.h_n, &grads.c_n, &grads.cells}) add(*grad);
   for (const OptionalTensor& tensor : {OptionalTensor(in.input), in.h_0, in.c_0}) add(tensor);
   for (const at::Tensor& weight : in.weights) add(weight);
-  return layer_tangent_call({tangents, tensors, in.batch_sizes, in.lengths, in.resets, in.masks, in.options}, wanted);
+  const TangentInputs inputs{tangents, tensors, in.batch_sizes, in.lengths, in.resets, in.masks, in.options};
+  return groups == 0 ? layer_tangent_call(inputs, wanted) : tangents_by_group(inputs, wanted, groups, false);
 }
 bool has_tangent(const LayerInputs& in) {
   return has_tangent(in.input) || has_tangent(in.h_0) || has_tangent(in.c_0) ||
@@ -149,13 +196,6 @@ void add_edges(torch::autograd::edge_list& edges, const LayerInputs& in) {
 
 /// Recomputing in backward is as forward was, which autocast has had its say in.
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
-
-/// What backward needs of forward. Derivatives of a derivative go through the inputs alone.
-LayerResult recomputed(const LayerInputs& in) {
-  const at::NoGradGuard no_grad;
-  const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
-  return layer_call(in, true, true);
-}
 
 /// The arguments of a backward call, as long as a node keeps them. Derivatives go through grad_* and the layer's
 /// inputs; `output` and `saved` are functions of the latter, so their share is already counted there.
@@ -189,6 +229,7 @@ struct SavedBackwardCall {
 /// Backward of layer_backward.
 struct LayerBackwardBackward : public Node {
   SavedBackwardCall saved;
+  c10::SymInt groups;
 
   std::string name() const override { return "RnnExtLayerBackwardBackward"; }
   void release_variables() override {
@@ -253,7 +294,9 @@ struct LayerBackward : public Node {
     const LayerInputs in{input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, call.options()};
     at::Tensor forward_output, forward_saved;
     if (recomputes()) {
-      const LayerResult again = recomputed(in);
+      const at::NoGradGuard no_grad;  // derivatives of a derivative go through the inputs alone
+      const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+      LayerResult again = layer_call(in, true, true);
       forward_output = std::get<0>(again);
       forward_saved = std::get<4>(again);
     } else {
@@ -303,7 +346,9 @@ variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
     OptionalTensors tangents;
     tangents.resize(SavedBackwardCall::kGrads, std::nullopt);
     tangents.append(cotangents);
-    return saved.with_tangents(tangents, [&](const TangentInputs& in) { return layer_tangent_call(in, wanted); });
+    return saved.with_tangents(tangents, [&](const TangentInputs& in) {
+      return groups == 0 ? layer_tangent_call(in, wanted) : tangents_by_group(in, wanted, groups, true);
+    });
   });
 }
 
@@ -404,47 +449,20 @@ void each_gradient(const LayerGrads& grads, const Fn& fn) {
 
 /// Autograd's record of a backward call whose results compute() gives.
 LayerGrads record_layer_backward(const LayerCotangents& grads, const LayerInputs& in,
-                                 const c10::List<bool>& output_mask, c10::function_ref<LayerGrads()> compute) {
+                                 const c10::List<bool>& output_mask, const c10::SymInt& groups,
+                                 c10::function_ref<LayerGrads()> compute) {
   auto node = make_node<LayerBackwardBackward>();
   torch::autograd::edge_list edges;
   for (const OptionalTensor* grad : {&grads.output, &grads.h_n, &grads.c_n, &grads.cells}) add_edge(edges, *grad);
   add_edges(edges, in);
   node->set_next_edges(std::move(edges));
   node->saved.save(grads, in);
+  node->groups = groups;
   LayerGrads result = compute();
   each_gradient(result, [&](size_t i, const at::Tensor& grad) {
     torch::autograd::set_history(output_mask.get(i) ? grad : at::Tensor(), node);
   });
   return result;
-}
-
-/// The gradients of each group of batch entries by a call of its own, whose derivatives are known.
-LayerGrads layer_backward_by_group(const LayerCotangents& grads, const LayerInputs& in,
-                                   const c10::List<bool>& output_mask, int64_t groups) {
-  const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
-  const int64_t sequences = in.options.batch_first ? 0 : 1, states = 1;
-  const auto part = [&](const OptionalTensor& tensor, int64_t dim, int64_t i) {
-    if (!tensor.has_value()) return tensor;
-    const c10::SymInt size = tensor->sym_size(dim) / groups;
-    return OptionalTensor(tensor->narrow_symint(dim, size * i, size));
-  };
-  std::vector<std::vector<at::Tensor>> found(3 + in.weights.size());
-  for (int64_t i = 0; i < groups; ++i) {
-    const OptionalTensor output = part(grads.output, sequences, i), h_n = part(grads.h_n, states, i),
-                         c_n = part(grads.c_n, states, i), cells = part(grads.cells, sequences, i);
-    const OptionalTensor h_0 = part(in.h_0, states, i), c_0 = part(in.c_0, states, i);
-    const OptionalTensor lengths = part(in.lengths, 0, i), resets = part(in.resets, sequences, i);
-    const at::Tensor input = *part(in.input, sequences, i);
-    const LayerInputs own{input, h_0, c_0, in.weights, in.batch_sizes, lengths, resets, in.masks, in.options};
-    const LayerResult again = recomputed(own);
-    each_gradient(
-        layer_backward_call({output, h_n, c_n, cells}, own, std::get<0>(again), std::get<4>(again), output_mask),
-        [&](size_t k, const at::Tensor& grad) { found[k].push_back(grad); });
-  }
-  const auto join = [&](size_t k, int64_t dim) { return output_mask.get(k) ? at::cat(found[k], dim) : found[k][0]; };
-  std::vector<at::Tensor> dw;
-  for (size_t k = 3; k < found.size(); ++k) dw.push_back(output_mask.get(k) ? at::stack(found[k]) : found[k][0]);
-  return {join(0, sequences), join(1, states), join(2, states), dw};
 }
 
 LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -461,12 +479,8 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
   const bool along_inputs = has_tangent(in);
   const bool along_grads =
       has_tangent(grad_output) || has_tangent(grad_h_n) || has_tangent(grad_c_n) || has_tangent(grad_cells);
-  const bool records =
-      torch::autograd::compute_requires_grad(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights);
-  if (groups != 0 && (along_inputs || along_grads || records)) {
-    return layer_backward_by_group(grads, in, output_mask, groups.guard_int(__FILE__, __LINE__));
-  }
-  if ((along_inputs || along_grads) && !has_tangent_kernel(in)) {
+  // (Of layers without this kernel there are no groups.)
+  if ((along_inputs || along_grads) && !has_tangent_kernel(in) && groups == 0) {
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
     return layer_backward_reference_call(grads, in, output_mask);
   }
@@ -474,19 +488,21 @@ LayerGrads layer_backward_autograd(const OptionalTensor& grad_output, const Opti
     at::AutoDispatchBelowADInplaceOrView guard;
     return layer_backward_call(grads, in, output, saved, output_mask, groups);
   };
-  LayerGrads result = records ? record_layer_backward(grads, in, output_mask, compute) : compute();
+  const bool records =
+      torch::autograd::compute_requires_grad(grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights);
+  LayerGrads result = records ? record_layer_backward(grads, in, output_mask, groups, compute) : compute();
   if (!along_inputs && !along_grads) return result;
   std::vector<at::Tensor> tangents;
   if (along_inputs) {
     c10::List<bool> wanted({false, false, false, false});
     wanted.append(output_mask);
-    const std::vector<at::Tensor> found = derivative(in, grads, wanted);
+    const std::vector<at::Tensor> found = derivative(in, grads, wanted, groups);
     tangents.assign(found.begin() + SavedBackwardCall::kGrads, found.end());
   } else {  // the gradients are linear in what they are made of
     const OptionalTensor along[] = {tangent_of(grad_output), tangent_of(grad_h_n), tangent_of(grad_c_n),
                                     tangent_of(grad_cells)};
     const LayerGrads found =
-        layer_backward_call({along[0], along[1], along[2], along[3]}, in, output, saved, output_mask);
+        layer_backward_call({along[0], along[1], along[2], along[3]}, in, output, saved, output_mask, groups);
     each_gradient(found, [&](size_t, const at::Tensor& grad) { tangents.push_back(grad); });
   }
   each_gradient(result, [&](size_t i, const at::Tensor& grad) {

@@ -11,6 +11,8 @@ namespace {
 
 using c10::IValue;
 
+constexpr int64_t kUninterrupted = 16;  // calls between two looks at signals
+
 /// The entries of a tensor, or of each tensor of a list.
 class Entries {
  public:
@@ -32,7 +34,7 @@ class Entries {
   }
 
  private:
-  const IValue argument_;
+  IValue argument_;
   std::vector<std::pair<size_t, std::vector<at::Tensor>>> parts_;
 };
 
@@ -61,10 +63,15 @@ pybind11::object call_each(const std::string& name, int64_t count, const MappedD
   {
     const pybind11::gil_scoped_release no_gil;
     std::vector<Entries> entries;
+    entries.reserve(given.size());
     for (size_t i = 0; i < given.size(); ++i)
       entries.emplace_back(given[i], i < dims.size() ? dims[i] : MappedDims::value_type());
     std::vector<torch::jit::Stack> results;
     for (int64_t entry = 0; entry < count; ++entry) {
+      if (entry % kUninterrupted == kUninterrupted - 1) {
+        const pybind11::gil_scoped_acquire gil;
+        if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+      }
       torch::jit::Stack& stack = results.emplace_back();
       for (const Entries& argument : entries) stack.push_back(argument.get(entry));
       op.callBoxed(stack);

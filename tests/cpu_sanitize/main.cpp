@@ -323,7 +323,8 @@ Results run(const Config& config, const Executor& executor) {
     }
     const bool plain = config.variant == Variant::kPlain && !config.proj;
     if constexpr (!std::is_same_v<S, Float16>) {
-      if (plain && config.form != Config::kPacked && layout.rows > 0) add_groups(config, backward, executor, results);
+      if (plain && config.form != Config::kPacked && config.steps > 0 && N > 0)
+        add_groups(config, backward, executor, results);
     }
     if constexpr (!kIs16Bit) {
       if (plain) add_tangents<T>(config, backward, executor, results);

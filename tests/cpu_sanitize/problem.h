@@ -129,7 +129,8 @@ struct Steps {
     std::vector<int64_t> lengths(size_t(config.batch), config.steps);
     if (config.lengths || config.form == Config::kPacked) {
       const int64_t least = config.form == Config::kPacked ? 1 : 0;
-      for (int64_t n = 1; n < config.batch && config.steps > 0; ++n)
+      // (A packed sequence is as long as the longest; padded ones may all be shorter.)
+      for (int64_t n = least; n < config.batch && config.steps > 0; ++n)
         lengths[size_t(n)] = least + random.below(config.steps + 1 - least);
     }
     order.resize(lengths.size());
