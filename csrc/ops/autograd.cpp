@@ -123,7 +123,9 @@ void set_tangent(const at::Tensor& tensor, const at::Tensor& tangent) {
 std::vector<at::Tensor> tangents_by_group(const TangentInputs& in, const c10::List<bool>& wanted,
                                           const c10::SymInt& groups, bool own_tangents) {
   const int64_t sequences = in.options.batch_first ? 0 : 1, states = 1, count = groups.guard_int(__FILE__, __LINE__);
-  const auto batch_dim = [&](size_t i) { return i == 1 || i == 2 || i == 5 || i == 6 ? states : sequences; };
+  const auto batch_dim = [&](size_t i) {  // h_n, c_n, h_0 and c_0 are states
+    return i == 1 || i == 2 || i == 5 || i == 6 ? states : sequences;
+  };
   const auto part = [&](const OptionalTensor& tensor, int64_t dim, int64_t group) {
     if (!tensor.has_value()) return tensor;
     const c10::SymInt size = tensor->sym_size(dim) / groups;
@@ -135,8 +137,10 @@ std::vector<at::Tensor> tangents_by_group(const TangentInputs& in, const c10::Li
       const OptionalTensor tensor = all.get(i);
       if (i < TangentTensors::kFirstWeight) {
         result.push_back(part(tensor, batch_dim(i), group));
+      } else if (own_weights && tensor.has_value()) {
+        result.push_back(tensor->select(0, group));
       } else {
-        result.push_back(own_weights && tensor.has_value() ? OptionalTensor(tensor->select(0, group)) : tensor);
+        result.push_back(tensor);
       }
     }
     return result;
