@@ -277,13 +277,13 @@ LayerGrads layer_backward_cuda(const OptionalTensor& grad_output, const Optional
                                at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                                const OptionalTensor& resets, const OptionalTensors& masks, const at::Tensor& output,
                                const at::Tensor& saved, std::string_view cell, bool bidirectional, bool batch_first,
-                               bool cell_states, const c10::List<bool>& output_mask, int64_t groups) {
+                               bool cell_states, const c10::List<bool>& output_mask, c10::SymInt groups) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const LayerInputs in{
       input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, {cell, bidirectional, batch_first, cell_states}};
   Call call(in);
   call.shape.check_backward({grad_output, grad_h_n, grad_c_n, grad_cells}, in, output, saved, at::kByte,
-                            Kept::numel(call), output_mask, groups);
+                            Kept::numel(call), output_mask, groups.expect_int());
   const int64_t D = call.directions, N = call.batch, R = call.rows, H = call.hidden, P = call.out;
   const bool has_cell = call.cell.has_cell;
   const at::Tensor doutput = given(grad_output), dcells = given(grad_cells);

@@ -190,7 +190,8 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
                               const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                               const OptionalTensor& resets, const OptionalTensors& masks, const at::Tensor& output,
                               const at::Tensor& saved, std::string_view cell, bool bidirectional, bool batch_first,
-                              bool cell_states, const c10::List<bool>& output_mask, int64_t groups) {
+                              bool cell_states, const c10::List<bool>& output_mask, c10::SymInt sym_groups) {
+  const int64_t groups = sym_groups.expect_int();  // (declared as an int, torch takes 1 us to make it one)
   leave_inherited_pool();
   const LayerInputs in{
       input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, {cell, bidirectional, batch_first, cell_states}};
@@ -232,10 +233,15 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   std::vector<at::Tensor> dw(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     if (!output_mask.get(3 + i)) continue;
-    std::vector<int64_t> size = weights[i].sizes().vec();
-    if (groups > 0) size.insert(size.begin(), groups);
-    dw[i] = empty(size, narrow.grads ? input.options() : options);
-    if (groups > 0 && shape.rows == 0) dw[i].zero_();
+    const auto& options_of_grad = narrow.grads ? input.options() : options;
+    if (groups == 0) {
+      dw[i] = empty(weights[i].sizes(), options_of_grad);
+    } else {
+      std::vector<int64_t> size = weights[i].sizes().vec();
+      size.insert(size.begin(), groups);
+      dw[i] = empty(size, options_of_grad);
+      if (shape.rows == 0) dw[i].zero_();
+    }
   }
 
   with_stored<float, double, cpu::BFloat16>(dtype, [&](auto storage) {
