@@ -248,12 +248,18 @@ def recompute() -> list[Row]:
     return rows
 
 
+def twins(name: str, size: int, **options: bool) -> tuple[nn.Module, nn.Module]:
+    """Our layer and torch.nn's, with the same weights."""
+    ours, theirs = LAYERS[name](size, size, **options), getattr(nn, name)(size, size, **options)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
 def derivatives() -> list[Row]:
     """Beside torch.nn's layers, of which the LSTM has no forward mode."""
     rows = []
     for name, (N, L, H) in itertools.product(LAYERS, DIFFERENTIATED):
-        ours, theirs = LAYERS[name](H, H), getattr(nn, name)(H, H)
-        theirs.load_state_dict(ours.state_dict())
+        ours, theirs = twins(name, H)
         x, direction = torch.randn(2, L, N, H)
 
         def penalty(module, x=x):
@@ -284,8 +290,7 @@ def by_weights() -> list[Row]:
     to be given a state."""
     rows = []
     for name, (N, L, H) in itertools.product(LAYERS, PER_SAMPLE):
-        ours, theirs = (kind(H, H, batch_first=True) for kind in (LAYERS[name], getattr(nn, name)))
-        theirs.load_state_dict(ours.state_dict())
+        ours, theirs = twins(name, H, batch_first=True)
         x, zeros = torch.randn(N, 1, L, H), torch.zeros(N, 1, 1, H)
 
         def per_sample(module, x=x, zeros=zeros, name=name):
@@ -299,8 +304,7 @@ def by_weights() -> list[Row]:
         calls = [functools.partial(per_sample, module) for module in (ours, theirs)]
         rows.append(Row(f"{name}, N={N}, L={L}, H={H}: per-sample gradients against torch.nn", *calls, 1.0))
     for name, (N, L, H) in itertools.product(LAYERS, JACOBIANS):
-        ours, theirs = LAYERS[name](H, H), getattr(nn, name)(H, H)
-        theirs.load_state_dict(ours.state_dict())
+        ours, theirs = twins(name, H)
         x = torch.randn(L, N, H)
 
         def jacobian(module, x=x):
@@ -317,7 +321,6 @@ def ensembles() -> list[Row]:
     rows = []
     for name, (models, N, L, H) in itertools.product(LAYERS, ENSEMBLES):
         calls = []
-        torch.manual_seed(0)
         ours = [LAYERS[name](H, H, batch_first=True) for _ in range(models)]
         parameters = {key: p.detach() for key, p in torch.func.stack_module_state(ours)[0].items()}
         x, zeros = torch.randn(N, L, H), torch.zeros(models, 1, N, H)

@@ -161,16 +161,15 @@ def _layer_backward_folded(size, in_dims, args):
     groups = args[19] if len(args) > 19 else 0
     folding = _Folding(size, batch_first)
     batch = folding.batch
-    if lengths is None:
-        if saved.numel() == 0:
-            saved = saved.new_empty(0)
-        else:
-            directions = 2 if bidirectional else 1
-            steps, entries = _steps_and_batch(input, in_dims[4], batch_first)
-            one = 1 if in_dims[13] is None else size
-            saved = saved if in_dims[13] is None else saved.movedim(in_dims[13], 0)
-            saved = saved.reshape(one, directions, steps, entries, -1).movedim(0, 2)
-            saved = saved.expand(-1, -1, size, -1, -1).reshape(-1)
+    if saved.numel() == 0:
+        saved = saved.new_empty(0)
+    elif lengths is None:
+        directions = 2 if bidirectional else 1
+        steps, entries = _steps_and_batch(input, in_dims[4], batch_first)
+        one = 1 if in_dims[13] is None else size
+        saved = saved if in_dims[13] is None else saved.movedim(in_dims[13], 0)
+        saved = saved.reshape(one, directions, steps, entries, -1).movedim(0, 2)
+        saved = saved.expand(-1, -1, size, -1, -1).reshape(-1)
     dx, dh_0, dc_0, dw = torch.ops.rnn_ext.layer_backward(
         *folding.fold_all(args[:7], in_dims[:7], (batch, 1, 1, batch, batch, 1, 1)), weights, None,
         *folding.fold_all((lengths, resets), in_dims[9:11], (0, batch)),
@@ -238,7 +237,7 @@ _NOT_BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
 
 def _functorchs_vmap(op: Callable, rule: _Rule, *args: Any) -> Any:
-    """What torch.library.register_vmap makes of a rule, at a tenth of its 200 us for so many arguments."""
+    """What torch.library.register_vmap makes of a rule, some 120 us a call faster for so many arguments."""
     interpreter = retrieve_current_functorch_interpreter()
     level = interpreter.level()
 

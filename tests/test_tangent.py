@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from util import (
     CELLS,
     LAYOUTS,
     PRIMES,
     SIZES,
+    Calls,
     Case,
     Problem,
     build,
@@ -223,18 +223,6 @@ def test_gradcheck(cell, layout):
     values = [kind[name].clone().requires_grad_() for kind in (arguments.tensors, arguments.tangents) for name in names]
     assert gradcheck(call, values, fast_mode=True)
     assert gradcheck(call, values, fast_mode=True, check_forward_ad=True, check_backward_ad=False)
-
-
-class Calls(TorchDispatchMode):
-    """Which operators reach the kernels."""
-
-    def __enter__(self):
-        self.names: list[str] = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._overloadpacket.__name__)
-        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("kind", [rnn_ext.RNN, rnn_ext.GRU, rnn_ext.LSTM])

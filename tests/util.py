@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnn_ext import ops, reference
 
@@ -245,6 +246,18 @@ def run(problem: Problem, cell_states: bool | None = None, **options) -> dict[st
         **options,
     )
     return named(results, case, cell_states)
+
+
+class Calls(TorchDispatchMode):
+    """Which operators reach the kernels."""
+
+    def __enter__(self):
+        self.names: list[str] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._overloadpacket.__name__)
+        return func(*args, **kwargs or {})
 
 
 def instruction_sets() -> Iterator[str]:
