@@ -4,12 +4,13 @@
 does the same to a model that already exists.
 """
 
-from rnn_ext import functional, models
+from rnn_ext import functional, models, quantized
 from rnn_ext._version import __version__
 from rnn_ext.backends import explain, set_backend
 from rnn_ext.cells import GRUCell, LSTMCell, RNNCell
 from rnn_ext.convert import convert, to_native
 from rnn_ext.modules import GRU, LSTM, RNN
+from rnn_ext.quantized import quantize
 
 __all__ = [
     "GRU",
@@ -23,6 +24,8 @@ __all__ = [
     "explain",
     "functional",
     "models",
+    "quantize",
+    "quantized",
     "set_backend",
     "to_native",
 ]

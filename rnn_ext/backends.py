@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rnn_ext import _loader, ops
 
 BACKENDS = ("auto", "custom", "native")
+QUANTIZED = "quantized"  # of the layers of rnn_ext.quantized, which have no other
 UNMEASURED = "the custom CUDA kernels have not been timed against torch's on a GPU; backend='custom' runs them"
 CUSTOM_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
@@ -134,6 +135,9 @@ def explain(
         TypeError: `module` is not a layer of this package, or `input` neither a tensor nor a PackedSequence.
         ValueError, RuntimeError: its backend is unknown, or is ``"custom"`` and cannot run, as the call itself would.
     """
+    if getattr(module, "backend", None) == QUANTIZED:
+        kernel = f"rnn_ext::quantized_layer {module.mode.lower()}, {ops.cpu_capability()}"
+        return Explanation("custom", kernel, "its weights have 8 bits, which native has no kernels for")
     if not _has_backend(module):
         raise TypeError(f"explain expects an rnn_ext.RNN, LSTM, GRU or cell of these, got {type(module).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input

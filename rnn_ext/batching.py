@@ -209,12 +209,26 @@ def _layer_tangent_folded(size, in_dims, args):
     return [*entries, *results[7:]], [*dims, *[None] * (len(results) - 7)]
 
 
+def _quantized_layer(size, in_dims, args):
+    input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states = args
+    if _any_mapped(in_dims[3]) or batch_sizes is not None or size == 0:
+        return _loop("quantized_layer", size, in_dims, args)
+    folding = _Folding(size, batch_first)
+    batch = folding.batch
+    results = torch.ops.rnn_ext.quantized_layer(
+        *folding.fold_all((input, h_0, c_0), in_dims[:3], (batch, 1, 1)), weights, None,
+        *folding.fold_all((lengths, resets), in_dims[5:7], (0, batch)), cell, bidirectional, batch_first, cell_states,
+    )  # fmt: skip
+    return tuple(map(tuple, folding.unfold_all(results, (batch, 1, 1, batch))))
+
+
 _Rule = Callable[[int, Sequence[Any], Sequence[Any]], tuple[Any, Any]]
 # By op: from the number of entries, the mapped dimension of each argument and the arguments to the results and theirs.
 RULES: dict[str, _Rule] = {
     "layer": _layer,
     "layer_backward": _layer_backward,
     "layer_tangent": _layer_tangent,
+    "quantized_layer": _quantized_layer,
     **{
         name: functools.partial(_loop, name)
         for name in (

@@ -50,7 +50,7 @@ def convert(model: ModuleT, backend: str = "auto", as_subclass: bool = False) ->
         ValueError: unknown backend; nothing is converted.
     """
     check_backend(backend)
-    _check_module(model)
+    check_module(model)
     if as_subclass:  # also those that are ours, which keep their options
         _change_class(model, {ours: TO_SUBCLASS[native] for native, ours in TO_CUSTOM.items()})
     for module in _change_class(model, TO_SUBCLASS if as_subclass else TO_CUSTOM):
@@ -69,7 +69,7 @@ def to_native(model: ModuleT) -> ModuleT:
         ValueError: a layer has an option that torch.nn lacks (`recompute` aside, which changes no result); nothing is
             converted.
     """
-    _check_module(model)
+    check_module(model)
     for name, module in model.named_modules():
         if type(module) in TO_NATIVE and isinstance(module, nn.RNNBase):
             for option, default in OPTIONS.items():
@@ -84,7 +84,7 @@ def to_native(model: ModuleT) -> ModuleT:
     return model
 
 
-def _check_module(model: object) -> None:
+def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise TypeError(f"expected a module, got {found}")

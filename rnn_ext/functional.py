@@ -344,27 +344,9 @@ def _layers(
     Checked here is what has an exception of its own in torch.nn. The op checks the sizes, dtypes and devices of its
     layer, which would cost a streaming call a microsecond to do twice.
     """
-    cell, extras = call.cell, call.extras
-    if call.num_layers < 1:
-        raise ValueError(f"num_layers must be greater than zero, got {call.num_layers}")
-    states = call.num_layers * 2 if call.bidirectional else call.num_layers
-    count, rest = divmod(len(weights), states)
-    if rest or not 2 <= count <= (9 if cell == "lstm" else 5):
-        raise ValueError(
-            f"Expected 2 to 5 weights for each of {states} layers and directions"
-            f"{' (6 to 9 with layer normalisation)' if cell == 'lstm' else ''}, got {len(weights)} in all"
-        )
-    for i, weight in enumerate(weights):
-        if not isinstance(weight, Tensor):
-            found = type(weight).__name__ if weight is not None else None
-            raise ValueError(f"Expected a tensor for each weight, got {found} for number {i} of {len(weights)}")
-    backend = backends.backend_for(call.backend, weights)
-    weight_ih = weights[0]
-    if len(weight_ih.shape) != 2 or len(weights[1].shape) != 2:
-        sizes = f"{list(weight_ih.shape)} and {list(weights[1].shape)}"
-        raise RuntimeError(f"Expected two-dimensional weight_ih and weight_hh, got sizes {sizes}")
-    if input.dtype != weight_ih.dtype and (input.is_meta or not torch.is_autocast_enabled(input.device.type)):
-        raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_ih.dtype})")
+    extras, is_quantized = call.extras, call.backend == backends.QUANTIZED
+    if not is_quantized:  # or they were checked when they were made
+        _check_weights(call, input, weights)
     _check_number("dropout", call.dropout)
     if not 0 <= call.dropout <= 1:
         raise ValueError(f"dropout must be a probability in [0, 1], got {call.dropout!r}")
@@ -374,14 +356,40 @@ def _layers(
         lengths = _check_lengths(lengths, input, call.batch_first)
     if resets is not None:
         _check_resets(resets, input.shape[:2])
+    if is_quantized:
+        return _quantized(call, input, h_0, c_0, weights, batch_sizes, lengths, resets)
+    count = len(weights) // (call.num_layers * 2 if call.bidirectional else call.num_layers)
     if call.training and extras.weight_dropout:
         p = extras.weight_dropout
         weights = [w * _dropout_mask(w.shape, p, w).to(w.dtype) if i % count == 1 else w for i, w in enumerate(weights)]
     only_custom = lengths is not None or resets is not None or call.cell_states or count > 5
     if extras is not NO_EXTRAS:  # of which torch's kernels do with recompute and weight_dropout
         only_custom = only_custom or any(extras.zoneout) or (call.training and extras.recurrent_dropout > 0)
+    backend = backends.backend_for(call.backend, weights)
     run = _custom if backends.use_custom(backend, input, only_custom) else _native
     return run(call, input, h_0, c_0, weights, batch_sizes, lengths, resets)
+
+
+def _check_weights(call: Call, input: Tensor, weights: Sequence[Tensor]) -> None:
+    if call.num_layers < 1:
+        raise ValueError(f"num_layers must be greater than zero, got {call.num_layers}")
+    states = call.num_layers * 2 if call.bidirectional else call.num_layers
+    count, rest = divmod(len(weights), states)
+    if rest or not 2 <= count <= (9 if call.cell == "lstm" else 5):
+        raise ValueError(
+            f"Expected 2 to 5 weights for each of {states} layers and directions"
+            f"{' (6 to 9 with layer normalisation)' if call.cell == 'lstm' else ''}, got {len(weights)} in all"
+        )
+    for i, weight in enumerate(weights):
+        if not isinstance(weight, Tensor):
+            found = type(weight).__name__ if weight is not None else None
+            raise ValueError(f"Expected a tensor for each weight, got {found} for number {i} of {len(weights)}")
+    weight_ih = weights[0]
+    if len(weight_ih.shape) != 2 or len(weights[1].shape) != 2:
+        sizes = f"{list(weight_ih.shape)} and {list(weights[1].shape)}"
+        raise RuntimeError(f"Expected two-dimensional weight_ih and weight_hh, got sizes {sizes}")
+    if input.dtype != weight_ih.dtype and (input.is_meta or not torch.is_autocast_enabled(input.device.type)):
+        raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_ih.dtype})")
 
 
 def _check_states(
@@ -389,13 +397,13 @@ def _check_states(
     input: Tensor,
     h_0: Tensor | None,
     c_0: Tensor | None,
-    weights: Sequence[Tensor],
+    out: int,
+    hidden: int,
     batch_sizes: Tensor | None,
 ) -> None:
-    """The sizes of the states of a whole stack."""
+    """The sizes of the states of a whole stack, of `out` and of `hidden` features."""
     states = call.num_layers * 2 if call.bidirectional else call.num_layers
-    sizes = ("h_0", h_0, weights[1].shape[1]), ("c_0", c_0, ops.hidden_size(call.cell, weights))
-    for name, state, features in sizes:
+    for name, state, features in (("h_0", h_0, out), ("c_0", c_0, hidden)):
         if state is None:
             continue
         # Of a packed input only the backend knows N.
@@ -460,37 +468,77 @@ def _custom(
     """
     cell, num_layers, bidirectional, batch_first, dropout, training, _, cell_states, extras = call
     sequence = (batch_sizes, lengths, resets)
-    layout = (bidirectional, batch_first)
 
-    def extra(input: Tensor, h_0: Tensor | None, weights: Sequence[Tensor]) -> tuple[Sequence[Tensor | None], bool]:
-        return _masks(call, input, h_0, weights, batch_sizes), extras.recompute
+    def layer(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], cells: bool) -> tuple:
+        more = () if extras is NO_EXTRAS else (_masks(call, input, h_0, weights, batch_sizes), extras.recompute)
+        return ops.layer(input, h_0, c_0, weights, cell, *sequence, bidirectional, batch_first, cells, *more)
 
     if num_layers == 1:
-        more = () if extras is NO_EXTRAS else extra(input, h_0, weights)
-        output, h_n, c_n, cells = ops.layer(input, h_0, c_0, weights, cell, *sequence, *layout, cell_states, *more)
-        return output, h_n, c_n if cell == "lstm" else None, cells if cell_states else None
+        return _one_after_another(call, layer, input, h_0, c_0, weights)
 
     if extras is NO_EXTRAS and not (training and dropout > 0):
+        layout = (bidirectional, batch_first)
         results = ops.stack(input, h_0, c_0, weights, cell, num_layers, *sequence, *layout, cell_states)
         if results is not None:
             output, h_n, c_n, cells = results
             return output, h_n, c_n if cell == "lstm" else None, cells if cell_states else None
-    _check_states(call, input, h_0, c_0, weights, batch_sizes)
-    count = len(weights) // num_layers
-    directions = 2 if bidirectional else 1
-    h_0s = [None] * num_layers if h_0 is None else h_0.split(directions)
-    c_0s = [None] * num_layers if c_0 is None else c_0.split(directions)
+    _check_states(call, input, h_0, c_0, weights[1].shape[1], ops.hidden_size(cell, weights), batch_sizes)
+    return _one_after_another(call, layer, input, h_0, c_0, weights)
+
+
+def _quantized(
+    call: Call,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The same with the weights of :mod:`rnn_ext.quantized`, of which the last of a projected layer are scales (P,)."""
+    if not (input.is_cpu or input.is_meta):
+        raise RuntimeError(f"quantized layers compute on the CPU, got input on {input.device}")
+    layout = (call.cell, batch_sizes, lengths, resets, call.bidirectional, call.batch_first)
+    hidden = weights[2].shape[-1]
+    _check_states(call, input, h_0, c_0, weights[-1].numel() if weights[-1].dim() == 1 else hidden, hidden, batch_sizes)
+
+    if torch.is_autocast_enabled(input.device.type):  # which casts states of other layers
+        h_0, c_0 = map_present(lambda state: state.to(input.dtype), h_0, c_0)
+
+    def layer(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], cells: bool) -> tuple:
+        return ops.quantized_layer(input, h_0, c_0, weights, *layout, cells)
+
+    return _one_after_another(call, layer, input, h_0, c_0, weights)
+
+
+def _one_after_another(
+    call: Call,
+    layer: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """``layer(input, h_0, c_0, weights, cell_states)`` for each layer, with dropout between them."""
+    if call.num_layers == 1:
+        output, h_n, c_n, cells = layer(input, h_0, c_0, weights, call.cell_states)
+        return output, h_n, c_n if call.cell == "lstm" else None, cells if call.cell_states else None
+    count = len(weights) // call.num_layers
+    directions = 2 if call.bidirectional else 1
+    h_0s = [None] * call.num_layers if h_0 is None else h_0.split(directions)
+    c_0s = [None] * call.num_layers if c_0 is None else c_0.split(directions)
     h_ns, c_ns = [], []
-    for k in range(num_layers):
-        if k > 0 and training and dropout > 0:
-            input = _dropout(input, dropout, batch_first)
+    for k in range(call.num_layers):
+        if k > 0 and call.training and call.dropout > 0:
+            input = _dropout(input, call.dropout, call.batch_first)
         part = weights[k * count : (k + 1) * count]
-        more = () if extras is NO_EXTRAS else extra(input, h_0s[k], part)
-        wants_cells = cell_states and k == num_layers - 1
-        input, h_n, c_n, cells = ops.layer(input, h_0s[k], c_0s[k], part, cell, *sequence, *layout, wants_cells, *more)
+        wants_cells = call.cell_states and k == call.num_layers - 1
+        input, h_n, c_n, cells = layer(input, h_0s[k], c_0s[k], part, wants_cells)
         h_ns.append(h_n)
         c_ns.append(c_n)
-    return input, torch.cat(h_ns), torch.cat(c_ns) if cell == "lstm" else None, cells if cell_states else None
+    c_n = torch.cat(c_ns) if call.cell == "lstm" else None
+    return input, torch.cat(h_ns), c_n, cells if call.cell_states else None
 
 
 def _wide(like: Tensor) -> torch.dtype:
@@ -570,7 +618,7 @@ def _native(
         supported, reason = backends.can_run_custom_here(input)
         why = "" if supported else f": {reason}"
         raise ValueError(f"{lacking[0]} is an option of the custom backend, but this call runs on the native one{why}")
-    _check_states(call, input, h_0, c_0, weights, batch_sizes)
+    _check_states(call, input, h_0, c_0, weights[1].shape[1], ops.hidden_size(cell, weights), batch_sizes)
     stack = (num_layers, bidirectional, dropout, training)
     if lengths is None:
         output, h_n, c_n = backends.native(cell, input, batch_sizes, h_0, c_0, weights, *stack, batch_first)

@@ -258,6 +258,29 @@ def uncast(weight: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [same(x) for x in tensors]
 
 
+def quantized_layer(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    cell: str,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    bidirectional: bool,
+    batch_first: bool,
+    cell_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`layer` on the CPU with weights of 8 bits, see :mod:`rnn_ext.quantized`; float32, bfloat16 or float16.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`layer`; backward, as there is none.
+    """
+    tensors = (input, h_0, c_0, weights, batch_sizes, lengths, resets)
+    run = _quantized_layer if _is_traced(input, h_0, c_0, weights) else _fast_quantized_layer
+    return run(*tensors, cell, bidirectional, batch_first, cell_states)
+
+
 def random_mask(shape: Sequence[int], p: float, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of `value` with probability p in [0, 1], else 0, in float32 or float64, drawn with the generator that
     torch has for the device."""
@@ -567,6 +590,25 @@ def _layer_tangent_fake(
     ]
 
 
+def _quantized_layer_fake(
+    input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states
+):  # fmt: skip
+    directions = 2 if bidirectional else 1
+    hidden = weights[2].shape[2]
+    out = weights[4].shape[0] if len(weights) // directions == 5 else hidden
+    lead = tuple(input.shape[:-1])
+    batch = _packed_batch(batch_sizes, h_0, c_0) if batch_sizes is not None else lead[0 if batch_first else 1]
+    _check_like_input(input, "h_0", h_0, directions, batch, out)
+    _check_like_input(input, "c_0", c_0, directions, batch, hidden)
+    _check_like_input(input, "resets", resets, *lead)
+    return (
+        input.new_empty(*lead, directions * out),
+        input.new_empty(directions, batch, out),
+        input.new_empty(directions, batch, hidden) if cell == "lstm" else input.new_empty(0),
+        input.new_empty(*lead, directions * hidden) if cell_states else input.new_empty(0),
+    )
+
+
 def _random_mask_fake(seed, size, p, value, dtype):
     return seed.new_empty(size, dtype=dtype)
 
@@ -615,12 +657,14 @@ def _layer_tangent_flops(
 if is_available():
     from rnn_ext._C import extended_layer as _fast_extended_layer
     from rnn_ext._C import layer as _fast_layer
-    from rnn_ext._C import plain_forward
+    from rnn_ext._C import plain_forward, quantized_forward
+    from rnn_ext._C import quantized_layer as _fast_quantized_layer
     from rnn_ext._C import random_mask as _fast_random_mask
     from rnn_ext._C import stack as _fast_stack
     from rnn_ext._C import step as _fast_step
 
     _layer = torch.ops.rnn_ext.layer.default
+    _quantized_layer = torch.ops.rnn_ext.quantized_layer.default
     _library = torch.library.Library("rnn_ext", "IMPL")  # kept: dropping it would unregister what follows
     _library.impl("layer_reference", _layer_reference, "CompositeImplicitAutograd")
     _library.impl("layer_backward_reference", _layer_backward_reference, "CompositeImplicitAutograd")
@@ -630,6 +674,7 @@ if is_available():
     torch.library.register_fake("rnn_ext::layer_backward", _layer_backward_fake)
     torch.library.register_fake("rnn_ext::layer_tangent", _layer_tangent_fake)
     torch.library.register_fake("rnn_ext::random_mask", _random_mask_fake)
+    torch.library.register_fake("rnn_ext::quantized_layer", _quantized_layer_fake)
     batching.register(_library)
     for _op, _formula in (
         (torch.ops.rnn_ext.layer, _layer_flops),
@@ -644,6 +689,9 @@ else:
         raise RuntimeError(_load_error)
 
     _fast_layer = _fast_extended_layer = _fast_stack = _fast_step = _layer
+    _quantized_layer = _fast_quantized_layer = _layer
 
     def plain_forward(attributes: dict[str, Any], input: Any, hx: Any) -> None:
         return None  # what it says of every call that is not plain
+
+    quantized_forward = plain_forward

@@ -42,7 +42,11 @@ struct Kernels {
   void (*tangent)(const TangentArgs<S>&, const Executor&) = nullptr;
 };
 
+struct QuantizedArgs;
+using QuantizedKernel = void (*)(const QuantizedArgs&, const Executor&);
+
 namespace baseline {
+extern const QuantizedKernel kQuantized;
 extern const Kernels<float> kFloat;
 extern const Kernels<double> kDouble;
 extern const Kernels<BFloat16> kWidenedBFloat16;
@@ -52,6 +56,7 @@ void add_to_digest(Digest* digest, const void* data, size_t bytes);
 #if defined(__x86_64__) && !defined(RNN_EXT_BASELINE_ONLY)
 #define RNN_EXT_X86_KERNELS 1
 namespace avx2 {
+extern const QuantizedKernel kQuantized;
 extern const Kernels<float> kFloat;
 extern const Kernels<double> kDouble;
 extern const Kernels<BFloat16> kWidenedBFloat16;
@@ -59,6 +64,7 @@ extern const Kernels<Float16> kWidenedFloat16;
 void add_to_digest(Digest* digest, const void* data, size_t bytes);
 }  // namespace avx2
 namespace avx512 {
+extern const QuantizedKernel kQuantized;
 extern const Kernels<float> kFloat;
 extern const Kernels<double> kDouble;
 extern const Kernels<BFloat16> kWidenedBFloat16;
@@ -67,6 +73,9 @@ void add_to_digest(Digest* digest, const void* data, size_t bytes);
 }  // namespace avx512
 namespace avx512_bf16 {
 extern const Kernels<BFloat16> kBFloat16;
+}
+namespace avx512_vnni {
+extern const QuantizedKernel kQuantized;
 }
 #endif
 

@@ -6,11 +6,16 @@
 //   RNN_EXT_BFLOAT16          defined: only the kernels for BFloat16, which the instruction set multiplies in pairs
 //   RNN_EXT_WIDENED           defined: only the kernels for 16 bits that are widened
 //   RNN_EXT_FLOAT64           defined: only the kernels for double
+//   RNN_EXT_QUANTIZED         defined: only the kernel for weights of 8 bits
+//   RNN_EXT_VNNI              defined: which the instruction set multiplies and adds in pairs
 // and includes csrc/cpu/kernels.h first, so that no library header is compiled for a special instruction set: an inline
 // function of one, compiled twice, could be linked in the version that the processor cannot run.
 
 #include "cells/dual.h"
 #include "cpu/with_cell.h"
+#if defined(RNN_EXT_QUANTIZED)
+#include "cpu/quantized.h"
+#endif
 
 namespace rnn_ext::cpu::RNN_EXT_ISA {
 namespace {
@@ -52,6 +57,9 @@ namespace {
 #include "cpu/tangent.inl"
 #include "cpu/variants.inl"
 #include "cpu/random.inl"
+#if defined(RNN_EXT_QUANTIZED)
+#include "cpu/quantized.inl"
+#endif
 
 /// Variants are not computed in 16 bits.
 template <template <class> class Args, class S, class Fn>
@@ -92,7 +100,13 @@ void tangent_any(const TangentArgs<T>& args, const Executor& executor) {
 
 }  // namespace
 
-#if defined(RNN_EXT_BFLOAT16)
+#if defined(RNN_EXT_QUANTIZED)
+const QuantizedKernel kQuantized = [](const QuantizedArgs& args, const Executor& executor) {
+  with_cell(args.call.cell, [&]<class Cell>() {
+    args.pack == 4 ? quantized_forward<Cell, 4>(args, executor) : quantized_forward<Cell, 2>(args, executor);
+  });
+};
+#elif defined(RNN_EXT_BFLOAT16)
 const Kernels<BFloat16> kBFloat16 = {forward_any<BFloat16>, pack_any<BFloat16>, forward_stack_any<BFloat16>,
                                      backward_any<BFloat16>};
 #elif defined(RNN_EXT_WIDENED)

@@ -17,6 +17,7 @@
 
 #include "ops/calls.h"
 #include "ops/layer.h"
+#include "ops/node.h"
 
 namespace rnn_ext::ops {
 namespace {
@@ -26,18 +27,6 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using torch::dynamo::autograd::CompiledNodeArgs;
 using torch::dynamo::autograd::SwapSavedVariables;
-using NodePtr = decltype(std::declval<Node&>().getptr());  // a shared_ptr or, in newer torch, an intrusive_ptr
-
-template <class T>
-auto make_node() {
-  if constexpr (std::is_same_v<NodePtr, std::shared_ptr<Node>>) {
-    // torch's deleter frees a long chain of nodes one after the other: by default each would free the next within its
-    // own destructor, until the stack overflows.
-    return std::shared_ptr<T>(new T(), [](T* node) { deleteNode(node); });
-  } else {
-    return c10::make_intrusive<T>();
-  }
-}
 
 OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 OptionalTensor unpack(const SavedVariable& saved) { return optional(saved.unpack()); }

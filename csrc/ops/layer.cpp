@@ -26,6 +26,12 @@ TORCH_LIBRARY(rnn_ext, m) {
       "Tensor?[] masks, Tensor output, Tensor saved, str cell, bool bidirectional, bool batch_first, bool cell_states, "
       "bool[] output_mask, SymInt groups=0) "
       "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)");
+  // Inference with weights of 8 bits: for each direction weight_ih and weight_hh, their scales and the biases, and, of
+  // a projected lstm, weight_hr and its scales, all as in cpu/quantized.h.
+  m.def(
+      "quantized_layer(Tensor input, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
+      "Tensor? resets, str cell, bool bidirectional, bool batch_first, bool cell_states) "
+      "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells)");
   m.def("random_mask(Tensor seed, SymInt[] size, float p, float value, ScalarType dtype) -> Tensor");
   // A derivative in a direction: `tensors` are the first eight arguments of layer_backward, `tangents` the direction in
   // the same order. Returns the derivatives of the four results of layer, then of the gradients of input, h_0, c_0 and
@@ -87,6 +93,10 @@ TangentTensors::TangentTensors(const OptionalTensors& tensors) {
   }
 }
 
+void check_sizes(const at::Tensor& tensor, at::IntArrayRef expected, const char* name) {
+  TORCH_CHECK(tensor.sizes() == expected, "expected ", name, " of size ", expected, ", got ", tensor.sizes());
+}
+
 namespace {
 
 const char* const kWeightNames[] = {"weight_ih",      "weight_hh",      "bias_ih",       "bias_hh",    "weight_hr",
@@ -99,10 +109,6 @@ void check_like_input(const at::Tensor& tensor, const at::Tensor& input, const c
               input.scalar_type(), ": expected the same dtype");
   TORCH_CHECK(tensor.device() == input.device(), name, " is on ", tensor.device(), " but input is on ", input.device(),
               ": expected the same device");
-}
-
-void check_sizes(const at::Tensor& tensor, at::IntArrayRef expected, const char* name) {
-  TORCH_CHECK(tensor.sizes() == expected, "expected ", name, " of size ", expected, ", got ", tensor.sizes());
 }
 
 void check_optional(const OptionalTensor& tensor, const at::Tensor& input, at::IntArrayRef expected, const char* name) {
@@ -135,6 +141,19 @@ LayerShape::LayerShape(const LayerInputs& in)
     : cell(cell_info(in.options.cell)),
       packed(in.batch_sizes.has_value()),
       batch_first(in.options.batch_first && !packed) {
+  read_weights(in);
+  read_sequences(in);
+}
+
+LayerShape::LayerShape(const LayerInputs& in, const cpu::Sizes& sizes)
+    : cell(cell_info(in.options.cell)),
+      sizes(sizes),
+      packed(in.batch_sizes.has_value()),
+      batch_first(in.options.batch_first && !packed) {
+  read_sequences(in);
+}
+
+void LayerShape::read_weights(const LayerInputs& in) {
   const auto& [input, h_0, c_0, weights, batch_sizes_, lengths, resets, masks, options] = in;
   sizes.directions = options.bidirectional ? 2 : 1;
   int64_t count = int64_t(weights.size()) / sizes.directions;
@@ -183,7 +202,10 @@ LayerShape::LayerShape(const LayerInputs& in)
       check_sizes(tensor, expected[i], kWeightNames[i]);
     }
   }
+}
 
+void LayerShape::read_sequences(const LayerInputs& in) {
+  const auto& [input, h_0, c_0, weights, batch_sizes_, lengths, resets, masks, options] = in;
   TORCH_CHECK(input.dim() == (packed ? 2 : 3), "expected input with ", packed ? 2 : 3, " dimensions",
               packed ? " (packed)" : "", ", got size ", input.sizes());
   TORCH_CHECK(input.size(-1) == sizes.input, "input.size(-1) must be equal to input_size. Expected ", sizes.input,

@@ -68,15 +68,20 @@ struct CellInfo {
 };
 CellInfo cell_info(std::string_view name);
 
+/// RuntimeError unless it has this size.
+void check_sizes(const at::Tensor& tensor, at::IntArrayRef expected, const char* name);
+
 /// The checked shape of a call. Raises what torch.nn raises, with the shape found and the shape expected.
 struct LayerShape {
   enum Mask { kHiddenMask, kZoneoutH, kZoneoutC, kMasks };
   explicit LayerShape(const LayerInputs& in);
+  /// Of weights that somebody else has read and checked.
+  LayerShape(const LayerInputs& in, const cpu::Sizes& sizes);
 
   CellInfo cell;
   cpu::Sizes sizes;
-  int weights_per_direction;
-  bool bias;
+  int weights_per_direction = 0;
+  bool bias = false;
   cpu::Variant variant = cpu::Variant::kPlain;
   int64_t length = 0;  // L
   int64_t batch = 0;   // N
@@ -118,6 +123,8 @@ struct LayerShape {
   int index(int direction, Weight weight) const;
 
  private:
+  void read_weights(const LayerInputs& in);
+  void read_sequences(const LayerInputs& in);
   void check_cotangents(const LayerCotangents& grads, const at::Tensor& input) const;
   void order_by(const at::Tensor& lengths);
 };

@@ -13,6 +13,7 @@
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
 #include "ops/plain_forward.h"
+#include "ops/quantized_layer.h"
 #include "ops/saved_bytes.h"
 #include "ops/stack.h"
 #ifdef RNN_EXT_WITH_CUDA
@@ -44,6 +45,15 @@ rnn_ext::ops::LayerResult layer(const at::Tensor& input, const OptionalTensor& h
                                 bool bidirectional, bool batch_first, bool cell_states) {
   return extended_layer(input, h_0, c_0, weights, batch_sizes, lengths, resets, {}, cell, bidirectional, batch_first,
                         cell_states, false);
+}
+
+rnn_ext::ops::QuantizedResult quantized_layer(const at::Tensor& input, const OptionalTensor& h_0,
+                                              const OptionalTensor& c_0, const std::vector<at::Tensor>& weights,
+                                              const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                                              const OptionalTensor& resets, std::string_view cell, bool bidirectional,
+                                              bool batch_first, bool cell_states) {
+  return rnn_ext::ops::quantized_layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional,
+                                            batch_first, cell_states);
 }
 
 /// One timestep of one direction, without the dimensions of these: (N, I) -> (N, P); with flat_states also of states.
@@ -155,6 +165,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer", torch::wrap_pybind_function_no_gil(&layer),
         "torch.ops.rnn_ext.layer, without masks, save and recompute.");
   m.def("extended_layer", torch::wrap_pybind_function_no_gil(&extended_layer), "The same with masks and recompute.");
+  m.def("quantized_layer", torch::wrap_pybind_function_no_gil(&quantized_layer), "torch.ops.rnn_ext.quantized_layer.");
   m.def("random_mask", torch::wrap_pybind_function_no_gil(&rnn_ext::ops::draw_mask),
         "torch.ops.rnn_ext.random_mask with a seed of torch's generator, in float64 or float32.");
   if (PyModule_AddFunctions(m.ptr(), rnn_ext::ops::plain_forward) < 0) throw pybind11::error_already_set();

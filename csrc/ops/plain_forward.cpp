@@ -15,6 +15,7 @@
 #include "cells/cells.h"
 #include "ops/calls.h"
 #include "ops/layer.h"
+#include "ops/quantized_layer.h"
 #include "ops/stack.h"
 
 namespace rnn_ext::ops {
@@ -24,6 +25,8 @@ namespace {
 const at::Tensor* tensor(PyObject* object) {
   return object && THPVariable_CheckExact(object) ? &THPVariable_Unpack(object) : nullptr;
 }
+
+bool is_strided(const at::Tensor& tensor) { return tensor.layout() == at::kStrided; }
 
 /// Interned, so that looking one up compares pointers.
 struct Key {
@@ -36,8 +39,9 @@ struct Key {
 };
 
 struct Keys {
-  Key parameters{"_parameters"}, names{"_flat_weights_names"}, mode{"mode"}, backend{"backend"}, dropout{"dropout"},
-      training{"training"}, num_layers{"num_layers"}, bidirectional{"bidirectional"}, batch_first{"batch_first"};
+  Key parameters{"_parameters"}, buffers{"_buffers"}, input_size{"input_size"}, names{"_flat_weights_names"},
+      mode{"mode"}, backend{"backend"}, dropout{"dropout"}, training{"training"}, num_layers{"num_layers"},
+      bidirectional{"bidirectional"}, batch_first{"batch_first"};
   Key options[5] = {Key("recompute"), Key("layer_norm"), Key("zoneout"), Key("recurrent_dropout"),
                     Key("weight_dropout")};
   Key auto_{"auto"}, custom{"custom"};
@@ -77,77 +81,129 @@ std::string_view cell_of(const Keys& keys, PyObject* mode) {
   return {};
 }
 
-/// Nothing: not a plain call.
-std::optional<PyObject*> run(PyObject* dict, PyObject* input_object, PyObject* hx) {
-  static const Keys keys;
-  const Attributes own(dict);
+/// What a call of a module's forward is given, of a padded batch on the CPU.
+struct ModuleCall {
+  at::Tensor input;
+  std::string_view cell;
+  OptionalTensor states[2];
+  int64_t layers;
+  bool has_cell, bidirectional, batch_first;
+};
+
+/// Nothing: Python is to look at it.
+std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, PyObject* input_object, PyObject* hx) {
   const at::Tensor* input = tensor(input_object);
   if (!input || !input->is_cpu() || input->dim() != 3 || at::impl::torch_function_mode_enabled()) return std::nullopt;
-  const auto is_strided = [](const at::Tensor& t) { return t.layout() == at::kStrided; };
   if (!is_strided(*input) || input->is_nested()) return std::nullopt;
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer)) return std::nullopt;  // by torch.jit.trace
-  PyObject* backend = own.get(keys.backend);
-  if (!(keys.auto_ == backend || keys.custom == backend)) return std::nullopt;
-  for (const Key& option : keys.options) {
-    if (!own.is_off(option)) return std::nullopt;
-  }
   PyObject* num_layers = own.get(keys.num_layers);
   if (!num_layers || !PyLong_Check(num_layers)) return std::nullopt;
-  const int64_t layers = PyLong_AsLongLong(num_layers);
-  const bool drops = !own.is_off(keys.training) && !own.is_off(keys.dropout);
-  if (layers < 1 || (layers > 1 && drops)) return std::nullopt;
-
-  PyObject *parameters = own.get(keys.parameters), *names = own.get(keys.names);
-  if (!parameters || !PyDict_Check(parameters) || !names || !PyList_Check(names)) return std::nullopt;
-  c10::SmallVector<at::Tensor, 10> weights;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(names); ++i) {
-    const at::Tensor* weight = tensor(PyDict_GetItemWithError(parameters, PyList_GET_ITEM(names, i)));
-    if (!weight || !is_strided(*weight)) return std::nullopt;
-    weights.push_back(*weight);
-  }
-  const at::ScalarType type = input->scalar_type();
-  if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf) return std::nullopt;
-  if (weights.empty() || weights[0].scalar_type() != type) return std::nullopt;
-
   const std::string_view cell = cell_of(keys, own.get(keys.mode));
   if (cell.empty()) return std::nullopt;
-  const bool has_cell = cell_info(cell).has_cell;
-  OptionalTensor states[2];
-  if (hx != Py_None) {
-    if (has_cell && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != 2)) return std::nullopt;
-    for (int i = 0; i < 1 + has_cell; ++i) {
-      const at::Tensor* state = tensor(has_cell ? PyTuple_GET_ITEM(hx, i) : hx);
-      if (!state || state->dim() != 3) return std::nullopt;
-      states[i] = *state;
-    }
-  }
   const std::optional<bool> bidirectional = own.flag(keys.bidirectional), batch_first = own.flag(keys.batch_first);
-  if (!bidirectional || !batch_first || PyErr_Occurred()) return std::nullopt;
-  const LayerOptions options{cell, *bidirectional, *batch_first, false};
-
-  at::Tensor output, h_n, c_n;
-  {
-    const pybind11::gil_scoped_release no_gil;
-    if (layers == 1) {
-      LayerResult result = layer_call(
-          {*input, states[0], states[1], weights, std::nullopt, std::nullopt, std::nullopt, OptionalTensors(), options},
-          false, false);
-      std::tie(output, h_n, c_n) = std::tie(std::get<0>(result), std::get<1>(result), std::get<2>(result));
-    } else {
-      auto result = stack(*input, states[0], states[1], {weights.begin(), weights.end()}, std::nullopt, std::nullopt,
-                          std::nullopt, cell, layers, options.bidirectional, options.batch_first, false);
-      std::tie(output, h_n, c_n) = std::tie(std::get<0>(result), std::get<1>(result), std::get<2>(result));
+  if (!bidirectional || !batch_first) return std::nullopt;
+  ModuleCall call{*input,         cell,        {}, PyLong_AsLongLong(num_layers), cell_info(cell).has_cell,
+                  *bidirectional, *batch_first};
+  if (call.layers < 1) return std::nullopt;
+  if (hx != Py_None) {
+    if (call.has_cell && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != 2)) return std::nullopt;
+    for (int i = 0; i < 1 + call.has_cell; ++i) {
+      const at::Tensor* state = tensor(call.has_cell ? PyTuple_GET_ITEM(hx, i) : hx);
+      if (!state || state->dim() != 3) return std::nullopt;
+      call.states[i] = *state;
     }
   }
+  return call;
+}
+
+using Weights = c10::SmallVector<at::Tensor, 10>;
+
+/// Those of _flat_weights_names; none where one is no ordinary tensor.
+Weights read_weights(PyObject* tensors, PyObject* names) {
+  Weights weights;
+  if (!tensors || !PyDict_Check(tensors) || !names || !PyList_Check(names)) return {};
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(names); ++i) {
+    const at::Tensor* weight = tensor(PyDict_GetItemWithError(tensors, PyList_GET_ITEM(names, i)));
+    if (!weight || !is_strided(*weight)) return {};
+    weights.push_back(*weight);
+  }
+  return weights;
+}
+
+PyObject* wrap(bool has_cell, at::Tensor output, at::Tensor h_n, at::Tensor c_n) {
   PyObject* state = THPVariable_Wrap(std::move(h_n));
   if (has_cell) state = Py_BuildValue("NN", state, THPVariable_Wrap(std::move(c_n)));
   return Py_BuildValue("NN", THPVariable_Wrap(std::move(output)), state);
 }
 
-PyObject* plain_forward_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
+/// Nothing: not a plain call.
+std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, PyObject* input, PyObject* hx) {
+  PyObject* backend = own.get(keys.backend);
+  if (!(keys.auto_ == backend || keys.custom == backend)) return std::nullopt;
+  for (const Key& option : keys.options) {
+    if (!own.is_off(option)) return std::nullopt;
+  }
+  const std::optional<ModuleCall> call = read_call(keys, own, input, hx);
+  if (!call) return std::nullopt;
+  const bool drops = !own.is_off(keys.training) && !own.is_off(keys.dropout);
+  if (call->layers > 1 && drops) return std::nullopt;
+  const Weights weights = read_weights(own.get(keys.parameters), own.get(keys.names));
+  const at::ScalarType type = call->input.scalar_type();
+  if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf) return std::nullopt;
+  if (weights.empty() || weights[0].scalar_type() != type || PyErr_Occurred()) return std::nullopt;
+  const auto& [x, cell, states, layers, has_cell, bidirectional, batch_first] = *call;
+  at::Tensor output, h_n, c_n;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    if (layers == 1) {
+      std::tie(output, h_n, c_n, std::ignore, std::ignore) = layer_call({x,
+                                                                         states[0],
+                                                                         states[1],
+                                                                         weights,
+                                                                         std::nullopt,
+                                                                         std::nullopt,
+                                                                         std::nullopt,
+                                                                         OptionalTensors(),
+                                                                         {cell, bidirectional, batch_first, false}},
+                                                                        false, false);
+    } else {
+      std::tie(output, h_n, c_n, std::ignore) =
+          stack(x, states[0], states[1], {weights.begin(), weights.end()}, std::nullopt, std::nullopt, std::nullopt,
+                cell, layers, bidirectional, batch_first, false);
+    }
+  }
+  return wrap(has_cell, std::move(output), std::move(h_n), std::move(c_n));
+}
+
+/// The same of a layer of rnn_ext.quantized.
+std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, PyObject* input, PyObject* hx) {
+  const std::optional<ModuleCall> call = read_call(keys, own, input, hx);
+  if (!call || call->layers > 1) return std::nullopt;
+  for (const OptionalTensor& state : call->states) {  // else Python may cast it
+    if (state.has_value() && state->scalar_type() != call->input.scalar_type()) return std::nullopt;
+  }
+  PyObject* input_size = own.get(keys.input_size);
+  if (!input_size || !PyLong_Check(input_size) || PyLong_AsLongLong(input_size) != call->input.size(2))
+    return std::nullopt;
+  const Weights weights = read_weights(own.get(keys.buffers), own.get(keys.names));
+  if (weights.empty() || PyErr_Occurred()) return std::nullopt;
+  const auto& [x, cell, states, layers, has_cell, bidirectional, batch_first] = *call;
+  at::Tensor output, h_n, c_n;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    std::tie(output, h_n, c_n, std::ignore) =
+        quantized_layer_call(x, states[0], states[1], weights, std::nullopt, std::nullopt, std::nullopt, cell,
+                             bidirectional, batch_first, false);
+  }
+  return wrap(has_cell, std::move(output), std::move(h_n), std::move(c_n));
+}
+
+template <auto Run>
+PyObject* forward_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 3 && PyDict_Check(args[0]), "expected vars(module), input and hx");
-  const std::optional<PyObject*> result = run(args[0], args[1], args[2]);
+  static const Keys keys;
+  const std::optional<PyObject*> result = Run(keys, Attributes(args[0]), args[1], args[2]);
   if (result) return *result;
   PyErr_Clear();
   Py_RETURN_NONE;
@@ -156,9 +212,16 @@ PyObject* plain_forward_method(PyObject*, PyObject* const* args, Py_ssize_t coun
 
 }  // namespace
 
+template <auto Run>
+constexpr PyCFunction as_method() {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward_method<Run>));
+}
+
 PyMethodDef plain_forward[] = {
-    {"plain_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_forward_method)), METH_FASTCALL,
+    {"plain_forward", as_method<run_plain>(), METH_FASTCALL,
      "forward of a module without options on the CPU, or None: see csrc/ops/plain_forward.h."},
+    {"quantized_forward", as_method<run_quantized>(), METH_FASTCALL,
+     "forward of a layer of rnn_ext.quantized, or None: see csrc/ops/plain_forward.h."},
     {nullptr, nullptr, 0, nullptr},
 };
 

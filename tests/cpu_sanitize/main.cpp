@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cpu/layer.h"
+#include "cpu/quantized.h"
 #include "problem.h"
 
 namespace {
@@ -191,6 +192,49 @@ void add_groups(const Config& config, BackwardArgs<S> args, const Executor& exec
   }
 }
 
+/// Forward with weights of 8 bits.
+void add_quantized(const Config& config, const ForwardArgs<float>& call, const Executor& executor, Results& results) {
+  Random random{uint64_t(config.input)};  // of its own, as above
+  const Sizes& sizes = call.sizes;
+  const int64_t D = config.directions, N = config.batch, G = config.gates(), H = config.hidden, out = sizes.output();
+  const int64_t positions = config.form == Config::kPacked ? call.layout.rows : config.steps * N;
+  const Array<float> output(positions * D * out), cells(positions * D * H), h_n(D * N * out);
+  const Array<float> c_n(config.has_cell() ? D * N * H : 0);
+  QuantizedArgs args;
+  args.call = call;
+  args.call.output = sequence<float>(output, config, D * out);
+  if (config.cells) args.call.cells = sequence<float>(cells, config, D * H);
+  args.call.h_n = h_n.begin();
+  args.call.c_n = config.has_cell() ? c_n.begin() : nullptr;
+  args.call.saved = nullptr;
+  std::vector<std::unique_ptr<int8_t[]>> weights;
+  std::vector<Array<float>> scales;
+  const auto add_weight = [&](int64_t units, int64_t depth, int64_t gates) -> const int8_t* {
+    const int64_t block = kQuantizedBlock, pairs = (depth + 1) / 2, size = (units + block - 1) / block * pairs * gates;
+    weights.emplace_back(new int8_t[size_t(size * block * 2)]());
+    for (int64_t at = 0; at < size * block * 2; ++at) {
+      const int64_t unit = at / (pairs * gates * block * 2) * block + at / 2 % block;
+      const int64_t k = at / (gates * block * 2) % pairs * 2 + at % 2;
+      if (unit < units && k < depth) weights.back()[size_t(at)] = int8_t(random.below(255) - 127);
+    }
+    return weights.back().get();
+  };
+  const auto add_scales = [&](int64_t size) -> const float* {
+    scales.emplace_back(size, random, 1 / (127 * std::sqrt(double(H))));
+    return scales.back().begin();
+  };
+  for (int d = 0; d < config.directions; ++d) {
+    args.weights[d] = {add_weight(H, config.input, G), add_weight(H, out, G), add_scales(4 * G * H),
+                       config.proj ? add_weight(config.proj, H, 1) : nullptr,
+                       config.proj ? add_scales(config.proj) : nullptr};
+  }
+  quantized_forward(args, executor);
+  results.add(output, "output with weights of 8 bits", config, call.layout, D * out);
+  results.add(h_n, "h_n with weights of 8 bits");
+  results.add(c_n, "c_n with weights of 8 bits");
+  if (config.cells) results.add(cells, "cells with weights of 8 bits", config, call.layout, D * H);
+}
+
 /// Forward and backward, or forward alone of what is only widened; nothing of a layout for which not even that is
 /// there.
 template <class S>
@@ -328,6 +372,9 @@ Results run(const Config& config, const Executor& executor) {
     }
     if constexpr (!kIs16Bit) {
       if (plain) add_tangents<T>(config, backward, executor, results);
+    }
+    if constexpr (std::is_same_v<S, float>) {
+      if (config.variant == Variant::kPlain) add_quantized(config, forward, executor, results);
     }
   }
   if (!results.problem.empty()) fail(config, results.problem);

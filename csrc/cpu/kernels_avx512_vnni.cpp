@@ -1,0 +1,27 @@
+// Kernels for x86-64 processors with AVX-512 (F, BW, DQ, VL) and its products of 16-bit integers (VNNI): that for
+// weights of 8 bits.
+#include "cpu/kernels.h"
+
+#if defined(RNN_EXT_X86_KERNELS)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
+#endif
+
+#define RNN_EXT_ISA avx512_vnni
+#define RNN_EXT_QUANTIZED
+#define RNN_EXT_VNNI
+#define RNN_EXT_VECTOR_BYTES 64
+#define RNN_EXT_VECTOR_REGISTERS 32
+
+#include "cpu/kernels.inl"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

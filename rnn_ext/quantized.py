@@ -1,0 +1,311 @@
+"""Layers for inference whose weights are integers of 8 bits, a quarter of float32: :func:`rnn_ext.quantize`.
+
+Each row of a weight, one for each gate and unit, is rounded to 127 steps of a scale of its own, up to its largest
+number. What is multiplied by weights, a timestep's inputs or h, is rounded to 16 bits with a scale of its own for each
+timestep and sequence. The products are summed as integers, exactly; gates, cell states and h are float32. So results
+depend neither on the batch around a sequence nor on the number of threads. Inputs with an inf or NaN make all gates of
+their timestep NaN.
+
+Where a layer waits for its weights, as one sequence of 256 units and more does, these take most of the time:
+``benchmarks/README.md`` has how much less it is, and how far results are from float32's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rnn_ext import functional, modules, ops, reference, subclasses
+from rnn_ext.backends import QUANTIZED
+from rnn_ext.convert import check_module
+
+__all__ = ["GRU", "LSTM", "RNN", "quantize"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+_BLOCK = 16  # as kQuantizedBlock of csrc/cpu/quantized.h, where the layout is described
+_STEPS = 127
+
+
+def pack(weight: Tensor, gates: int, activations: int = 16) -> tuple[Tensor, Tensor]:
+    """A weight (gates * units, depth) in 8 bits, in the layout of the kernel, and the scales of its rows, float32."""
+    side = 32 // activations  # columns that lie side by side
+    scale = weight.abs().amax(1).div(_STEPS) if weight.shape[1] else weight.new_zeros(len(weight))
+    numbers = (weight / scale.where(scale > 0, 1).unsqueeze(1)).round().clamp(-_STEPS, _STEPS).to(torch.int8)
+    numbers = numbers.unflatten(0, (gates, -1))
+    units, depth = numbers.shape[1:]
+    numbers = nn.functional.pad(numbers, (0, -depth % side, 0, -units % _BLOCK))
+    numbers = numbers.reshape(gates, -(-units // _BLOCK), _BLOCK, -(-depth // side), side)
+    return numbers.permute(1, 3, 0, 2, 4).contiguous(), scale
+
+
+def unpack(numbers: Tensor, scale: Tensor, depth: int) -> Tensor:
+    """The reverse: the weight that the numbers stand for."""
+    gates = numbers.shape[2]
+    plain = numbers.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[:, : scale.numel() // gates, :depth]
+    return plain.flatten(0, 1) * scale.unsqueeze(1)
+
+
+class _Quantized(modules.Leaf):
+    """What the three layers share. quantize() gives a layer this class."""
+
+    _added: ClassVar[dict[str, Any]] = {}
+    _kind: ClassVar[str]
+    backend: ClassVar[str] = QUANTIZED
+    mode: str
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    num_layers: int
+    bidirectional: bool
+    batch_first: bool
+    dropout: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(f"a quantized.{self._kind} is made of an rnn_ext.{self._kind} by rnn_ext.quantize")
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [self._buffers[name] for name in self._flat_weights_names]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Scales and biases remain float32 in a model of 16 bits."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, tensor in self._buffers.items():
+            if tensor.dtype != before[name].dtype:
+                self._buffers[name] = before[name].to(tensor.device)
+        return self
+
+    def flatten_parameters(self) -> None:
+        """For cuDNN: nothing to do."""
+
+    def _run(
+        self,
+        input: Tensor | PackedSequence,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        lengths: Sequence[int] | Tensor | None,
+        resets: Tensor | None,
+        cell_states: bool = False,
+    ) -> tuple[Tensor | PackedSequence, Tensor, Tensor | None, Tensor | PackedSequence | None]:
+        self._check_not_traced(input, "forward")
+        data = input.data if isinstance(input, PackedSequence) else input
+        if isinstance(data, Tensor) and data.dim() > 0 and data.shape[-1] != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {data.shape[-1]}"
+            )
+        return functional.recurrent(
+            self.mode.lower(),
+            input,
+            h_0,
+            c_0,
+            self._flat_weights,
+            self.num_layers,
+            self.bidirectional,
+            self.batch_first,
+            backend=self.backend,
+            lengths=lengths,
+            resets=resets,
+            cell_states=cell_states,
+        )
+
+    def step(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """One timestep of the whole stack, see :meth:`rnn_ext.RNN.step`."""
+        self._check_not_traced(input, "step")
+        if not isinstance(input, Tensor):
+            raise TypeError(f"step: expected input as a tensor, got {type(input).__name__}")
+        if self.bidirectional:
+            raise ValueError("step: a bidirectional layer needs the whole sequence, got bidirectional=True")
+        if input.dim() not in (1, 2):
+            raise ValueError(f"step: Expected input to be 1D or 2D, got {input.dim()}D instead: {list(input.shape)}")
+        along = 1 if self.batch_first and input.dim() == 2 else 0
+        output, state = self.forward(input.unsqueeze(along), state)
+        return output.squeeze(along), state
+
+    def dequantized(self) -> nn.RNNBase:
+        """A layer of rnn_ext with the rounded weights, float32 on the CPU: to export, or to train further."""
+        options = {"proj_size": self.proj_size} if self.proj_size else {}
+        if self.mode.startswith("RNN"):
+            options["nonlinearity"] = self.nonlinearity
+        layer = FLOATS[type(self)](
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            bias=self.bias,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            bidirectional=self.bidirectional,
+            **options,
+        ).train(self.training)
+        buffers = {name: tensor.cpu() for name, tensor in self._buffers.items()}
+        values = {}
+        for suffix in _suffixes(self):
+            values |= zip(
+                (f"{name}{suffix}" for name in ("scale_ih", "scale_hh", "bias_ih", "bias_hh")),
+                buffers[f"factors{suffix}"].flatten(1),
+                strict=True,
+            )
+        with torch.no_grad():
+            for name, parameter in layer.named_parameters():
+                if name.startswith("weight"):
+                    scale = "scale" + name.removeprefix("weight")
+                    value = unpack(buffers[name], (values | buffers)[scale], parameter.shape[1])
+                else:
+                    value = values[name]
+                parameter.copy_(value)
+        return layer
+
+    def extra_repr(self) -> str:
+        return nn.RNNBase.extra_repr(self)
+
+
+class RNN(_Quantized):
+    """An :class:`rnn_ext.RNN` for inference with weights of 8 bits; of such a layer or a :class:`torch.nn.RNN`."""
+
+    _kind = "RNN"
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Sequence[int] | Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """As of the layer before, on the CPU: `input` of float32, bfloat16 or float16, and results like it; see
+        :mod:`rnn_ext.functional`."""
+        if lengths is None and resets is None and not torch.compiler.is_compiling():
+            results = ops.quantized_forward(self.__dict__, input, hx)
+            if results is not None:
+                return results
+        return self._run(input, hx, None, lengths, resets)[:2]
+
+
+class GRU(RNN):
+    """An :class:`rnn_ext.GRU` for inference with weights of 8 bits; of such a layer or a :class:`torch.nn.GRU`."""
+
+    _kind = "GRU"
+
+
+class LSTM(_Quantized):
+    """An :class:`rnn_ext.LSTM` for inference with weights of 8 bits; of such a layer or a :class:`torch.nn.LSTM`."""
+
+    _kind = "LSTM"
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Sequence[int] | Tensor | None = None,
+        resets: Tensor | None = None,
+        return_cell_states: bool = False,
+    ) -> (
+        tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]
+        | tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], Tensor | PackedSequence]
+    ):
+        """See :meth:`RNN.forward`; output, ``(h_n, c_n)`` and, if asked for, the cell states."""
+        plain = lengths is None and resets is None and not return_cell_states
+        if plain and not torch.compiler.is_compiling():
+            results = ops.quantized_forward(self.__dict__, input, hx)
+            if results is not None:
+                return results
+        output, h_n, c_n, cells = self._run(input, *functional.split_state(hx), lengths, resets, return_cell_states)
+        return (output, (h_n, c_n), cells) if return_cell_states else (output, (h_n, c_n))
+
+
+FLOATS: dict[type[nn.Module], type[nn.RNNBase]] = {RNN: modules.RNN, GRU: modules.GRU, LSTM: modules.LSTM}
+OURS: dict[type[nn.Module], type[_Quantized]] = {
+    of: ours
+    for ours in FLOATS
+    for of in (getattr(nn, ours._kind), getattr(modules, ours._kind), getattr(subclasses, ours._kind))
+}
+
+
+def quantize(model: ModuleT, activations: int = 16) -> ModuleT:
+    """Make every RNN, LSTM and GRU of torch.nn and rnn_ext in `model`, itself included, one of this module; in place.
+
+    For inference on the CPU: such a layer has buffers instead of parameters, and no gradients; what else is in the
+    model, cells included, stays. Each layer stays the object that it is and only changes its class. Copy the model
+    first (:func:`copy.deepcopy`) to keep the original. Of a saved one quantize the model that it is to be loaded into.
+
+    Args:
+        model: any module.
+        activations: bits that inputs and h are rounded to, 16 or 8. With 8 the error is twice as large, and large
+            batches and layers take less time, if the processor multiplies bytes (AVX512_VNNI).
+
+    Subclasses of those layers are left alone, with a warning, as by :func:`rnn_ext.convert`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: `activations` is neither 16 nor 8; a layer has layer normalisation or zoneout, or weights that are
+            not finite or not there; nothing is quantized.
+    """
+    check_module(model)
+    if activations not in (8, 16):
+        raise ValueError(f"activations must be 16 or 8 bits, got {activations!r}")
+    found = {name: module for name, module in model.named_modules() if type(module) in OURS}
+    buffers = {name: _buffers(module, name or "model", activations) for name, module in found.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase) and name not in found:
+            kind = type(module).__qualname__
+            warnings.warn(f"{name or 'model'} is left as it is: {kind} is a subclass", stacklevel=2)
+    for name, module in found.items():
+        module.__class__ = OURS[type(module)]
+        module._parameters.clear()
+        for attribute in _OF_FLOATS:
+            vars(module).pop(attribute, None)
+        module._flat_weights_names = list(buffers[name])
+        for key, tensor in buffers[name].items():
+            module.register_buffer(key, tensor)
+    return model
+
+
+# Attributes of a layer that a quantized one has no use for.
+_OF_FLOATS = ("_flat_weights", "_flat_weight_refs", "_all_weights", "backend", *modules.OPTIONS)
+
+
+def _suffixes(layer: nn.Module) -> list[str]:
+    """Of the names of weights, in the order of :mod:`rnn_ext.functional`."""
+    directions = ("", "_reverse") if layer.bidirectional else ("",)
+    return [f"_l{k}{direction}" for k in range(layer.num_layers) for direction in directions]
+
+
+def _buffers(layer: nn.RNNBase, name: str, activations: int) -> dict[str, Tensor]:
+    """What the op takes for the weights of a layer, in its order; ValueError with the layer's name where it cannot."""
+    for option in ("layer_norm", "zoneout"):
+        if getattr(layer, option, 0):
+            raise ValueError(f"{name} has {option}={getattr(layer, option)!r}, which quantized layers have not")
+    parameters = dict(layer.named_parameters())
+
+    def find(key: str) -> Tensor:
+        weight = parameters.get(key)
+        if weight is None:
+            raise ValueError(f"{name}.{key} is no parameter: remove what computes it, weight_norm for instance, first")
+        if weight.is_meta or not weight.isfinite().all():
+            what = "on the meta device" if weight.is_meta else "inf or NaN in it"
+            raise ValueError(f"{name}.{key} cannot be quantized: expected finite numbers, got a weight {what}")
+        return weight.detach().float()
+
+    gates = reference.CELLS[layer.mode.lower()].gates
+    buffers = {}
+    for suffix in _suffixes(layer):
+        weight_ih, scale_ih = pack(find(f"weight_ih{suffix}"), gates, activations)
+        weight_hh, scale_hh = pack(find(f"weight_hh{suffix}"), gates, activations)
+        no_bias = torch.zeros_like(scale_ih)
+        biases = [find(f"bias_{part}{suffix}") if layer.bias else no_bias for part in ("ih", "hh")]
+        buffers[f"weight_ih{suffix}"] = weight_ih
+        buffers[f"weight_hh{suffix}"] = weight_hh
+        buffers[f"factors{suffix}"] = torch.stack([scale_ih, scale_hh, *biases]).unflatten(1, (gates, -1))
+        if layer.proj_size:
+            weight_hr, scale_hr = pack(find(f"weight_hr{suffix}"), 1, activations)
+            buffers |= {f"weight_hr{suffix}": weight_hr, f"scale_hr{suffix}": scale_hr}
+    return buffers

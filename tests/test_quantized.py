@@ -1,0 +1,590 @@
+"""Layers with weights of 8 bits: what is rounded, and that nothing else is."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_sequence
+from util import (
+    CELLS,
+    SIZES,
+    Case,
+    Problem,
+    build,
+    check,
+    instruction_sets,
+    matrix,
+    named,
+    oracle,
+    projected,
+    same_bits,
+)
+
+import rnn_ext
+from rnn_ext import ops, quantized, reference
+
+# Beside the oracle with the rounded weights. Inputs, normal, are rounded to steps of 1e-4, so by 3e-5 in the mean: 33
+# of them with weights up to 1 (one unit) make 1e-4. Rounding a weight does 250 times as much.
+TOLERANCE = 3e-4
+BITS = (16, 8)  # of what is multiplied by weights
+bits = pytest.mark.parametrize("activations", BITS)
+KINDS = [("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("GRU", {}), ("LSTM", {}), ("LSTM", {"proj_size": 5})]
+kinds = pytest.mark.parametrize(("kind", "options"), KINDS, ids=["tanh", "relu", "gru", "lstm", "projected"])
+
+
+def rounded(problem: Problem, activations: int = 16) -> tuple[Problem, list[Tensor]]:
+    """The problem with rounded weights, and the same weights as the op takes them."""
+    gates = reference.CELLS[problem.case.cell].gates
+    weights, parts, leaves = problem.weights, [], {}
+    for suffix in ("", "_reverse")[: 1 + problem.case.bidirectional]:
+        packed, scales = {}, {}
+        for name in ("weight_ih", "weight_hh", "weight_hr"):
+            weight = weights.get(name + suffix)
+            if weight is not None:
+                parts_of = 1 if name == "weight_hr" else gates
+                packed[name], scales[name] = quantized.pack(weight.float(), parts_of, activations)
+                leaves[name + suffix] = quantized.unpack(packed[name], scales[name], weight.shape[1]).to(weight.dtype)
+        none = torch.zeros_like(scales["weight_ih"])
+        biases = [weights.get(name + suffix, none).float() for name in ("bias_ih", "bias_hh")]
+        factors = torch.stack([scales["weight_ih"], scales["weight_hh"], *biases]).unflatten(1, (gates, -1))
+        parts += [packed["weight_ih"], packed["weight_hh"], factors]
+        if "weight_hr" in packed:
+            parts += [packed["weight_hr"], scales["weight_hr"]]
+    return problem.having(leaves), parts
+
+
+def run(problem: Problem, weights: list[Tensor]) -> dict[str, Tensor]:
+    case = problem.case
+    layout = (problem.batch_sizes, problem.lengths, problem.resets, case.bidirectional, case.layout == "batch_first")
+    results = ops.quantized_layer(
+        problem.input, problem.h_0, problem.c_0, weights, case.cell, *layout, case.has_cell_state
+    )
+    return named(results, case)
+
+
+def in_steps(rows: Tensor, activations: int) -> Tensor:
+    """Rows of float32 as the kernel rounds them, in float64."""
+    # (As a tensor: a number by a tensor would be its inverse, times the number.)
+    most = torch.tensor(float(min(2 ** (activations - 1) - 1, (2**31 - 1) // (127 * max(rows.shape[-1], 1)))))
+    largest = rows.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest < 1e-30, 0, most / largest)
+    return (rows * inverse).round().double() * torch.where(largest < 1e-30, 0, largest / most).double()
+
+
+def one_step(problem: Problem, activations: int) -> dict[str, Tensor]:
+    """The results of a problem of one timestep and direction, in float64 but for what the kernel rounds."""
+    cell = reference.CELLS[problem.case.cell]
+    w = {name: weight.double() for name, weight in problem.weights.items()}
+    x, h = (in_steps(rows, activations) for rows in (problem.input[0], problem.h_0[0]))
+    igates, hgates = x @ w["weight_ih"].T + w["bias_ih"], h @ w["weight_hh"].T + w["bias_hh"]
+    states = [problem.h_0[0].double()] + ([] if problem.c_0 is None else [problem.c_0[0].double()])
+    h, *c = cell.step(igates, hgates, states)
+    if problem.case.proj:
+        h = in_steps(h.float(), activations) @ w["weight_hr"].T
+    results = (h[None], h[None], *[state[None] for state in c], *[state[None] for state in c])
+    return named(results if c else (*results, None, None), problem.case)
+
+
+def agrees(case: Case) -> None:
+    problem, weights = rounded(build(case, torch.float32))
+    expected = oracle(problem.to(torch.float64))
+    for _ in instruction_sets():
+        check(run(problem, weights), expected, TOLERANCE, 1.0, "value of")
+
+
+@bits
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("cell", "proj"), projected(3))
+def test_one_timestep_is_rounded_as_it_is_said(cell, proj, size, activations):
+    """And nothing else is, but to float32. (The h that is projected may be rounded to another step.)"""
+    for case in (
+        Case(cell, size=(1, 9, size, 33), proj=proj),
+        Case(cell, size=(1, 2, 33, max(size, proj + 1)), proj=proj),
+        Case(cell, size=(1, size, 600, 17), proj=proj),
+    ):
+        problem, weights = rounded(build(case, torch.float32), activations)
+        expected = one_step(problem, activations)
+        for _ in instruction_sets():
+            tolerance = 3e-6 if not proj else 2 / 2**activations
+            check(run(problem, weights), expected, tolerance, 1.0, "value of")
+
+
+@pytest.mark.parametrize("case", matrix(), ids=str)
+def test_everything_in_the_matrix(case):
+    agrees(case)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("cell", "proj"), projected(3))
+def test_all_sizes(cell, proj, size):
+    """Of units, inputs and rows: those of one timestep, and of many that are projected at once."""
+    if size > proj:
+        agrees(Case(cell, size=(3, 5, size, 33), proj=proj))
+        agrees(Case(cell, size=(3, 2, 33, size), proj=proj))
+        agrees(Case(cell, size=(3, size, 7, 17), proj=proj))
+        agrees(Case(cell, size=(size, 1, 7, 17), proj=proj))
+        agrees(Case(cell, size=(size, 5, 4, 6), proj=proj, bidirectional=True, lengths=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_empty_calls(cell):
+    for size in ((0, 3, 4, 7), (5, 0, 4, 7), (5, 3, 0, 7)):
+        agrees(Case(cell, size=size))
+
+
+@bits
+@pytest.mark.parametrize(("cell", "proj"), projected(9))
+@pytest.mark.parametrize("layout", ["dense", "lengths", "resets"])
+def test_the_same_bits_whatever_the_batch_and_the_threads(cell, proj, layout, activations):
+    given = {} if layout == "dense" else {layout: True}
+    case = Case(cell, size=(9, 21, 40, 70), proj=proj, bidirectional=True, **given)
+    problem, weights = rounded(build(case, torch.float32), activations)
+    for _ in instruction_sets():
+        expected = run(problem, weights)
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            same_bits(run(problem, weights), expected)
+        torch.set_num_threads(1)
+        if layout == "dense":
+            for count in (1, 2, 7):
+                part = run(problem.first_entries(count), weights)
+                same_bits(part, {name: value[:, :count] for name, value in expected.items()})
+
+
+@bits
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("cell", CELLS)
+def test_threads_that_share_the_units(cell, threads, activations):
+    """Layers large enough for it: one sequence, and a few."""
+    for bidirectional in (False, True):
+        for batch in (1, 3):
+            case = Case(cell, size=(4, batch, 50, 260), bidirectional=bidirectional, resets=batch == 3)
+            problem, weights = rounded(build(case, torch.float32), activations)
+            expected = run(problem, weights)
+            torch.set_num_threads(threads)
+            same_bits(run(problem, weights), expected)
+            torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sequences_of_16_bits(dtype):
+    problem, weights = rounded(build(Case("lstm", resets=True), dtype))
+    expected = run(problem.to(torch.float32), weights)
+    actual = run(problem, weights)
+    same_bits(actual, {name: value.to(dtype) for name, value in expected.items()})
+
+
+@bits
+def test_weights_are_rounded_to_the_nearest_step_of_their_row(activations):
+    weight = torch.randn(3 * 37, 11) * torch.logspace(-8, 8, 111).unsqueeze(1)
+    weight[5] = 0
+    numbers, scale = quantized.pack(weight, 3, activations)
+    assert numbers.shape == ((3, 6, 3, 16, 2) if activations == 16 else (3, 3, 3, 16, 4))
+    assert numbers.dtype == torch.int8 and numbers.is_contiguous()
+    restored = quantized.unpack(numbers, scale, 11)
+    assert torch.equal(scale, weight.abs().amax(1) / 127)
+    assert ((restored - weight).abs() <= scale.unsqueeze(1) * 0.5001).all() and not restored[5].any()
+    assert numbers.min() == -127 and numbers.max() == 127
+    again, same = quantized.pack(restored, 3, activations)
+    assert torch.equal(again, numbers)
+    torch.testing.assert_close(same, scale)
+
+
+@bits
+@pytest.mark.parametrize("depth", [1, 500, 516, 517, 1000, 5000, 70000, 140000])
+def test_the_largest_sums_do_not_overflow(depth, activations):
+    """All weights and inputs as large as they get, of one sign."""
+    weights = rounded(build(Case("rnn_relu", size=(1, 1, depth, 1), bias=False), torch.float32), activations)[1]
+    weights[0] = quantized.pack(torch.ones(1, depth), 1, activations)[0]
+    for sign in (1, -1):
+        factors = torch.tensor([1.0 * sign, 1, 0, 0]).view(4, 1, 1)
+        input = torch.full((1, 1, depth), 3.0 * sign)
+        for _ in instruction_sets():
+            output = ops.quantized_layer(
+                input, None, None, [weights[0], weights[1], factors], "rnn_relu", None, None, None, False, False, False
+            )[0]
+            torch.testing.assert_close(output.item(), 3.0 * 127 * depth, rtol=1e-5, atol=0)
+
+
+@bits
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_not_finite_stays_in_its_sequence(cell, value, activations):
+    problem, weights = rounded(build(Case(cell, size=(4, 9, 20, 33)), torch.float32), activations)
+    for _ in instruction_sets():
+        expected = run(problem, weights)
+        input = problem.input.clone()
+        input[2, 3, 11] = value
+        actual = run(problem.having({"input": input}), weights)
+        for name in ("output", "h_n"):
+            assert actual[name][-1, 3].isnan().all()
+            assert torch.equal(actual[name][:, [0, 1, 2, 4, 5, 6, 7, 8]], expected[name][:, [0, 1, 2, 4, 5, 6, 7, 8]])
+        assert torch.equal(actual["output"][:2], expected["output"][:2])
+
+
+def test_numbers_of_all_magnitudes():
+    """Zeros, and what is too small or too large for the inverse of its scale, do not make NaN of others."""
+    problem, weights = rounded(build(Case("lstm", size=(3, 4, 20, 33)), torch.float32))
+    expected = run(problem.having({"input": torch.zeros_like(problem.input)}), weights)
+    for factor in (0.0, 1e-45, 1e-38, 1e-31):
+        same_bits(run(problem.having({"input": problem.input * factor}), weights), expected)
+    assert all(t.isfinite().all() for t in run(problem.having({"input": problem.input * 1e37}), weights).values())
+
+
+def test_padding_is_not_read():
+    problem, weights = rounded(build(Case("gru", "batch_first", lengths=True, size=(6, 5, 4, 7)), torch.float32))
+    past = torch.arange(6) >= problem.lengths.unsqueeze(1)
+    same_bits(
+        run(problem.having({"input": problem.input.masked_fill(past.unsqueeze(2), float("nan"))}), weights),
+        run(problem, weights),
+    )
+
+
+# The modules.
+
+
+def layer_of(kind: str, options: dict, **more: object) -> nn.Module:
+    return getattr(rnn_ext, kind)(12, 20, **options, **more).eval()
+
+
+def state_of(layer: nn.Module, batch: int, seed: int = 3) -> object:
+    generator = torch.Generator().manual_seed(seed)
+    states = layer.num_layers * (2 if layer.bidirectional else 1)
+    h_0 = torch.randn(states, batch, layer.proj_size or layer.hidden_size, generator=generator)
+    c_0 = torch.randn(states, batch, layer.hidden_size, generator=generator)
+    return (h_0, c_0) if layer.mode == "LSTM" else h_0
+
+
+def flat(results: object) -> list[Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(results) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def assert_same(actual: object, expected: object) -> None:
+    for got, want in zip(flat(actual), flat(expected), strict=True):
+        assert torch.equal(got, want)
+
+
+@kinds
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_stack_computes_what_its_rounded_weights_do(kind, options, batch_first, bidirectional, bias):
+    layer = layer_of(
+        kind, options, num_layers=2, batch_first=batch_first, bidirectional=bidirectional, bias=bias, dropout=0.5
+    )
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    ours = rnn_ext.quantize(copy.deepcopy(layer))
+    assert type(ours) is getattr(quantized, kind) and not list(ours.parameters())
+    floats = ours.dequantized()
+    for name, value in floats.state_dict().items():
+        largest = before[name].abs().amax(-1, keepdim=True)
+        assert ((value - before[name]).abs() <= (largest * 0.5001 / 127 if name.startswith("weight") else 0)).all()
+        assert name.startswith("bias") or not torch.equal(value, before[name])
+    exact = floats.double()
+    x = torch.randn(4, 9, 12)
+    batch = 4 if batch_first else 9
+    lengths = torch.arange(batch) % 5
+    resets = torch.rand(4, 9) < 0.3
+    hx = state_of(layer, batch)
+    wide = torch.utils._pytree.tree_map(lambda t: t.double(), hx)
+    for more in ({}, {"lengths": lengths}, {"resets": resets}):
+        for state, wide_state in ((None, None), (hx, wide)):
+            actual, expected = ours(x, state, **more), exact(x.double(), wide_state, **more)
+            for got, want in zip(flat(actual), flat(expected), strict=True):
+                torch.testing.assert_close(got.double(), want, atol=TOLERANCE, rtol=0)
+    assert_same(ours.train()(x), ours.eval()(x))  # there is no dropout
+
+
+@bits
+@kinds
+def test_packed_and_unbatched_input(kind, options, activations):
+    layer = rnn_ext.quantize(layer_of(kind, options, bidirectional=True), activations)
+    sequences = [torch.randn(n, 12) for n in (3, 7, 1)]
+    hx = state_of(layer, 3)
+    one = [torch.utils._pytree.tree_map(lambda t, n=n: t[:, n], hx) for n in range(3)]
+    output, h_n = layer(pack_sequence(sequences, enforce_sorted=False), hx)
+    padded, _ = nn.utils.rnn.pad_packed_sequence(output)
+    for n, sequence in enumerate(sequences):
+        alone, last = layer(sequence, one[n])
+        assert torch.equal(padded[: len(sequence), n], alone)
+        assert_same(last, torch.utils._pytree.tree_map(lambda t, n=n: t[:, n], h_n))
+
+
+@bits
+@kinds
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_steps_are_the_whole_sequence(kind, options, batch_first, layers, activations):
+    layer = rnn_ext.quantize(layer_of(kind, options, num_layers=layers, batch_first=batch_first), activations)
+    x = torch.randn(3, 5, 12)
+    for input, along in ((x, 1 if batch_first else 0), (x[0], 0)):
+        expected, last = layer(input)
+        state, outputs = None, []
+        for step in input.unbind(along):
+            output, state = layer.step(step, state)
+            outputs.append(output)
+        assert torch.equal(torch.stack(outputs, along), expected)
+        assert_same(state, last)
+
+
+def test_all_cell_states():
+    layer = rnn_ext.quantize(layer_of("LSTM", {"proj_size": 5}, bidirectional=True))
+    x = torch.randn(4, 3, 12)
+    output, (h_n, c_n), cells = layer(x, return_cell_states=True)
+    assert torch.equal(cells[-1, :, :20], c_n[0]) and torch.equal(cells[0, :, 20:], c_n[1])
+    assert_same(layer(x), (output, (h_n, c_n)))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 12)
+        self.encoder = nn.ModuleList([nn.GRU(12, 8, batch_first=True), rnn_ext.RNN(8, 8, 2, "relu", batch_first=True)])
+        self.decoder = nn.ModuleDict({"a": nn.LSTM(8, 8, bidirectional=True, proj_size=4, batch_first=True)})
+        self.tied = self.decoder["a"]
+        self.cell = nn.GRUCell(8, 8)
+        self.fc = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        for layer in (*self.encoder, self.decoder["a"], self.tied):
+            x, _ = layer(x)
+        return self.fc(self.cell(x[:, -1]))
+
+
+def test_a_model_in_place():
+    model = Model().eval()
+    x = torch.randint(0, 30, (3, 6))
+    expected = model(x)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    seen = []
+    model.tied.register_forward_hook(lambda *args: seen.append(args))
+    assert rnn_ext.quantize(model) is model
+    assert dict(model.named_modules(remove_duplicate=False)) == modules
+    kinds = [type(module) for module in (*model.encoder, model.tied)]
+    assert kinds == [quantized.GRU, quantized.RNN, quantized.LSTM]
+    assert type(model.cell) is nn.GRUCell
+    with torch.no_grad():
+        actual = model(x)
+    assert len(seen) == 2
+    error = (actual - expected).abs().max()
+    assert 0 < error < 0.02, error
+    assert rnn_ext.quantize(model) is model  # again: nothing is left to do
+
+
+@kinds
+def test_checkpoints_copies_and_devices(kind, options):
+    layer = layer_of(kind, options, num_layers=2, bidirectional=True)
+    expected = rnn_ext.quantize(copy.deepcopy(layer))
+    x = torch.randn(4, 3, 12)
+    file = io.BytesIO()
+    torch.save(expected.state_dict(), file)
+    floats = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+    assert sum(b.numel() for b in expected.buffers() if b.dtype == torch.int8) < 2 * floats  # padded to 16 units
+    file.seek(0)
+    other = rnn_ext.quantize(layer_of(kind, options, num_layers=2, bidirectional=True))
+    assert not torch.equal(other(x)[0], expected(x)[0])
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for copied in (other, copy.deepcopy(expected), pickle.loads(pickle.dumps(expected))):
+        assert_same(copied(x), expected(x))
+        assert repr(copied) == repr(expected)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        layer.load_state_dict(expected.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_16_bits_keeps_its_scales(dtype):
+    layer = rnn_ext.quantize(layer_of("LSTM", {}))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = torch.randn(4, 3, 12).to(dtype)
+    expected = layer(x.float())
+    model = nn.Sequential(layer).to(dtype)
+    assert_same(model[0].state_dict(), before)
+    assert_same(model(x), [t.to(dtype) for t in flat(expected)])
+
+
+def test_autocast_takes_states_of_either_type():
+    layer = rnn_ext.quantize(layer_of("LSTM", {}))
+    x = torch.randn(4, 3, 12).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        output, (h_n, _) = layer(x, state_of(layer, 3))
+    assert output.dtype == h_n.dtype == torch.bfloat16
+
+
+@kinds
+def test_compiled_and_exported(kind, options):
+    layer = rnn_ext.quantize(layer_of(kind, options, num_layers=2, bidirectional=True, batch_first=True))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for n, steps in ((3, 5), (4, 7)):
+            x = torch.randn(n, steps, 12)
+            assert_same(compiled(x, lengths=torch.arange(n)), layer(x, lengths=torch.arange(n)))
+    x = torch.randn(3, 5, 12)
+    assert_same(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+@pytest.mark.parametrize("case", [Case("lstm", proj=3, lengths=True), Case("gru", "packed"), Case("rnn_tanh")], ids=str)
+def test_opcheck(case):
+    problem, weights = rounded(build(case, torch.float32))
+    layout = (problem.batch_sizes, problem.lengths, problem.resets, case.cell, case.bidirectional, False, False)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    args = (problem.input, problem.h_0, problem.c_0, weights, *layout)
+    torch.library.opcheck(torch.ops.rnn_ext.quantized_layer.default, args, test_utils=tests)
+
+
+@pytest.mark.parametrize("given", [(), ("lengths",), ("resets",)])
+def test_vmap(given):
+    layer = rnn_ext.quantize(layer_of("LSTM", {}, batch_first=True, bidirectional=True))
+    x = torch.randn(5, 3, 4, 12)
+    extra = {"lengths": torch.arange(15).view(5, 3) % 5, "resets": torch.rand(5, 3, 4) < 0.3}
+    more = {name: extra[name] for name in given}
+
+    def call(x: Tensor, more: dict[str, Tensor]) -> object:
+        return layer(x, **more)
+
+    actual = torch.vmap(call)(x, more)
+    for i in range(5):
+        expected = call(x[i], {name: value[i] for name, value in more.items()})
+        assert_same([t[i] for t in flat(actual)], expected)
+
+
+def test_explain():
+    layer = rnn_ext.quantize(layer_of("GRU", {}))
+    explanation = rnn_ext.explain(layer, torch.randn(4, 3, 12))
+    assert explanation.backend == "custom" and "8 bits" in explanation.reason
+    assert explanation.kernel == f"rnn_ext::quantized_layer gru, {ops.cpu_capability()}"
+
+
+def test_there_is_no_backward():
+    layer = rnn_ext.quantize(layer_of("GRU", {}))
+    x = torch.randn(4, 3, 12, requires_grad=True)
+    output, _ = layer(x)
+    with pytest.raises(RuntimeError, match=r"rnn_ext::quantized_layer.* not implemented"):
+        output.sum().backward()
+
+
+MISTAKES: list[tuple[Callable[[nn.Module], object], type[Exception], str]] = [
+    (lambda m: m(torch.randn(4, 3, 13)), RuntimeError, "Expected 12, got 13"),
+    (lambda m: m(torch.randn(4, 3, 11)), RuntimeError, "Expected 12, got 11"),
+    (lambda m: m(torch.randn(4, 3, 12).double()), RuntimeError, "expected input of float32, bfloat16 or float16"),
+    (lambda m: m(torch.zeros(4, 3, 12, dtype=torch.int64)), RuntimeError, "expected input of float32, bfloat16 or"),
+    (lambda m: m(torch.randn(12)), ValueError, "Expected input to be 2D or 3D, got 1D"),
+    (lambda m: m([1, 2]), TypeError, "expected input as a tensor or a PackedSequence, got list"),
+    (lambda m: m(torch.randn(4, 3, 12), torch.zeros(1, 3, 20)), RuntimeError, "hx to be the two states"),
+    (
+        lambda m: m(torch.randn(4, 3, 12), (torch.zeros(2, 3, 20), torch.zeros(1, 3, 20))),
+        RuntimeError,
+        r"[Ee]xpected h_0 of size \[1, 3, 20\], got \[2, 3, 20\]",
+    ),
+    (
+        lambda m: m(torch.randn(4, 3, 12), (torch.zeros(1, 3, 20), torch.zeros(1, 3, 20).double())),
+        RuntimeError,
+        "c_0 is Double but input is Float",
+    ),
+    (lambda m: m(torch.randn(4, 3, 12), lengths=[1, 2]), ValueError, r"lengths of shape \(3,\)"),
+    (lambda m: m(torch.randn(4, 3, 12), lengths=[1, 2, 5]), ValueError, "from 0 to 4"),
+    (lambda m: m(torch.randn(4, 3, 12), resets=torch.zeros(4, 3)), TypeError, "torch.bool"),
+    (lambda m: m.step(torch.randn(4, 3, 12)), ValueError, "1D or 2D, got 3D"),
+    (lambda m: m.step(3), TypeError, "input as a tensor, got int"),
+    (lambda m: type(m)(12, 20), TypeError, "made of an rnn_ext.LSTM by rnn_ext.quantize"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), MISTAKES)
+def test_mistakes(call, error, message):
+    with pytest.raises(error, match=message):
+        call(rnn_ext.quantize(layer_of("LSTM", {})))
+
+
+def test_a_second_direction_has_no_steps():
+    with pytest.raises(ValueError, match="a bidirectional layer needs the whole sequence"):
+        rnn_ext.quantize(layer_of("GRU", {}, bidirectional=True)).step(torch.randn(3, 12))
+
+
+OP_MISTAKES = [
+    (0, lambda t: t[:, :-1], r"expected weight_ih of size \[2, 3, 4, 16, 2\], got \[2, 2, 4, 16, 2\]"),
+    (0, lambda t: t.float(), "expected weight_ih of dtype Char, got Float"),
+    (1, lambda t: t[:1], r"expected weight_hh of size \[2, 9, 4, 16, 2\]"),
+    (2, lambda t: t.double(), "expected factors of dtype Float, got Double"),
+    (2, lambda t: t[:3], r"expected factors of size \[4, 4, 17\], got \[3, 4, 17\]"),
+    (2, lambda t: t[0], "expected factors with 3 dimensions"),
+    (2, lambda t: t[:, :, :0], "at least one hidden unit"),
+    (None, lambda ts: ts[:2], "expected 3 quantized weights .* got 2 in all"),
+    (None, lambda ts: ts + ts[:1], "expected 3 quantized weights .* got 4 in all"),
+]
+
+
+@pytest.mark.parametrize(("which", "change", "message"), OP_MISTAKES)
+def test_mistakes_of_the_op(which, change, message):
+    problem, weights = rounded(build(Case("lstm", size=(3, 2, 5, 17)), torch.float32))
+    if which is None:
+        weights = change(weights)
+    else:
+        weights[which] = change(weights[which])
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        run(problem, weights)
+
+
+def changed(layer: nn.Module, name: str, value: float) -> nn.Module:
+    with torch.no_grad():
+        getattr(layer, name)[0, 0] = value
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rnn_ext.LSTM(3, 4, layer_norm=True), "1 has layer_norm=True, which quantized layers have not"),
+        (lambda: rnn_ext.GRU(3, 4, zoneout=0.1), "1 has zoneout=0.1"),
+        (lambda: changed(nn.GRU(3, 4), "weight_hh_l0", float("nan")), "1.weight_hh_l0 cannot be quantized: .* NaN"),
+        (lambda: changed(nn.GRU(3, 4), "weight_ih_l0", float("inf")), "1.weight_ih_l0 cannot be quantized: .* inf"),
+        (lambda: nn.GRU(3, 4, device="meta"), "1.weight_ih_l0 cannot be quantized: .* meta"),
+        (lambda: nn.utils.weight_norm(nn.GRU(3, 4), "weight_hh_l0"), "1.weight_hh_l0 is no parameter: remove"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+def test_what_cannot_be_quantized_leaves_the_model_as_it_is(make, message):
+    model = nn.Sequential(nn.LSTM(3, 4), make(), rnn_ext.LSTM(3, 4))
+    types = [type(module) for module in model]
+    with pytest.raises(ValueError, match=message):
+        rnn_ext.quantize(model)
+    assert [type(module) for module in model] == types
+    assert len(list(model[0].parameters())) == 4
+
+
+def test_options_that_only_act_in_training_go():
+    layer = rnn_ext.quantize(rnn_ext.LSTM(3, 4, recurrent_dropout=0.5, weight_dropout=0.5, recompute=True))
+    x = torch.randn(2, 3, 3)
+    assert_same(layer(x), layer(x))
+    assert repr(layer) == "LSTM(3, 4)"
+
+
+def test_subclasses_are_left_with_a_warning():
+    class Own(nn.GRU):
+        pass
+
+    model = nn.Sequential(Own(3, 4), parametrizations.weight_norm(nn.GRU(3, 4), "weight_hh_l0"), nn.GRU(3, 4))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rnn_ext.quantize(model)
+    assert [str(w.message).split(":")[0] for w in caught] == ["0 is left as it is", "1 is left as it is"]
+    assert all(w.filename == __file__ for w in caught)
+    assert type(model[2]) is quantized.GRU and isinstance(model[0], Own)
+    with pytest.raises(TypeError, match="expected a module, got the class GRU"):
+        rnn_ext.quantize(nn.GRU)
+    for wrong in (4, "8", None):
+        with pytest.raises(ValueError, match=f"activations must be 16 or 8 bits, got {wrong!r}"):
+            rnn_ext.quantize(nn.GRU(3, 4), wrong)
+
+
+def test_subclasses_of_torch_nn_s_are_quantized():
+    model = rnn_ext.convert(nn.Sequential(nn.LSTM(3, 4)), as_subclass=True)
+    assert type(rnn_ext.quantize(model)[0]) is quantized.LSTM
