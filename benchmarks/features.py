@@ -9,17 +9,14 @@ Writes results/features.md.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import itertools
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import peers
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -27,13 +24,12 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import rnn_ext
 from rnn_ext._files import write
 from rnn_ext._options import Parser, output_file, positive_number
-from rnn_ext.bench import Case, Workload, machine
+from rnn_ext.bench import machine
 
 RESULTS = Path(__file__).parent / "results" / "features.md"
 DIFFERENTIATED = ((1, 128, 64), (16, 30, 32), (64, 50, 128))  # N, L, H
 PER_SAMPLE = ((64, 8, 16), (64, 30, 32), (32, 50, 128))
 ENSEMBLES = ((10, 1, 20, 16), (10, 32, 20, 32), (64, 1, 5, 16))  # models, N, L, H
-QUANTIZED = ((1, 1, 64), (1, 100, 64), (1, 100, 256), (1, 1, 512), (1, 100, 512), (1, 50, 1024), (32, 50, 512))
 JACOBIANS = ((1, 5, 8), (1, 20, 32), (4, 10, 16))
 LAYERS = {"RNN": rnn_ext.RNN, "GRU": rnn_ext.GRU, "LSTM": rnn_ext.LSTM}
 
@@ -338,43 +334,6 @@ def ensembles() -> list[Row]:
     return rows
 
 
-def quantized() -> list[Row]:
-    """Our layers with weights of 8 bits beside those in float32 and bfloat16, and others' with weights and activations
-    of 8 bits. In brackets how far each is from float32."""
-    rows = []
-    for name, (N, L, H) in itertools.product(LAYERS, QUANTIZED):
-        work = Workload(Case(name.lower(), N, L, H, H))
-        ours, x = work.ours().eval(), work.input
-        exact = ours(x)[0].detach()
-
-        def off_by(words: str, output: Tensor, exact: Tensor = exact) -> str:
-            return f"{words} ({(output.float() - exact).abs().max().item():.1g})"
-
-        with torch.no_grad():
-            mine = {}
-            for words, bits in (("weights", 16), ("weights and activations", 8)):
-                layer = rnn_ext.quantize(copy.deepcopy(ours), bits)
-                mine[off_by(f"{words} of 8 bits", layer(x)[0])] = work.forward(layer)
-            half, x_half = copy.deepcopy(ours).bfloat16(), x.bfloat16()
-            others = {"our float32": work.forward(ours)}
-            others[off_by("our bfloat16", half(x_half)[0])] = functools.partial(half, x_half)
-            if name != "RNN":
-                native = nn.Sequential(copy.deepcopy(work.torch).eval())
-                with warnings.catch_warnings():  # that it will be removed
-                    warnings.simplefilter("ignore")
-                    theirs = torch.ao.quantization.quantize_dynamic(native, {nn.GRU, nn.LSTM})
-                others[off_by("torch.nn's dynamic quantization", theirs(x)[0])] = functools.partial(theirs, x)
-            if name == "LSTM":
-                with contextlib.suppress(ImportError):
-                    peer = peers.onnx_runtime_8_bits(work)
-                    output = peer.results(peer.run())["output"]
-                    others[off_by("ONNX Runtime's dynamic quantization", output)] = peer.run
-        for (own, feature), (other, plain) in itertools.product(mine.items(), others.items()):
-            what = f"{name}, N={N}, L={L}, H={H}: {own} against {other}"
-            rows.append(Row(what, forward(feature), forward(plain), 1.0, same=False))
-    return rows
-
-
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=positive_number(), default=2, help="for each comparison")
@@ -396,7 +355,7 @@ def main() -> None:
     ]
     head = len(lines)
     parts = (resets, cell_states, lengths, variants, recompute, streaming)
-    parts += (derivatives, by_weights, ensembles, quantized)
+    parts += (derivatives, by_weights, ensembles)
     for row in itertools.chain.from_iterable(part() for part in parts):
         if args.only not in row.what:
             continue

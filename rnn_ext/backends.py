@@ -17,7 +17,6 @@ from torch.nn.utils.rnn import PackedSequence
 from rnn_ext import _loader, ops
 
 BACKENDS = ("auto", "custom", "native")
-QUANTIZED = "quantized"  # of the layers of rnn_ext.quantized, which have no other
 UNMEASURED = "the custom CUDA kernels have not been timed against torch's on a GPU; backend='custom' runs them"
 CUSTOM_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
@@ -135,15 +134,22 @@ def explain(
         TypeError: `module` is not a layer of this package, or `input` neither a tensor nor a PackedSequence.
         ValueError, RuntimeError: its backend is unknown, or is ``"custom"`` and cannot run, as the call itself would.
     """
-    if getattr(module, "backend", None) == QUANTIZED:
-        kernel = f"rnn_ext::quantized_layer {module.mode.lower()}, {ops.cpu_capability()}"
-        return Explanation("custom", kernel, "its weights have 8 bits, which native has no kernels for")
-    if not _has_backend(module):
+    quantized = getattr(module, "_has_8_bits", False)  # a layer of rnn_ext.quantized
+    if not (quantized or _has_backend(module)):
         raise TypeError(f"explain expects an rnn_ext.RNN, LSTM, GRU or cell of these, got {type(module).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
     if not isinstance(data, Tensor):
         raise TypeError(f"explain: expected input as a tensor or a PackedSequence, got {type(input).__name__}")
     cell = module.mode.lower()
+    if quantized:
+        supported, reason = can_run_custom(data)
+        if not supported or not (data.is_cpu or data.is_meta) or data.dtype == torch.float64:
+            raise RuntimeError(
+                f"a quantized {module.mode} cannot run this input: expected float32, bfloat16 or float16 on the CPU, "
+                f"got {data.dtype} on {data.device}"
+            )
+        kernel = f"rnn_ext::quantized_layer {cell}, {ops.cpu_capability()}"
+        return Explanation("custom", kernel, "its weights have 8 bits, which native has no kernels for")
     lacking = _options_native_lacks(module, resets=resets is not None, return_cell_states=return_cell_states)
     backend = backend_for(module.backend, module.parameters())
     custom = use_custom(backend, data, only_custom=bool(lacking) or lengths is not None)

@@ -66,11 +66,15 @@ def to_native(model: ModuleT) -> ModuleT:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: a layer has an option that torch.nn lacks (`recompute` aside, which changes no result); nothing is
-            converted.
+        ValueError: a layer has an option that torch.nn lacks (`recompute` aside, which changes no result), or is one of
+            :mod:`rnn_ext.quantized`; nothing is converted.
     """
     check_module(model)
     for name, module in model.named_modules():
+        if getattr(module, "_has_8_bits", False):
+            raise ValueError(
+                f"{name or 'model'} has weights of 8 bits: its dequantized() is a layer that can be converted"
+            )
         if type(module) in TO_NATIVE and isinstance(module, nn.RNNBase):
             for option, default in OPTIONS.items():
                 if option != "recompute" and getattr(module, option) != default:

@@ -96,6 +96,7 @@ class Call(NamedTuple):
     backend: str
     cell_states: bool
     extras: Extras
+    quantized: bool  # the weights are those of :mod:`rnn_ext.quantized`
 
 
 def check_extras(
@@ -222,6 +223,7 @@ def recurrent(
     zoneout: float | tuple[float, float] = 0.0,
     recurrent_dropout: float = 0.0,
     weight_dropout: float = 0.0,
+    quantized: bool = False,
 ) -> tuple[Tensor | PackedSequence, Tensor, Tensor | None, Tensor | PackedSequence | None]:
     """Any cell, input in any layout: output, h_n, c_n (None unless lstm), cells (None unless asked for)."""
     for name, state in (("h_0", h_0), ("c_0", c_0)):
@@ -235,7 +237,9 @@ def recurrent(
         extras = check_extras(cell, recompute, zoneout, recurrent_dropout, weight_dropout)
     dim = 1 if packed else input.dim()
     batch_first = batch_first and dim == 3
-    call = Call(cell, num_layers, bidirectional, batch_first, dropout, training, backend, cell_states, extras)
+    call = Call(
+        cell, num_layers, bidirectional, batch_first, dropout, training, backend, cell_states, extras, quantized
+    )
     if packed:
         if lengths is not None or resets is not None:
             raise ValueError("lengths and resets are for padded input, got a PackedSequence, which has its own lengths")
@@ -344,8 +348,8 @@ def _layers(
     Checked here is what has an exception of its own in torch.nn. The op checks the sizes, dtypes and devices of its
     layer, which would cost a streaming call a microsecond to do twice.
     """
-    extras, is_quantized = call.extras, call.backend == backends.QUANTIZED
-    if not is_quantized:  # or they were checked when they were made
+    extras = call.extras
+    if not call.quantized:  # or they were checked when they were made
         _check_weights(call, input, weights)
     _check_number("dropout", call.dropout)
     if not 0 <= call.dropout <= 1:
@@ -356,7 +360,7 @@ def _layers(
         lengths = _check_lengths(lengths, input, call.batch_first)
     if resets is not None:
         _check_resets(resets, input.shape[:2])
-    if is_quantized:
+    if call.quantized:
         return _quantized(call, input, h_0, c_0, weights, batch_sizes, lengths, resets)
     count = len(weights) // (call.num_layers * 2 if call.bidirectional else call.num_layers)
     if call.training and extras.weight_dropout:
@@ -466,7 +470,7 @@ def _custom(
 
     States are in torch's order: layer 0 forward, layer 0 reverse, layer 1 forward, ...
     """
-    cell, num_layers, bidirectional, batch_first, dropout, training, _, cell_states, extras = call
+    cell, num_layers, bidirectional, batch_first, dropout, training, _, cell_states, extras, _ = call
     sequence = (batch_sizes, lengths, resets)
 
     def layer(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], cells: bool) -> tuple:
@@ -497,13 +501,15 @@ def _quantized(
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The same with the weights of :mod:`rnn_ext.quantized`, of which the last of a projected layer are scales (P,)."""
-    if not (input.is_cpu or input.is_meta):
-        raise RuntimeError(f"quantized layers compute on the CPU, got input on {input.device}")
+    supported, reason = backends.can_run_custom(input)
+    if not supported or not (input.is_cpu or input.is_meta):
+        reason = reason if not supported else f"they compute on the CPU, got input on {input.device}"
+        raise RuntimeError(f"quantized layers cannot run this input: {reason}")
     layout = (call.cell, batch_sizes, lengths, resets, call.bidirectional, call.batch_first)
     hidden = weights[2].shape[-1]
     _check_states(call, input, h_0, c_0, weights[-1].numel() if weights[-1].dim() == 1 else hidden, hidden, batch_sizes)
 
-    if torch.is_autocast_enabled(input.device.type):  # which casts states of other layers
+    if not input.is_meta and torch.is_autocast_enabled(input.device.type):  # which casts states of other layers
         h_0, c_0 = map_present(lambda state: state.to(input.dtype), h_0, c_0)
 
     def layer(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], cells: bool) -> tuple:
@@ -605,7 +611,7 @@ def _native(
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """torch's kernels, which know packed sequences but neither lengths nor resets nor cell states."""
-    cell, num_layers, bidirectional, batch_first, dropout, training, _, cell_states, extras = call
+    cell, num_layers, bidirectional, batch_first, dropout, training, _, cell_states, extras, _ = call
     states = num_layers * 2 if bidirectional else num_layers
     lacking = backends.what_native_lacks(
         layer_norm=len(weights) // states > 5,

@@ -593,6 +593,8 @@ def _layer_tangent_fake(
 def _quantized_layer_fake(
     input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states
 ):  # fmt: skip
+    for name, tensor in (*(("a weight", weight) for weight in weights), ("resets", resets)):
+        _check_device(input, name, tensor)
     directions = 2 if bidirectional else 1
     hidden = weights[2].shape[2]
     out = weights[4].shape[0] if len(weights) // directions == 5 else hidden
@@ -631,6 +633,15 @@ def _layer_backward_flops(
             products = output_mask[3 + i] + (output_mask[0] if i % count == 0 else 1)
             flops += 2 * rows * math.prod(shape) * products
     return flops
+
+
+def _quantized_layer_flops(
+    input_shape, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, *args, **kwargs
+) -> int:
+    """Of the products of a layer, with all units and columns that its weights have room for."""
+    count = len(weights) // (2 if bidirectional else 1)
+    products = [shape for i, shape in enumerate(weights) if i % count in (0, 1, 3)]
+    return 2 * math.prod(input_shape[:-1]) * sum(map(math.prod, products))
 
 
 def _layer_tangent_flops(
@@ -680,6 +691,7 @@ if is_available():
         (torch.ops.rnn_ext.layer, _layer_flops),
         (torch.ops.rnn_ext.layer_backward, _layer_backward_flops),
         (torch.ops.rnn_ext.layer_tangent, _layer_tangent_flops),
+        (torch.ops.rnn_ext.quantized_layer, _quantized_layer_flops),
     ):
         if _op not in flop_registry:  # this module is loaded again
             register_flop_formula(_op)(_formula)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnn_ext import functional, modules, ops, reference, subclasses
-from rnn_ext.backends import QUANTIZED
 from rnn_ext.convert import check_module
 
 __all__ = ["GRU", "LSTM", "RNN", "quantize"]
@@ -40,22 +39,21 @@ def pack(weight: Tensor, gates: int, activations: int = 16) -> tuple[Tensor, Ten
     units, depth = numbers.shape[1:]
     numbers = nn.functional.pad(numbers, (0, -depth % side, 0, -units % _BLOCK))
     numbers = numbers.reshape(gates, -(-units // _BLOCK), _BLOCK, -(-depth // side), side)
-    return numbers.permute(1, 3, 0, 2, 4).contiguous(), scale
+    return numbers.permute(1, 3, 0, 2, 4).flatten(2), scale
 
 
-def unpack(numbers: Tensor, scale: Tensor, depth: int) -> Tensor:
+def unpack(numbers: Tensor, scale: Tensor, gates: int, depth: int) -> Tensor:
     """The reverse: the weight that the numbers stand for."""
-    gates = numbers.shape[2]
-    plain = numbers.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[:, : scale.numel() // gates, :depth]
-    return plain.flatten(0, 1) * scale.unsqueeze(1)
+    plain = numbers.unflatten(2, (gates, _BLOCK, -1)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    return plain[:, : scale.numel() // gates, :depth].flatten(0, 1) * scale.unsqueeze(1)
 
 
 class _Quantized(modules.Leaf):
     """What the three layers share. quantize() gives a layer this class."""
 
     _added: ClassVar[dict[str, Any]] = {}
+    _has_8_bits: ClassVar[bool] = True  # asked for where this module cannot be imported
     _kind: ClassVar[str]
-    backend: ClassVar[str] = QUANTIZED
     mode: str
     input_size: int
     hidden_size: int
@@ -64,21 +62,22 @@ class _Quantized(modules.Leaf):
     bidirectional: bool
     batch_first: bool
     dropout: float
+    activations: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError(f"a quantized.{self._kind} is made of an rnn_ext.{self._kind} by rnn_ext.quantize")
 
     @property
     def _flat_weights(self) -> list[Tensor]:
-        return [self._buffers[name] for name in self._flat_weights_names]
+        return [getattr(self, name) for name in self._flat_weights_names]
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Scales and biases remain float32 in a model of 16 bits."""
-        before = dict(self._buffers)
+        before = {name: self._buffers[name] for name in self._flat_weights_names if name in self._buffers}
         super()._apply(fn, recurse)
-        for name, tensor in self._buffers.items():
-            if tensor.dtype != before[name].dtype:
-                self._buffers[name] = before[name].to(tensor.device)
+        for name, tensor in before.items():
+            if self._buffers[name].dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(self._buffers[name].device)
         return self
 
     def flatten_parameters(self) -> None:
@@ -95,7 +94,8 @@ class _Quantized(modules.Leaf):
     ) -> tuple[Tensor | PackedSequence, Tensor, Tensor | None, Tensor | PackedSequence | None]:
         self._check_not_traced(input, "forward")
         data = input.data if isinstance(input, PackedSequence) else input
-        if isinstance(data, Tensor) and data.dim() > 0 and data.shape[-1] != self.input_size:
+        has_features = isinstance(data, Tensor) and not data.is_nested and data.dim() > 0
+        if has_features and data.shape[-1] != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {data.shape[-1]}"
             )
@@ -108,7 +108,7 @@ class _Quantized(modules.Leaf):
             self.num_layers,
             self.bidirectional,
             self.batch_first,
-            backend=self.backend,
+            quantized=True,
             lengths=lengths,
             resets=resets,
             cell_states=cell_states,
@@ -132,43 +132,42 @@ class _Quantized(modules.Leaf):
         options = {"proj_size": self.proj_size} if self.proj_size else {}
         if self.mode.startswith("RNN"):
             options["nonlinearity"] = self.nonlinearity
-        layer = FLOATS[type(self)](
+        layer = getattr(modules, self._kind)(
             self.input_size,
             self.hidden_size,
             self.num_layers,
             bias=self.bias,
             batch_first=self.batch_first,
-            dropout=self.dropout,
+            dropout=self.dropout if self.num_layers > 1 else 0.0,  # or torch warns
             bidirectional=self.bidirectional,
+            device="cpu",
+            dtype=torch.float32,
             **options,
         ).train(self.training)
-        buffers = {name: tensor.cpu() for name, tensor in self._buffers.items()}
-        values = {}
+        values = {name: getattr(self, name).cpu() for name in self._flat_weights_names}
         for suffix in _suffixes(self):
-            values |= zip(
-                (f"{name}{suffix}" for name in ("scale_ih", "scale_hh", "bias_ih", "bias_hh")),
-                buffers[f"factors{suffix}"].flatten(1),
-                strict=True,
-            )
+            names = (f"{name}{suffix}" for name in ("scale_ih", "scale_hh", "bias_ih", "bias_hh"))
+            values |= zip(names, values[f"factors{suffix}"].flatten(1), strict=True)
         with torch.no_grad():
             for name, parameter in layer.named_parameters():
+                value = values[name]
                 if name.startswith("weight"):
-                    scale = "scale" + name.removeprefix("weight")
-                    value = unpack(buffers[name], (values | buffers)[scale], parameter.shape[1])
-                else:
-                    value = values[name]
+                    gates = 1 if name.startswith("weight_hr") else reference.CELLS[self.mode.lower()].gates
+                    value = unpack(value, values["scale" + name.removeprefix("weight")], gates, parameter.shape[1])
                 parameter.copy_(value)
         return layer
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        kind = self._kind
+        raise RuntimeError(
+            f"torch.jit.script cannot compile a quantized.{kind}: trace it, or script to_native of its dequantized()"
+        )
+
     def extra_repr(self) -> str:
-        return nn.RNNBase.extra_repr(self)
+        return f"{nn.RNNBase.extra_repr(self)}, activations={self.activations}"
 
 
-class RNN(_Quantized):
-    """An :class:`rnn_ext.RNN` for inference with weights of 8 bits; of such a layer or a :class:`torch.nn.RNN`."""
-
-    _kind = "RNN"
-
+class _OneState(_Quantized):
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -186,7 +185,13 @@ class RNN(_Quantized):
         return self._run(input, hx, None, lengths, resets)[:2]
 
 
-class GRU(RNN):
+class RNN(_OneState):
+    """An :class:`rnn_ext.RNN` for inference with weights of 8 bits; of such a layer or a :class:`torch.nn.RNN`."""
+
+    _kind = "RNN"
+
+
+class GRU(_OneState):
     """An :class:`rnn_ext.GRU` for inference with weights of 8 bits; of such a layer or a :class:`torch.nn.GRU`."""
 
     _kind = "GRU"
@@ -209,7 +214,7 @@ class LSTM(_Quantized):
         tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]
         | tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], Tensor | PackedSequence]
     ):
-        """See :meth:`RNN.forward`; output, ``(h_n, c_n)`` and, if asked for, the cell states."""
+        """As above; output, ``(h_n, c_n)`` and, if asked for, the cell states."""
         plain = lengths is None and resets is None and not return_cell_states
         if plain and not torch.compiler.is_compiling():
             results = ops.quantized_forward(self.__dict__, input, hx)
@@ -219,25 +224,24 @@ class LSTM(_Quantized):
         return (output, (h_n, c_n), cells) if return_cell_states else (output, (h_n, c_n))
 
 
-FLOATS: dict[type[nn.Module], type[nn.RNNBase]] = {RNN: modules.RNN, GRU: modules.GRU, LSTM: modules.LSTM}
 OURS: dict[type[nn.Module], type[_Quantized]] = {
-    of: ours
-    for ours in FLOATS
-    for of in (getattr(nn, ours._kind), getattr(modules, ours._kind), getattr(subclasses, ours._kind))
+    getattr(of, ours._kind): ours for ours in (RNN, GRU, LSTM) for of in (nn, modules, subclasses)
 }
 
 
 def quantize(model: ModuleT, activations: int = 16) -> ModuleT:
     """Make every RNN, LSTM and GRU of torch.nn and rnn_ext in `model`, itself included, one of this module; in place.
 
-    For inference on the CPU: such a layer has buffers instead of parameters, and no gradients; what else is in the
+    For inference on the CPU: there are no gradients, for which torch.compile asks as soon as it compiles, if it is not
+    under ``torch.no_grad()`` or ``inference_mode()``. A layer has buffers instead of parameters; what else is in the
     model, cells included, stays. Each layer stays the object that it is and only changes its class. Copy the model
     first (:func:`copy.deepcopy`) to keep the original. Of a saved one quantize the model that it is to be loaded into.
 
     Args:
         model: any module.
-        activations: bits that inputs and h are rounded to, 16 or 8. With 8 the error is twice as large, and large
-            batches and layers take less time, if the processor multiplies bytes (AVX512_VNNI).
+        activations: bits that inputs and h are rounded to, 16 or 8. With 8 the error is about twice as large, and all
+            but small layers take two thirds of the time, if the processor multiplies bytes (AVX512_VNNI or AVX-VNNI,
+            the dot products of aarch64).
 
     Subclasses of those layers are left alone, with a warning, as by :func:`rnn_ext.convert`.
 
@@ -250,7 +254,7 @@ def quantize(model: ModuleT, activations: int = 16) -> ModuleT:
             not finite or not there; nothing is quantized.
     """
     check_module(model)
-    if activations not in (8, 16):
+    if isinstance(activations, float) or activations not in (8, 16):
         raise ValueError(f"activations must be 16 or 8 bits, got {activations!r}")
     found = {name: module for name, module in model.named_modules() if type(module) in OURS}
     buffers = {name: _buffers(module, name or "model", activations) for name, module in found.items()}
@@ -259,8 +263,10 @@ def quantize(model: ModuleT, activations: int = 16) -> ModuleT:
             kind = type(module).__qualname__
             warnings.warn(f"{name or 'model'} is left as it is: {kind} is a subclass", stacklevel=2)
     for name, module in found.items():
+        for key in module._flat_weights_names:
+            del module._parameters[key]
         module.__class__ = OURS[type(module)]
-        module._parameters.clear()
+        module.activations = int(activations)
         for attribute in _OF_FLOATS:
             vars(module).pop(attribute, None)
         module._flat_weights_names = list(buffers[name])
@@ -290,9 +296,15 @@ def _buffers(layer: nn.RNNBase, name: str, activations: int) -> dict[str, Tensor
         weight = parameters.get(key)
         if weight is None:
             raise ValueError(f"{name}.{key} is no parameter: remove what computes it, weight_norm for instance, first")
-        if weight.is_meta or not weight.isfinite().all():
-            what = "on the meta device" if weight.is_meta else "inf or NaN in it"
-            raise ValueError(f"{name}.{key} cannot be quantized: expected finite numbers, got a weight {what}")
+        problem = None
+        if not weight.is_floating_point():
+            problem = f"of {weight.dtype}"
+        elif weight.is_meta:
+            problem = "on the meta device"
+        elif not weight.detach().float().isfinite().all():
+            problem = "with inf or NaN in it, or what is such in float32"
+        if problem:
+            raise ValueError(f"{name}.{key} cannot be quantized: expected finite numbers, got a weight {problem}")
         return weight.detach().float()
 
     gates = reference.CELLS[layer.mode.lower()].gates

@@ -587,15 +587,11 @@ def test_plot_refuses(tmp_path, capsys):
 def test_what_the_options_cost(monkeypatch, capsys, tmp_path):
     import features
 
-    def is_not_installed(*args):
-        raise ImportError
-
-    monkeypatch.setattr(features.peers, "onnx_runtime_8_bits", is_not_installed)
     monkeypatch.setattr(features, "cell_states", list)  # the largest of them
     monkeypatch.setattr(features, "lengths", list)
     monkeypatch.setattr(features, "variants", list)
     monkeypatch.setattr(features, "recompute", list)
-    for shapes in ("DIFFERENTIATED", "PER_SAMPLE", "JACOBIANS", "QUANTIZED"):
+    for shapes in ("DIFFERENTIATED", "PER_SAMPLE", "JACOBIANS"):
         monkeypatch.setattr(features, shapes, ((2, 3, 4),))
     monkeypatch.setattr(features, "ENSEMBLES", ((2, 3, 4, 5),))
     output = tmp_path / "features.md"
@@ -603,7 +599,26 @@ def test_what_the_options_cost(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", arguments)
     features.main()
     rows = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("| LSTM")]
-    assert len(rows) == 18 and all(line.count("|") == 6 for line in rows)
+    assert len(rows) == 12 and all(line.count("|") == 6 for line in rows)
+    assert rows[-1] in capsys.readouterr().out
+
+
+def test_weights_of_8_bits(monkeypatch, capsys, tmp_path):
+    import eight_bits
+
+    def is_not_installed(*args):
+        raise ImportError
+
+    monkeypatch.setattr(eight_bits.peers, "onnx_runtime_8_bits", is_not_installed)
+    monkeypatch.setattr(eight_bits, "SHAPES", ((2, 3, 4),))
+    output = tmp_path / "eight_bits.md"
+    monkeypatch.setattr(sys, "argv", ["eight_bits.py", "--seconds", "0.001", "--output", str(output)])
+    eight_bits.main()
+    rows = [line for line in output.read_text(encoding="utf-8").splitlines() if ", N=2, L=3, H=4 |" in line]
+    assert [row.split(",")[0] for row in rows] == ["| RNN", "| GRU", "| LSTM"]
+    cells = [[cell.strip() for cell in row.split("|")[2:-1]] for row in rows]
+    assert all(float(cell.split(" (")[0]) > 0 for row in cells for cell in row if cell)
+    assert [row.count("") for row in cells] == [2, 1, 1]  # who has no such layer, or is not here
     assert rows[-1] in capsys.readouterr().out
 
 

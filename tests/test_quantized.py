@@ -6,10 +6,11 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import util
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_sequence
@@ -20,7 +21,6 @@ from util import (
     Problem,
     build,
     check,
-    instruction_sets,
     matrix,
     named,
     oracle,
@@ -51,7 +51,8 @@ def rounded(problem: Problem, activations: int = 16) -> tuple[Problem, list[Tens
             if weight is not None:
                 parts_of = 1 if name == "weight_hr" else gates
                 packed[name], scales[name] = quantized.pack(weight.float(), parts_of, activations)
-                leaves[name + suffix] = quantized.unpack(packed[name], scales[name], weight.shape[1]).to(weight.dtype)
+                restored = quantized.unpack(packed[name], scales[name], parts_of, weight.shape[1])
+                leaves[name + suffix] = restored.to(weight.dtype)
         none = torch.zeros_like(scales["weight_ih"])
         biases = [weights.get(name + suffix, none).float() for name in ("bias_ih", "bias_hh")]
         factors = torch.stack([scales["weight_ih"], scales["weight_hh"], *biases]).unflatten(1, (gates, -1))
@@ -68,6 +69,16 @@ def run(problem: Problem, weights: list[Tensor]) -> dict[str, Tensor]:
         problem.input, problem.h_0, problem.c_0, weights, case.cell, *layout, case.has_cell_state
     )
     return named(results, case)
+
+
+def instruction_sets() -> Iterator[str]:
+    """Those of util, and where the processor has instructions for products of integers with and without them."""
+    from rnn_ext import _C
+
+    for name in util.instruction_sets():
+        for multiplies in (False, True):
+            _C.multiply_integers(multiplies)
+            yield name
 
 
 def in_steps(rows: Tensor, activations: int) -> Tensor:
@@ -147,8 +158,10 @@ def test_the_same_bits_whatever_the_batch_and_the_threads(cell, proj, layout, ac
     given = {} if layout == "dense" else {layout: True}
     case = Case(cell, size=(9, 21, 40, 70), proj=proj, bidirectional=True, **given)
     problem, weights = rounded(build(case, torch.float32), activations)
-    for _ in instruction_sets():
+    by_set: dict[str, dict[str, Tensor]] = {}
+    for name in instruction_sets():
         expected = run(problem, weights)
+        same_bits(expected, by_set.setdefault(name, expected))
         for threads in (2, 3, 5):
             torch.set_num_threads(threads)
             same_bits(run(problem, weights), expected)
@@ -156,7 +169,7 @@ def test_the_same_bits_whatever_the_batch_and_the_threads(cell, proj, layout, ac
         if layout == "dense":
             for count in (1, 2, 7):
                 part = run(problem.first_entries(count), weights)
-                same_bits(part, {name: value[:, :count] for name, value in expected.items()})
+                same_bits(part, {key: value[:, :count] for key, value in expected.items()})
 
 
 @bits
@@ -187,9 +200,9 @@ def test_weights_are_rounded_to_the_nearest_step_of_their_row(activations):
     weight = torch.randn(3 * 37, 11) * torch.logspace(-8, 8, 111).unsqueeze(1)
     weight[5] = 0
     numbers, scale = quantized.pack(weight, 3, activations)
-    assert numbers.shape == ((3, 6, 3, 16, 2) if activations == 16 else (3, 3, 3, 16, 4))
+    assert numbers.shape == ((3, 6, 96) if activations == 16 else (3, 3, 192))
     assert numbers.dtype == torch.int8 and numbers.is_contiguous()
-    restored = quantized.unpack(numbers, scale, 11)
+    restored = quantized.unpack(numbers, scale, 3, 11)
     assert torch.equal(scale, weight.abs().amax(1) / 127)
     assert ((restored - weight).abs() <= scale.unsqueeze(1) * 0.5001).all() and not restored[5].any()
     assert numbers.min() == -127 and numbers.max() == 127
@@ -360,6 +373,7 @@ class Model(nn.Module):
         return self.fc(self.cell(x[:, -1]))
 
 
+@pytest.mark.filterwarnings("ignore:.*oneDNN.*")
 def test_a_model_in_place():
     model = Model().eval()
     x = torch.randint(0, 30, (3, 6))
@@ -461,14 +475,100 @@ def test_explain():
     explanation = rnn_ext.explain(layer, torch.randn(4, 3, 12))
     assert explanation.backend == "custom" and "8 bits" in explanation.reason
     assert explanation.kernel == f"rnn_ext::quantized_layer gru, {ops.cpu_capability()}"
+    with pytest.raises(TypeError, match="expected input as a tensor"):
+        rnn_ext.explain(layer, 3)
+    with pytest.raises(RuntimeError, match=r"float16 on the CPU, got torch\.float64 on cpu"):
+        rnn_ext.explain(layer, torch.randn(4, 3, 12).double())
 
 
-def test_there_is_no_backward():
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_other_tools_say_what_to_do():
+    layer = rnn_ext.quantize(layer_of("GRU", {}))
+    with pytest.raises(ValueError, match=r"0 has weights of 8 bits: its dequantized\(\)"):
+        rnn_ext.to_native(nn.Sequential(layer, rnn_ext.GRU(3, 4)))
+    with pytest.raises(RuntimeError, match="script to_native of its dequantized"):
+        torch.jit.script(layer)
+    x = torch.randn(4, 3, 12)
+    torch.testing.assert_close(rnn_ext.to_native(layer.dequantized())(x)[0], layer(x)[0], rtol=0, atol=TOLERANCE)
+    assert torch.equal(torch.jit.trace(layer, (x,), check_trace=False)(x)[0], layer(x)[0])
+    assert rnn_ext.convert(layer) is layer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rnn_ext.set_backend(nn.Sequential(layer, rnn_ext.GRU(3, 4)), "native")[0] is layer
+
+
+def test_a_dequantized_layer_is_float32_on_the_cpu():
+    layer = rnn_ext.quantize(layer_of("LSTM", {"proj_size": 5}, dropout=0.5, num_layers=2))
+    torch.set_default_dtype(torch.float64)
+    with torch.device("meta"):
+        floats = layer.dequantized()
+    assert all(p.dtype == torch.float32 and p.is_cpu for p in floats.parameters()) and floats.dropout == 0.5
+
+
+def test_there_are_no_derivatives():
     layer = rnn_ext.quantize(layer_of("GRU", {}))
     x = torch.randn(4, 3, 12, requires_grad=True)
+    missing = r"derivative for rnn_ext::quantized_layer.* not implemented"
     output, _ = layer(x)
-    with pytest.raises(RuntimeError, match=r"rnn_ext::quantized_layer.* not implemented"):
+    with pytest.raises(RuntimeError, match=missing):
         output.sum().backward()
+    with pytest.raises(NotImplementedError, match=missing):
+        torch.func.jvp(lambda x: layer(x)[0], (x.detach(),), (x.detach(),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=missing):
+        layer(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()))
+    layer.factors_l0.requires_grad_()
+    with pytest.raises(RuntimeError, match=missing):
+        layer(x.detach())[0].sum().backward()
+
+
+def test_compiled_in_a_model_that_trains():
+    """Without gradients, which torch.compile looks for as soon as it compiles."""
+    model = nn.Sequential(nn.Linear(12, 12), rnn_ext.quantize(layer_of("GRU", {}))).eval()
+    x = torch.randn(4, 3, 12)
+    with torch.no_grad():
+        assert_same(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+@kinds
+def test_meta(kind, options):
+    """Shapes, and no results of weights that have been left there."""
+    layer = rnn_ext.quantize(layer_of(kind, options, bidirectional=True))
+    x = torch.randn(4, 3, 12)
+    expected = layer(x)
+    layer.to("meta")
+    for got, want in zip(flat(layer(x.to("meta"))), flat(expected), strict=True):
+        assert got.is_meta and got.shape == want.shape
+    for more in ({}, {"lengths": [1, 2, 3]}):
+        with pytest.raises(RuntimeError, match="a weight is on meta but input is on cpu"):
+            layer(x, **more)
+
+
+def test_a_model_with_images():
+    """channels_last is for tensors of four and five dimensions, as which torch takes them for images."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), rnn_ext.quantize(layer_of("LSTM", {})))
+    model.to(memory_format=torch.channels_last)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_flops():
+    layer = rnn_ext.quantize(rnn_ext.LSTM(12, 32, proj_size=16, bidirectional=True))
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        layer(torch.randn(4, 3, 12))
+    assert counter.get_total_flops() == 2 * 2 * 4 * 3 * (4 * 32 * (12 + 16) + 16 * 32)
+
+
+def test_what_users_add_to_a_layer_stays():
+    layer = layer_of("GRU", {})
+    layer.register_parameter("own", nn.Parameter(torch.zeros(3)))
+    layer.register_buffer("mine", torch.zeros(3))
+    layer.register_buffer("none", None)
+    layer.note = "kept"
+    x = torch.randn(4, 3, 12)
+    rnn_ext.quantize(layer)
+    expected = layer(x)
+    layer.half()
+    assert layer.own.dtype == layer.mine.dtype == torch.float16 and layer.none is None and layer.note == "kept"
+    assert_same(layer(x), expected)
 
 
 MISTAKES: list[tuple[Callable[[nn.Module], object], type[Exception], str]] = [
@@ -494,10 +594,13 @@ MISTAKES: list[tuple[Callable[[nn.Module], object], type[Exception], str]] = [
     (lambda m: m(torch.randn(4, 3, 12), resets=torch.zeros(4, 3)), TypeError, "torch.bool"),
     (lambda m: m.step(torch.randn(4, 3, 12)), ValueError, "1D or 2D, got 3D"),
     (lambda m: m.step(3), TypeError, "input as a tensor, got int"),
+    (lambda m: m(torch.randn(4, 3, 12).to_sparse_csr()), RuntimeError, "layout torch.sparse_csr has no custom kernel"),
+    (lambda m: m(torch.nested.nested_tensor([torch.randn(3, 12)])), RuntimeError, "a nested tensor has no custom"),
     (lambda m: type(m)(12, 20), TypeError, "made of an rnn_ext.LSTM by rnn_ext.quantize"),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors).*")
 @pytest.mark.parametrize(("call", "error", "message"), MISTAKES)
 def test_mistakes(call, error, message):
     with pytest.raises(error, match=message):
@@ -510,9 +613,10 @@ def test_a_second_direction_has_no_steps():
 
 
 OP_MISTAKES = [
-    (0, lambda t: t[:, :-1], r"expected weight_ih of size \[2, 3, 4, 16, 2\], got \[2, 2, 4, 16, 2\]"),
+    (0, lambda t: t[:, :-1], r"expected weight_ih of size \[2, 3, 128\], got \[2, 2, 128\]"),
     (0, lambda t: t.float(), "expected weight_ih of dtype Char, got Float"),
-    (1, lambda t: t[:1], r"expected weight_hh of size \[2, 9, 4, 16, 2\]"),
+    (1, lambda t: t[:1], r"expected weight_hh of size \[2, 9, 128\]"),
+    (0, lambda t: t.to("meta"), "a weight is on meta but input is on cpu"),
     (2, lambda t: t.double(), "expected factors of dtype Float, got Double"),
     (2, lambda t: t[:3], r"expected factors of size \[4, 4, 17\], got \[3, 4, 17\]"),
     (2, lambda t: t[0], "expected factors with 3 dimensions"),
@@ -533,6 +637,13 @@ def test_mistakes_of_the_op(which, change, message):
         run(problem, weights)
 
 
+def test_layers_without_end():
+    depth = 2**20 + 1
+    layer = rnn_ext.quantize(rnn_ext.RNN(depth, 1))
+    with pytest.raises(ValueError, match="at most 1048576 features and units of a quantized layer"):
+        layer(torch.zeros(1, 1, depth))
+
+
 def changed(layer: nn.Module, name: str, value: float) -> nn.Module:
     with torch.no_grad():
         getattr(layer, name)[0, 0] = value
@@ -546,6 +657,8 @@ def changed(layer: nn.Module, name: str, value: float) -> nn.Module:
         (lambda: rnn_ext.GRU(3, 4, zoneout=0.1), "1 has zoneout=0.1"),
         (lambda: changed(nn.GRU(3, 4), "weight_hh_l0", float("nan")), "1.weight_hh_l0 cannot be quantized: .* NaN"),
         (lambda: changed(nn.GRU(3, 4), "weight_ih_l0", float("inf")), "1.weight_ih_l0 cannot be quantized: .* inf"),
+        (lambda: changed(nn.GRU(3, 4).double(), "weight_ih_l0", 1e300), "1.weight_ih_l0 cannot .* such in float32"),
+        (lambda: nn.RNN(3, 4, dtype=torch.complex64), r"1.weight_ih_l0 cannot be quantized: .* of torch\.complex64"),
         (lambda: nn.GRU(3, 4, device="meta"), "1.weight_ih_l0 cannot be quantized: .* meta"),
         (lambda: nn.utils.weight_norm(nn.GRU(3, 4), "weight_hh_l0"), "1.weight_hh_l0 is no parameter: remove"),
     ],
@@ -564,7 +677,7 @@ def test_options_that_only_act_in_training_go():
     layer = rnn_ext.quantize(rnn_ext.LSTM(3, 4, recurrent_dropout=0.5, weight_dropout=0.5, recompute=True))
     x = torch.randn(2, 3, 3)
     assert_same(layer(x), layer(x))
-    assert repr(layer) == "LSTM(3, 4)"
+    assert repr(layer) == "LSTM(3, 4, activations=16)"
 
 
 def test_subclasses_are_left_with_a_warning():
@@ -580,7 +693,7 @@ def test_subclasses_are_left_with_a_warning():
     assert type(model[2]) is quantized.GRU and isinstance(model[0], Own)
     with pytest.raises(TypeError, match="expected a module, got the class GRU"):
         rnn_ext.quantize(nn.GRU)
-    for wrong in (4, "8", None):
+    for wrong in (4, "8", None, 8.0):
         with pytest.raises(ValueError, match=f"activations must be 16 or 8 bits, got {wrong!r}"):
             rnn_ext.quantize(nn.GRU(3, 4), wrong)
 

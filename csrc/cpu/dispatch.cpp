@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 #include "cpu/kernels.h"
@@ -33,6 +35,13 @@ struct Level {
 bool supports_f16c() {
   unsigned eax, ebx, ecx = 0, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+
+/// The same of "avxvnni".
+bool supports_avx_vnni() {
+  constexpr unsigned kAvxVnni = 1 << 4;
+  unsigned eax = 0, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvxVnni);
 }
 #endif
 
@@ -338,13 +347,29 @@ void layer_backward(const BackwardArgs<S>& args, const Executor& executor) {
   with_threads(executor, args.cell, args.sizes, args.layout,
                [&](const Executor& threads) { kernels<S>().backward(args, threads); });
 }
+namespace {
+
+bool multiplies_integers = true;
+
+QuantizedKernel quantized_kernel() {
+  if (!multiplies_integers) return *current->quantized;
+#if defined(RNN_EXT_X86_KERNELS)
+  if (uses_avx512() && __builtin_cpu_supports("avx512vnni")) return avx512_vnni::kQuantized;
+  if (current->quantized == &avx2::kQuantized && supports_avx_vnni()) return avx2_vnni::kQuantized;
+#elif defined(__aarch64__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return neon_dot::kQuantized;
+#endif
+  return *current->quantized;
+}
+
+}  // namespace
+
+void multiply_integers(bool allowed) { multiplies_integers = allowed; }
+
 void quantized_forward(const QuantizedArgs& args, const Executor& executor) {
   const FlushSubnormals flush;
   const ForwardArgs<float>& call = args.call;
-  QuantizedKernel kernel = *current->quantized;
-#if defined(RNN_EXT_X86_KERNELS)
-  if (uses_avx512() && __builtin_cpu_supports("avx512vnni")) kernel = avx512_vnni::kQuantized;
-#endif
+  const QuantizedKernel kernel = quantized_kernel();
   // (Zen 4: 2 and 3.5 times; with AVX2 1.3 times, where more would gain little.)
   const double pace = args.pack == 4 ? 4 : 2;
   with_threads(

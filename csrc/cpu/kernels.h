@@ -77,6 +77,14 @@ extern const Kernels<BFloat16> kBFloat16;
 namespace avx512_vnni {
 extern const QuantizedKernel kQuantized;
 }
+namespace avx2_vnni {
+extern const QuantizedKernel kQuantized;
+}
+#endif
+#if defined(__aarch64__)
+namespace neon_dot {
+extern const QuantizedKernel kQuantized;
+}
 #endif
 
 }  // namespace rnn_ext::cpu

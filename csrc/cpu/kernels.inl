@@ -7,7 +7,8 @@
 //   RNN_EXT_WIDENED           defined: only the kernels for 16 bits that are widened
 //   RNN_EXT_FLOAT64           defined: only the kernels for double
 //   RNN_EXT_QUANTIZED         defined: only the kernel for weights of 8 bits
-//   RNN_EXT_VNNI              defined: which the instruction set multiplies and adds in pairs
+//   RNN_EXT_VNNI              defined: the instruction set multiplies integers and adds their products, on x86-64
+//   RNN_EXT_DOT_PRODUCT       defined: the same on aarch64
 // and includes csrc/cpu/kernels.h first, so that no library header is compiled for a special instruction set: an inline
 // function of one, compiled twice, could be linked in the version that the processor cannot run.
 

@@ -1,5 +1,5 @@
-// Kernels for x86-64 processors with AVX-512 (F, BW, DQ, VL) and its products of 16-bit integers (VNNI): that for
-// weights of 8 bits.
+// The kernel for weights of 8 bits, for x86-64 processors with AVX-512 (F, BW, DQ, VL, VNNI), which multiplies integers
+// of 8 and 16 bits and adds their products.
 #include "cpu/kernels.h"
 
 #if defined(RNN_EXT_X86_KERNELS)

@@ -10,8 +10,10 @@ typedef int16_t Int16s __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
 
 /// acc + the sums of the products of pairs.
 ALWAYS_INLINE Int32s add_pairs(Int32s acc, Int16s a, Int16s b) {
-#if defined(RNN_EXT_VNNI)
+#if defined(RNN_EXT_VNNI) && RNN_EXT_VECTOR_BYTES == 64
   return (Int32s)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(RNN_EXT_VNNI)
+  return (Int32s)_mm256_dpwssd_avx_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
 #elif RNN_EXT_VECTOR_BYTES == 64
   return acc + (Int32s)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif RNN_EXT_VECTOR_BYTES == 32
@@ -65,12 +67,29 @@ struct Int8Weights<4> {
   Int32s fours;
 
   ALWAYS_INLINE static Int8Weights load(const int8_t* p) {
-    return {(Int32s)_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(int8_t(0x80)))};
+    Int32s v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return {v ^ int32_t(0x80808080u)};
   }
   ALWAYS_INLINE static Int32s spread(int32_t bits) { return bits - Int32s{}; }
   ALWAYS_INLINE Int32s add(Int32s acc, Int32s x) const {
+#if RNN_EXT_VECTOR_BYTES == 64
     return (Int32s)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)fours, (__m512i)x);
+#else
+    return (Int32s)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)fours, (__m256i)x);
+#endif
   }
+};
+#elif defined(RNN_EXT_DOT_PRODUCT)
+template <>
+struct Int8Weights<4> {
+  using Number = int8_t;
+  static constexpr int kOffset = 0;
+  int8x16_t fours;
+
+  ALWAYS_INLINE static Int8Weights load(const int8_t* p) { return {vld1q_s8(p)}; }
+  ALWAYS_INLINE static int8x16_t spread(int32_t bits) { return vreinterpretq_s8_s32(vdupq_n_s32(bits)); }
+  ALWAYS_INLINE Int32s add(Int32s acc, int8x16_t x) const { return (Int32s)vdotq_s32((int32x4_t)acc, fours, x); }
 };
 #else
 template <>
@@ -126,14 +145,14 @@ class QuantizedRows {
     // Rounds to the nearest integer, whose bits are then the lowest.
     const Vec<float> shift = broadcast(12582912.f), factor = broadcast(inverse);
     Number* to = numbers_.get() + row * stride_;
-    Int32s sum = {};
+    Bits32 sum = {};  // without a sign: it may overflow, as the sums that it is taken off do
     for (int64_t k = 0; k < depth_; k += kLanes<float>) {
       const Int32s rounded = (Int32s)(load_part(from + k, depth_ - k) * factor + shift) - (Int32s)shift;
-      sum += rounded;
+      sum += (Bits32)rounded;
       const Numbers numbers = __builtin_convertvector(rounded, Numbers);
       __builtin_memcpy(to + k, &numbers, sizeof(numbers));
     }
-    int32_t offset = 0;
+    uint32_t offset = 0;
     if constexpr (Int8Weights<Pack>::kOffset != 0) {
       for (int i = 0; i < kLanes<float>; ++i) offset += sum[i];
     }
@@ -144,14 +163,14 @@ class QuantizedRows {
   const Number* row(int64_t r) const { return numbers_.get() + r * stride_; }
   float scale(int64_t r) const { return scales_.get()[r]; }
   /// How much larger a row's sums are with weights that have an offset.
-  int32_t offset(int64_t r) const { return offsets_.get()[r]; }
+  uint32_t offset(int64_t r) const { return offsets_.get()[r]; }
 
  private:
   const int64_t depth_, stride_;
   const float most_;
   Buffer<Number> numbers_;
   Buffer<float> scales_;
-  Buffer<int32_t> offsets_;
+  Buffer<uint32_t> offsets_;
 };
 
 /// A weight [G, units, depth] and the scales [G, units] of its rows.
@@ -202,9 +221,10 @@ ALWAYS_INLINE void quantized_tile(const QuantizedRows<Pack>& a, int64_t row, con
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      acc[r][g] = chains[0][r][g] - a.offset(row + r);
+      Bits32 sum = (Bits32)chains[0][r][g] - a.offset(row + r);
 #pragma GCC unroll 8
-      for (int c = 1; c < kChains; ++c) acc[r][g] += chains[c][r][g];
+      for (int c = 1; c < kChains; ++c) sum += (Bits32)chains[c][r][g];
+      acc[r][g] = (Int32s)sum;
     }
   }
 }

@@ -7,6 +7,7 @@
 #include "cells/cells.h"
 #include "cpu/layer.h"
 #include "cpu/memory.h"
+#include "cpu/quantized.h"
 #include "cpu/with_cell.h"
 #include "ops/calls.h"
 #include "ops/each.h"
@@ -160,6 +161,7 @@ PYBIND11_MODULE(_C, m) {
       pybind11::arg("vectors_a_cycle") = 1, pybind11::arg("fetch_panels") = false, pybind11::arg("joins_far") = false,
       "Choose otherwise, for tests; while nothing computes.");
   m.def("widen_always", &rnn_ext::cpu::widen_always, "See csrc/cpu/layer.h; for tests.");
+  m.def("multiply_integers", &rnn_ext::cpu::multiply_integers, "See csrc/cpu/quantized.h; for tests.");
   m.def("computes_bfloat16", &rnn_ext::cpu::computes_bfloat16,
         "Whether the instruction set in use multiplies bfloat16.");
   m.def("layer", torch::wrap_pybind_function_no_gil(&layer),

@@ -46,10 +46,15 @@ struct QuantizedTensors {
       TORCH_CHECK_VALUE(sizes.proj > 0, "expected a projection to at least one feature, got scale_hr of size ",
                         in.weights[kScaleHr].sizes());
     }
-    pack = in.weights[kWeightIh].dim() > 0 && in.weights[kWeightIh].size(-1) == 4 ? 4 : 2;
+    constexpr int64_t block = cpu::kQuantizedBlock;
+    pack = in.weights[kWeightIh].dim() > 0 && in.weights[kWeightIh].size(-1) == cell.gates * block * 4 ? 4 : 2;
+    // Three dimensions: torch takes what has four or five for images, whose memory may be ordered by channels.
+    for (int64_t size : {sizes.input, sizes.hidden, sizes.proj}) {
+      TORCH_CHECK_VALUE(size <= cpu::kMostQuantized, "expected at most ", cpu::kMostQuantized,
+                        " features and units of a quantized layer, got ", size);
+    }
     const auto packed = [&](int64_t units, int64_t depth, int64_t gates) -> std::vector<int64_t> {
-      constexpr int64_t block = cpu::kQuantizedBlock;
-      return {(units + block - 1) / block, (depth + pack - 1) / pack, gates, block, pack};
+      return {(units + block - 1) / block, (depth + pack - 1) / pack, gates * block * pack};
     };
     for (int64_t d = 0; d < sizes.directions; ++d) {
       const at::TensorList own = in.weights.slice(d * count, count);
@@ -134,15 +139,18 @@ QuantizedResult quantized_layer_autograd(const at::Tensor& input, const Optional
                                          const OptionalTensor& lengths, const OptionalTensor& resets,
                                          std::string_view cell, bool bidirectional, bool batch_first,
                                          bool cell_states) {
+  const auto has_tangent = [](const auto& tensor) { return torch::autograd::isFwGradDefined(tensor); };
+  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(input) && !has_tangent(h_0) && !has_tangent(c_0),
+                              "the derivative for rnn_ext::quantized_layer is not implemented: expected no tangents");
   QuantizedResult result;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
     result = quantized_layer_call(input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional,
                                   batch_first, cell_states);
   }
-  if (torch::autograd::compute_requires_grad(input, h_0, c_0)) {
+  if (torch::autograd::compute_requires_grad(input, h_0, c_0, weights)) {
     const auto node = make_node<torch::autograd::NotImplemented>("rnn_ext::quantized_layer");
-    node->set_next_edges(torch::autograd::collect_next_edges(input, h_0, c_0));
+    node->set_next_edges(torch::autograd::collect_next_edges(input, h_0, c_0, weights));
     auto& [output, h_n, c_n, cells] = result;
     for (at::Tensor* tensor : {&output, &h_n, &c_n, &cells}) torch::autograd::set_history(*tensor, node);
   }

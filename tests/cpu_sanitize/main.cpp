@@ -192,8 +192,9 @@ void add_groups(const Config& config, BackwardArgs<S> args, const Executor& exec
   }
 }
 
-/// Forward with weights of 8 bits.
-void add_quantized(const Config& config, const ForwardArgs<float>& call, const Executor& executor, Results& results) {
+/// Forward with weights of 8 bits, and so many side by side.
+void add_quantized(const Config& config, int pack, const ForwardArgs<float>& call, const Executor& executor,
+                   Results& results) {
   Random random{uint64_t(config.input)};  // of its own, as above
   const Sizes& sizes = call.sizes;
   const int64_t D = config.directions, N = config.batch, G = config.gates(), H = config.hidden, out = sizes.output();
@@ -201,6 +202,7 @@ void add_quantized(const Config& config, const ForwardArgs<float>& call, const E
   const Array<float> output(positions * D * out), cells(positions * D * H), h_n(D * N * out);
   const Array<float> c_n(config.has_cell() ? D * N * H : 0);
   QuantizedArgs args;
+  args.pack = pack;
   args.call = call;
   args.call.output = sequence<float>(output, config, D * out);
   if (config.cells) args.call.cells = sequence<float>(cells, config, D * H);
@@ -210,11 +212,12 @@ void add_quantized(const Config& config, const ForwardArgs<float>& call, const E
   std::vector<std::unique_ptr<int8_t[]>> weights;
   std::vector<Array<float>> scales;
   const auto add_weight = [&](int64_t units, int64_t depth, int64_t gates) -> const int8_t* {
-    const int64_t block = kQuantizedBlock, pairs = (depth + 1) / 2, size = (units + block - 1) / block * pairs * gates;
-    weights.emplace_back(new int8_t[size_t(size * block * 2)]());
-    for (int64_t at = 0; at < size * block * 2; ++at) {
-      const int64_t unit = at / (pairs * gates * block * 2) * block + at / 2 % block;
-      const int64_t k = at / (gates * block * 2) % pairs * 2 + at % 2;
+    const int64_t block = kQuantizedBlock, groups = (depth + pack - 1) / pack;
+    const int64_t size = (units + block - 1) / block * groups * gates * block * pack;
+    weights.emplace_back(new int8_t[size_t(size)]());
+    for (int64_t at = 0; at < size; ++at) {
+      const int64_t unit = at / (groups * gates * block * pack) * block + at / pack % block;
+      const int64_t k = at / (gates * block * pack) % groups * pack + at % pack;
       if (unit < units && k < depth) weights.back()[size_t(at)] = int8_t(random.below(255) - 127);
     }
     return weights.back().get();
@@ -374,7 +377,18 @@ Results run(const Config& config, const Executor& executor) {
       if (plain) add_tangents<T>(config, backward, executor, results);
     }
     if constexpr (std::is_same_v<S, float>) {
-      if (config.variant == Variant::kPlain) add_quantized(config, forward, executor, results);
+      if (config.variant == Variant::kPlain) {
+        for (int pack : {2, 4}) {
+          multiply_integers(false);
+          Results plain;
+          add_quantized(config, pack, forward, executor, plain);
+          multiply_integers(true);
+          const size_t size = results.values.size();
+          add_quantized(config, pack, forward, executor, results);
+          if (!std::equal(plain.values.begin(), plain.values.end(), results.values.begin() + long(size)))
+            fail(config, "instructions that multiply integers give other bits");
+        }
+      }
     }
   }
   if (!results.problem.empty()) fail(config, results.problem);

@@ -1,0 +1,26 @@
+// The kernel for weights of 8 bits, for x86-64 processors with AVX2, FMA, F16C and AVX-VNNI, which multiplies integers
+// of 8 and 16 bits and adds their products.
+#include "cpu/kernels.h"
+
+#if defined(RNN_EXT_X86_KERNELS)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#endif
+
+#define RNN_EXT_ISA avx2_vnni
+#define RNN_EXT_QUANTIZED
+#define RNN_EXT_VNNI
+#define RNN_EXT_VECTOR_BYTES 32
+#define RNN_EXT_VECTOR_REGISTERS 16
+
+#include "cpu/kernels.inl"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
