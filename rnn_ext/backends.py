@@ -19,6 +19,7 @@ from rnn_ext import _loader, ops
 BACKENDS = ("auto", "custom", "native")
 UNMEASURED = "the custom CUDA kernels have not been timed against torch's on a GPU; backend='custom' runs them"
 CUSTOM_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+QUANTIZED_DTYPES = CUSTOM_DTYPES - {torch.float64}
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -54,6 +55,17 @@ def can_run_custom(input: Tensor) -> tuple[bool, str]:
     if type(input) is not Tensor and type(input).__name__ == "DTensor":
         return False, "the op has no sharding strategy for a DTensor"
     return True, "the input's device and dtype have a custom kernel"
+
+
+def check_quantized(input: Tensor) -> None:
+    """RuntimeError unless layers of :mod:`rnn_ext.quantized` can compute this input."""
+    supported, reason = can_run_custom(input)
+    if supported and not (input.is_cpu or input.is_meta):
+        supported, reason = False, f"expected it on the CPU, got {input.device}"
+    if input.dtype not in QUANTIZED_DTYPES:
+        supported, reason = False, f"expected float32, bfloat16 or float16, got {input.dtype}"
+    if not supported:
+        raise RuntimeError(f"quantized layers cannot compute this input: {reason}")
 
 
 def can_run_custom_here(input: Tensor) -> tuple[bool, str]:
@@ -142,12 +154,7 @@ def explain(
         raise TypeError(f"explain: expected input as a tensor or a PackedSequence, got {type(input).__name__}")
     cell = module.mode.lower()
     if quantized:
-        supported, reason = can_run_custom(data)
-        if not supported or not (data.is_cpu or data.is_meta) or data.dtype == torch.float64:
-            raise RuntimeError(
-                f"a quantized {module.mode} cannot run this input: expected float32, bfloat16 or float16 on the CPU, "
-                f"got {data.dtype} on {data.device}"
-            )
+        check_quantized(data)
         kernel = f"rnn_ext::quantized_layer {cell}, {ops.cpu_capability()}"
         return Explanation("custom", kernel, "its weights have 8 bits, which native has no kernels for")
     lacking = _options_native_lacks(module, resets=resets is not None, return_cell_states=return_cell_states)

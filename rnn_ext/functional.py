@@ -501,10 +501,7 @@ def _quantized(
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The same with the weights of :mod:`rnn_ext.quantized`, of which the last of a projected layer are scales (P,)."""
-    supported, reason = backends.can_run_custom(input)
-    if not supported or not (input.is_cpu or input.is_meta):
-        reason = reason if not supported else f"they compute on the CPU, got input on {input.device}"
-        raise RuntimeError(f"quantized layers cannot run this input: {reason}")
+    backends.check_quantized(input)
     layout = (call.cell, batch_sizes, lengths, resets, call.bidirectional, call.batch_first)
     hidden = weights[2].shape[-1]
     _check_states(call, input, h_0, c_0, weights[-1].numel() if weights[-1].dim() == 1 else hidden, hidden, batch_sizes)

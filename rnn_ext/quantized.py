@@ -1,13 +1,13 @@
-"""Layers for inference whose weights are integers of 8 bits, a quarter of float32: :func:`rnn_ext.quantize`.
+"""Layers for inference whose weights are integers of 8 bits: what :func:`rnn_ext.quantize` makes of others.
 
 Each row of a weight, one for each gate and unit, is rounded to 127 steps of a scale of its own, up to its largest
-number. What is multiplied by weights, a timestep's inputs or h, is rounded to 16 bits with a scale of its own for each
-timestep and sequence. The products are summed as integers, exactly; gates, cell states and h are float32. So results
-depend neither on the batch around a sequence nor on the number of threads. Inputs with an inf or NaN make all gates of
-their timestep NaN.
+number. What is multiplied by weights, a timestep's inputs or h, is rounded to 16 bits (or 8, see quantize) with a scale
+of its own for each timestep and sequence. The products are summed as integers, exactly; gates, cell states and h are
+float32. So results depend neither on the batch around a sequence nor on the number of threads. One large feature makes
+the steps of all others large: normalise inputs. Inf or NaN in the inputs makes all gates of their timestep NaN.
 
-Where a layer waits for its weights, as one sequence of 256 units and more does, these take most of the time:
-``benchmarks/README.md`` has how much less it is, and how far results are from float32's.
+This saves memory (units are stored by 16: little of a layer of 8) and time: large layers of few sequences wait for
+their weights, and integers are multiplied faster. ``benchmarks/README.md`` has figures.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from rnn_ext import functional, modules, ops, reference, subclasses
@@ -80,6 +81,20 @@ class _Quantized(modules.Leaf):
                 self._buffers[name] = tensor.to(self._buffers[name].device)
         return self
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """Refuse, in one sentence, what was not made of such a layer, which the shapes of tensors need not tell."""
+        weight, sizes = (state_dict.get(f"{prefix}{name}") for name in ("weight_ih_l0", "sizes"))
+        where = prefix.rstrip(".") or type(self).__name__
+        own = _sizes(self, self.activations)
+        found = own if sizes is None or sizes.is_meta else dict(zip(own, sizes.tolist(), strict=False))
+        if weight is not None and weight.is_floating_point():
+            errors.append(f"{where} has weights of 8 bits, the checkpoint has not: load it before rnn_ext.quantize")
+        elif found != own:
+            found, own = (", ".join(f"{key}={value}" for key, value in of.items()) for of in (found, own))
+            errors.append(f"{where}: the checkpoint is of a layer with {found}; expected {own}")
+        else:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
     def flatten_parameters(self) -> None:
         """For cuDNN: nothing to do."""
 
@@ -93,6 +108,8 @@ class _Quantized(modules.Leaf):
         cell_states: bool = False,
     ) -> tuple[Tensor | PackedSequence, Tensor, Tensor | None, Tensor | PackedSequence | None]:
         self._check_not_traced(input, "forward")
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError("torch.onnx.export knows no layers of 8 bits: export what dequantized() returns")
         data = input.data if isinstance(input, PackedSequence) else input
         has_features = isinstance(data, Tensor) and not data.is_nested and data.dim() > 0
         if has_features and data.shape[-1] != self.input_size:
@@ -176,8 +193,8 @@ class _OneState(_Quantized):
         lengths: Sequence[int] | Tensor | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """As of the layer before, on the CPU: `input` of float32, bfloat16 or float16, and results like it; see
-        :mod:`rnn_ext.functional`."""
+        """Output and h_n, shaped as torch.nn's, see :mod:`rnn_ext.functional`; on the CPU, `input` of float32, bfloat16
+        or float16, and results like it, also under autocast."""
         if lengths is None and resets is None and not torch.compiler.is_compiling():
             results = ops.quantized_forward(self.__dict__, input, hx)
             if results is not None:
@@ -214,7 +231,9 @@ class LSTM(_Quantized):
         tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]
         | tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], Tensor | PackedSequence]
     ):
-        """As above; output, ``(h_n, c_n)`` and, if asked for, the cell states."""
+        """Output, ``(h_n, c_n)`` and, if asked for, the cell states, shaped as torch.nn's, see
+        :mod:`rnn_ext.functional`; on the CPU, `input` of float32, bfloat16 or float16, and results like it, also under
+        autocast."""
         plain = lengths is None and resets is None and not return_cell_states
         if plain and not torch.compiler.is_compiling():
             results = ops.quantized_forward(self.__dict__, input, hx)
@@ -232,51 +251,70 @@ OURS: dict[type[nn.Module], type[_Quantized]] = {
 def quantize(model: ModuleT, activations: int = 16) -> ModuleT:
     """Make every RNN, LSTM and GRU of torch.nn and rnn_ext in `model`, itself included, one of this module; in place.
 
-    For inference on the CPU: there are no gradients, for which torch.compile asks as soon as it compiles, if it is not
-    under ``torch.no_grad()`` or ``inference_mode()``. A layer has buffers instead of parameters; what else is in the
-    model, cells included, stays. Each layer stays the object that it is and only changes its class. Copy the model
-    first (:func:`copy.deepcopy`) to keep the original. Of a saved one quantize the model that it is to be loaded into.
+    For inference on the CPU: the layers have no gradients, and no parameters but buffers, of which the weights are int8
+    (make initial states by ``input.new_zeros``). Call the model under ``torch.no_grad()``, also when torch.compile
+    compiles it. Each layer stays the object that it is and only changes its class. Copy the model first
+    (:func:`copy.deepcopy`) to keep the original; a layer's ``dequantized()`` gives a float32 layer with the rounded
+    weights. What else is in the model, cells included, stays; dropout, which acts in training, does not act any more.
+
+    To load a checkpoint of quantized layers, build the model, quantize it with the same `activations`, on the meta
+    device if you like (``load_state_dict(.., assign=True)``), and load.
 
     Args:
         model: any module.
-        activations: bits that inputs and h are rounded to, 16 or 8. With 8 the error is about twice as large, and all
-            but small layers take two thirds of the time, if the processor multiplies bytes (AVX512_VNNI or AVX-VNNI,
-            the dot products of aarch64).
+        activations: bits that inputs and h are rounded to, 16 or 8. With 8 the error is about twice as large, and a
+            call takes a half to nine tenths of the time, if the processor multiplies bytes (AVX512_VNNI, AVX-VNNI, the
+            dot products of aarch64).
 
-    Subclasses of those layers are left alone, with a warning, as by :func:`rnn_ext.convert`.
+    Subclasses of those layers are left alone, with a warning, as by :func:`rnn_ext.convert`; so are layers that torch
+    has parametrized.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: `activations` is neither 16 nor 8; a layer has layer normalisation or zoneout, or weights that are
-            not finite or not there; nothing is quantized.
+        ValueError: `activations` is neither 16 nor 8, or another than a layer has already; a layer has layer
+            normalisation or zoneout, or weights that are not finite or not there; nothing is quantized.
     """
     check_module(model)
     if isinstance(activations, float) or activations not in (8, 16):
         raise ValueError(f"activations must be 16 or 8 bits, got {activations!r}")
-    found = {name: module for name, module in model.named_modules() if type(module) in OURS}
-    buffers = {name: _buffers(module, name or "model", activations) for name, module in found.items()}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.RNNBase) and name not in found:
-            kind = type(module).__qualname__
-            warnings.warn(f"{name or 'model'} is left as it is: {kind} is a subclass", stacklevel=2)
-    for name, module in found.items():
+    layers = [(name or "model", module) for name, module in model.named_modules()]
+    for name, module in layers:
+        if isinstance(module, _Quantized) and module.activations != activations:
+            raise ValueError(f"{name} is quantized with activations={module.activations} already, got {activations}")
+    found = [(name, module) for name, module in layers if type(module) in OURS]
+    with torch.inference_mode(False):  # in inference mode there would be buffers that nothing can be loaded into
+        buffers = [_buffers(module, name, int(activations)) for name, module in found]
+    for name, module in layers:
+        if isinstance(module, nn.RNNBase) and type(module) not in OURS:
+            why = f"{type(module).__qualname__} is a subclass"
+            if parametrize.is_parametrized(module):
+                why = "remove its parametrizations first"
+            warnings.warn(f"{name} is left as it is: {why}", stacklevel=2)
+    if not any(isinstance(module, (nn.RNNBase, _Quantized)) for _, module in layers):
+        warnings.warn(f"no RNN, LSTM or GRU in this {type(model).__name__}: nothing is quantized", stacklevel=2)
+    for (_, module), own in zip(found, buffers, strict=True):
         for key in module._flat_weights_names:
             del module._parameters[key]
         module.__class__ = OURS[type(module)]
         module.activations = int(activations)
         for attribute in _OF_FLOATS:
             vars(module).pop(attribute, None)
-        module._flat_weights_names = list(buffers[name])
-        for key, tensor in buffers[name].items():
+        module._flat_weights_names = [key for key in own if key != "sizes"]
+        for key, tensor in own.items():
             module.register_buffer(key, tensor)
     return model
 
 
 # Attributes of a layer that a quantized one has no use for.
 _OF_FLOATS = ("_flat_weights", "_flat_weight_refs", "_all_weights", "backend", *modules.OPTIONS)
+
+
+def _sizes(layer: nn.Module, activations: int) -> dict[str, int]:
+    sizes = ("input_size", "hidden_size", "proj_size", "bias")
+    return {"activations": activations} | {name: int(getattr(layer, name)) for name in sizes}
 
 
 def _suffixes(layer: nn.Module) -> list[str]:
@@ -295,13 +333,13 @@ def _buffers(layer: nn.RNNBase, name: str, activations: int) -> dict[str, Tensor
     def find(key: str) -> Tensor:
         weight = parameters.get(key)
         if weight is None:
-            raise ValueError(f"{name}.{key} is no parameter: remove what computes it, weight_norm for instance, first")
+            raise ValueError(
+                f"{name}.{key} is no parameter: remove what computes it first, weight_norm or pruning for instance"
+            )
         problem = None
         if not weight.is_floating_point():
             problem = f"of {weight.dtype}"
-        elif weight.is_meta:
-            problem = "on the meta device"
-        elif not weight.detach().float().isfinite().all():
+        elif not weight.is_meta and not weight.detach().float().isfinite().all():
             problem = "with inf or NaN in it, or what is such in float32"
         if problem:
             raise ValueError(f"{name}.{key} cannot be quantized: expected finite numbers, got a weight {problem}")
@@ -320,4 +358,5 @@ def _buffers(layer: nn.RNNBase, name: str, activations: int) -> dict[str, Tensor
         if layer.proj_size:
             weight_hr, scale_hr = pack(find(f"weight_hr{suffix}"), 1, activations)
             buffers |= {f"weight_hr{suffix}": weight_hr, f"scale_hr{suffix}": scale_hr}
+    buffers["sizes"] = torch.tensor(list(_sizes(layer, activations).values()), device="cpu")
     return buffers

@@ -392,6 +392,8 @@ def test_a_model_in_place():
     error = (actual - expected).abs().max()
     assert 0 < error < 0.02, error
     assert rnn_ext.quantize(model) is model  # again: nothing is left to do
+    with pytest.raises(ValueError, match=r"encoder\.0 is quantized with activations=16 already, got 8"):
+        rnn_ext.quantize(model, 8)
 
 
 @kinds
@@ -412,6 +414,47 @@ def test_checkpoints_copies_and_devices(kind, options):
         assert repr(copied) == repr(expected)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         layer.load_state_dict(expected.state_dict())
+    with pytest.raises(RuntimeError, match="has weights of 8 bits, the checkpoint has not: load it before"):
+        expected.load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_size": 63}, "with activations=16, input_size=63, .* expected activations=16, input_size=64"),
+        ({"bias": False}, "with .* bias=0; expected .* bias=1"),
+        ({"hidden_size": 31}, "with .* hidden_size=31, .* expected .* hidden_size=32"),
+        ({"activations": 8}, "with activations=8, .* expected activations=16"),
+    ],
+)
+def test_a_checkpoint_of_another_layer(change, message):
+    """Also where padding makes all tensors as large."""
+
+    def made(activations: int = 16, **sizes: object) -> nn.Module:
+        own = {"input_size": 64, "hidden_size": 32, "bias": True} | sizes
+        return rnn_ext.quantize(nn.Sequential(nn.GRU(**own)), activations)
+
+    with pytest.raises(RuntimeError, match=f"0: the checkpoint is of a layer {message}"):
+        made().load_state_dict(made(**change).state_dict())
+
+
+def test_quantized_on_meta_and_loaded():
+    expected = rnn_ext.quantize(nn.Sequential(nn.LSTM(12, 20, num_layers=2)))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.LSTM(12, 20, num_layers=2))
+    rnn_ext.quantize(model).load_state_dict(expected.state_dict(), assign=True)
+    x = torch.randn(4, 3, 12)
+    assert_same(model(x), expected(x))
+    model.to("meta").to_empty(device="cpu").load_state_dict(expected.state_dict())
+    assert_same(model(x), expected(x))
+
+
+def test_quantized_in_inference_mode():
+    model = nn.Sequential(nn.LSTM(12, 20))
+    with torch.inference_mode():
+        rnn_ext.quantize(model)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert not any(buffer.is_inference() for buffer in model.buffers())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -477,7 +520,7 @@ def test_explain():
     assert explanation.kernel == f"rnn_ext::quantized_layer gru, {ops.cpu_capability()}"
     with pytest.raises(TypeError, match="expected input as a tensor"):
         rnn_ext.explain(layer, 3)
-    with pytest.raises(RuntimeError, match=r"float16 on the CPU, got torch\.float64 on cpu"):
+    with pytest.raises(RuntimeError, match=r"expected float32, bfloat16 or float16, got torch\.float64"):
         rnn_ext.explain(layer, torch.randn(4, 3, 12).double())
 
 
@@ -490,6 +533,8 @@ def test_other_tools_say_what_to_do():
         torch.jit.script(layer)
     x = torch.randn(4, 3, 12)
     torch.testing.assert_close(rnn_ext.to_native(layer.dequantized())(x)[0], layer(x)[0], rtol=0, atol=TOLERANCE)
+    with pytest.raises(RuntimeError, match=r"export what dequantized\(\) returns"):
+        torch.onnx.export(nn.Sequential(layer), (x,), io.BytesIO(), dynamo=False)
     assert torch.equal(torch.jit.trace(layer, (x,), check_trace=False)(x)[0], layer(x)[0])
     assert rnn_ext.convert(layer) is layer
     with warnings.catch_warnings():
@@ -508,7 +553,7 @@ def test_a_dequantized_layer_is_float32_on_the_cpu():
 def test_there_are_no_derivatives():
     layer = rnn_ext.quantize(layer_of("GRU", {}))
     x = torch.randn(4, 3, 12, requires_grad=True)
-    missing = r"derivative for rnn_ext::quantized_layer.* not implemented"
+    missing = r"has no derivative: call quantized layers under torch.no_grad\(\)"
     output, _ = layer(x)
     with pytest.raises(RuntimeError, match=missing):
         output.sum().backward()
@@ -659,7 +704,6 @@ def changed(layer: nn.Module, name: str, value: float) -> nn.Module:
         (lambda: changed(nn.GRU(3, 4), "weight_ih_l0", float("inf")), "1.weight_ih_l0 cannot be quantized: .* inf"),
         (lambda: changed(nn.GRU(3, 4).double(), "weight_ih_l0", 1e300), "1.weight_ih_l0 cannot .* such in float32"),
         (lambda: nn.RNN(3, 4, dtype=torch.complex64), r"1.weight_ih_l0 cannot be quantized: .* of torch\.complex64"),
-        (lambda: nn.GRU(3, 4, device="meta"), "1.weight_ih_l0 cannot be quantized: .* meta"),
         (lambda: nn.utils.weight_norm(nn.GRU(3, 4), "weight_hh_l0"), "1.weight_hh_l0 is no parameter: remove"),
     ],
 )
@@ -688,7 +732,10 @@ def test_subclasses_are_left_with_a_warning():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rnn_ext.quantize(model)
-    assert [str(w.message).split(":")[0] for w in caught] == ["0 is left as it is", "1 is left as it is"]
+    assert [str(w.message) for w in caught] == [
+        "0 is left as it is: test_subclasses_are_left_with_a_warning.<locals>.Own is a subclass",
+        "1 is left as it is: remove its parametrizations first",
+    ]
     assert all(w.filename == __file__ for w in caught)
     assert type(model[2]) is quantized.GRU and isinstance(model[0], Own)
     with pytest.raises(TypeError, match="expected a module, got the class GRU"):
@@ -696,6 +743,11 @@ def test_subclasses_are_left_with_a_warning():
     for wrong in (4, "8", None, 8.0):
         with pytest.raises(ValueError, match=f"activations must be 16 or 8 bits, got {wrong!r}"):
             rnn_ext.quantize(nn.GRU(3, 4), wrong)
+
+
+def test_a_model_with_nothing_to_quantize():
+    with pytest.warns(UserWarning, match="no RNN, LSTM or GRU in this Linear: nothing is quantized"):
+        rnn_ext.quantize(nn.Linear(3, 4))
 
 
 def test_subclasses_of_torch_nn_s_are_quantized():

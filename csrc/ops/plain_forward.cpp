@@ -1,6 +1,7 @@
 #include "ops/plain_forward.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/ops/cat.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -11,6 +12,7 @@
 #include <string_view>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "cells/cells.h"
 #include "ops/calls.h"
@@ -175,25 +177,38 @@ std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, PyOb
   return wrap(has_cell, std::move(output), std::move(h_n), std::move(c_n));
 }
 
-/// The same of a layer of rnn_ext.quantized.
+/// The same of a module of rnn_ext.quantized.
 std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, PyObject* input, PyObject* hx) {
   const std::optional<ModuleCall> call = read_call(keys, own, input, hx);
-  if (!call || call->layers > 1) return std::nullopt;
-  for (const OptionalTensor& state : call->states) {  // else Python may cast it
-    if (state.has_value() && state->scalar_type() != call->input.scalar_type()) return std::nullopt;
+  if (!call) return std::nullopt;
+  const auto& [x, cell, states, layers, has_cell, bidirectional, batch_first] = *call;
+  const int64_t directions = bidirectional ? 2 : 1;
+  for (const OptionalTensor& state : states) {  // another type Python may cast
+    if (state.has_value() && (state->scalar_type() != x.scalar_type() || state->size(0) != layers * directions))
+      return std::nullopt;
   }
   PyObject* input_size = own.get(keys.input_size);
-  if (!input_size || !PyLong_Check(input_size) || PyLong_AsLongLong(input_size) != call->input.size(2))
-    return std::nullopt;
+  if (!input_size || !PyLong_Check(input_size) || PyLong_AsLongLong(input_size) != x.size(2)) return std::nullopt;
   const Weights weights = read_weights(own.get(keys.buffers), own.get(keys.names));
-  if (weights.empty() || PyErr_Occurred()) return std::nullopt;
-  const auto& [x, cell, states, layers, has_cell, bidirectional, batch_first] = *call;
-  at::Tensor output, h_n, c_n;
+  const size_t count = weights.size() / size_t(layers);
+  if (count == 0 || count * size_t(layers) != weights.size() || PyErr_Occurred()) return std::nullopt;
+  at::Tensor output = x, h_n, c_n;
   {
     const pybind11::gil_scoped_release no_gil;
-    std::tie(output, h_n, c_n, std::ignore) =
-        quantized_layer_call(x, states[0], states[1], weights, std::nullopt, std::nullopt, std::nullopt, cell,
-                             bidirectional, batch_first, false);
+    std::vector<at::Tensor> h_ns, c_ns;
+    for (int64_t k = 0; k < layers; ++k) {
+      const auto part = [&](const OptionalTensor& state) {
+        const bool all = !state.has_value() || layers == 1;
+        return all ? state : OptionalTensor(state->narrow(0, k * directions, directions));
+      };
+      std::tie(output, h_n, c_n, std::ignore) = quantized_layer_call(
+          output, part(states[0]), part(states[1]), at::TensorList(weights).slice(size_t(k) * count, count),
+          std::nullopt, std::nullopt, std::nullopt, cell, bidirectional, batch_first, false);
+      h_ns.push_back(h_n);
+      c_ns.push_back(c_n);
+    }
+    if (layers > 1) h_n = at::cat(h_ns);
+    if (layers > 1 && has_cell) c_n = at::cat(c_ns);
   }
   return wrap(has_cell, std::move(output), std::move(h_n), std::move(c_n));
 }

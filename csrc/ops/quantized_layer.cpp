@@ -133,15 +133,19 @@ QuantizedResult quantized_layer_cpu(const at::Tensor& input, const OptionalTenso
   return {cast(output, type), cast(h_n, type), cast(c_n, type), cast(cells, type)};
 }
 
-/// Backward through what this returns raises an error that names the op.
+constexpr const char* kNoDerivative =
+    "rnn_ext::quantized_layer has no derivative: call quantized layers under torch.no_grad(), when torch.compile "
+    "compiles "
+    "them, too, or differentiate what their dequantized() returns";
+
+/// Backward through what this returns raises an error.
 QuantizedResult quantized_layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
                                          at::TensorList weights, const OptionalTensor& batch_sizes,
                                          const OptionalTensor& lengths, const OptionalTensor& resets,
                                          std::string_view cell, bool bidirectional, bool batch_first,
                                          bool cell_states) {
   const auto has_tangent = [](const auto& tensor) { return torch::autograd::isFwGradDefined(tensor); };
-  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(input) && !has_tangent(h_0) && !has_tangent(c_0),
-                              "the derivative for rnn_ext::quantized_layer is not implemented: expected no tangents");
+  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(input) && !has_tangent(h_0) && !has_tangent(c_0), kNoDerivative);
   QuantizedResult result;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
@@ -149,7 +153,7 @@ QuantizedResult quantized_layer_autograd(const at::Tensor& input, const Optional
                                   batch_first, cell_states);
   }
   if (torch::autograd::compute_requires_grad(input, h_0, c_0, weights)) {
-    const auto node = make_node<torch::autograd::NotImplemented>("rnn_ext::quantized_layer");
+    const auto node = make_node<torch::autograd::Error>(kNoDerivative);
     node->set_next_edges(torch::autograd::collect_next_edges(input, h_0, c_0, weights));
     auto& [output, h_n, c_n, cells] = result;
     for (at::Tensor* tensor : {&output, &h_n, &c_n, &cells}) torch::autograd::set_history(*tensor, node);
