@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 __all__ = ["register"]
 
 
-def _loop(name: str, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
-    """The op the plain way: a call per entry. Where there is none, zeros stand for one: it has the shapes."""
+def _loop(name: str, size: int, in_dims: Sequence[Any], args: Sequence[Any], below: bool) -> tuple[Any, Any]:
+    """The op the plain way: a call per entry. Where there is none, zeros stand for one: it has the shapes. `below`: at
+    the level of torch.func below this one."""
     from rnn_ext import _C
 
     def one(value: Any, dim: Any) -> Any:
@@ -27,7 +28,7 @@ def _loop(name: str, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> 
     if size == 0:
         args = [one(arg, dim) for arg, dim in zip(args, in_dims, strict=True)]
     dims = [list(dim) if isinstance(dim, (list, tuple)) else [dim] for dim in in_dims]
-    outputs = _C.call_each(name, max(1, int(size)), dims, *args)
+    outputs = _C.call_each(name, max(1, int(size)), dims, below, *args)
     if size == 0:
         outputs = pytree.tree_map(lambda x: x[:0], outputs)
     return outputs, pytree.tree_map(lambda _: 0, outputs)
@@ -114,7 +115,7 @@ def _layer(size, in_dims, args):
     # bytes in parts.
     apart = save and (input.is_cuda or (lengths is not None and not _has_groups(weights, masks, bidirectional)))
     if _any_mapped(in_dims[3]) or batch_sizes is not None or size == 0 or apart:
-        return _loop("layer", size, in_dims, args)
+        return None
     folding = _Folding(size, batch_first)
     batch = folding.batch
     output, h_n, c_n, cells, saved = torch.ops.rnn_ext.layer(
@@ -125,7 +126,7 @@ def _layer(size, in_dims, args):
     )  # fmt: skip
     results, dims = folding.unfold_all((output, h_n, c_n, cells), (batch, 1, 1, batch))
     if save and saved.dtype == torch.uint8:  # of CUDA's kernels, on the emulator
-        return _loop("layer", size, in_dims, args)
+        return None
     if not save or lengths is not None:
         return (*results, saved), (*dims, None)
     directions = 2 if bidirectional else 1
@@ -148,7 +149,7 @@ def _layer_backward(size, in_dims, args):
     if lengths is not None:  # then `saved` is that of all entries, unless it comes from _loop
         apart = apart or in_dims[13] is not None or not was_mapped
     if apart or size == 0:
-        return _loop("layer_backward", size, in_dims, args)
+        return None
     if was_mapped:
         return _layer_backward_folded(size, in_dims, args)
     steps, batch = _steps_and_batch(input, in_dims[4], batch_first=args[16])
@@ -187,7 +188,7 @@ def _layer_tangent(size, in_dims, args):
     in_dims = [dims or [None] * len(tensors) for dims in in_dims[:2]] + list(in_dims[2:])
     apart = _any_mapped((*in_dims[0][7:], *in_dims[1][7:])) or any(output_mask[7:])
     if apart or any(mask is not None for mask in masks) or batch_sizes is not None or size == 0:
-        return _loop("layer_tangent", size, in_dims, args)
+        return None
     steps, batch = _steps_and_batch(tensors[4], in_dims[1][4], batch_first)
     return _in_parts(_layer_tangent_folded, size, max(1, ROWS // max(1, steps * batch)), in_dims, args)
 
@@ -212,7 +213,7 @@ def _layer_tangent_folded(size, in_dims, args):
 def _quantized_layer(size, in_dims, args):
     input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states = args
     if _any_mapped(in_dims[3]) or batch_sizes is not None or size == 0:
-        return _loop("quantized_layer", size, in_dims, args)
+        return None
     folding = _Folding(size, batch_first)
     batch = folding.batch
     results = torch.ops.rnn_ext.quantized_layer(
@@ -222,20 +223,21 @@ def _quantized_layer(size, in_dims, args):
     return tuple(map(tuple, folding.unfold_all(results, (batch, 1, 1, batch))))
 
 
-_Rule = Callable[[int, Sequence[Any], Sequence[Any]], tuple[Any, Any]]
-# By op: from the number of entries, the mapped dimension of each argument and the arguments to the results and theirs.
+_Rule = Callable[[int, Sequence[Any], Sequence[Any]], tuple[Any, Any] | None]
+# By op: from the number of entries, the mapped dimension of each argument and the arguments to the results and theirs;
+# None where that takes a call for each entry.
 RULES: dict[str, _Rule] = {
     "layer": _layer,
     "layer_backward": _layer_backward,
     "layer_tangent": _layer_tangent,
     "quantized_layer": _quantized_layer,
-    **{
-        name: functools.partial(_loop, name)
-        for name in (
+    **dict.fromkeys(
+        (
             *("layer_reference", "layer_backward_reference", "layer_tangent_reference"),
             *("layer_tangent_backward_reference", "random_mask"),
-        )
-    },
+        ),
+        lambda size, in_dims, args: None,
+    ),
 }
 
 
@@ -243,14 +245,14 @@ def register(library: torch.library.Library) -> None:
     """The rules, for torch.func's vmap and for the one that autograd has for `is_grads_batched` and `vectorize`."""
     for name, rule in RULES.items():
         op = getattr(torch.ops.rnn_ext, name).default
-        library.impl(name, functools.partial(_functorchs_vmap, op, rule), "FuncTorchBatched")
-        library.impl(name, functools.partial(_autograds_vmap, rule), "Batched")
+        library.impl(name, functools.partial(_functorchs_vmap, name, op, rule), "FuncTorchBatched")
+        library.impl(name, functools.partial(_autograds_vmap, name, rule), "Batched")
 
 
 _NOT_BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
 
-def _functorchs_vmap(op: Callable, rule: _Rule, *args: Any) -> Any:
+def _functorchs_vmap(name: str, op: Callable, rule: _Rule, *args: Any) -> Any:
     """What torch.library.register_vmap makes of a rule, some 120 us a call faster for so many arguments."""
     interpreter = retrieve_current_functorch_interpreter()
     level = interpreter.level()
@@ -268,11 +270,12 @@ def _functorchs_vmap(op: Callable, rule: _Rule, *args: Any) -> Any:
     with torch._C._ExcludeDispatchKeyGuard(_NOT_BATCHED):
         if not any(_any_mapped(dim) if isinstance(dim, list) else dim is not None for dim in in_dims):
             return op(*args)
-        results, dims = rule(interpreter.batch_size(), in_dims, [x for x, _ in pairs])
+        given = interpreter.batch_size(), in_dims, [x for x, _ in pairs]
+        results, dims = rule(*given) or _loop(name, *given, below=True)
     return _wrapped(results, dims, torch._C._functorch._add_batch_dim, level)
 
 
-def _autograds_vmap(rule: _Rule, *args: Any) -> Any:
+def _autograds_vmap(name: str, rule: _Rule, *args: Any) -> Any:
     # (What torch does itself for an op without such a kernel fails at lists of tensors.)
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
@@ -284,7 +287,7 @@ def _autograds_vmap(rule: _Rule, *args: Any) -> Any:
     args = pytree.tree_map_only(Tensor, lambda x: x if x.shape[0] == size else x[0], args)
     torch._C._vmapmode_decrement_nesting()  # an outer vmap is the innermost one now
     try:
-        results, dims = rule(size, in_dims, args)
+        results, dims = rule(size, in_dims, args) or _loop(name, size, in_dims, args, below=False)
     finally:
         torch._C._vmapmode_increment_nesting()
     return _wrapped(results, dims, torch._add_batch_dim, level)

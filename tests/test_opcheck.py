@@ -88,8 +88,10 @@ def test_every_op_of_the_library_is_checked_here():
     names = {
         schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("rnn_ext::")
     }
-    checked = {"random_mask", "quantized_layer"}
+    checked = {"random_mask", "quantized_layer", "step_down"}  # the last has no tensors
     assert checked | {"layer"} < names
+    with pytest.raises(RuntimeError, match="rnn_ext::step_down is for call_each alone"):
+        torch.ops.rnn_ext.step_down()
     assert all(name.startswith("layer") for name in names - checked), names
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from util import (
     CELLS,
     LAYOUTS,
+    Calls,
     Case,
     Problem,
     build,
@@ -144,6 +145,53 @@ def test_gradients_of_an_ensemble(case):
     check_gradients(dict(zip(names, grads(run), strict=True)), dict(zip(names, grads(oracle), strict=True)))
 
 
+def ensemble(entries: int) -> tuple[rnn_ext.GRU, dict[str, Tensor]]:
+    layers = [rnn_ext.GRU(3, 4) for _ in range(entries)]
+    weights, _ = torch.func.stack_module_state(layers)
+    return layers[0], {name: weight.detach() for name, weight in weights.items()}
+
+
+def test_the_calls_of_an_ensemble_are_seen():
+    """By modes of Python and by autograd, as if each were a call of the user's."""
+    layer, weights = ensemble(5)
+    x = torch.randn(6, 2, 3)
+
+    def output(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, weights, (x,))[0]
+
+    with Calls() as calls:
+        torch.vmap(output)(weights)
+    assert calls.names.count("layer") == 5
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        torch.vmap(output)(weights)
+    assert counter.get_total_flops() == 5 * 2 * 6 * 2 * 12 * (3 + 4)
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.vmap(output)(weights).square().sum()
+
+    expected = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for i in range(5):
+        own = {name: weight[i].clone().requires_grad_() for name, weight in weights.items()}
+        output(own).square().sum().backward()
+        for name, weight in own.items():
+            expected[name][i] = weight.grad
+    leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+    loss(leaves).backward()
+    for found in (torch.func.grad(loss)(weights), {name: leaf.grad for name, leaf in leaves.items()}):
+        torch.testing.assert_close(found, expected)
+    _, tangent = torch.func.jvp(loss, (weights,), (expected,))
+    torch.testing.assert_close(tangent, sum(g.square().sum() for g in expected.values()))
+
+
+def test_weights_of_an_ensemble_that_change_before_backward():
+    layer, weights = ensemble(3)
+    x = torch.randn(6, 2, 3, requires_grad=True)
+    output = torch.vmap(lambda weights: torch.func.functional_call(layer, weights, (x,))[0])(weights)
+    weights["weight_hh_l0"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
 @pytest.mark.parametrize("case", FUNC_CASES, ids=str)
 def test_per_sample_gradients(case):
     """vmap(grad): gradients of shared weights, one set per sample."""
@@ -266,7 +314,7 @@ def test_vectorized_derivatives(cell):
     assert torch.autograd.gradcheck(output, problem.input.clone().requires_grad_(), check_batched_grad=True)
 
 
-class Calls(TorchDispatchMode):
+class BatchSizes(TorchDispatchMode):
     """The batch sizes of the calls of an op."""
 
     def __init__(self, name: str):
@@ -287,7 +335,7 @@ def test_vmap_computes_once():
     def loss(x: Tensor) -> Tensor:
         return run(problem.having({"input": x}))["output"].sum()
 
-    with Calls("layer") as calls:
+    with BatchSizes("layer") as calls:
         torch.func.vmap(torch.func.grad(loss))(inputs)
     assert calls.rows == [problem.input.shape[1] * 6]
 

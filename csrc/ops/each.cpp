@@ -1,9 +1,14 @@
 #include "ops/each.h"
 
+#include <ATen/WrapDimUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/stack.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
+#include <torch/library.h>
 
+#include <functional>
 #include <utility>
 
 namespace rnn_ext::ops {
@@ -13,6 +18,24 @@ using c10::IValue;
 
 constexpr int64_t kUninterrupted = 16;  // calls between two looks at signals
 
+/// An entry of a tensor; of one that nothing but the CPU's kernels looks at, without a trip through the dispatcher,
+/// which takes longer than all else about an argument (measured: backward of a small RNN has nine that are mapped).
+at::Tensor entry_of(const at::Tensor& tensor, int64_t dim, int64_t entry) {
+  constexpr c10::DispatchKeySet kPlain{c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                       c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect};
+  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
+  const c10::DispatchKeySet keys = (tensor.key_set() | local.included_) - local.excluded_;
+  const bool recorded = at::GradMode::is_enabled() && tensor.requires_grad();
+  if (recorded || tensor._fw_grad(0).defined() || !kPlain.has_all(keys)) return tensor.select(dim, entry);
+  c10::SmallVector<int64_t, 8> sizes(tensor.sizes()), strides(tensor.strides());
+  sizes.erase(sizes.begin() + dim);
+  strides.erase(strides.begin() + dim);
+  const int64_t offset = tensor.storage_offset() + entry * tensor.stride(dim);
+  at::Tensor view = at::native::as_strided_tensorimpl(tensor, sizes, strides, offset);
+  view.unsafeGetTensorImpl()->set_version_counter(tensor.unsafeGetTensorImpl()->version_counter());
+  return view;
+}
+
 /// The entries of a tensor, or of each tensor of a list.
 class Entries {
  public:
@@ -21,22 +44,55 @@ class Entries {
     for (size_t i = 0; i < dims.size(); ++i) {
       if (!dims[i]) continue;
       const at::Tensor tensor = is_list ? argument_.toListRef()[i].toTensor() : argument_.toTensor();
-      parts_.emplace_back(i, tensor.unbind(*dims[i]));
+      parts_.push_back({i, tensor, at::maybe_wrap_dim(*dims[i], tensor.dim())});
     }
   }
 
   IValue get(int64_t entry) const {
     if (parts_.empty()) return argument_;
-    if (!argument_.isList()) return parts_[0].second[size_t(entry)];
+    if (!argument_.isList()) return entry_of(parts_[0].tensor, parts_[0].dim, entry);
     auto list = argument_.toList().copy();
-    for (const auto& [i, entries] : parts_) list.set(i, entries[size_t(entry)]);
+    for (const Part& part : parts_) list.set(part.place, entry_of(part.tensor, part.dim, entry));
     return list;
   }
 
  private:
+  struct Part {
+    size_t place;
+    at::Tensor tensor;
+    int64_t dim;
+  };
   IValue argument_;
-  std::vector<std::pair<size_t, std::vector<at::Tensor>>> parts_;
+  std::vector<Part> parts_;
 };
+
+/// What the op step_down is to run, once it is where it should be.
+thread_local const std::function<void()>* pending = nullptr;
+
+void run_pending() {
+  TORCH_CHECK(pending, "rnn_ext::step_down is for call_each alone");
+  (*std::exchange(pending, nullptr))();
+}
+
+// An op without arguments. Called from a rule of torch.func's vmap it leaves that level, and runs as soon as it has, at
+// a lower level, in a mode of Python's or where nothing is left: the calls of the loop see what they would see there,
+// without a step of their own.
+TORCH_LIBRARY_FRAGMENT(rnn_ext, m) {
+  m.def("step_down() -> ()");
+  m.impl("step_down", c10::DispatchKey::CompositeExplicitAutograd, &run_pending);
+}
+TORCH_LIBRARY_IMPL(rnn_ext, FuncTorchDynamicLayerFrontMode, m) { m.impl("step_down", &run_pending); }
+TORCH_LIBRARY_IMPL(rnn_ext, Python, m) { m.impl("step_down", &run_pending); }
+
+void step_down(const std::function<void()>& run) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("rnn_ext::step_down", "").typed<decltype(run_pending)>();
+  const struct Cleared {
+    ~Cleared() { pending = nullptr; }
+  } cleared;
+  pending = &run;
+  op.call();
+}
 
 /// Results of the same structure as one of that structure.
 IValue stacked(const std::vector<torch::jit::Stack>& results, size_t i) {
@@ -55,28 +111,31 @@ IValue stacked(const std::vector<torch::jit::Stack>& results, size_t i) {
 
 }  // namespace
 
-pybind11::object call_each(const std::string& name, int64_t count, const MappedDims& dims,
+pybind11::object call_each(const std::string& name, int64_t count, const MappedDims& dims, bool below,
                            const pybind11::args& arguments) {
   const c10::OperatorHandle op = c10::Dispatcher::singleton().findSchemaOrThrow(("rnn_ext::" + name).c_str(), "");
   const torch::jit::Stack given = torch::jit::createStackForSchema(op.schema(), arguments, {}, std::nullopt);
   torch::jit::Stack joined;
   {
     const pybind11::gil_scoped_release no_gil;
-    std::vector<Entries> entries;
-    entries.reserve(given.size());
-    for (size_t i = 0; i < given.size(); ++i)
-      entries.emplace_back(given[i], i < dims.size() ? dims[i] : MappedDims::value_type());
-    std::vector<torch::jit::Stack> results;
-    for (int64_t entry = 0; entry < count; ++entry) {
-      if (entry % kUninterrupted == kUninterrupted - 1) {
-        const pybind11::gil_scoped_acquire gil;
-        if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+    const std::function<void()> loop = [&] {
+      std::vector<Entries> entries;
+      entries.reserve(given.size());
+      for (size_t i = 0; i < given.size(); ++i)
+        entries.emplace_back(given[i], i < dims.size() ? dims[i] : MappedDims::value_type());
+      std::vector<torch::jit::Stack> results;
+      for (int64_t entry = 0; entry < count; ++entry) {
+        if (entry % kUninterrupted == kUninterrupted - 1) {
+          const pybind11::gil_scoped_acquire gil;
+          if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+        }
+        torch::jit::Stack& stack = results.emplace_back();
+        for (const Entries& argument : entries) stack.push_back(argument.get(entry));
+        op.callBoxed(stack);
       }
-      torch::jit::Stack& stack = results.emplace_back();
-      for (const Entries& argument : entries) stack.push_back(argument.get(entry));
-      op.callBoxed(stack);
-    }
-    for (size_t i = 0; i < results[0].size(); ++i) joined.push_back(stacked(results, i));
+      for (size_t i = 0; i < results[0].size(); ++i) joined.push_back(stacked(results, i));
+    };
+    below ? step_down(loop) : loop();
   }
   return torch::jit::createPyObjectForStack(std::move(joined));
 }

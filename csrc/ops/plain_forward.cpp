@@ -198,7 +198,7 @@ std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, 
     std::vector<at::Tensor> h_ns, c_ns;
     for (int64_t k = 0; k < layers; ++k) {
       const auto part = [&](const OptionalTensor& state) {
-        const bool all = !state.has_value() || layers == 1;
+        const bool all = !state.has_value() || call->layers == 1;
         return all ? state : OptionalTensor(state->narrow(0, k * directions, directions));
       };
       std::tie(output, h_n, c_n, std::ignore) = quantized_layer_call(
