@@ -10,7 +10,7 @@ from rnn_ext.backends import explain, set_backend
 from rnn_ext.cells import GRUCell, LSTMCell, RNNCell
 from rnn_ext.convert import convert, to_native
 from rnn_ext.modules import GRU, LSTM, RNN
-from rnn_ext.quantized import quantize
+from rnn_ext.quantized import dequantize, quantize
 
 __all__ = [
     "GRU",
@@ -21,6 +21,7 @@ __all__ = [
     "RNNCell",
     "__version__",
     "convert",
+    "dequantize",
     "explain",
     "functional",
     "models",

@@ -72,9 +72,7 @@ def to_native(model: ModuleT) -> ModuleT:
     check_module(model)
     for name, module in model.named_modules():
         if getattr(module, "_has_8_bits", False):
-            raise ValueError(
-                f"{name or 'model'} has weights of 8 bits: its dequantized() is a layer that can be converted"
-            )
+            raise ValueError(f"{name or 'model'} has weights of 8 bits, torch.nn has not: rnn_ext.dequantize first")
         if type(module) in TO_NATIVE and isinstance(module, nn.RNNBase):
             for option, default in OPTIONS.items():
                 if option != "recompute" and getattr(module, option) != default:

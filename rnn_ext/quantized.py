@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rnn_ext import functional, modules, ops, reference, subclasses
 from rnn_ext.convert import check_module
 
-__all__ = ["GRU", "LSTM", "RNN", "quantize"]
+__all__ = ["GRU", "LSTM", "RNN", "dequantize", "quantize"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _BLOCK = 16  # as kQuantizedBlock of csrc/cpu/quantized.h, where the layout is described
@@ -109,7 +109,7 @@ class _Quantized(modules.Leaf):
     ) -> tuple[Tensor | PackedSequence, Tensor, Tensor | None, Tensor | PackedSequence | None]:
         self._check_not_traced(input, "forward")
         if torch.onnx.is_in_onnx_export():
-            raise RuntimeError("torch.onnx.export knows no layers of 8 bits: export what dequantized() returns")
+            raise RuntimeError("torch.onnx.export knows no layers of 8 bits: export rnn_ext.dequantize(model)")
         data = input.data if isinstance(input, PackedSequence) else input
         has_features = isinstance(data, Tensor) and not data.is_nested and data.dim() > 0
         if has_features and data.shape[-1] != self.input_size:
@@ -177,7 +177,7 @@ class _Quantized(modules.Leaf):
     def __prepare_scriptable__(self) -> nn.Module:
         kind = self._kind
         raise RuntimeError(
-            f"torch.jit.script cannot compile a quantized.{kind}: trace it, or script to_native of its dequantized()"
+            f"torch.jit.script cannot compile a quantized.{kind}: trace it, or script to_native(dequantize(model))"
         )
 
     def extra_repr(self) -> str:
@@ -254,8 +254,8 @@ def quantize(model: ModuleT, activations: int = 16) -> ModuleT:
     For inference on the CPU: the layers have no gradients, and no parameters but buffers, of which the weights are int8
     (make initial states by ``input.new_zeros``). Call the model under ``torch.no_grad()``, also when torch.compile
     compiles it. Each layer stays the object that it is and only changes its class. Copy the model first
-    (:func:`copy.deepcopy`) to keep the original; a layer's ``dequantized()`` gives a float32 layer with the rounded
-    weights. What else is in the model, cells included, stays; dropout, which acts in training, does not act any more.
+    (:func:`copy.deepcopy`) to keep the original; :func:`dequantize` makes float32 layers with the rounded weights. What
+    else is in the model, cells included, stays; dropout, which acts in training, does not act any more.
 
     To load a checkpoint of quantized layers, build the model, quantize it with the same `activations`, on the meta
     device if you like (``load_state_dict(.., assign=True)``), and load.
@@ -305,6 +305,32 @@ def quantize(model: ModuleT, activations: int = 16) -> ModuleT:
         module._flat_weights_names = [key for key in own if key != "sizes"]
         for key, tensor in own.items():
             module.register_buffer(key, tensor)
+    return model
+
+
+def dequantize(model: ModuleT) -> ModuleT:
+    """The reverse of :func:`quantize`: every quantized layer in `model`, itself included, becomes one of rnn_ext; in
+    place, returns `model`.
+
+    The layers have the rounded weights, float32 on the CPU, and can be trained, exported, or handed to
+    :func:`rnn_ext.to_native`.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    check_module(model)
+    for module in model.modules():
+        if not isinstance(module, _Quantized):
+            continue
+        layer = module.dequantized()
+        for key in (*module._flat_weights_names, "sizes"):
+            del module._buffers[key]
+        module.__class__ = type(layer)
+        module._parameters.update(layer._parameters)
+        del module.activations
+        for attribute in ("_flat_weights_names", *_OF_FLOATS):
+            if attribute in vars(layer):
+                vars(module)[attribute] = vars(layer)[attribute]
     return model
 
 

@@ -527,19 +527,47 @@ def test_explain():
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_other_tools_say_what_to_do():
     layer = rnn_ext.quantize(layer_of("GRU", {}))
-    with pytest.raises(ValueError, match=r"0 has weights of 8 bits: its dequantized\(\)"):
+    with pytest.raises(ValueError, match=r"0 has weights of 8 bits, torch\.nn has not: rnn_ext\.dequantize first"):
         rnn_ext.to_native(nn.Sequential(layer, rnn_ext.GRU(3, 4)))
-    with pytest.raises(RuntimeError, match="script to_native of its dequantized"):
+    with pytest.raises(RuntimeError, match=r"script to_native\(dequantize\(model\)\)"):
         torch.jit.script(layer)
     x = torch.randn(4, 3, 12)
     torch.testing.assert_close(rnn_ext.to_native(layer.dequantized())(x)[0], layer(x)[0], rtol=0, atol=TOLERANCE)
-    with pytest.raises(RuntimeError, match=r"export what dequantized\(\) returns"):
+    with pytest.raises(RuntimeError, match=r"export rnn_ext\.dequantize\(model\)"):
         torch.onnx.export(nn.Sequential(layer), (x,), io.BytesIO(), dynamo=False)
     assert torch.equal(torch.jit.trace(layer, (x,), check_trace=False)(x)[0], layer(x)[0])
     assert rnn_ext.convert(layer) is layer
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert rnn_ext.set_backend(nn.Sequential(layer, rnn_ext.GRU(3, 4)), "native")[0] is layer
+
+
+@bits
+@kinds
+def test_a_model_there_and_back(kind, options, activations):
+    more = {"num_layers": 2, "bidirectional": True, "dropout": 0.5}
+    model = nn.Sequential(layer_of(kind, options, **more), nn.Identity())
+    seen = []
+    model[0].register_forward_hook(lambda *args: seen.append(args))
+    model[0].note = "kept"
+    before, keys = model[0], list(model.state_dict())
+    rnn_ext.quantize(model, activations)
+    x = torch.randn(4, 3, 12)
+    expected = model(x)[0]
+    assert rnn_ext.dequantize(model) is model and rnn_ext.dequantize(model) is model
+    assert model[0] is before and type(before) is getattr(rnn_ext, kind) and before.note == "kept"
+    assert list(model.state_dict()) == keys and repr(before) == repr(layer_of(kind, options, **more))
+    output = model(x)[0]
+    assert len(seen) == 2
+    torch.testing.assert_close(output, expected, rtol=0, atol=TOLERANCE if activations == 16 else 0.05)
+    output.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    again = rnn_ext.quantize(copy.deepcopy(model), activations)
+    torch.testing.assert_close(again(x)[0], expected, rtol=0, atol=TOLERANCE if activations == 16 else 0.05)
+    native = rnn_ext.to_native(copy.deepcopy(model))
+    torch.testing.assert_close(native(x)[0], output, rtol=0, atol=1e-5)
+    with pytest.raises(TypeError, match="expected a module"):
+        rnn_ext.dequantize(None)
 
 
 def test_a_dequantized_layer_is_float32_on_the_cpu():
