@@ -23,7 +23,10 @@ def _loop(name: str, size: int, in_dims: Sequence[Any], args: Sequence[Any], bel
     def one(value: Any, dim: Any) -> Any:
         if isinstance(dim, (list, tuple)):
             return [one(v, d) for v, d in zip(value, dim, strict=True)]
-        return value if dim is None else value.new_zeros((*value.shape[:dim], 1, *value.shape[dim + 1 :]))
+        if dim is None:
+            return value
+        zeros = value.new_zeros((*value.shape[:dim], 1, *value.shape[dim + 1 :]))
+        return torch.cat((value, zeros), dim)  # which knows of the value, that may require a gradient
 
     if size == 0:
         args = [one(arg, dim) for arg, dim in zip(args, in_dims, strict=True)]

@@ -183,6 +183,29 @@ def test_the_calls_of_an_ensemble_are_seen():
     torch.testing.assert_close(tangent, sum(g.square().sum() for g in expected.values()))
 
 
+def test_gradients_through_an_ensemble_are_put_together_once():
+    """Not as a gradient of all entries for each of them."""
+    layer, weights = ensemble(7)
+    x = torch.randn(6, 2, 3)
+    leaves = {name: weight.requires_grad_() for name, weight in weights.items()}
+    output = torch.vmap(lambda weights: torch.func.functional_call(layer, weights, (x,))[0])(leaves)
+    with Calls() as calls:
+        output.sum().backward()
+    assert calls.names.count("layer_backward") == 7
+    assert calls.names.count("stack") <= 4 + 1 and "select_backward" not in calls.names
+
+
+def test_an_ensemble_of_none_keeps_its_graph():
+    layer, weights = ensemble(2)
+    leaves = {name: weight[:0].requires_grad_() for name, weight in weights.items()}
+    output = torch.vmap(lambda weights, x: torch.func.functional_call(layer, weights, (x,))[0])(
+        leaves, torch.randn(0, 6, 2, 3)
+    )
+    assert output.shape == (0, 6, 2, 4)
+    output.sum().backward()
+    assert all(leaf.grad.shape == leaf.shape for leaf in leaves.values())
+
+
 def test_weights_of_an_ensemble_that_change_before_backward():
     layer, weights = ensemble(3)
     x = torch.randn(6, 2, 3, requires_grad=True)

@@ -18,23 +18,41 @@ using c10::IValue;
 
 constexpr int64_t kUninterrupted = 16;  // calls between two looks at signals
 
-/// An entry of a tensor; of one that nothing but the CPU's kernels looks at, without a trip through the dispatcher,
-/// which takes longer than all else about an argument (measured: backward of a small RNN has nine that are mapped).
-at::Tensor entry_of(const at::Tensor& tensor, int64_t dim, int64_t entry) {
+/// Whether nothing but the CPU's kernels looks at a tensor.
+bool is_plain(const at::Tensor& tensor) {
   constexpr c10::DispatchKeySet kPlain{c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
                                        c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect};
   const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
   const c10::DispatchKeySet keys = (tensor.key_set() | local.included_) - local.excluded_;
   const bool recorded = at::GradMode::is_enabled() && tensor.requires_grad();
-  if (recorded || tensor._fw_grad(0).defined() || !kPlain.has_all(keys)) return tensor.select(dim, entry);
-  c10::SmallVector<int64_t, 8> sizes(tensor.sizes()), strides(tensor.strides());
-  sizes.erase(sizes.begin() + dim);
-  strides.erase(strides.begin() + dim);
-  const int64_t offset = tensor.storage_offset() + entry * tensor.stride(dim);
-  at::Tensor view = at::native::as_strided_tensorimpl(tensor, sizes, strides, offset);
-  view.unsafeGetTensorImpl()->set_version_counter(tensor.unsafeGetTensorImpl()->version_counter());
-  return view;
+  return !recorded && !tensor._fw_grad(0).defined() && kPlain.has_all(keys);
 }
+
+/// The entries of a tensor. Those of a plain one are made when they are asked for, without a trip through the
+/// dispatcher, which takes longer than all else about an argument (measured: backward of a small RNN has nine that are
+/// mapped). Of others by one operator: a node of autograd's for each would make a gradient of the whole size for each.
+class TensorEntries {
+ public:
+  TensorEntries(const at::Tensor& tensor, int64_t dim) : tensor_(tensor), dim_(at::maybe_wrap_dim(dim, tensor.dim())) {
+    if (!is_plain(tensor)) unbound_ = tensor.unbind(dim_);
+  }
+
+  at::Tensor get(int64_t entry) const {
+    if (!unbound_.empty()) return unbound_[size_t(entry)];
+    c10::SmallVector<int64_t, 8> sizes(tensor_.sizes()), strides(tensor_.strides());
+    sizes.erase(sizes.begin() + dim_);
+    strides.erase(strides.begin() + dim_);
+    const int64_t offset = tensor_.storage_offset() + entry * tensor_.stride(dim_);
+    at::Tensor view = at::native::as_strided_tensorimpl(tensor_, sizes, strides, offset);
+    view.unsafeGetTensorImpl()->set_version_counter(tensor_.unsafeGetTensorImpl()->version_counter());
+    return view;
+  }
+
+ private:
+  at::Tensor tensor_;
+  int64_t dim_;
+  std::vector<at::Tensor> unbound_;
+};
 
 /// The entries of a tensor, or of each tensor of a list.
 class Entries {
@@ -43,27 +61,22 @@ class Entries {
     const bool is_list = argument_.isList();
     for (size_t i = 0; i < dims.size(); ++i) {
       if (!dims[i]) continue;
-      const at::Tensor tensor = is_list ? argument_.toListRef()[i].toTensor() : argument_.toTensor();
-      parts_.push_back({i, tensor, at::maybe_wrap_dim(*dims[i], tensor.dim())});
+      parts_.emplace_back(
+          i, TensorEntries(is_list ? argument_.toListRef()[i].toTensor() : argument_.toTensor(), *dims[i]));
     }
   }
 
   IValue get(int64_t entry) const {
     if (parts_.empty()) return argument_;
-    if (!argument_.isList()) return entry_of(parts_[0].tensor, parts_[0].dim, entry);
+    if (!argument_.isList()) return parts_[0].second.get(entry);
     auto list = argument_.toList().copy();
-    for (const Part& part : parts_) list.set(part.place, entry_of(part.tensor, part.dim, entry));
+    for (const auto& [i, entries] : parts_) list.set(i, entries.get(entry));
     return list;
   }
 
  private:
-  struct Part {
-    size_t place;
-    at::Tensor tensor;
-    int64_t dim;
-  };
   IValue argument_;
-  std::vector<Part> parts_;
+  std::vector<std::pair<size_t, TensorEntries>> parts_;
 };
 
 /// What the op step_down is to run, once it is where it should be.
@@ -92,6 +105,7 @@ void step_down(const std::function<void()>& run) {
   } cleared;
   pending = &run;
   op.call();
+  TORCH_INTERNAL_ASSERT(!pending, "something has taken rnn_ext::step_down's place");
 }
 
 /// Results of the same structure as one of that structure.
