@@ -84,6 +84,22 @@ class Leaf(nn.Module):
                 f"{kind}.{name} can be no node of a symbolic trace, which a call of the {kind} in a model can"
             )
 
+    def _check_step(self, input: Tensor) -> None:
+        """What `step` of a layer takes."""
+        self._check_not_traced(input, "step")
+        if not isinstance(input, Tensor):
+            raise TypeError(f"step: expected input as a tensor, got {type(input).__name__}")
+        if self.bidirectional:
+            raise ValueError("step: a bidirectional layer needs the whole sequence, got bidirectional=True")
+        for name in ("recurrent_dropout", "weight_dropout"):
+            if self.training and getattr(self, name, 0) > 0:
+                raise ValueError(
+                    f"step: {name}={getattr(self, name)} draws one mask for a whole sequence, which steps cannot "
+                    "share: expected a layer in eval mode"
+                )
+        if input.dim() not in (1, 2):
+            raise ValueError(f"step: Expected input to be 1D or 2D, got {input.dim()}D instead: {list(input.shape)}")
+
 
 class _Layer(Leaf, nn.RNNBase):
     """What the three layers share.
@@ -197,19 +213,7 @@ class _Layer(Leaf, nn.RNNBase):
         return output, h_n
 
     def _step(self, input: Tensor, h_0: Tensor | None, c_0: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        self._check_not_traced(input, "step")
-        if not isinstance(input, Tensor):
-            raise TypeError(f"step: expected input as a tensor, got {type(input).__name__}")
-        if self.bidirectional:
-            raise ValueError("step: a bidirectional layer needs the whole sequence, got bidirectional=True")
-        for name in ("recurrent_dropout", "weight_dropout"):
-            if self.training and getattr(self, name) > 0:
-                raise ValueError(
-                    f"step: {name}={getattr(self, name)} draws one mask for a whole sequence, which steps cannot "
-                    "share: expected a layer in eval mode"
-                )
-        if input.dim() not in (1, 2):
-            raise ValueError(f"step: Expected input to be 1D or 2D, got {input.dim()}D instead: {list(input.shape)}")
+        self._check_step(input)
         return functional.step(
             self.mode.lower(),
             input,

@@ -505,10 +505,9 @@ def _layer_fake(
     that was left on the meta device by mistake brings the others here."""
     from rnn_ext import _C
 
-    packed = batch_sizes is not None
     directions = 2 if bidirectional else 1
     named = reference.split_weights(weights, directions)
-    gates, has_cell = reference.CELLS[cell].gates, reference.CELLS[cell].has_cell_state
+    gates = reference.CELLS[cell].gates
     (rows_of_gates, features), out = named[0].weight_ih.shape, named[0].weight_hh.shape[1]
     hidden = rows_of_gates // gates
     expected = reference.LayerWeights(
@@ -518,20 +517,10 @@ def _layer_fake(
     for part in named:
         for name, weight, size in zip(part._fields, part, expected, strict=True):
             _check_like_input(input, name, weight, *size)
-    if input.dim() != (2 if packed else 3):
-        raise RuntimeError(f"expected input with {2 if packed else 3} dimensions, got size {list(input.shape)}")
-    if input.shape[-1] != features:
-        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {features}, got {input.shape[-1]}")
+    batch, results = _sequences_fake(
+        input, h_0, c_0, batch_sizes, lengths, resets, cell, directions, features, hidden, out, batch_first, cell_states
+    )
     lead = tuple(input.shape[:-1])
-    if packed and batch_sizes.device.type != "cpu":
-        raise RuntimeError(f"expected batch_sizes on the CPU, got {batch_sizes.device}")
-    batch = _packed_batch(batch_sizes, h_0, c_0) if packed else lead[0 if batch_first else 1]
-    rows = lead[0] if packed else lead[0] * lead[1]
-    _check_like_input(input, "h_0", h_0, directions, batch, out)
-    _check_like_input(input, "c_0", c_0, directions, batch, hidden)
-    if lengths is not None and lengths.device.type != "cpu":  # where they may also be
-        _check_like_input(input, "lengths", lengths, batch)
-    _check_like_input(input, "resets", resets, *lead)
     if masks:
         for name, mask, size in (
             ("hidden_mask", masks[0], (directions, batch, out)),
@@ -549,13 +538,33 @@ def _layer_fake(
     else:
         dtype = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
         values = _C.saved_values(cell, projected, variant) * _padded(hidden)
-    kept = directions * rows * values if save else 0
-    return (
+    rows = lead[0] if batch_sizes is not None else lead[0] * lead[1]
+    return (*results, input.new_empty(directions * rows * values if save else 0, dtype=dtype))
+
+
+def _sequences_fake(
+    input, h_0, c_0, batch_sizes, lengths, resets, cell, directions, features, hidden, out, batch_first, cell_states
+):  # fmt: skip
+    """Of a layer whose weights say so: N, and the shapes of output, h_n, c_n and cells."""
+    packed = batch_sizes is not None
+    if input.dim() != (2 if packed else 3):
+        raise RuntimeError(f"expected input with {2 if packed else 3} dimensions, got size {list(input.shape)}")
+    if input.shape[-1] != features:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {features}, got {input.shape[-1]}")
+    lead = tuple(input.shape[:-1])
+    if packed and batch_sizes.device.type != "cpu":
+        raise RuntimeError(f"expected batch_sizes on the CPU, got {batch_sizes.device}")
+    batch = _packed_batch(batch_sizes, h_0, c_0) if packed else lead[0 if batch_first else 1]
+    _check_like_input(input, "h_0", h_0, directions, batch, out)
+    _check_like_input(input, "c_0", c_0, directions, batch, hidden)
+    if lengths is not None and lengths.device.type != "cpu":  # where they may also be
+        _check_like_input(input, "lengths", lengths, batch)
+    _check_like_input(input, "resets", resets, *lead)
+    return batch, (
         input.new_empty(*lead, directions * out),
         input.new_empty(directions, batch, out),
-        input.new_empty(directions, batch, hidden) if has_cell else input.new_empty(0),
+        input.new_empty(directions, batch, hidden) if reference.CELLS[cell].has_cell_state else input.new_empty(0),
         input.new_empty(*lead, directions * hidden) if cell_states else input.new_empty(0),
-        input.new_empty(kept, dtype=dtype),
     )
 
 
@@ -593,22 +602,16 @@ def _layer_tangent_fake(
 def _quantized_layer_fake(
     input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states
 ):  # fmt: skip
-    for name, tensor in (*(("a weight", weight) for weight in weights), ("resets", resets)):
-        _check_device(input, name, tensor)
+    for weight in weights:
+        _check_device(input, "a weight", weight)
     directions = 2 if bidirectional else 1
     hidden = weights[2].shape[2]
     out = weights[4].shape[0] if len(weights) // directions == 5 else hidden
-    lead = tuple(input.shape[:-1])
-    batch = _packed_batch(batch_sizes, h_0, c_0) if batch_sizes is not None else lead[0 if batch_first else 1]
-    _check_like_input(input, "h_0", h_0, directions, batch, out)
-    _check_like_input(input, "c_0", c_0, directions, batch, hidden)
-    _check_like_input(input, "resets", resets, *lead)
-    return (
-        input.new_empty(*lead, directions * out),
-        input.new_empty(directions, batch, out),
-        input.new_empty(directions, batch, hidden) if cell == "lstm" else input.new_empty(0),
-        input.new_empty(*lead, directions * hidden) if cell_states else input.new_empty(0),
+    features = input.shape[-1]  # which the weights, filled up, do not tell
+    _, results = _sequences_fake(
+        input, h_0, c_0, batch_sizes, lengths, resets, cell, directions, features, hidden, out, batch_first, cell_states
     )
+    return results
 
 
 def _random_mask_fake(seed, size, p, value, dtype):

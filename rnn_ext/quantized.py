@@ -133,13 +133,7 @@ class _Quantized(modules.Leaf):
 
     def step(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """One timestep of the whole stack, see :meth:`rnn_ext.RNN.step`."""
-        self._check_not_traced(input, "step")
-        if not isinstance(input, Tensor):
-            raise TypeError(f"step: expected input as a tensor, got {type(input).__name__}")
-        if self.bidirectional:
-            raise ValueError("step: a bidirectional layer needs the whole sequence, got bidirectional=True")
-        if input.dim() not in (1, 2):
-            raise ValueError(f"step: Expected input to be 1D or 2D, got {input.dim()}D instead: {list(input.shape)}")
+        self._check_step(input)
         along = 1 if self.batch_first and input.dim() == 2 else 0
         output, state = self.forward(input.unsqueeze(along), state)
         return output.squeeze(along), state
