@@ -38,6 +38,29 @@ void share_inputs(const ForwardArgs<S>& args, const ForwardWeights<Cell, S>* con
   });
 }
 
+/// Calls scan(direction, slice, states, team, member, members) for all shares of a layer: slices one after another or
+/// at the same time, members of a team at the same time.
+template <class S, class Scan>
+void run_shares(const ForwardArgs<S>& args, const Shares& shares, const Executor& executor, const Scan& scan) {
+  const int directions = args.sizes.directions;
+  if (shares.members == 1) {
+    return parallel(executor, directions * shares.slices, [&](int64_t task) {
+      const int d = int(task / shares.slices);
+      const Slice slice = slice_of(args.layout, task % shares.slices, shares.slices);
+      ForwardStates<S> states(args, d, slice);
+      Team alone;
+      scan(d, slice, states, alone, 0, 1);
+    });
+  }
+  const Slice whole = slice_of(args.layout, 0, 1);
+  Several<ForwardStates<S>> states(directions);
+  Team teams[2];
+  for (int d = 0; d < directions; ++d) states[d] = new ForwardStates<S>(args, d, whole);
+  run_teams(executor, directions, shares.members, [&](int d, int member, int actual) {
+    teams[d].run([&] { scan(d, whole, *states[d], teams[d], member, actual); });
+  });
+}
+
 template <class Cell, class S>
 void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const int directions = args.sizes.directions;
@@ -62,22 +85,7 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
     if (shares.members == 1 && pack && shares_inputs<Cell>(args, executor))
       return share_inputs<Cell>(args, weights, executor);
   }
-  if (shares.members == 1) {
-    return parallel(executor, directions * shares.slices, [&](int64_t task) {
-      const int d = int(task / shares.slices);
-      const Slice slice = slice_of(args.layout, task % shares.slices, shares.slices);
-      ForwardStates<S> states(args, d, slice);
-      Team alone;
-      scan(d, slice, states, alone, 0, 1);
-    });
-  }
-  const Slice whole = slice_of(args.layout, 0, 1);
-  Several<ForwardStates<S>> states(directions);
-  Team teams[2];
-  for (int d = 0; d < directions; ++d) states[d] = new ForwardStates<S>(args, d, whole);
-  run_teams(executor, directions, shares.members, [&](int d, int member, int actual) {
-    teams[d].run([&] { scan(d, whole, *states[d], teams[d], member, actual); });
-  });
+  run_shares<S>(args, shares, executor, scan);
 }
 
 /// One layer of a stack, ready to run.

@@ -472,23 +472,10 @@ class QuantizedScan {
 template <class Cell, int Pack>
 void quantized_forward(const QuantizedArgs& args, const Executor& executor) {
   const ForwardArgs<float>& call = args.call;
-  const int directions = call.sizes.directions;
   const Shares shares = share_out(call.layout, call.sizes, Cell::kGates, sizeof(int8_t), executor,
                                   /*shares_units=*/true, /*packed=*/true);
-  if (shares.members == 1) {
-    return parallel(executor, directions * shares.slices, [&](int64_t task) {
-      const int d = int(task / shares.slices);
-      const Slice slice = slice_of(call.layout, task % shares.slices, shares.slices);
-      ForwardStates<float> states(call, d, slice);
-      Team alone;
-      QuantizedScan<Cell, Pack>(args, d, slice, states, alone, 0, 1).run();
-    });
-  }
-  const Slice whole = slice_of(call.layout, 0, 1);
-  Several<ForwardStates<float>> states(directions);
-  Team teams[2];
-  for (int d = 0; d < directions; ++d) states[d] = new ForwardStates<float>(call, d, whole);
-  run_teams(executor, directions, shares.members, [&](int d, int member, int members) {
-    teams[d].run([&] { QuantizedScan<Cell, Pack>(args, d, whole, *states[d], teams[d], member, members).run(); });
-  });
+  run_shares(call, shares, executor,
+             [&](int d, Slice slice, ForwardStates<float>& states, Team& team, int member, int members) {
+               QuantizedScan<Cell, Pack>(args, d, slice, states, team, member, members).run();
+             });
 }

@@ -52,6 +52,11 @@ struct Keys {
 #undef RNN_EXT_MODE
 };
 
+const Keys& known_keys() {
+  static const Keys keys;
+  return keys;
+}
+
 /// A module's attributes.
 class Attributes {
  public:
@@ -217,8 +222,7 @@ template <auto Run>
 PyObject* forward_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 3 && PyDict_Check(args[0]), "expected vars(module), input and hx");
-  static const Keys keys;
-  const std::optional<PyObject*> result = Run(keys, Attributes(args[0]), args[1], args[2]);
+  const std::optional<PyObject*> result = Run(known_keys(), Attributes(args[0]), args[1], args[2]);
   if (result) return *result;
   PyErr_Clear();
   Py_RETURN_NONE;
