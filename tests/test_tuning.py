@@ -20,8 +20,13 @@ def set_tuning():
 
 
 @pytest.mark.parametrize(
-    "size",  # blocks: even, odd, with a tail, partly filled; so many weights that chunks are longer
-    [(71, 1, 130, 64), (71, 1, 130, 80), (71, 1, 130, 100), (71, 1, 130, 113), (150, 1, 530, 529)],
+    "size",
+    [
+        # blocks: even, odd, with a tail, partly filled; so many weights that chunks are longer
+        *((71, 1, 130, 64), (71, 1, 130, 80), (71, 1, 130, 100), (71, 1, 130, 113), (150, 1, 530, 529)),
+        # tiles that go on from one step to the next, after every other k; of several pieces, the last of one k
+        *((71, 1, 31, 130), (71, 1, 64, 64), (71, 1, 257, 80), (71, 1, 513, 200), (71, 1, 512, 528)),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("cell", CELLS)

@@ -14,9 +14,13 @@ struct SideProduct {
   UnitBlocks blocks = {0, 0};        // of columns
 };
 
-/// The tiles of some side products, of R rows by one vector or two.
+/// The tiles of some side products: of R rows by one vector or two and, where a chain may not have all k, of as many as
+/// it may have.
 template <class S, int R>
 class SideTiles {
+  using T = Compute<S>;
+  static constexpr int n = kLanes<Element<S>>;
+
  public:
   static constexpr int kRows = R;
   /// A tile of two vectors needs fewer loads, one of a single vector fewer instructions (loads are part of its
@@ -27,45 +31,119 @@ class SideTiles {
   void add(const SideProduct<S>& product) {
     if (product.blocks.first >= product.blocks.last) return;
     products_[count_++] = product;
-    if (count_ == 1) block_ = product.blocks.first;
+    if (count_ == 1) begin_product();
   }
+
+  /// Of the k of other products that are to take them along all, or only so many.
+  void spread(int64_t others) { sparse_ = 2 * count_k() <= others; }
 
   bool more() const { return at_ < count_; }
   int vectors() const { return vectors_; }
-
-  const SideProduct<S>& product() const { return products_[at_]; }
-  int64_t block() const { return block_; }
-  int64_t row() const { return row_; }
-
-  void next() {
-    row_ += R;
-    if (row_ < product().rows) return;
-    row_ = 0;
-    block_ += vectors_;
-    if (block_ < product().blocks.last) return;
-    if (++at_ < count_) block_ = product().blocks.first;
-  }
+  bool sparse() const { return sparse_; }
 
   /// Computes those that no other product has taken along.
   NO_INLINE void finish();
 
  private:
+  template <class, int, int, int>
+  friend class SideTile;
+
+  int64_t count_k() const {
+    int64_t count = 0;
+    for (int i = 0; i < count_; ++i) {
+      const SideProduct<S>& p = products_[i];
+      count += p.rows / R * ((p.blocks.last - p.blocks.first + vectors_ - 1) / vectors_) * p.depth;
+    }
+    return count;
+  }
+
+  /// What follows the tile at hand.
+  ALWAYS_INLINE void next() {
+    rows_left_ -= R;
+    if (whole_ && rows_left_ > 0) {  // most of them
+      a_ += R * a_stride_;
+      c_ += R * c_stride_;
+    } else {
+      next_column();
+    }
+  }
+
+  void next_column() {
+    const SideProduct<S>& p = products_[at_];
+    if (!whole_) {
+      k_ += kLongestChain<S>;
+      if (k_ < p.depth) {
+        rows_left_ += R;
+        return find_tile();
+      }
+      k_ = 0;
+      if (rows_left_ > 0) return find_tile();
+    }
+    rows_left_ = p.rows;
+    block_ += vectors_;
+    if (block_ < p.blocks.last) return find_tile();
+    if (++at_ < count_) begin_product();
+  }
+
+  void begin_product() {
+    const SideProduct<S>& p = products_[at_];
+    block_ = p.blocks.first;
+    rows_left_ = p.rows;
+    a_stride_ = p.a_stride;
+    c_stride_ = p.c_stride;
+    whole_ = p.depth <= kLongestChain<S>;
+    find_tile();
+  }
+
+  void find_tile() {
+    const SideProduct<S>& p = products_[at_];
+    const int64_t row = p.rows - rows_left_, block_stride = p.depth * n;
+    a_ = p.a + row * a_stride_ + k_;
+    b_ = p.b + block_ * block_stride + k_ * n;
+    c_ = p.c + row * c_stride_ + block_ * kLanes<T>;
+    bias_ = p.bias ? p.bias + block_ * kLanes<T> : nullptr;
+    depth_ = smaller(p.depth - k_, kLongestChain<S>);
+    to_second_ = block_ + 1 < p.blocks.last ? block_stride : 0;
+  }
+
   SideProduct<S> products_[4];
   int count_ = 0, at_ = 0;
-  int64_t row_ = 0, block_ = 0;
+  bool sparse_ = false;
   const int vectors_ = tuning().vectors_a_cycle < kMostVectors ? tuning().vectors_a_cycle : kMostVectors;
+
+  // The tile at hand.
+  int64_t rows_left_ = 0, block_ = 0, k_ = 0;
+  bool whole_ = true;  // it has all k
+  const Factor<S>* a_ = nullptr;
+  const Element<S>* b_ = nullptr;
+  T* c_ = nullptr;
+  const T* bias_ = nullptr;
+  int64_t a_stride_ = 0, c_stride_ = 0, depth_ = 0;
+  int64_t to_second_ = 0;               // of b; 0: there is no other vector beside the first, which is computed twice
+  int64_t done_ = 0;                    // k of it
+  T sums_[kMostVectors][R][kLanes<T>];  // of these
 };
 
-/// The tile at hand, and after it the next: `Vectors` are those of the tiles.
-template <class S, int R, int Vectors>
+// As of Chain in product.inl.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+/// The tile at hand, and after it the next: `Vectors` are those of the tiles, which go on after every `Every` k of the
+/// product that takes them along.
+template <class S, int R, int Vectors, int Every>
 class SideTile {
   using T = Compute<S>;
   using Op = Operand<S>;
 
  public:
   static constexpr bool kLoadsAreShort = Vectors == 1;  // see kMostVectors
+  static constexpr int kEvery = Every;
 
-  explicit SideTile(SideTiles<S, R>& tiles) : tiles_(tiles) {}
+  explicit ALWAYS_INLINE SideTile(SideTiles<S, R>& tiles) : tiles_(tiles) {
+    if (tiles.done_ == 0) return;
+    place(tiles.done_);
+    each_sum([&](int v, int r) ALWAYS_INLINE_LAMBDA { sums_[v][r] = load(tiles_.sums_[v][r]); });
+  }
 
   /// The k that can be multiplied before pass(): 0 if there is no tile left.
   ALWAYS_INLINE int64_t left() {
@@ -92,88 +170,62 @@ class SideTile {
   /// `count` k have been multiplied.
   ALWAYS_INLINE void pass(int64_t count) {
     left_ -= count;
-    if (left_ > 0) return;
-    if (later_ > 0) {
-      cut();
-    } else {
-      end();
-    }
+    if (left_ == 0) end();
   }
 
-  /// The rest of a tile that has been begun.
-  ALWAYS_INLINE void finish() {
-    while (left_ > 0) {
-      for (int64_t k = 0; k < left_; ++k) multiply_add();
-      pass(left_);
-    }
+  /// Puts a tile aside that has been begun.
+  ALWAYS_INLINE void put_aside() {
+    tiles_.done_ = 0;
+    if (left_ == 0) return;
+    tiles_.done_ = tiles_.depth_ - left_;
+    each_sum([&](int v, int r) ALWAYS_INLINE_LAMBDA { store(tiles_.sums_[v][r], sums_[v][r]); });
   }
 
  private:
-  /// Of vector v: the last block is computed twice where there is no other beside it.
-  int64_t block(int v) const {
-    const int64_t last = tiles_.product().blocks.last - 1;
-    return smaller(tiles_.block() + v, last);
+  template <class Fn>
+  ALWAYS_INLINE static void each_sum(const Fn& fn) {
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) fn(v, r);
+    }
+  }
+
+  /// From the first vector of c to the second, see to_second_.
+  ALWAYS_INLINE int64_t lanes_to(int v) const { return v > 0 && tiles_.to_second_ ? kLanes<T> : 0; }
+
+  ALWAYS_INLINE void place(int64_t done) {
+    stride_ = tiles_.a_stride_;
+#pragma GCC unroll 2
+    for (int i = 0; i < kPointers; ++i) a_[i] = tiles_.a_ + 4 * i * stride_ + done;
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) b_[v] = tiles_.b_ + v * tiles_.to_second_ + done * kLanes<Element<S>>;
+    left_ = tiles_.depth_ - done;
   }
 
   ALWAYS_INLINE void begin() {
-    const SideProduct<S>& p = tiles_.product();
-    stride_ = p.a_stride;
-    for (int i = 0; i < kPointers; ++i) a_[i] = p.a + (tiles_.row() + 4 * i) * stride_;
+    place(0);
+    Vec<T> init[Vectors] = {};
+    if (tiles_.whole_ && tiles_.bias_) {
 #pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) {
-      b_[v] = p.b + block(v) * p.depth * kLanes<Element<S>>;
-      const Vec<T> init = p.bias ? load(p.bias + block(v) * kLanes<T>) : Vec<T>{};
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums_[v][r] = init;
+      for (int v = 0; v < Vectors; ++v) init[v] = load(tiles_.bias_ + lanes_to(v));
     }
-    cut_ = false;
-    left_ = p.depth;
-    later_ = 0;
-    if (p.depth <= kLongestChain<S>) return;
-    later_ = p.depth;
-    cut();
+    each_sum([&](int v, int r) ALWAYS_INLINE_LAMBDA { sums_[v][r] = init[v]; });
   }
-
-  /// The chain of each sum, where Chain of product.inl cuts it.
-  ALWAYS_INLINE void cut() {
-    add_before();
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        store(before_[v][r], sums_[v][r]);
-        sums_[v][r] = Vec<T>{};
-      }
-    }
-    cut_ = true;
-    left_ = smaller(later_, kLongestChain<S>);
-    later_ -= left_;
-  }
-
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // as of Chain
-  ALWAYS_INLINE void add_before() {
-    if (!cut_) return;
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums_[v][r] += load(before_[v][r]);
-    }
-  }
-#pragma GCC diagnostic pop
 
   ALWAYS_INLINE void end() {
-    add_before();
-    const SideProduct<S>& p = tiles_.product();
-    const int64_t stride = p.c_stride;  // which no store changes
-    T* const row = p.c + tiles_.row() * stride;
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) {
-      T* c = row + block(v) * kLanes<T>;
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r, c += stride) store(c, sums_[v][r]);
-    }
+    if (!tiles_.whole_) add_before();
+    each_sum([&](int v, int r)
+                 ALWAYS_INLINE_LAMBDA { store(tiles_.c_ + lanes_to(v) + r * tiles_.c_stride_, sums_[v][r]); });
     tiles_.next();
+  }
+
+  /// What Chain of product.inl has set aside until then: the bias, then the tile before, which C has.
+  ALWAYS_INLINE void add_before() {
+    const bool first = tiles_.k_ == 0;
+    const T* before = first ? tiles_.bias_ : tiles_.c_;
+    const int64_t stride = first ? 0 : tiles_.c_stride_;
+    if (before) each_sum([&](int v, int r) ALWAYS_INLINE_LAMBDA { sums_[v][r] += load(before + lanes_to(v) + r * stride); });
   }
 
   static constexpr int kPointers = (R + 3) / 4;  // to rows 0, 4, ..: each reaches three more by its distance
@@ -183,30 +235,29 @@ class SideTile {
   const Element<S>* b_[Vectors];
   int64_t stride_;
   Vec<T> sums_[Vectors][R];
-  int64_t left_ = 0, later_ = 0;  // k until the chain is cut, and after that
-  bool cut_ = false;
-  alignas(64) T before_[Vectors][R][kLanes<T>];
+  int64_t left_ = 0;  // k
 };
 
-/// Calls fn(tile) for the tiles that are left.
-template <class S, int R, class Fn>
-ALWAYS_INLINE void with_side_tile(SideTiles<S, R>& tiles, const Fn& fn) {
+#pragma GCC diagnostic pop
+
+/// Calls fn.operator()<Tile>() for the kind of tile that there is.
+template <int Every, class S, int R, class Fn>
+ALWAYS_INLINE void with_side_tile(const SideTiles<S, R>& tiles, const Fn& fn) {
   if constexpr (SideTiles<S, R>::kMostVectors > 1) {
-    if (tiles.vectors() > 1) {
-      SideTile<S, R, 2> tile(tiles);
-      return fn(tile);
-    }
+    if (tiles.vectors() > 1) return fn.template operator()<SideTile<S, R, 2, Every>>();
   }
-  SideTile<S, R, 1> tile(tiles);
-  fn(tile);
+  fn.template operator()<SideTile<S, R, 1, Every>>();
 }
 
 template <class S, int R>
 void SideTiles<S, R>::finish() {
   while (more()) {
-    with_side_tile(*this, [](auto& tile) {
-      tile.left();
-      tile.finish();
+    with_side_tile<1>(*this, [this]<class Tile>() {
+      Tile tile(*this);
+      const int64_t left = tile.left();
+      for (int64_t k = 0; k < left; ++k) tile.multiply_add();
+      tile.pass(left);
+      done_ = 0;
     });
   }
   count_ = at_ = 0;
@@ -216,5 +267,6 @@ void SideTiles<S, R>::finish() {
 struct NoSideTiles {};
 struct NoSideTile {
   static constexpr bool kLoadsAreShort = true;
+  static constexpr int kEvery = 1;
   static void multiply_add() {}  // never called, but clang looks it up
 };
