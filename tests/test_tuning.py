@@ -6,6 +6,7 @@ import pytest
 import torch
 from util import CELLS, Case, build, check_gradients, check_values, gradients, instruction_sets, oracle, run, same_bits
 
+import rnn_ext
 from rnn_ext import ops
 
 if ops.is_available():
@@ -45,6 +46,24 @@ def test_side_products_of_any_width(cell, size, set_tuning):
             wide = run(problem)
         check_values(narrow, expected, dtype)
         same_bits(wide, narrow)
+
+
+@pytest.mark.parametrize("size", [(71, 130, 100), (71, 64, 64), (71, 31, 257), (71, 513, 70)], ids=str)  # L, I, H
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+def test_side_products_are_those_of_a_chunk(cell, size):
+    """A sequence has the bits of its pieces, which are so short that no step takes input gates of others along."""
+    steps, inputs, hidden = size
+    for dtype in (torch.float32, torch.float64):
+        layer = getattr(rnn_ext, cell)(inputs, hidden, dtype=dtype)
+        sequence = torch.randn(steps, 1, inputs, dtype=dtype)
+        for _ in instruction_sets():
+            with torch.no_grad():
+                whole, _ = layer(sequence)
+                pieces, state = [], None
+                for piece in sequence.split(12):
+                    output, state = layer(piece, state)
+                    pieces.append(output)
+            assert torch.equal(torch.cat(pieces), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

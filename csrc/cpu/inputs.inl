@@ -130,7 +130,8 @@ void ForwardScan<Cell, S>::start_ahead() {
       p.blocks = projected_blocks(g);
       side_.add(p);
     }
-    side_.spread(chunk_steps_ * ((part_.last - part_.first) / kRowBlocks<G>)*elements<S>(out_));
+    if constexpr (kSparseSide<G>)
+      side_.spread(chunk_steps_ * ((part_.last - part_.first) / kRowBlocks<G>)*elements<S>(out_));
     started_ = true;
   }
 }

@@ -1,6 +1,7 @@
 // A product that is computed tile by tile beside another one, which would wait for memory meanwhile; see row.inl.
 
-/// C = A B + bias, with the sums of the PlainProduct that it stands for. C has room for whole vectors.
+/// C = A B + bias, with the sums of the PlainProduct that it stands for. C has room for whole vectors, and is read
+/// again where a chain cannot have all k.
 template <class S>
 struct SideProduct {
   int64_t rows = 0;  // a multiple of those of a tile
@@ -34,7 +35,8 @@ class SideTiles {
     if (count_ == 1) begin_product();
   }
 
-  /// Of the k of other products that are to take them along all, or only so many.
+  /// Of products that will multiply so many k meanwhile: whether every other of these is enough to take all tiles
+  /// along.
   void spread(int64_t others) { sparse_ = 2 * count_k() <= others; }
 
   bool more() const { return at_ < count_; }
@@ -121,10 +123,10 @@ class SideTiles {
   int64_t a_stride_ = 0, c_stride_ = 0, depth_ = 0;
   int64_t to_second_ = 0;               // of b; 0: there is no other vector beside the first, which is computed twice
   int64_t done_ = 0;                    // k of it
-  T sums_[kMostVectors][R][kLanes<T>];  // of these
+  T sums_[kMostVectors][R][kLanes<T>];  // of these; aligned, an RNN of 128 units is 2 % slower on Zen 4
 };
 
-// As of Chain in product.inl.
+// GCC does not see that nothing is read of a tile before there is one.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
@@ -142,6 +144,7 @@ class SideTile {
   explicit ALWAYS_INLINE SideTile(SideTiles<S, R>& tiles) : tiles_(tiles) {
     if (tiles.done_ == 0) return;
     place(tiles.done_);
+    tiles.done_ = 0;
     each_sum([&](int v, int r) ALWAYS_INLINE_LAMBDA { sums_[v][r] = load(tiles_.sums_[v][r]); });
   }
 
@@ -175,7 +178,6 @@ class SideTile {
 
   /// Puts a tile aside that has been begun.
   ALWAYS_INLINE void put_aside() {
-    tiles_.done_ = 0;
     if (left_ == 0) return;
     tiles_.done_ = tiles_.depth_ - left_;
     each_sum([&](int v, int r) ALWAYS_INLINE_LAMBDA { store(tiles_.sums_[v][r], sums_[v][r]); });
@@ -257,7 +259,6 @@ void SideTiles<S, R>::finish() {
       const int64_t left = tile.left();
       for (int64_t k = 0; k < left; ++k) tile.multiply_add();
       tile.pass(left);
-      done_ = 0;
     });
   }
   count_ = at_ = 0;
