@@ -128,22 +128,30 @@ void write_states(To* states, int64_t width, const From* rows, int64_t stride, c
     copy_row(states + layout.entry(j) * width + begin, rows + (j - slice.first) * stride + begin, end - begin);
 }
 
-/// Returns once condition() holds, which another thread sees to. Spins, because a step is shorter than waking a thread,
-/// but not for long: there may be fewer processors than threads.
+/// How often a thread looks before it lets others run: it spins, because a step is shorter than waking a thread, but
+/// not for long, as there may be fewer processors than threads. A wait that was in vain says so, and the next ones are
+/// shorter; one that was not, that there is hope. (Measured, two threads on one processor: an LSTM of 128 units took
+/// 21 ms for 200 timesteps when each of them waited in full, for 0.6 ms of one thread.)
+constexpr int kLeastPatience = 64, kMostPatience = 4000;
+thread_local int patience = kMostPatience;
+
+/// Returns once condition() holds, which another thread sees to.
 template <class Condition>
 ALWAYS_INLINE void wait_until(const Condition& condition) {
-  constexpr int kSpins = 4000;
-  for (int spins = 0; !condition(); ++spins) {
-    if (spins < kSpins) {
+  if (condition()) return;
+  for (int spins = patience; spins > 0; --spins) {
 #if defined(__x86_64__)
-      _mm_pause();
+    _mm_pause();
 #elif defined(__aarch64__)
-      asm volatile("yield");
+    asm volatile("yield");
 #endif
-    } else {
-      sched_yield();
+    if (condition()) {
+      patience = int(smaller(2 * patience, kMostPatience));
+      return;
     }
   }
+  patience = int(larger(patience / 4, kLeastPatience));
+  while (!condition()) sched_yield();
 }
 
 /// Threads that share the hidden units of a slice: each runs the whole scan for its own and meets the others after
