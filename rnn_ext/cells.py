@@ -52,7 +52,7 @@ class _Cell(modules.Leaf, nn.RNNCellBase):
         if bias_ih is not None:
             weights += [bias_ih, self.bias_hh]
         if backends.use_custom(self.backend, input):
-            _, h, c = ops.step(input, h, c, weights, cell, True)
+            _, h, c = ops.step(input, h, c, weights, cell)
             return h, c
         zeros = input.new_zeros(input.shape[0], self.hidden_size) if h is None or c is None else None
         h, c = zeros if h is None else h, zeros if c is None else c

@@ -270,16 +270,10 @@ def step(
         with torch.autocast("cpu", enabled=False):
             input, h_0, c_0, *weights = ops.uncast(weights[0], input, h_0, c_0, *weights)
             return step(cell, input, h_0, c_0, weights, *options)
-    plain = not (layer_norm or zoneout)
-    if (
-        plain
-        and num_layers == 1
-        and input.dim() == 2
-        and input.dtype == weights[0].dtype
-        and backends.use_custom(backend, input)
-    ):
-        output, h_n, c_n = ops.step(input, h_0, c_0, weights, cell, False)
-        return output, h_n, c_n if cell == "lstm" else None
+    plain = num_layers == 1 and not (layer_norm or zoneout)
+    if plain and input.dim() == 2 and input.dtype == weights[0].dtype and backends.use_custom(backend, input):
+        output, h_n, c_n, _ = ops.layer(input.unsqueeze(0), h_0, c_0, weights, cell=cell)
+        return output.squeeze(0), h_n, c_n if cell == "lstm" else None
     stack = (num_layers, False, False, dropout, training)
     output, h_n, c_n, _ = recurrent(cell, input.unsqueeze(0), h_0, c_0, weights, *stack, backend, zoneout=zoneout)
     return output.squeeze(0), h_n, c_n

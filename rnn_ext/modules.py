@@ -209,6 +209,10 @@ class _Layer(Leaf, nn.RNNBase):
         Raises:
             ValueError: the layer is bidirectional; number of dimensions of `input`. Else as forward.
         """
+        if self._plain and not torch.compiler.is_compiling():
+            results = ops.plain_step(self.__dict__, input, state)
+            if results is not None:
+                return results
         output, h_n, _ = self._step(input, state, None)
         return output, h_n
 
@@ -496,5 +500,9 @@ class LSTM(_Layer):
 
     def step(self, input: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One timestep of the whole stack, see :meth:`RNN.step`; `state` is ``(h_0, c_0)`` as forward's `hx`."""
+        if self._plain and not torch.compiler.is_compiling():
+            results = ops.plain_step(self.__dict__, input, state)
+            if results is not None:
+                return results
         output, h_n, c_n = self._step(input, *functional.split_state(state))
         return output, (h_n, c_n)

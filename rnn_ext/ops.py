@@ -219,25 +219,22 @@ def stack(
 
 
 def step(
-    input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], cell: str, flat_states: bool
+    input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], cell: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One timestep, :func:`layer` with L = 1 and D = 1: input (N, I), output (N, P or H), h_n and c_n.
+    """One timestep of one direction: :func:`layer` without the dimensions of these, input (N, I), states (N, H).
 
-    With `flat_states` the states, given and returned, have no dimension D.
+    Returns:
+        output (N, H), h_n and c_n.
     """
     if is_cast(input):
         with torch.autocast("cpu", enabled=False):
             input, h_0, c_0, *weights = uncast(weights[0], input, h_0, c_0, *weights)
-            return step(input, h_0, c_0, weights, cell, flat_states)
+            return step(input, h_0, c_0, weights, cell)
     if not _is_traced(input, h_0, c_0, weights):
-        return _fast_step(input, h_0, c_0, weights, cell, flat_states)
-    if flat_states:
-        h_0 = None if h_0 is None else h_0.unsqueeze(0)
-        c_0 = None if c_0 is None else c_0.unsqueeze(0)
+        return _fast_step(input, h_0, c_0, weights, cell)
+    h_0, c_0 = (None if state is None else state.unsqueeze(0) for state in (h_0, c_0))
     output, h_n, c_n, _ = layer(input.unsqueeze(0), h_0, c_0, weights, cell=cell)
-    if flat_states:
-        h_n, c_n = h_n.squeeze(0), c_n.squeeze(0)
-    return output.squeeze(0), h_n, c_n
+    return output.squeeze(0), h_n.squeeze(0), c_n.squeeze(0)
 
 
 def is_cast(input: Tensor) -> bool:
@@ -671,7 +668,7 @@ def _layer_tangent_flops(
 if is_available():
     from rnn_ext._C import extended_layer as _fast_extended_layer
     from rnn_ext._C import layer as _fast_layer
-    from rnn_ext._C import plain_forward, quantized_forward
+    from rnn_ext._C import plain_forward, plain_step, quantized_forward
     from rnn_ext._C import quantized_layer as _fast_quantized_layer
     from rnn_ext._C import random_mask as _fast_random_mask
     from rnn_ext._C import stack as _fast_stack
@@ -709,4 +706,4 @@ else:
     def plain_forward(attributes: dict[str, Any], input: Any, hx: Any) -> None:
         return None  # what it says of every call that is not plain
 
-    quantized_forward = plain_forward
+    quantized_forward = plain_step = plain_forward

@@ -61,6 +61,51 @@ def test_plain_calls_take_it(mode, options, given):
         assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("options", [{}, {"bias": False, "batch_first": True}, {"num_layers": 3}], ids=str)
+@pytest.mark.parametrize("mode", FUNCTIONS)
+def test_so_do_plain_steps(mode, options, given):
+    """Of a batch without a dimension of time; with the bits, and the gradients, of a sequence of one timestep."""
+    module, input = make(mode, **options), torch.randn(3, 5, requires_grad=True)
+    hx = None
+    if given:
+        hx = torch.randn(2, module.num_layers, 3, 7, requires_grad=True)
+        hx = tuple(hx) if mode == "LSTM" else hx[0]
+    arguments = {k: v for k, v in options.items() if k == "num_layers"}
+    output, state = FUNCTIONS[mode](input.unsqueeze(0), hx, list(module.parameters()), **arguments)
+    expected = flat((output.squeeze(0), state))
+    wanted = torch.autograd.grad(expected[0].sum(), [input, *module.parameters()])
+    direct = ops.plain_step(vars(module), input, hx)
+    assert direct is not None
+    for results in (direct, module.step(input, hx)):
+        for a, b in zip(flat(results), expected, strict=True):
+            assert torch.equal(a, b)
+        grads = torch.autograd.grad(results[0].sum(), [input, *module.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+
+
+def test_other_steps_take_the_long_way():
+    module, input = make(), torch.randn(3, 5)
+
+    def step(module, input, hx=None):
+        return ops.plain_step(vars(module), input, hx)
+
+    assert step(module, input) is not None
+    assert step(module, input[0]) is None and step(module, input[None]) is None
+    assert step(make(bidirectional=True), input) is None and step(make(layer_norm=True), input) is None
+    assert step(make(num_layers=2, dropout=0.5), input) is None
+    assert step(module, input.as_subclass(Subclass)) is None
+    with torch.autocast("cpu"):
+        assert step(module, input) is None
+        assert module.step(input)[0].dtype == torch.float32
+    for wrong in ((input[:, :4], None), (input, (torch.zeros(1, 2, 7), torch.zeros(1, 3, 7)))):
+        with pytest.raises(RuntimeError) as found:
+            module.step(*wrong)
+        with pytest.raises(RuntimeError) as expected:
+            functional.step("lstm", wrong[0], *(wrong[1] or (None, None)), module._flat_weights, 1, 0.0, True, "auto")
+        assert str(found.value) == str(expected.value)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_of_any_dtype(dtype):
     assert short(make().to(dtype), torch.randn(4, 3, 5, dtype=dtype)) is not None

@@ -331,10 +331,11 @@ def test_any_chunking_is_one_call(cell, proj, dtype):
             check(flatten((torch.cat(outputs), state)), whole, tolerance, 1.0, f"cut at {cuts}:")
 
 
-def test_a_step_is_one_call_of_the_binding():
-    """That it takes half of nn.LSTMCell's time is for benchmarks/features.py to say, since a busy machine can fail no
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_a_step_is_one_call_of_the_binding(num_layers):
+    """That it takes a fraction of nn.LSTM's time is for benchmarks/features.py to say, since a busy machine can fail no
     test. What a step must not do on the way to the kernel can be counted."""
-    layer, input, state = rnn_ext.LSTM(64, 64), torch.randn(1, 64), (torch.zeros(1, 1, 64),) * 2
+    layer, input, state = rnn_ext.LSTM(64, 64, num_layers), torch.randn(1, 64), (torch.zeros(num_layers, 1, 64),) * 2
     called = []
 
     def note(frame, event, arg):
@@ -347,9 +348,9 @@ def test_a_step_is_one_call_of_the_binding():
             layer.step(input, state)
         finally:
             sys.setprofile(None)
-    assert called.count(ops._fast_step) == 1
+    assert called.count(ops.plain_step) == 1
     assert {getattr(one, "__name__", one) for one in called}.isdisjoint(("layer", "recurrent", "unsqueeze", "squeeze"))
-    assert len(called) < 40, called  # 32 with Python 3.11 and torch 2.13
+    assert len(called) < 10, called
 
 
 def test_steps_of_a_regularised_layer():

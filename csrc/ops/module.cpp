@@ -57,12 +57,12 @@ rnn_ext::ops::QuantizedResult quantized_layer(const at::Tensor& input, const Opt
                                             batch_first, cell_states);
 }
 
-/// One timestep of one direction, without the dimensions of these: (N, I) -> (N, P); with flat_states also of states.
+/// One timestep of one direction, without the dimensions of these: input (N, I), states (N, H).
 std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const at::Tensor& input, const OptionalTensor& h_0,
                                                     const OptionalTensor& c_0, const std::vector<at::Tensor>& weights,
-                                                    std::string_view cell, bool flat_states) {
+                                                    std::string_view cell) {
   const auto lift = [&](const OptionalTensor& state, const char* name) {
-    if (!flat_states || !state.has_value()) return state;
+    if (!state.has_value()) return state;
     // What else is of a wrong size, the layer says.
     if (input.dim() != 2 || weights.size() < 2 || weights[1].dim() != 2) return OptionalTensor(state->unsqueeze(0));
     const int64_t batch = input.size(0), width = weights[1].size(1);
@@ -70,7 +70,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const at::Tensor& input, con
                 " of size [", batch, ", ", width, "], got ", state->sizes());
     return OptionalTensor(state->unsqueeze(0));
   };
-  const auto lower = [&](at::Tensor& state) { return flat_states ? state.squeeze(0) : std::move(state); };
   auto [output, h_n, c_n, cells, saved] = rnn_ext::ops::layer_call({input.unsqueeze(0),
                                                                     lift(h_0, "h_0"),
                                                                     lift(c_0, "c_0"),
@@ -81,7 +80,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const at::Tensor& input, con
                                                                     OptionalTensors(),
                                                                     {cell, false, false, false}},
                                                                    false, false);
-  return {output.squeeze(0), lower(h_n), lower(c_n)};
+  return {output.squeeze(0), h_n.squeeze(0), c_n.squeeze(0)};
 }
 
 std::pair<int64_t, int64_t> cuda_saved_bytes(std::string_view cell, bool projected, int variant, int64_t itemsize) {

@@ -1,6 +1,7 @@
 #include "ops/plain_forward.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/Exceptions.h>
@@ -97,10 +98,12 @@ struct ModuleCall {
   bool has_cell, bidirectional, batch_first;
 };
 
-/// Nothing: Python is to look at it.
-std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, PyObject* input_object, PyObject* hx) {
+/// Of one timestep, without that dimension, the call with it. Nothing: Python is to look at it.
+std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, PyObject* input_object, PyObject* hx,
+                                    bool step) {
   const at::Tensor* input = tensor(input_object);
-  if (!input || !input->is_cpu() || input->dim() != 3 || at::impl::torch_function_mode_enabled()) return std::nullopt;
+  if (!input || !input->is_cpu() || input->dim() != 3 - step) return std::nullopt;
+  if (at::impl::torch_function_mode_enabled()) return std::nullopt;
   if (!is_strided(*input) || input->is_nested()) return std::nullopt;
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer)) return std::nullopt;  // by torch.jit.trace
   PyObject* num_layers = own.get(keys.num_layers);
@@ -109,8 +112,15 @@ std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, PyO
   if (cell.empty()) return std::nullopt;
   const std::optional<bool> bidirectional = own.flag(keys.bidirectional), batch_first = own.flag(keys.batch_first);
   if (!bidirectional || !batch_first) return std::nullopt;
-  ModuleCall call{*input,         cell,        {}, PyLong_AsLongLong(num_layers), cell_info(cell).has_cell,
-                  *bidirectional, *batch_first};
+  // A step has its states computed in their own type under autocast, and one direction.
+  if (step && (*bidirectional || at::autocast::is_autocast_enabled(at::kCPU))) return std::nullopt;
+  ModuleCall call{step ? input->unsqueeze(0) : *input,
+                  cell,
+                  {},
+                  PyLong_AsLongLong(num_layers),
+                  cell_info(cell).has_cell,
+                  *bidirectional,
+                  *batch_first && !step};
   if (call.layers < 1) return std::nullopt;
   if (hx != Py_None) {
     if (call.has_cell && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != 2)) return std::nullopt;
@@ -144,13 +154,14 @@ PyObject* wrap(bool has_cell, at::Tensor output, at::Tensor h_n, at::Tensor c_n)
 }
 
 /// Nothing: not a plain call.
+template <bool kStep>
 std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, PyObject* input, PyObject* hx) {
   PyObject* backend = own.get(keys.backend);
   if (!(keys.auto_ == backend || keys.custom == backend)) return std::nullopt;
   for (const Key& option : keys.options) {
     if (!own.is_off(option)) return std::nullopt;
   }
-  const std::optional<ModuleCall> call = read_call(keys, own, input, hx);
+  const std::optional<ModuleCall> call = read_call(keys, own, input, hx, kStep);
   if (!call) return std::nullopt;
   const bool drops = !own.is_off(keys.training) && !own.is_off(keys.dropout);
   if (call->layers > 1 && drops) return std::nullopt;
@@ -178,13 +189,14 @@ std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, PyOb
           stack(x, states[0], states[1], {weights.begin(), weights.end()}, std::nullopt, std::nullopt, std::nullopt,
                 cell, layers, bidirectional, batch_first, false);
     }
+    if constexpr (kStep) output = output.squeeze(0);
   }
   return wrap(has_cell, std::move(output), std::move(h_n), std::move(c_n));
 }
 
 /// The same of a module of rnn_ext.quantized.
 std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, PyObject* input, PyObject* hx) {
-  const std::optional<ModuleCall> call = read_call(keys, own, input, hx);
+  const std::optional<ModuleCall> call = read_call(keys, own, input, hx, false);
   if (!call) return std::nullopt;
   const auto& [x, cell, states, layers, has_cell, bidirectional, batch_first] = *call;
   const int64_t directions = bidirectional ? 2 : 1;
@@ -237,8 +249,9 @@ constexpr PyCFunction as_method() {
 }
 
 PyMethodDef plain_forward[] = {
-    {"plain_forward", as_method<run_plain>(), METH_FASTCALL,
+    {"plain_forward", as_method<run_plain<false>>(), METH_FASTCALL,
      "forward of a module without options on the CPU, or None: see csrc/ops/plain_forward.h."},
+    {"plain_step", as_method<run_plain<true>>(), METH_FASTCALL, "The same of step."},
     {"quantized_forward", as_method<run_quantized>(), METH_FASTCALL,
      "forward of a layer of rnn_ext.quantized, or None: see csrc/ops/plain_forward.h."},
     {nullptr, nullptr, 0, nullptr},
