@@ -41,7 +41,7 @@ def can_run_custom(input: Tensor) -> tuple[bool, str]:
     if input.dtype not in CUSTOM_DTYPES:
         return False, f"dtype {input.dtype} has no custom kernel (float32, float64, bfloat16 and float16 have)"
     if input.is_nested or input.layout is not torch.strided:
-        kind = "a nested tensor" if input.is_nested else f"layout {input.layout}"
+        kind = "a nested tensor (pad it, and pass lengths=)" if input.is_nested else f"layout {input.layout}"
         return False, f"{kind} has no custom kernel"
     if input.is_cuda:
         if not ops.with_cuda():

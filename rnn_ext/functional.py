@@ -387,7 +387,10 @@ def _check_weights(call: Call, input: Tensor, weights: Sequence[Tensor]) -> None
         sizes = f"{list(weight_ih.shape)} and {list(weights[1].shape)}"
         raise RuntimeError(f"Expected two-dimensional weight_ih and weight_hh, got sizes {sizes}")
     if input.dtype != weight_ih.dtype and (input.is_meta or not torch.is_autocast_enabled(input.device.type)):
-        raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_ih.dtype})")
+        raise ValueError(
+            f"{call.cell} input dtype ({input.dtype}) does not match weight dtype ({weight_ih.dtype}). "
+            f"Convert input: input.to({weight_ih.dtype}), or convert model: model.to({input.dtype})"
+        )
 
 
 def _check_states(
@@ -411,6 +414,11 @@ def _check_states(
             raise RuntimeError(f"Expected {name} of size {[states, *batch, features]}, got {list(state.shape)}")
 
 
+def _wrong_length(length: int, value: int, i: int) -> str:
+    """As csrc/ops says it of a tensor."""
+    return f"expected lengths between 0 and {length}, got {value} for batch entry {i}"
+
+
 def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: bool) -> Tensor:
     """int64 on the input's device. Values of a tensor are for the backend to check: they may still be on their way."""
     batch, length = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
@@ -419,13 +427,15 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
     if isinstance(lengths, Tensor):
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
             raise TypeError(f"lengths must be integers, got a tensor of {lengths.dtype}")
+        if lengths.is_meta and not input.is_meta:
+            raise ValueError(f"lengths are on meta, without values, and input is on {input.device}")
     elif isinstance(lengths, (list, tuple, range)):
-        for value in lengths:
+        for i, value in enumerate(lengths):
             # torch.compile, which knows no hasattr of a number that varies, hands out nothing that only looks like one.
             if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
                 raise TypeError(f"lengths must be integers, got {value!r}")
             if not 0 <= value <= length:
-                raise ValueError(f"lengths must be from 0 to {length}, the timesteps of input, got {value}")
+                raise ValueError(_wrong_length(length, value, i))
         lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")  # whatever torch's default device
     else:
         raise TypeError(
@@ -434,9 +444,9 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
     if lengths.shape != (batch,):
         raise ValueError(f"Expected lengths of shape ({batch},), one for each sequence, got {list(lengths.shape)}")
     if input.is_cuda and lengths.is_cpu and not torch.compiler.is_compiling():  # the last chance without waiting
-        wrong = [value for value in lengths.tolist() if not 0 <= value <= length]
-        if wrong:
-            raise ValueError(f"lengths must be from 0 to {length}, the timesteps of input, got {wrong[0]}")
+        for i, value in enumerate(lengths.tolist()):
+            if not 0 <= value <= length:
+                raise ValueError(_wrong_length(length, value, i))
         # A copy from pageable memory is taken at once and does not wait for what the device has to do.
         return lengths.to(input.device, torch.int64, non_blocking=not lengths.is_pinned())
     return lengths.to(input.device, torch.int64)
@@ -623,8 +633,9 @@ def _native(
 
     lengths = lengths.cpu()
     total_length = input.shape[1 if batch_first else 0]
-    if ((lengths < 0) | (lengths > total_length)).any():
-        raise ValueError(f"lengths must be from 0 to {total_length}, the timesteps of input, got {lengths.tolist()}")
+    for i, value in enumerate(lengths.tolist()):
+        if not 0 <= value <= total_length:
+            raise ValueError(_wrong_length(total_length, value, i))
     if 0 in input.shape[:2]:  # which torch does not pack either: a row or a timestep more, which is then cut off
         first, second = input.shape[:2]
         batch = lengths.numel()

@@ -410,7 +410,7 @@ def test_tensors_on_different_devices():
         ops.layer(input.cuda(), torch.zeros(1, 2, 5), None, on_gpu, cell="lstm")
     with pytest.raises(RuntimeError, match="resets is on cpu but input is on cuda:0"):
         ops.layer(input.cuda(), None, None, on_gpu, cell="lstm", resets=torch.zeros(3, 2, dtype=torch.bool))
-    with pytest.raises(ValueError, match="from 0 to 3, the timesteps of input, got 4"):
+    with pytest.raises(ValueError, match="between 0 and 3, got 4"):
         rnn_ext.LSTM(4, 5, backend="custom", device="cuda")(input.cuda(), lengths=torch.tensor([4, 1]))
 
 

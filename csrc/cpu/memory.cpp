@@ -151,7 +151,8 @@ void* take_memory(size_t bytes) {
     }
   }
   if (!block)
-    throw std::runtime_error("rnn_ext: not enough memory: " + std::to_string(bytes) + " bytes of workspace are needed");
+    throw std::runtime_error("rnn_ext: not enough memory: " + std::to_string(bytes) + " bytes (" +
+                             std::to_string(bytes >> 20) + " MiB) are needed beside the results");
   return block + 1;
 }
 
