@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from rnn_ext import backends, functional, modules, ops
 
+# As _READ_BY_PLAIN_FORWARD of modules.py.
+_READ_BY_PLAIN_CELL = frozenset({"weight_ih", "weight_hh", "bias_ih", "bias_hh", "_parameters", "backend"})
+
 
 class _Cell(modules.Leaf, nn.RNNCellBase):
     """What the three cells share. Like the layers they derive from torch.nn's base, not from its cells."""
@@ -17,6 +20,14 @@ class _Cell(modules.Leaf, nn.RNNCellBase):
     backend: str
     mode: str  # as the layers'
     _gates: int
+    # Whether what csrc/ops/plain_forward.h knows of a cell's attributes is so.
+    _plain: bool = True
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__:
+            if base.__module__ != __name__:
+                cls._plain = cls._plain and _READ_BY_PLAIN_CELL.isdisjoint(vars(base))
 
     def __init__(
         self,
@@ -52,8 +63,7 @@ class _Cell(modules.Leaf, nn.RNNCellBase):
         if bias_ih is not None:
             weights += [bias_ih, self.bias_hh]
         if backends.use_custom(self.backend, input):
-            _, h, c = ops.step(input, h, c, weights, cell)
-            return h, c
+            return ops.cell(input, h, c, weights, cell)
         zeros = input.new_zeros(input.shape[0], self.hidden_size) if h is None or c is None else None
         h, c = zeros if h is None else h, zeros if c is None else c
         if cell == "lstm":
@@ -62,6 +72,10 @@ class _Cell(modules.Leaf, nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The next state, (N, H) or unbatched (H,), from `input` (N, I) or (I,) and `hx`, like the result or None."""
+        if self._plain and not torch.compiler.is_compiling():
+            state = ops.plain_cell(self.__dict__, self.mode, input, hx)
+            if state is not None:
+                return state
         return self._step(input, hx)[0]
 
     def extra_repr(self) -> str:
@@ -132,4 +146,8 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The next ``(h, c)``, each (N, H) or unbatched (H,), from `input` (N, I) or (I,) and such a pair or None."""
+        if self._plain and not torch.compiler.is_compiling():
+            states = ops.plain_cell(self.__dict__, self.mode, input, hx)
+            if states is not None:
+                return states
         return self._step(input, *functional.split_state(hx))

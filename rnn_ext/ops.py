@@ -218,23 +218,27 @@ def stack(
     return _fast_stack(input, h_0, c_0, weights, batch_sizes, lengths, resets, *options)
 
 
-def step(
-    input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], cell: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One timestep of one direction: :func:`layer` without the dimensions of these, input (N, I), states (N, H).
+def cell(
+    input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], name: str
+) -> tuple[Tensor, Tensor | None]:
+    """One timestep of one direction: :func:`layer` of the cell `name` without these dimensions.
+
+    Args:
+        input: (N, I).
+        h, c: (N, H), None is zero.
 
     Returns:
-        output (N, H), h_n and c_n.
+        the next h and, of an LSTM, c.
     """
     if is_cast(input):
         with torch.autocast("cpu", enabled=False):
-            input, h_0, c_0, *weights = uncast(weights[0], input, h_0, c_0, *weights)
-            return step(input, h_0, c_0, weights, cell)
-    if not _is_traced(input, h_0, c_0, weights):
-        return _fast_step(input, h_0, c_0, weights, cell)
-    h_0, c_0 = (None if state is None else state.unsqueeze(0) for state in (h_0, c_0))
-    output, h_n, c_n, _ = layer(input.unsqueeze(0), h_0, c_0, weights, cell=cell)
-    return output.squeeze(0), h_n.squeeze(0), c_n.squeeze(0)
+            input, h, c, *weights = uncast(weights[0], input, h, c, *weights)
+            return cell(input, h, c, weights, name)
+    if not _is_traced(input, h, c, weights):
+        return _fast_cell(input, h, c, weights, name)
+    h, c = (None if state is None else state.unsqueeze(0) for state in (h, c))
+    _, h, c, _ = layer(input.unsqueeze(0), h, c, weights, cell=name)
+    return h.squeeze(0), c.squeeze(0) if reference.CELLS[name].has_cell_state else None
 
 
 def is_cast(input: Tensor) -> bool:
@@ -666,13 +670,13 @@ def _layer_tangent_flops(
 
 
 if is_available():
+    from rnn_ext._C import cell as _fast_cell
     from rnn_ext._C import extended_layer as _fast_extended_layer
     from rnn_ext._C import layer as _fast_layer
-    from rnn_ext._C import plain_forward, plain_step, quantized_forward
+    from rnn_ext._C import plain_cell, plain_forward, plain_step, quantized_forward
     from rnn_ext._C import quantized_layer as _fast_quantized_layer
     from rnn_ext._C import random_mask as _fast_random_mask
     from rnn_ext._C import stack as _fast_stack
-    from rnn_ext._C import step as _fast_step
 
     _layer = torch.ops.rnn_ext.layer.default
     _quantized_layer = torch.ops.rnn_ext.quantized_layer.default
@@ -700,10 +704,13 @@ else:
     def _layer(*args: Any) -> Any:
         raise RuntimeError(_load_error)
 
-    _fast_layer = _fast_extended_layer = _fast_stack = _fast_step = _layer
+    _fast_layer = _fast_extended_layer = _fast_stack = _fast_cell = _layer
     _quantized_layer = _fast_quantized_layer = _layer
 
     def plain_forward(attributes: dict[str, Any], input: Any, hx: Any) -> None:
         return None  # what it says of every call that is not plain
 
     quantized_forward = plain_step = plain_forward
+
+    def plain_cell(attributes: dict[str, Any], mode: str, input: Any, hx: Any) -> None:
+        return None

@@ -740,4 +740,4 @@ def test_a_projection_of_what_has_none():
 def test_a_step_with_a_state_of_three_dimensions():
     weights = [torch.zeros(15, 4), torch.zeros(15, 5), torch.zeros(15), torch.zeros(15)]
     with pytest.raises(RuntimeError, match=r"expected h_0 of size \[3, 5\], got \[3, 5, 1\]"):
-        ops.step(torch.zeros(3, 4), torch.zeros(3, 5, 1), None, weights, "gru")
+        ops.cell(torch.zeros(3, 4), torch.zeros(3, 5, 1), None, weights, "gru")

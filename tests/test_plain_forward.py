@@ -106,6 +106,66 @@ def test_other_steps_take_the_long_way():
         assert str(found.value) == str(expected.value)
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("mode", FUNCTIONS)
+def test_so_do_cells(mode, bias, given):
+    torch.manual_seed(0)
+    kind = "RNNCell" if mode.startswith("RNN") else f"{mode}Cell"
+    options = {"nonlinearity": mode[4:].lower()} if kind == "RNNCell" else {}
+    cell, input = getattr(rnn_ext, kind)(5, 7, bias, **options), torch.randn(3, 5, requires_grad=True)
+    hx = torch.randn(2, 3, 7, requires_grad=True).unbind() if given else (None, None)
+    results = ops.cell(input, hx[0], hx[1] if mode == "LSTM" else None, list(cell.parameters()), mode.lower())
+    expected = [state for state in results if state is not None]
+    wanted = torch.autograd.grad(expected[0].sum(), [input, *cell.parameters()])
+    state = None if not given else hx if mode == "LSTM" else hx[0]
+    direct = ops.plain_cell(vars(cell), mode, input, state)
+    assert direct is not None
+    for found in (direct, cell(input, state)):
+        found = list(found) if mode == "LSTM" else [found]
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+        grads = torch.autograd.grad(found[0].sum(), [input, *cell.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+
+
+def test_other_calls_of_cells_take_the_long_way():
+    cell, input, state = rnn_ext.LSTMCell(5, 7), torch.randn(3, 5), torch.zeros(3, 7)
+
+    def short_cell(cell, input, hx=None):
+        return ops.plain_cell(vars(cell), cell.mode, input, hx)
+
+    assert short_cell(cell, input, (state, state)) is not None
+    for other in (input[0], input[None], input.to("meta"), input.double(), input.as_subclass(Subclass), None, [1.0]):
+        assert short_cell(cell, other) is None, other
+    for hx in (state, [state, state], (state,), (state[0], state[0]), (state, None)):
+        assert short_cell(cell, input, hx) is None, hx
+    with torch.autocast("cpu"):
+        assert short_cell(cell, input) is None
+        assert cell(input)[0].dtype == torch.float32
+    with Mode():
+        assert short_cell(cell, input) is None
+    assert short_cell(rnn_ext.LSTMCell(5, 7, backend="native"), input) is None
+    assert short_cell(parametrizations.weight_norm(rnn_ext.LSTMCell(5, 7), "weight_hh"), input) is None
+    assert ops.plain_cell(vars(cell), "RNN_SIGMOID", input, None) is None
+    with pytest.raises(RuntimeError, match=r"h_0.*\[3, 7\].*\[2, 7\]"):
+        cell(input, (state[:2], state[:2]))
+
+    class Halved(rnn_ext.GRUCell):
+        @property
+        def weight_hh(self):
+            return self.half
+
+        @weight_hh.setter
+        def weight_hh(self, value):
+            self.half = nn.Parameter(value.detach() / 2)
+
+    class Plain(rnn_ext.GRUCell):
+        pass
+
+    assert Plain._plain and rnn_ext.GRUCell._plain and not Halved._plain
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_of_any_dtype(dtype):
     assert short(make().to(dtype), torch.randn(4, 3, 5, dtype=dtype)) is not None

@@ -266,9 +266,9 @@ def test_mistakes(threads):
         with pytest.raises(RuntimeError, match=r"weight_[ih]h"):
             ops.stack(input, good, good, flat, "lstm", 2)
         with pytest.raises(RuntimeError, match=r"weight_[ih]h"):
-            ops.step(input[0], good[0], good[0], flat[:4], "lstm")
+            ops.cell(input[0], good[0], good[0], flat[:4], "lstm")
     with pytest.raises(ValueError, match="weights"):
-        ops.step(input[0], good[0], good[0], [], "lstm")
+        ops.cell(input[0], good[0], good[0], [], "lstm")
     sizes = torch.tensor([2**62] * 4)  # their sum is 0
     with pytest.raises(RuntimeError, match=f"no more than the 3 rows of packed input, got {2**62}"):
         layer(PackedSequence(input[:3, 0], sizes))

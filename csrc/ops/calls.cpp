@@ -25,6 +25,30 @@ LayerResult layer_call(const LayerInputs& in, bool save, bool recompute) {
                  in.options.bidirectional, in.options.batch_first, in.options.cell_states, save, recompute);
 }
 
+std::pair<at::Tensor, at::Tensor> cell_call(const at::Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
+                                            at::TensorList weights, std::string_view cell) {
+  const auto lift = [&](const OptionalTensor& state, const char* name) {
+    if (!state.has_value()) return state;
+    // What else is of a wrong size, the layer says.
+    if (input.dim() != 2 || weights.size() < 2 || weights[1].dim() != 2) return OptionalTensor(state->unsqueeze(0));
+    const int64_t batch = input.size(0), width = weights[1].size(1);
+    TORCH_CHECK(state->dim() == 2 && state->size(0) == batch && state->size(1) == width, "expected ", name,
+                " of size [", batch, ", ", width, "], got ", state->sizes());
+    return OptionalTensor(state->unsqueeze(0));
+  };
+  const LayerResult results = layer_call({input.unsqueeze(0),
+                                          lift(h, "h_0"),
+                                          lift(c, "c_0"),
+                                          weights,
+                                          std::nullopt,
+                                          std::nullopt,
+                                          std::nullopt,
+                                          OptionalTensors(),
+                                          {cell, false, false, false}},
+                                         false, false);
+  return {std::get<1>(results).squeeze(0), cell_info(cell).has_cell ? std::get<2>(results).squeeze(0) : at::Tensor()};
+}
+
 LayerGrads layer_backward_call(const LayerCotangents& grads, const LayerInputs& in, const at::Tensor& output,
                                const at::Tensor& saved, const c10::List<bool>& output_mask, const c10::SymInt& groups) {
   static const auto op = find<LayerGrads(

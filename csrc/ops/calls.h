@@ -1,11 +1,17 @@
 // The ops by way of the dispatcher.
 #pragma once
 
+#include <utility>
+
 #include "ops/layer.h"
 
 namespace rnn_ext::ops {
 
 LayerResult layer_call(const LayerInputs& in, bool save, bool recompute);
+/// One timestep of one direction without the dimensions of these: input (N, I), states (N, H). Returns the next h and,
+/// for a cell that has one, c.
+std::pair<at::Tensor, at::Tensor> cell_call(const at::Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
+                                            at::TensorList weights, std::string_view cell);
 LayerGrads layer_backward_call(const LayerCotangents& grads, const LayerInputs& in, const at::Tensor& output,
                                const at::Tensor& saved, const c10::List<bool>& output_mask,
                                const c10::SymInt& groups = 0);

@@ -57,30 +57,11 @@ rnn_ext::ops::QuantizedResult quantized_layer(const at::Tensor& input, const Opt
                                             batch_first, cell_states);
 }
 
-/// One timestep of one direction, without the dimensions of these: input (N, I), states (N, H).
-std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const at::Tensor& input, const OptionalTensor& h_0,
-                                                    const OptionalTensor& c_0, const std::vector<at::Tensor>& weights,
-                                                    std::string_view cell) {
-  const auto lift = [&](const OptionalTensor& state, const char* name) {
-    if (!state.has_value()) return state;
-    // What else is of a wrong size, the layer says.
-    if (input.dim() != 2 || weights.size() < 2 || weights[1].dim() != 2) return OptionalTensor(state->unsqueeze(0));
-    const int64_t batch = input.size(0), width = weights[1].size(1);
-    TORCH_CHECK(state->dim() == 2 && state->size(0) == batch && state->size(1) == width, "expected ", name,
-                " of size [", batch, ", ", width, "], got ", state->sizes());
-    return OptionalTensor(state->unsqueeze(0));
-  };
-  auto [output, h_n, c_n, cells, saved] = rnn_ext::ops::layer_call({input.unsqueeze(0),
-                                                                    lift(h_0, "h_0"),
-                                                                    lift(c_0, "c_0"),
-                                                                    weights,
-                                                                    std::nullopt,
-                                                                    std::nullopt,
-                                                                    std::nullopt,
-                                                                    OptionalTensors(),
-                                                                    {cell, false, false, false}},
-                                                                   false, false);
-  return {output.squeeze(0), h_n.squeeze(0), c_n.squeeze(0)};
+/// h and c, None if there is none.
+std::pair<at::Tensor, OptionalTensor> cell(const at::Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
+                                           const std::vector<at::Tensor>& weights, std::string_view name) {
+  auto [next_h, next_c] = rnn_ext::ops::cell_call(input, h, c, weights, name);
+  return {std::move(next_h), next_c.defined() ? OptionalTensor(std::move(next_c)) : std::nullopt};
 }
 
 std::pair<int64_t, int64_t> cuda_saved_bytes(std::string_view cell, bool projected, int variant, int64_t itemsize) {
@@ -170,7 +151,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("random_mask", torch::wrap_pybind_function_no_gil(&rnn_ext::ops::draw_mask),
         "torch.ops.rnn_ext.random_mask with a seed of torch's generator, in float64 or float32.");
   if (PyModule_AddFunctions(m.ptr(), rnn_ext::ops::plain_forward) < 0) throw pybind11::error_already_set();
-  m.def("step", torch::wrap_pybind_function_no_gil(&step), "One timestep of a layer; see rnn_ext.ops.step.");
+  m.def("cell", torch::wrap_pybind_function_no_gil(&cell), "One timestep of a cell; see rnn_ext.ops.cell.");
   m.def("stack", torch::wrap_pybind_function_no_gil(&rnn_ext::ops::stack), "Several layers; see rnn_ext.ops.stack.");
   m.def("call_each", &rnn_ext::ops::call_each, "An op for each entry of what vmap maps; see rnn_ext.batching.");
   m.def(

@@ -48,6 +48,7 @@ struct Keys {
   Key options[5] = {Key("recompute"), Key("layer_norm"), Key("zoneout"), Key("recurrent_dropout"),
                     Key("weight_dropout")};
   Key auto_{"auto"}, custom{"custom"};
+  Key of_cell[4] = {Key("weight_ih"), Key("weight_hh"), Key("bias_ih"), Key("bias_hh")};
 #define RNN_EXT_MODE(Cell, NAME) {Key(#NAME), cells::Cell::kName},
   std::pair<Key, std::string_view> cells[std::size(cells::kGatesOf)] = {RNN_EXT_FOR_EACH_CELL(RNN_EXT_MODE)};
 #undef RNN_EXT_MODE
@@ -98,14 +99,22 @@ struct ModuleCall {
   bool has_cell, bidirectional, batch_first;
 };
 
+/// Whether it is a tensor that calls without more ado can take.
+bool is_plain(const at::Tensor* input, int64_t dims) {
+  return input && input->is_cpu() && input->dim() == dims && !at::impl::torch_function_mode_enabled() &&
+         is_strided(*input) && !input->is_nested() &&
+         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);  // by torch.jit.trace
+}
+
+bool is_computed(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
 /// Of one timestep, without that dimension, the call with it. Nothing: Python is to look at it.
 std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, PyObject* input_object, PyObject* hx,
                                     bool step) {
   const at::Tensor* input = tensor(input_object);
-  if (!input || !input->is_cpu() || input->dim() != 3 - step) return std::nullopt;
-  if (at::impl::torch_function_mode_enabled()) return std::nullopt;
-  if (!is_strided(*input) || input->is_nested()) return std::nullopt;
-  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer)) return std::nullopt;  // by torch.jit.trace
+  if (!is_plain(input, 3 - step)) return std::nullopt;
   PyObject* num_layers = own.get(keys.num_layers);
   if (!num_layers || !PyLong_Check(num_layers)) return std::nullopt;
   const std::string_view cell = cell_of(keys, own.get(keys.mode));
@@ -167,8 +176,8 @@ std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, PyOb
   if (call->layers > 1 && drops) return std::nullopt;
   const Weights weights = read_weights(own.get(keys.parameters), own.get(keys.names));
   const at::ScalarType type = call->input.scalar_type();
-  if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf) return std::nullopt;
-  if (weights.empty() || weights[0].scalar_type() != type || PyErr_Occurred()) return std::nullopt;
+  if (!is_computed(type) || weights.empty() || weights[0].scalar_type() != type || PyErr_Occurred())
+    return std::nullopt;
   const auto& [x, cell, states, layers, has_cell, bidirectional, batch_first] = *call;
   at::Tensor output, h_n, c_n;
   {
@@ -230,6 +239,55 @@ std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, 
   return wrap(has_cell, std::move(output), std::move(h_n), std::move(c_n));
 }
 
+/// The next state of one of rnn_ext's cells, for an LSTMCell the two of them; null: Python is to look at it.
+PyObject* run_cell(const Keys& keys, const Attributes& own, PyObject* mode, PyObject* input_object, PyObject* hx) {
+  PyObject* backend = own.get(keys.backend);
+  const at::Tensor* input = tensor(input_object);
+  const std::string_view cell = cell_of(keys, mode);
+  if (!(keys.auto_ == backend || keys.custom == backend) || cell.empty() || !is_plain(input, 2)) return nullptr;
+  if (at::autocast::is_autocast_enabled(at::kCPU)) return nullptr;  // as of read_call()
+  const bool has_cell = cell_info(cell).has_cell;
+  OptionalTensor states[2];
+  if (hx != Py_None) {
+    if (has_cell && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != 2)) return nullptr;
+    for (int i = 0; i < 1 + has_cell; ++i) {
+      const at::Tensor* state = tensor(has_cell ? PyTuple_GET_ITEM(hx, i) : hx);
+      if (!state || state->dim() != 2) return nullptr;
+      states[i] = *state;
+    }
+  }
+  PyObject* parameters = own.get(keys.parameters);
+  if (!parameters || !PyDict_Check(parameters)) return nullptr;
+  Weights weights;
+  for (const Key& name : keys.of_cell) {
+    PyObject* object = PyDict_GetItemWithError(parameters, name);
+    if (object == Py_None) continue;  // of a cell without biases
+    const at::Tensor* weight = tensor(object);
+    if (!weight || !is_strided(*weight)) return nullptr;
+    weights.push_back(*weight);
+  }
+  const at::ScalarType type = input->scalar_type();
+  if (weights.size() % 2 != 0 || weights.empty() || weights[0].scalar_type() != type || !is_computed(type) ||
+      PyErr_Occurred())
+    return nullptr;
+  at::Tensor h, c;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    std::tie(h, c) = cell_call(*input, states[0], states[1], weights, cell);
+  }
+  PyObject* next = THPVariable_Wrap(std::move(h));
+  return has_cell ? Py_BuildValue("NN", next, THPVariable_Wrap(std::move(c))) : next;
+}
+
+PyObject* cell_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 4 && PyDict_Check(args[0]), "expected vars(cell), mode, input and hx");
+  if (PyObject* result = run_cell(known_keys(), Attributes(args[0]), args[1], args[2], args[3])) return result;
+  PyErr_Clear();
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
 template <auto Run>
 PyObject* forward_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -243,16 +301,17 @@ PyObject* forward_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 }  // namespace
 
-template <auto Run>
-constexpr PyCFunction as_method() {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward_method<Run>));
+using FastMethod = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
+PyCFunction as_method(FastMethod* method) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(method));
 }
 
 PyMethodDef plain_forward[] = {
-    {"plain_forward", as_method<run_plain<false>>(), METH_FASTCALL,
+    {"plain_forward", as_method(forward_method<run_plain<false>>), METH_FASTCALL,
      "forward of a module without options on the CPU, or None: see csrc/ops/plain_forward.h."},
-    {"plain_step", as_method<run_plain<true>>(), METH_FASTCALL, "The same of step."},
-    {"quantized_forward", as_method<run_quantized>(), METH_FASTCALL,
+    {"plain_step", as_method(forward_method<run_plain<true>>), METH_FASTCALL, "The same of step."},
+    {"plain_cell", as_method(cell_method), METH_FASTCALL, "The same of a cell."},
+    {"quantized_forward", as_method(forward_method<run_quantized>), METH_FASTCALL,
      "forward of a layer of rnn_ext.quantized, or None: see csrc/ops/plain_forward.h."},
     {nullptr, nullptr, 0, nullptr},
 };
