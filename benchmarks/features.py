@@ -178,18 +178,39 @@ def lengths() -> list[Row]:
 
 
 def streaming() -> list[Row]:
-    layer, cell = rnn_ext.LSTM(64, 64), nn.LSTMCell(64, 64)
-    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
-    x, state = torch.randn(1, 64), (torch.randn(1, 1, 64), torch.randn(1, 1, 64))
-    flat = (state[0][0], state[1][0])
-    step = torch.inference_mode()(times(lambda: layer.step(x, state), 100))
-    theirs = torch.inference_mode()(times(lambda: cell(x, flat), 100))
-    ours = rnn_ext.LSTMCell(64, 64)
-    rows = [
-        Row("LSTM, N=1, H=64: 100 calls of `step` against `nn.LSTMCell`, inference", step, theirs, 0.5),
-        Row("LSTM, N=1, H=64: 100 calls of `LSTMCell` against `nn.LSTMCell`, inference",
-            torch.inference_mode()(times(lambda: ours(x, flat), 100)), theirs, 1.0, same=False),
-    ]  # fmt: skip
+    rows = []
+    x = torch.randn(1, 64)
+    for name in ("RNN", "GRU", "LSTM"):
+        layer, ours, theirs = (
+            getattr(of, kind)(64, 64) for of, kind in ((rnn_ext, name), (rnn_ext, f"{name}Cell"), (nn, f"{name}Cell"))
+        )
+        for cell in (ours, theirs):
+            cell.load_state_dict({key.removesuffix("_l0"): value for key, value in layer.state_dict().items()})
+        h = torch.randn(2, 1, 64)
+        flat, state = (tuple(h), tuple(h[:, None])) if name == "LSTM" else (h[0], h[:1])
+        calls = [
+            (
+                f"{name}, N=1, H=64: 100 calls of `step` against `nn.{name}Cell`",
+                lambda m=layer, s=state: m.step(x, s),
+                0.5,
+            ),
+            (
+                f"{name}, N=1, H=64: 100 calls of `{name}Cell` against `nn.{name}Cell`",
+                lambda m=ours, s=flat: m(x, s),
+                0.7,
+            ),
+        ]
+        plain = times(lambda m=theirs, s=flat: m(x, s), 100)
+        for what, call, target in calls:
+            rows.append(Row(f"{what}, inference", torch.inference_mode()(times(call, 100)),
+                            torch.inference_mode()(plain), target, same=False))  # fmt: skip
+            rows.append(Row(f"{what}, in grad mode", times(call, 100), plain, target, same=False))
+        stack, native = getattr(rnn_ext, name)(64, 64, 2), getattr(nn, name)(64, 64, 2)
+        state = tuple(torch.randn(2, 2, 1, 64)) if name == "LSTM" else torch.randn(2, 1, 64)
+        rows.append(Row(f"{name}, two layers, N=1, H=64: 100 calls of `step` against `nn.{name}`, inference",
+                        torch.inference_mode()(times(lambda m=stack, s=state: m.step(x, s), 100)),
+                        torch.inference_mode()(times(lambda m=native, s=state: m(x[None], s), 100)), 0.5,
+                        same=False))  # fmt: skip
     for N, L, H, size in ((1, 128, 64, 8), (32, 128, 128, 8)):
         module, input = rnn_ext.LSTM(H, H), torch.randn(L, N, H)
 

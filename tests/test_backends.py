@@ -229,10 +229,10 @@ def test_native_runs_lengths(layer, batch_first):
 @pytest.mark.parametrize(
     ("lengths", "error", "message"),
     [
-        ([5, 6, 1], ValueError, "0 to 5"),
-        ([5, -1, 1], ValueError, "0 to 5"),
-        (torch.tensor([5, 6, 1]), ValueError, "0 to 5|6"),
-        (torch.tensor([5, -1, 1]), ValueError, "0 to 5|-1"),
+        ([5, 6, 1], ValueError, "between 0 and 5, got 6 for batch entry 1"),
+        ([5, -1, 1], ValueError, "between 0 and 5, got -1 for batch entry 1"),
+        (torch.tensor([5, 6, 1]), ValueError, "between 0 and 5, got 6 for batch entry 1"),
+        (torch.tensor([5, -1, 1]), ValueError, "between 0 and 5, got -1 for batch entry 1"),
         ([5, 1], ValueError, r"\(3,\).*\[2\]"),
         ([], ValueError, r"\(3,\).*\[0\]"),
         (torch.tensor([[5, 1, 1]]), ValueError, r"\(3,\).*\[1, 3\]"),

@@ -663,7 +663,7 @@ MISTAKES: list[tuple[Callable[[nn.Module], object], type[Exception], str]] = [
         "c_0 is Double but input is Float",
     ),
     (lambda m: m(torch.randn(4, 3, 12), lengths=[1, 2]), ValueError, r"lengths of shape \(3,\)"),
-    (lambda m: m(torch.randn(4, 3, 12), lengths=[1, 2, 5]), ValueError, "from 0 to 4"),
+    (lambda m: m(torch.randn(4, 3, 12), lengths=[1, 2, 5]), ValueError, "between 0 and 4, got 5"),
     (lambda m: m(torch.randn(4, 3, 12), resets=torch.zeros(4, 3)), TypeError, "torch.bool"),
     (lambda m: m.step(torch.randn(4, 3, 12)), ValueError, "1D or 2D, got 3D"),
     (lambda m: m.step(3), TypeError, "input as a tensor, got int"),
