@@ -599,7 +599,7 @@ def test_what_the_options_cost(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", arguments)
     features.main()
     rows = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("| LSTM")]
-    assert len(rows) == 12 and all(line.count("|") == 6 for line in rows)
+    assert len(rows) == 15 and all(line.count("|") == 6 for line in rows)
     assert rows[-1] in capsys.readouterr().out
 
 
