@@ -5,13 +5,12 @@ For a whole stack one timestep at a time, see ``step`` of the layers.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from rnn_ext import backends, functional, modules, ops
-
-# As _READ_BY_PLAIN_FORWARD of modules.py.
-_READ_BY_PLAIN_CELL = frozenset({"weight_ih", "weight_hh", "bias_ih", "bias_hh", "_parameters", "backend"})
 
 
 class _Cell(modules.Leaf, nn.RNNCellBase):
@@ -20,14 +19,9 @@ class _Cell(modules.Leaf, nn.RNNCellBase):
     backend: str
     mode: str  # as the layers'
     _gates: int
-    # Whether what csrc/ops/plain_forward.h knows of a cell's attributes is so.
-    _plain: bool = True
-
-    def __init_subclass__(cls, **kwargs) -> None:
-        super().__init_subclass__(**kwargs)
-        for base in cls.__mro__:
-            if base.__module__ != __name__:
-                cls._plain = cls._plain and _READ_BY_PLAIN_CELL.isdisjoint(vars(base))
+    _read_by_plain: ClassVar[frozenset[str]] = frozenset(
+        {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "_parameters", "backend"}
+    )
 
     def __init__(
         self,

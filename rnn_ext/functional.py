@@ -414,9 +414,10 @@ def _check_states(
             raise RuntimeError(f"Expected {name} of size {[states, *batch, features]}, got {list(state.shape)}")
 
 
-def _wrong_length(length: int, value: int, i: int) -> str:
-    """As csrc/ops says it of a tensor."""
-    return f"expected lengths between 0 and {length}, got {value} for batch entry {i}"
+def _check_length(value: int, i: int, length: int) -> None:
+    """In the words that csrc/ops has for a tensor's."""
+    if not 0 <= value <= length:
+        raise ValueError(f"expected lengths between 0 and {length}, got {value} for batch entry {i}")
 
 
 def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: bool) -> Tensor:
@@ -434,8 +435,7 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
             # torch.compile, which knows no hasattr of a number that varies, hands out nothing that only looks like one.
             if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
                 raise TypeError(f"lengths must be integers, got {value!r}")
-            if not 0 <= value <= length:
-                raise ValueError(_wrong_length(length, value, i))
+            _check_length(value, i, length)
         lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")  # whatever torch's default device
     else:
         raise TypeError(
@@ -445,8 +445,7 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
         raise ValueError(f"Expected lengths of shape ({batch},), one for each sequence, got {list(lengths.shape)}")
     if input.is_cuda and lengths.is_cpu and not torch.compiler.is_compiling():  # the last chance without waiting
         for i, value in enumerate(lengths.tolist()):
-            if not 0 <= value <= length:
-                raise ValueError(_wrong_length(length, value, i))
+            _check_length(value, i, length)
         # A copy from pageable memory is taken at once and does not wait for what the device has to do.
         return lengths.to(input.device, torch.int64, non_blocking=not lengths.is_pinned())
     return lengths.to(input.device, torch.int64)
@@ -634,8 +633,7 @@ def _native(
     lengths = lengths.cpu()
     total_length = input.shape[1 if batch_first else 0]
     for i, value in enumerate(lengths.tolist()):
-        if not 0 <= value <= total_length:
-            raise ValueError(_wrong_length(total_length, value, i))
+        _check_length(value, i, total_length)
     if 0 in input.shape[:2]:  # which torch does not pack either: a row or a timestep more, which is then cut off
         first, second = input.shape[:2]
         batch = lengths.numel()

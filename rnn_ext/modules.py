@@ -30,14 +30,6 @@ OPTIONS = {
 }
 
 
-# What csrc/ops/plain_forward.cpp takes from a module's __dict__, and the property in whose place it reads parameters: a
-# subclass may mean something else by it.
-_READ_BY_PLAIN_FORWARD = frozenset(
-    {"_flat_weights", "_flat_weights_names", "_parameters", "mode", "backend", "dropout", "training", "num_layers"}
-    | {"bidirectional", "batch_first", *OPTIONS}
-)
-
-
 # In whose place torch.fx puts another one while it traces. (It has a flag, too, by another name in each release.)
 _MODULE_CALL = nn.Module._wrapped_call_impl  # as torch defines it, also if this is imported in a trace
 
@@ -47,6 +39,16 @@ class Leaf(nn.Module):
 
     # Attributes that torch.nn's class does not have, as they are where nothing was said.
     _added: ClassVar[dict[str, Any]] = {"backend": "auto"}
+    # What csrc/ops/plain_forward.cpp takes from a module's __dict__, and the property in whose place it reads
+    # parameters: a subclass may mean something else by it, and is not plain then.
+    _read_by_plain: ClassVar[frozenset[str]] = frozenset()
+    _plain: bool = True
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__:
+            if base.__module__ not in (__name__, "rnn_ext.cells"):
+                cls._plain = cls._plain and cls._read_by_plain.isdisjoint(vars(base))
 
     def __call__(self, *args, **kwargs):
         """Stay one node of a symbolic trace: before the hooks run, which the node will call."""
@@ -110,14 +112,10 @@ class _Layer(Leaf, nn.RNNBase):
 
     backend: str
     _added: ClassVar[dict[str, Any]] = Leaf._added | OPTIONS
-    # Whether forward is what csrc/ops/plain_forward.h knows of a module's attributes.
-    _plain: bool = True
-
-    def __init_subclass__(cls, **kwargs) -> None:
-        super().__init_subclass__(**kwargs)
-        for base in cls.__mro__:
-            if base.__module__ != __name__:
-                cls._plain = cls._plain and _READ_BY_PLAIN_FORWARD.isdisjoint(vars(base))
+    _read_by_plain: ClassVar[frozenset[str]] = frozenset(
+        {"_flat_weights", "_flat_weights_names", "_parameters", "mode", "backend", "dropout", "training", "num_layers"}
+        | {"bidirectional", "batch_first", *OPTIONS}
+    )
 
     def __init__(
         self,
