@@ -66,6 +66,37 @@ def test_side_products_are_those_of_a_chunk(cell, size):
             assert torch.equal(torch.cat(pieces), whole)
 
 
+@pytest.mark.parametrize(
+    ("size", "directions", "layout"),
+    [  # L, I, H: backward in one chunk and in several; gates with a gap between them; a gap at a piece's end
+        ((71, 31, 100), 1, "dense"),
+        ((40, 130, 64), 2, "dense"),
+        ((400, 16, 96), 1, "packed"),
+        ((777, 33, 129), 2, "batch_first"),
+        ((32, 257, 130), 1, "dense"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_input_gradients_beside_the_scan(cell, size, directions, layout, set_tuning):
+    """Of one sequence by one thread, by tiles as they suit another processor too, and by two: after the scan."""
+    length, inputs, hidden = size
+    case = Case(cell, layout, bidirectional=directions == 2, size=(length, 1, inputs, hidden))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        problem = build(case).to(dtype)
+        _, expected = gradients(oracle, problem.to(torch.float64))
+        for _ in instruction_sets():
+            set_tuning(vectors_a_cycle=1)
+            torch.set_num_threads(1)
+            _, grads = gradients(run, problem)
+            if dtype != torch.bfloat16:  # which may be on the other side of a relu's corner
+                check_gradients(grads, expected, dtype)
+            set_tuning(vectors_a_cycle=2)
+            same_bits(gradients(run, problem)[1], grads)
+            torch.set_num_threads(4)
+            same_bits(gradients(run, problem)[1], grads)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_steps_of_two_and_three_rows(cell, dtype, set_tuning):

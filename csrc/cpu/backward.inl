@@ -204,6 +204,9 @@ struct ChunkGrads {
 template <class T>
 struct CarriedCell;
 
+template <class Cell, class S>
+class InputGradient;
+
 /// What the scan of a variant has besides; see variants.inl.
 template <class Cell, class S, bool = cells::kIsVariant<Cell>>
 struct VariantBackward {
@@ -267,18 +270,18 @@ class BackwardScan {
   }
 
   /// The steps of `now`'s chunk, for some members of a team of which `threads` threads run a share each; by one of
-  /// them.
-  static void run(BackwardScan* const* scans, int count, const ChunkGrads<Cell, S>& now, Team& team, int thread,
-                  int threads) {
+  /// them. `inputs`: whose tiles they take along, if not null.
+  static void run(BackwardScan* const* scans, int count, const ChunkGrads<Cell, S>& now, InputGradient<Cell, S>* inputs,
+                  Team& team, int thread, int threads) {
     const BackwardScan& any = *scans[0];
     const int64_t steps = now.chunk.last - now.chunk.first;
     for (int64_t s = 0; s < steps; ++s) {
-      const int64_t t = any.reverse_ ? now.chunk.first + s : now.chunk.last - 1 - s;
+      const int64_t t = any.time(now, s);
       if constexpr (!cells::kIsVariant<Cell>) {
         // A thread with the shares of several members goes step by step, to the same bits.
         const int64_t plain = smaller(steps - s, any.steps_before(t));
         if (s > 0 && plain > 0 && any.is_plain_ && count == 1) {
-          scans[0]->run_plain_steps(t, plain, now, team, thread, threads);
+          scans[0]->run_plain_steps(s, plain, now, inputs, team, thread, threads);
           s += plain - 1;
           continue;
         }
@@ -319,12 +322,19 @@ class BackwardScan {
     }
   }
 
+  /// Of step number `s` of the chunk, in this direction's order.
+  int64_t time(const ChunkGrads<Cell, S>& now, int64_t s) const {
+    return reverse_ ? now.chunk.first + s : now.chunk.last - 1 - s;
+  }
+
   /// In this direction's order.
   int64_t steps_before(int64_t t) const { return reverse_ ? layout_.steps - 1 - t : t; }
 
-  /// Steps of one sequence, none of which is the first of its chunk or, in this direction's order, the sequence's
-  /// first: all that a row needs lies one step before what the last one needed.
-  void run_plain_steps(int64_t t, int64_t count, const ChunkGrads<Cell, S>& now, Team& team, int thread, int threads) {
+  /// Steps of one sequence from number `s` of its chunk on, none of which is the first of that or, in this direction's
+  /// order, the sequence's first: all that a row needs lies one step before what the last one needed.
+  void run_plain_steps(int64_t s, int64_t count, const ChunkGrads<Cell, S>& now, InputGradient<Cell, S>* inputs,
+                       Team& team, int thread, int threads) {
+    using Side = std::conditional_t<std::is_same_v<S, W>, typename InputGradient<Cell, S>::Tiles, NoSideTiles>;
     const int64_t back = reverse_ ? 1 : -1, gates_step = back * now.stride, saved_step = back * saved_stride_;
     const int64_t output_step = args_.output.to_next(layout_, !reverse_);
     const int64_t grad_step = args_.grad_output.to_next(layout_, !reverse_);
@@ -338,9 +348,11 @@ class BackwardScan {
     }};
     RowProduct<W, Segments> row = {nullptr, weights_.hidden.packed(), hidden_segments_, false};
     const UnitBlocks part = out_part_;
-    for (; count > 0; --count, t += back) {
+    for (const int64_t end = s + count; s < end; ++s) {
+      Side* side = nullptr;
+      if constexpr (!std::is_same_v<Side, NoSideTiles>) side = inputs ? inputs->beside(s) : nullptr;
       row.a = reinterpret_cast<const Factor<W>*>(*gate_rows_.get());
-      row.backwards = is_backwards(t);
+      row.backwards = is_backwards(time(now, s));
       *gate_rows_.get() += gates_step;
       if constexpr (Cell::kSaved > 0) {
         *saved_rows_.get() += saved_step;
@@ -351,7 +363,7 @@ class BackwardScan {
       if constexpr (Cell::kHasCell) *c_before_.get() += saved_step;
       if (has_grad) *grad_output_rows_.get() += grad_step;
       if (has_cell_grad) *grad_cell_rows_.get() += cell_step;
-      row_product<1>(row, part.first, part.last, init, finish, false, static_cast<NoSideTiles*>(nullptr));
+      row_product<1>(row, part.first, part.last, init, finish, false, side);
       team.meet(thread, threads);
       if (threads > 1) fetch_from_others(*gate_rows_.get(), now.stride);
     }

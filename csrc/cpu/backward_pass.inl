@@ -1,38 +1,6 @@
 // Backward of a layer: the scans of backward.inl and, while a chunk's gate gradients are in the cache, their share of
 // the gradients of input, weights and biases.
 
-/// Rows of one task, a few heights of a register tile.
-constexpr int64_t kTaskRows = 48;
-
-/// Rows [first, last) of the chunk's grad_input: gate gradients times weight_ih, on top of another direction's where
-/// `accumulate`. They go to args.grad_input or, if it is given, to `apart` [T, I].
-template <class Cell, class S>
-void input_gradient(const BackwardArgs<S>& args, const BackwardWeight<Cell, S>& weight_ih,
-                    const ChunkGrads<Cell, S>& grads, Compute<S>* apart, bool accumulate, int64_t first, int64_t last) {
-  const Layout& layout = args.layout;
-  Buffer<const S*> a(last - first);
-  Buffer<Compute<S>*> c(last - first);
-  const auto find = [&](int64_t t, int64_t j) { return rows_from(args.grad_input, layout, t, j); };
-  RowReader reader(layout, grads.chunk.row + first, find);
-  space_rows(a.get(), grads.gates.get() + first * grads.stride, grads.stride, last - first);
-  if (apart) {
-    space_rows(c.get(), apart + (grads.chunk.row + first) * args.sizes.input, args.sizes.input, last - first);
-  } else {
-    for (int64_t r = 0; r < last - first; ++r) c.get()[r] = reader.next();
-  }
-  PlainProduct<S> p;
-  p.rows = last - first;
-  p.columns = args.sizes.input;
-  p.a = a.get();
-  p.c = c.get();
-  p.segments.count = Cell::kGates;
-  p.segments.length = elements<S>(args.sizes.hidden);
-  for (int g = 0; g < Cell::kGates; ++g) p.segments.offset[g] = Cell::ih_slot(g) * args.sizes.padded() / kPack<S>;
-  p.accumulate = accumulate;
-  p.fetch_c = true;
-  weight_ih.multiply(p);
-}
-
 /// So many rows are added up before what comes of them is added to the sum of all: in one chain roundings would grow
 /// like the rows, and ones would not be counted beyond 2^24.
 constexpr int64_t kSummedRows = 256;
@@ -304,8 +272,9 @@ class Scans {
  public:
   virtual ~Scans() = default;
   /// The steps of `now`'s chunk, for scans [first, last), which are members of a team or have it to themselves.
-  virtual void run(int64_t first, int64_t last, const ChunkGrads<Cell, S>& now, Team& team, int thread,
-                   int threads) const = 0;
+  /// `inputs`: whose tiles they take along, if not null.
+  virtual void run(int64_t first, int64_t last, const ChunkGrads<Cell, S>& now, InputGradient<Cell, S>* inputs,
+                   Team& team, int thread, int threads) const = 0;
   /// After the last chunk.
   virtual void finish() const = 0;
 };
@@ -323,9 +292,9 @@ class ScansOf final : public Scans<Cell, S> {
       scans_[i] = new Scan(args, weights_, direction, slice, int(i % shares.members), shares.members);
     }
   }
-  void run(int64_t first, int64_t last, const ChunkGrads<Cell, S>& now, Team& team, int thread,
-           int threads) const override {
-    Scan::run(&scans_[first], int(last - first), now, team, thread, threads);
+  void run(int64_t first, int64_t last, const ChunkGrads<Cell, S>& now, InputGradient<Cell, S>* inputs, Team& team,
+           int thread, int threads) const override {
+    Scan::run(&scans_[first], int(last - first), now, inputs, team, thread, threads);
   }
   void finish() const override {
     for (int64_t i = 0; i < scans_.size(); ++i) scans_[i]->finish();
@@ -355,13 +324,13 @@ class BackwardPass {
   using T = Compute<S>;
 
  public:
-  BackwardPass(const BackwardArgs<S>& args, int direction, Shares shares, int threads)
+  /// `apart`: see InputGradient.
+  BackwardPass(const BackwardArgs<S>& args, int direction, Shares shares, int threads, T* apart)
       : args_(args),
         direction_(direction),
-        weight_ih_({args.weights[direction].weight_ih, args.narrow_ih[direction], args.narrow}, args.sizes.hidden,
-                   args.sizes.input, args.grad_input.data, args.layout.rows),
         chunks_(args.layout, direction == 1, args.groups > 0),
         grads_(args.sizes, args.layout.batch, Chunks::capacity(args.layout, args.groups > 0), args.groups == 0),
+        input_(args, grads_, direction, apart, threads <= 1),
         scans_(make_scans<Cell>(args, direction, shares)),
         members_(shares.members),
         group_tasks_(args.groups < threads ? 0 : args.groups),
@@ -373,18 +342,21 @@ class BackwardPass {
 
   bool next_chunk() {
     ++count_;
+    input_.begin_chunk();
     return grads_.next(chunks_, args_.layout, direction_ == 1);
   }
 
   void scan(int64_t slice) {
     Team alone;
-    scans_->run(slice * members_, (slice + 1) * members_, grads_, alone, 0, 1);
+    InputGradient<Cell, S>* const inputs = input_.takes_along() ? &input_ : nullptr;
+    scans_->run(slice * members_, (slice + 1) * members_, grads_, inputs, alone, 0, 1);
+    if (inputs) inputs->finish_tiles();
   }
 
   /// The share of one of several threads in the only slice.
   void scan_share(int thread, int threads) {
     const int first = members_ * thread / threads, last = members_ * (thread + 1) / threads;
-    team_.run([&] { scans_->run(first, last, grads_, team_, thread, threads); });
+    team_.run([&] { scans_->run(first, last, grads_, nullptr, team_, thread, threads); });
   }
 
   /// After the scans, before the products; there is something to do only where prepares().
@@ -400,18 +372,12 @@ class BackwardPass {
     for (int64_t group = group_tasks_; group < args_.groups; ++group) run_group(group, executor);
   }
 
-  int64_t product_tasks() const {
-    const int64_t input = args_.grad_input.data ? (grads_.chunk.rows + kTaskRows - 1) / kTaskRows : 0;
-    return parameter_tasks() + input;
-  }
+  /// Once the scans have run.
+  int64_t product_tasks() const { return parameter_tasks() + input_.tasks(); }
 
-  void run_product(int64_t task, T* input_apart, bool accumulate_input) {
-    if (task < parameter_tasks()) {
-      return parameters_ ? parameters_->run(task, count_ == 1) : run_group(task, Executor());
-    }
-    const int64_t first = (task - parameter_tasks()) * kTaskRows;
-    input_gradient<Cell>(args_, weight_ih_, grads_, input_apart, accumulate_input, first,
-                         smaller(grads_.chunk.rows, first + kTaskRows));
+  void run_product(int64_t task) {
+    if (task >= parameter_tasks()) return input_.run(task - parameter_tasks());
+    parameters_ ? parameters_->run(task, count_ == 1) : run_group(task, Executor());
   }
 
   void finish() {
@@ -431,9 +397,9 @@ class BackwardPass {
 
   const BackwardArgs<S>& args_;
   const int direction_;
-  const BackwardWeight<Cell, S> weight_ih_;
   Chunks chunks_;
   ChunkGrads<Cell, S> grads_;
+  InputGradient<Cell, S> input_;
   const std::unique_ptr<Scans<Cell, S>> scans_;
   const int members_;
   Team team_;
@@ -450,8 +416,9 @@ void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int 
   const Shares shares =
       share_out(args.layout, args.sizes, Cell::kGates, sizeof(S), executor, !cells::kIsVariant<Cell>, true);
   Several<BackwardPass<Cell, S>> passes(last - first);
-  parallel(executor, last - first,
-           [&](int64_t i) { passes[i] = new BackwardPass<Cell, S>(args, first + int(i), shares, executor.threads); });
+  parallel(executor, last - first, [&](int64_t i) {
+    passes[i] = new BackwardPass<Cell, S>(args, first + int(i), shares, executor.threads, apart);
+  });
   for (;;) {
     bool more[2] = {false, false};
     int64_t scans = 0, products[2] = {0, 0};
@@ -459,7 +426,6 @@ void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int 
       more[i] = passes[i]->next_chunk();
       if (!more[i]) continue;
       scans += shares.slices;
-      products[i] = passes[i]->product_tasks();
     }
     if (scans == 0) break;
     const int lead = more[0] ? 0 : 1;
@@ -475,12 +441,13 @@ void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int 
       });
     }
     for (int i = 0; i < last - first; ++i) {
-      if (more[i]) passes[i]->run_groups(executor);
+      if (!more[i]) continue;
+      passes[i]->run_groups(executor);
+      products[i] = passes[i]->product_tasks();
     }
     parallel(executor, products[0] + products[1], [&](int64_t task) {
       const int i = task < products[0] ? 0 : 1;
-      const bool reverse = first + i == 1;
-      passes[i]->run_product(i ? task - products[0] : task, reverse ? apart : nullptr, reverse && !apart);
+      passes[i]->run_product(i ? task - products[0] : task);
     });
   }
   for (int i = 0; i < last - first; ++i) passes[i]->finish();

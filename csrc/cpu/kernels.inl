@@ -53,6 +53,7 @@ namespace {
 #include "cpu/forward_pass.inl"
 #include "cpu/backward_weights.inl"
 #include "cpu/backward.inl"
+#include "cpu/input_gradient.inl"
 #include "cpu/weight_gradient.inl"
 #include "cpu/backward_pass.inl"
 #include "cpu/tangent.inl"

@@ -215,6 +215,18 @@ ALWAYS_INLINE void store_padded(To* p, const V* v, int64_t count) {
   }
 }
 
+/// Calls fn.operator()<N>() for what numbers are that are computed in T.
+template <class T, class Fn>
+ALWAYS_INLINE void with_storage(Storage storage, const Fn& fn) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (storage == Storage::kBFloat16) return fn.template operator()<BFloat16>();
+#if defined(RNN_EXT_WIDENS_FLOAT16)
+    if (storage == Storage::kFloat16) return fn.template operator()<Float16>();
+#endif
+  }
+  fn.template operator()<T>();
+}
+
 /// Copy a row, rounding where the types differ.
 template <class To, class From>
 ALWAYS_INLINE void copy_row(To* to, const From* from, int64_t size) {

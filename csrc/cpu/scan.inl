@@ -47,18 +47,6 @@ void parallel(const Executor& executor, int64_t tasks, const Fn& fn) {
   }
 }
 
-/// Calls fn.operator()<N>() for what numbers are that are computed in T.
-template <class T, class Fn>
-ALWAYS_INLINE void with_storage(Storage storage, const Fn& fn) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (storage == Storage::kBFloat16) return fn.template operator()<BFloat16>();
-#if defined(RNN_EXT_WIDENS_FLOAT16)
-    if (storage == Storage::kFloat16) return fn.template operator()<Float16>();
-#endif
-  }
-  fn.template operator()<T>();
-}
-
 /// The rows of one thread: entries [first, last) of the batch, and how many of them step t still has.
 struct Slice {
   int64_t first, last;

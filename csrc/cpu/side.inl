@@ -7,7 +7,8 @@ struct SideProduct {
   int64_t rows = 0;  // a multiple of those of a tile
   int64_t depth = 0;
   const Factor<S>* a = nullptr;
-  int64_t a_stride = 0;  // between rows
+  int64_t a_stride = 0;          // between rows
+  int64_t stretch = 0, gap = 0;  // of A's columns, where there is a gap every so many k
   Compute<S>* c = nullptr;
   int64_t c_stride = 0;
   const Element<S>* b = nullptr;     // packed, [block][k][lanes]
@@ -23,7 +24,6 @@ class SideTiles {
   static constexpr int n = kLanes<Element<S>>;
 
  public:
-  static constexpr int kRows = R;
   /// A tile of two vectors needs fewer loads, one of a single vector fewer instructions (loads are part of its
   /// multiply-adds). Measured: two are 4 to 13 % faster on a Xeon and 2 to 8 % on Zen 5, which load two vectors a cycle
   /// and wait for the loads of both products, and 4 to 6 % slower on Zen 4, which multiplies one a cycle.
@@ -93,6 +93,8 @@ class SideTiles {
     rows_left_ = p.rows;
     a_stride_ = p.a_stride;
     c_stride_ = p.c_stride;
+    stretch_ = p.gap > 0 ? p.stretch : p.depth;
+    gap_ = p.gap;
     whole_ = p.depth <= kLongestChain<S>;
     find_tile();
   }
@@ -100,7 +102,7 @@ class SideTiles {
   void find_tile() {
     const SideProduct<S>& p = products_[at_];
     const int64_t row = p.rows - rows_left_, block_stride = p.depth * n;
-    a_ = p.a + row * a_stride_ + k_;
+    a_ = p.a + row * a_stride_;
     b_ = p.b + block_ * block_stride + k_ * n;
     c_ = p.c + row * c_stride_ + block_ * kLanes<T>;
     bias_ = p.bias ? p.bias + block_ * kLanes<T> : nullptr;
@@ -120,7 +122,7 @@ class SideTiles {
   const Element<S>* b_ = nullptr;
   T* c_ = nullptr;
   const T* bias_ = nullptr;
-  int64_t a_stride_ = 0, c_stride_ = 0, depth_ = 0;
+  int64_t a_stride_ = 0, c_stride_ = 0, stretch_ = 0, gap_ = 0, depth_ = 0;
   int64_t to_second_ = 0;               // of b; 0: there is no other vector beside the first, which is computed twice
   int64_t done_ = 0;                    // k of it
   T sums_[kMostVectors][R][kLanes<T>];  // of these; aligned, an RNN of 128 units is 2 % slower on Zen 4
@@ -148,7 +150,7 @@ class SideTile {
     each_sum([&](int v, int r) ALWAYS_INLINE_LAMBDA { sums_[v][r] = load(tiles_.sums_[v][r]); });
   }
 
-  /// The k that can be multiplied before pass(): 0 if there is no tile left.
+  /// The k that can be multiplied before pass(), as far as a stretch of A goes: 0 if there is no tile left.
   ALWAYS_INLINE int64_t left() {
     if (left_ == 0 && tiles_.more()) begin();
     return left_;
@@ -173,13 +175,18 @@ class SideTile {
   /// `count` k have been multiplied.
   ALWAYS_INLINE void pass(int64_t count) {
     left_ -= count;
-    if (left_ == 0) end();
+    if (left_ > 0) return;
+    if (later_ > 0) {
+      next_stretch();
+    } else {
+      end();
+    }
   }
 
   /// Puts a tile aside that has been begun.
   ALWAYS_INLINE void put_aside() {
     if (left_ == 0) return;
-    tiles_.done_ = tiles_.depth_ - left_;
+    tiles_.done_ = tiles_.depth_ - later_ - left_;
     each_sum([&](int v, int r) ALWAYS_INLINE_LAMBDA { store(tiles_.sums_[v][r], sums_[v][r]); });
   }
 
@@ -197,12 +204,21 @@ class SideTile {
   ALWAYS_INLINE int64_t lanes_to(int v) const { return v > 0 && tiles_.to_second_ ? kLanes<T> : 0; }
 
   ALWAYS_INLINE void place(int64_t done) {
+    const int64_t k = tiles_.k_ + done, stretches = tiles_.gap_ > 0 ? k / tiles_.stretch_ : 0;
     stride_ = tiles_.a_stride_;
 #pragma GCC unroll 2
-    for (int i = 0; i < kPointers; ++i) a_[i] = tiles_.a_ + 4 * i * stride_ + done;
+    for (int i = 0; i < kPointers; ++i) a_[i] = tiles_.a_ + 4 * i * stride_ + k + stretches * tiles_.gap_;
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) b_[v] = tiles_.b_ + v * tiles_.to_second_ + done * kLanes<Element<S>>;
-    left_ = tiles_.depth_ - done;
+    left_ = smaller((stretches + 1) * tiles_.stretch_ - k, tiles_.depth_ - done);
+    later_ = tiles_.depth_ - done - left_;
+  }
+
+  ALWAYS_INLINE void next_stretch() {
+#pragma GCC unroll 2
+    for (int i = 0; i < kPointers; ++i) a_[i] += tiles_.gap_;
+    left_ = smaller(tiles_.stretch_, later_);
+    later_ -= left_;
   }
 
   ALWAYS_INLINE void begin() {
@@ -237,7 +253,7 @@ class SideTile {
   const Element<S>* b_[Vectors];
   int64_t stride_;
   Vec<T> sums_[Vectors][R];
-  int64_t left_ = 0;  // k
+  int64_t left_ = 0, later_ = 0;  // k of this stretch of A, and after it
 };
 
 #pragma GCC diagnostic pop
@@ -259,6 +275,7 @@ void SideTiles<S, R>::finish() {
       const int64_t left = tile.left();
       for (int64_t k = 0; k < left; ++k) tile.multiply_add();
       tile.pass(left);
+      tile.put_aside();  // before another stretch of A
     });
   }
   count_ = at_ = 0;

@@ -126,17 +126,14 @@ class WeightGradient {
       PlainProduct<S> p;
       p.columns = width_;
       p.b = packed_.get();
+      p.storage = storage_;
       p.segments.length = elements<S>(rows);
       p.segments.stride = stride;
-      constexpr bool kRounds = !std::is_same_v<To, T>;  // what has been summed up in the cache
-      p.fetch_c = !kRounds && rows < kWaiting;
-      Buffer<T> sums(kRounds ? kAtOnce * width_ : 0);
-      if constexpr (kRounds) space_rows(to, sums.get(), width_, kAtOnce);
+      p.fetch_c = rows < kWaiting;
       for (int64_t m = first; m < last; m += kAtOnce) {
         const int64_t count = smaller(kAtOnce, last - m);
-        if constexpr (!kRounds) space_rows(to, grad + m * width_, width_, count);
+        for (int64_t i = 0; i < count; ++i) to[i] = reinterpret_cast<T*>(grad + (m + i) * width_);
         multiply_rows_of(m, count, a + offset[part], from, to, p);
-        if constexpr (kRounds) copy_row(grad + m * width_, sums.get(), count * width_);
       }
     });
   }

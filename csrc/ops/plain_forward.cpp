@@ -110,6 +110,18 @@ bool is_computed(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
+/// Those in hx, None or as torch.nn takes it, of these dimensions; false: Python is to look at it.
+bool read_states(PyObject* hx, bool has_cell, int64_t dims, OptionalTensor (&states)[2]) {
+  if (hx == Py_None) return true;
+  if (has_cell && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != 2)) return false;
+  for (int i = 0; i < 1 + has_cell; ++i) {
+    const at::Tensor* state = tensor(has_cell ? PyTuple_GET_ITEM(hx, i) : hx);
+    if (!state || state->dim() != dims) return false;
+    states[i] = *state;
+  }
+  return true;
+}
+
 /// Of one timestep, without that dimension, the call with it. Nothing: Python is to look at it.
 std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, PyObject* input_object, PyObject* hx,
                                     bool step) {
@@ -130,15 +142,7 @@ std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, PyO
                   cell_info(cell).has_cell,
                   *bidirectional,
                   *batch_first && !step};
-  if (call.layers < 1) return std::nullopt;
-  if (hx != Py_None) {
-    if (call.has_cell && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != 2)) return std::nullopt;
-    for (int i = 0; i < 1 + call.has_cell; ++i) {
-      const at::Tensor* state = tensor(call.has_cell ? PyTuple_GET_ITEM(hx, i) : hx);
-      if (!state || state->dim() != 3) return std::nullopt;
-      call.states[i] = *state;
-    }
-  }
+  if (call.layers < 1 || !read_states(hx, call.has_cell, 3, call.states)) return std::nullopt;
   return call;
 }
 
@@ -248,14 +252,7 @@ PyObject* run_cell(const Keys& keys, const Attributes& own, PyObject* mode, PyOb
   if (at::autocast::is_autocast_enabled(at::kCPU)) return nullptr;  // as of read_call()
   const bool has_cell = cell_info(cell).has_cell;
   OptionalTensor states[2];
-  if (hx != Py_None) {
-    if (has_cell && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != 2)) return nullptr;
-    for (int i = 0; i < 1 + has_cell; ++i) {
-      const at::Tensor* state = tensor(has_cell ? PyTuple_GET_ITEM(hx, i) : hx);
-      if (!state || state->dim() != 2) return nullptr;
-      states[i] = *state;
-    }
-  }
+  if (!read_states(hx, has_cell, 2, states)) return nullptr;
   PyObject* parameters = own.get(keys.parameters);
   if (!parameters || !PyDict_Check(parameters)) return nullptr;
   Weights weights;
