@@ -74,12 +74,13 @@ def test_side_products_are_those_of_a_chunk(cell, size):
         ((400, 16, 96), 1, "packed"),
         ((777, 33, 129), 2, "batch_first"),
         ((32, 257, 130), 1, "dense"),
+        ((500, 90, 80), 1, "dense"),  # which another thread follows, be it asleep or not
     ],
     ids=str,
 )
 @pytest.mark.parametrize("cell", CELLS)
 def test_input_gradients_beside_the_scan(cell, size, directions, layout, set_tuning):
-    """Of one sequence by one thread, by tiles as they suit another processor too, and by two: after the scan."""
+    """Of one sequence, by one thread, by tiles as they suit another processor too, and by one that follows another."""
     length, inputs, hidden = size
     case = Case(cell, layout, bidirectional=directions == 2, size=(length, 1, inputs, hidden))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -95,6 +96,18 @@ def test_input_gradients_beside_the_scan(cell, size, directions, layout, set_tun
             same_bits(gradients(run, problem)[1], grads)
             torch.set_num_threads(4)
             same_bits(gradients(run, problem)[1], grads)
+
+
+@pytest.mark.parametrize(("cell", "hidden"), [("GRU", 100), ("RNN", 257)])
+def test_input_gradients_that_vanish(cell, hidden):
+    """What ends among subnormal numbers, backward from the last state, becomes a zero of the same sign."""
+    layer, sequence = getattr(rnn_ext, cell)(30, hidden), torch.randn(900, 1, 30, requires_grad=True)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append({"input": torch.autograd.grad(layer(sequence)[1].sum(), sequence)[0]})
+    assert (found[0]["input"] == 0).any()
+    same_bits(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

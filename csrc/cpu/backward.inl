@@ -270,7 +270,7 @@ class BackwardScan {
   }
 
   /// The steps of `now`'s chunk, for some members of a team of which `threads` threads run a share each; by one of
-  /// them. `inputs`: whose tiles they take along, if not null.
+  /// them. `inputs`: what plain steps call beside() of, if not null.
   static void run(BackwardScan* const* scans, int count, const ChunkGrads<Cell, S>& now, InputGradient<Cell, S>* inputs,
                   Team& team, int thread, int threads) {
     const BackwardScan& any = *scans[0];
@@ -350,7 +350,10 @@ class BackwardScan {
     const UnitBlocks part = out_part_;
     for (const int64_t end = s + count; s < end; ++s) {
       Side* side = nullptr;
-      if constexpr (!std::is_same_v<Side, NoSideTiles>) side = inputs ? inputs->beside(s) : nullptr;
+      if (inputs) {
+        [[maybe_unused]] auto* const tiles = inputs->beside(s);  // none where weights are widened
+        if constexpr (!std::is_same_v<Side, NoSideTiles>) side = tiles;
+      }
       row.a = reinterpret_cast<const Factor<W>*>(*gate_rows_.get());
       row.backwards = is_backwards(time(now, s));
       *gate_rows_.get() += gates_step;

@@ -272,7 +272,7 @@ class Scans {
  public:
   virtual ~Scans() = default;
   /// The steps of `now`'s chunk, for scans [first, last), which are members of a team or have it to themselves.
-  /// `inputs`: whose tiles they take along, if not null.
+  /// `inputs`: what they call beside() of, if not null.
   virtual void run(int64_t first, int64_t last, const ChunkGrads<Cell, S>& now, InputGradient<Cell, S>* inputs,
                    Team& team, int thread, int threads) const = 0;
   /// After the last chunk.
@@ -324,13 +324,13 @@ class BackwardPass {
   using T = Compute<S>;
 
  public:
-  /// `apart`: see InputGradient.
-  BackwardPass(const BackwardArgs<S>& args, int direction, Shares shares, int threads, T* apart)
+  /// `apart` and `may_follow`: see InputGradient.
+  BackwardPass(const BackwardArgs<S>& args, int direction, Shares shares, int threads, T* apart, bool may_follow)
       : args_(args),
         direction_(direction),
         chunks_(args.layout, direction == 1, args.groups > 0),
         grads_(args.sizes, args.layout.batch, Chunks::capacity(args.layout, args.groups > 0), args.groups == 0),
-        input_(args, grads_, direction, apart, threads <= 1),
+        input_(args, grads_, direction, apart, threads <= 1, may_follow),
         scans_(make_scans<Cell>(args, direction, shares)),
         members_(shares.members),
         group_tasks_(args.groups < threads ? 0 : args.groups),
@@ -343,14 +343,15 @@ class BackwardPass {
   bool next_chunk() {
     ++count_;
     input_.begin_chunk();
+    taken_ = false;
     return grads_.next(chunks_, args_.layout, direction_ == 1);
   }
 
   void scan(int64_t slice) {
     Team alone;
-    InputGradient<Cell, S>* const inputs = input_.takes_along() ? &input_ : nullptr;
+    InputGradient<Cell, S>* const inputs = input_.goes_beside() ? &input_ : nullptr;
     scans_->run(slice * members_, (slice + 1) * members_, grads_, inputs, alone, 0, 1);
-    if (inputs) inputs->finish_tiles();
+    if (inputs) inputs->end_scan();
   }
 
   /// The share of one of several threads in the only slice.
@@ -359,11 +360,24 @@ class BackwardPass {
     team_.run([&] { scans_->run(first, last, grads_, nullptr, team_, thread, threads); });
   }
 
+  /// Whether threads are to call scan_or_follow() instead.
+  bool is_followed() const { return input_.is_followed(); }
+  void scan_or_follow(int thread) {
+    team_.run([&] {
+      if (thread == 0) {
+        scan(0);
+      } else {
+        take();
+      }
+      input_.follow(team_);
+    });
+  }
+
   /// After the scans, before the products; there is something to do only where prepares().
   void prepare() {
     if (!parameters_) return;
     grads_.pair();
-    parameters_->take();
+    take();
   }
   static bool prepares(const Layout& layout) { return kPack<S> > 1 || has_few_rows(layout.rows); }
 
@@ -386,6 +400,11 @@ class BackwardPass {
   }
 
  private:
+  /// What gradients of parameters are made of besides those of the gates.
+  void take() {
+    if (parameters_ && !std::exchange(taken_, true)) parameters_->take();
+  }
+
   int64_t parameter_tasks() const { return parameters_ ? parameters_->tasks() : group_tasks_; }
 
   void run_group(int64_t group, const Executor& executor) {
@@ -407,6 +426,7 @@ class BackwardPass {
   Buffer<int64_t> group_rows_;
   const std::unique_ptr<ParameterGradients<Cell, S>> parameters_;  // null: each group has its own
   int64_t count_ = 0;
+  bool taken_ = false;  // of the chunk
 };
 
 /// Walks the chunks of directions [first, last) side by side, so that every thread has work in each. grad_input of the
@@ -415,9 +435,10 @@ template <class Cell, class S>
 void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int last, Compute<S>* apart) {
   const Shares shares =
       share_out(args.layout, args.sizes, Cell::kGates, sizeof(S), executor, !cells::kIsVariant<Cell>, true);
+  const bool may_follow = executor.run_team && executor.threads > 1 && last - first == 1 && shares.members == 1;
   Several<BackwardPass<Cell, S>> passes(last - first);
   parallel(executor, last - first, [&](int64_t i) {
-    passes[i] = new BackwardPass<Cell, S>(args, first + int(i), shares, executor.threads, apart);
+    passes[i] = new BackwardPass<Cell, S>(args, first + int(i), shares, executor.threads, apart, may_follow);
   });
   for (;;) {
     bool more[2] = {false, false};
@@ -432,6 +453,8 @@ void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int 
     if (shares.members > 1) {
       run_teams(executor, int(scans), shares.members,
                 [&](int i, int thread, int threads) { passes[lead + i]->scan_share(thread, threads); });
+    } else if (passes[0]->is_followed()) {
+      run_teams(executor, 1, 2, [&](int, int thread, int) { passes[0]->scan_or_follow(thread); });
     } else {
       parallel(executor, scans, [&](int64_t task) { passes[lead + task / shares.slices]->scan(task % shares.slices); });
     }

@@ -1,5 +1,5 @@
 // The gradient of a layer's input: gate gradients times weight_ih, for the rows of a chunk once they are scanned or,
-// of one sequence, beside the scan.
+// of one sequence, beside the scan: by the thread that scans, or by another one that follows it.
 
 /// Rows of one task, a few heights of a register tile.
 constexpr int64_t kTaskRows = 48;
@@ -9,56 +9,86 @@ template <class Cell, class S>
 class InputGradient {
   using T = Compute<S>;
   static constexpr bool kTakesAlong = kSidePays<1> && !cells::kIsVariant<Cell>;
-  static constexpr int64_t kRows = kSideRows<1>;
+  static constexpr int64_t kRows = kSideRows<1>;  // of tiles, and after how many steps others hear of them
 
  public:
   /// What the steps of one sequence take along, see row.inl: gradients of the inputs of steps before them.
   using Tiles = std::conditional_t<kTakesAlong, SideTiles<S, kRows>, NoSideTiles>;
 
   /// Of the chunks that `grads` comes to hold. `apart` [T, I]: there instead of in args.grad_input, where that of the
-  /// reverse direction is added to the other's. `alone`: one thread does all there is to do.
-  InputGradient(const BackwardArgs<S>& args, const ChunkGrads<Cell, S>& grads, int direction, T* apart, bool alone)
+  /// reverse direction is added to the other's. `alone`: one thread does all there is to do. `may_follow`: one scans,
+  /// and there are others.
+  InputGradient(const BackwardArgs<S>& args, const ChunkGrads<Cell, S>& grads, int direction, T* apart, bool alone,
+                bool may_follow)
       : args_(args),
         grads_(grads),
         reverse_(direction == 1),
         apart_(apart),
         accumulate_(reverse_ && !apart),
-        takes_along_(alone && beside_pays(args, direction)),
+        packs_whole_(beside_pays(args, direction)),
+        takes_along_(alone && packs_whole_),
+        // Not weights of 16 bits, which follow() would widen for every few rows again.
+        is_followed_(may_follow && has_long_scan(args) && !args.narrow_ih[direction]),
         weight_({args.weights[direction].weight_ih, args.narrow_ih[direction], args.narrow}, args.sizes.hidden,
-                args.sizes.input, args.grad_input.data, beside_pays(args, direction) ? kWhole : args.layout.rows),
+                args.sizes.input, args.grad_input.data, packs_whole_ ? kWhole : args.layout.rows),
         sums_stride_(Sizes::padded(args.sizes.input)),
         sums_(takes_along_ ? kRows * sums_stride_ : 0) {}
 
-  /// Whether the scan is to call beside(), and finish_tiles() at the end of each chunk.
-  bool takes_along() const { return takes_along_; }
+  /// Whether other threads are to follow() the one that scans.
+  bool is_followed() const { return is_followed_; }
+  /// Whether the scan is to call beside(), and end_scan() at the end of each chunk.
+  bool goes_beside() const { return takes_along_ || is_followed_; }
 
-  void begin_chunk() { begun_ = 0; }
+  void begin_chunk() {
+    begun_ = claimed_ = scanned_ = 0;
+    next_ = kRows;
+  }
 
-  /// What the step may take along that is number `step` of the chunk, in the order in which they run.
+  /// Before the step that is number `step` of the chunk, in the order in which they run: what it may take along.
   ALWAYS_INLINE Tiles* beside(int64_t step) {
-    if (step >= begun_ + kRows) next_tiles();
+    if (step >= next_) go_on(step);
     return &tiles_;
   }
 
-  void finish_tiles() {
-    if constexpr (kTakesAlong) {
-      if (begun_ == 0) return;
-      tiles_.finish();
-      const int64_t first = first_row();
-      for (int64_t i = 0; i < kRows; ++i) {
-        T* to = row_at(grads_.chunk.first + first + i);
-        const T* from = sums_.get() + i * sums_stride_;
-        accumulate_ ? add_row(to, from, args_.sizes.input) : copy_row(to, from, args_.sizes.input);
-      }
+  void end_scan() {
+    if (takes_along_) finish_tiles();
+    if (is_followed_) tell(grads_.chunk.rows);
+  }
+
+  /// The rows of the chunk as they are scanned, as many as no other thread takes.
+  void follow(Team& team) {
+    const int64_t rows = grads_.chunk.rows;
+    for (;;) {
+      const int64_t first = __atomic_fetch_add(&claimed_, kFollowed, __ATOMIC_RELAXED);
+      if (first >= rows) return;
+      const int64_t last = smaller(rows, first + kFollowed);
+      team.wait([&] { return __atomic_load_n(&scanned_, __ATOMIC_ACQUIRE) >= last; });
+      reverse_ ? multiply(first, last) : multiply(rows - last, rows - first);
     }
   }
 
-  /// For the rows of the chunk that no step has taken along.
-  int64_t tasks() const { return args_.grad_input.data ? (grads_.chunk.rows - begun_ + kTaskRows - 1) / kTaskRows : 0; }
+  /// For the rows of the chunk that are not there yet.
+  int64_t tasks() const {
+    return args_.grad_input.data && !is_followed_ ? (grads_.chunk.rows - begun_ + kTaskRows - 1) / kTaskRows : 0;
+  }
 
   void run(int64_t task) const {
     const int64_t begin = reverse_ ? begun_ : 0, end = begin + grads_.chunk.rows - begun_;
-    const int64_t first = begin + task * kTaskRows, last = smaller(end, first + kTaskRows);
+    multiply(begin + task * kTaskRows, smaller(end, begin + (task + 1) * kTaskRows));
+  }
+
+ private:
+  static constexpr int64_t kFollowed = 12;  // rows at a time: two tiles (measured)
+
+  /// Whether there is a scan that it could go beside, of so many steps that either way pays (measured).
+  static bool has_long_scan(const BackwardArgs<S>& args) {
+    constexpr int64_t kFewestSteps = 32;
+    return !cells::kIsVariant<Cell> && args.grad_input.data && args.layout.steps >= kFewestSteps &&
+           has_plain_steps(args.layout, args.sizes, args.resets.data);
+  }
+
+  /// Rows of the chunk.
+  void multiply(int64_t first, int64_t last) const {
     Buffer<const S*> a(last - first);
     Buffer<T*> c(last - first);
     const auto find = [&](int64_t t, int64_t j) { return rows_from(args_.grad_input, args_.layout, t, j); };
@@ -82,18 +112,14 @@ class InputGradient {
     weight_.multiply(p);
   }
 
- private:
   /// Whether a scan waits so long for recurrent weights that tiles beside it are faster than after it (measured on Zen
   /// 4, backward of 128 steps: 64 units of an LSTM 1.06 times as fast, of a GRU 1.03, 128 units 1.08, of an RNN 1.05,
-  /// whose 64 units are 0.99: they fit the first-level cache). weight_ih is packed whole for it, which takes some steps
-  /// to pay, and the bits with it: so it is the same for any number of threads.
+  /// whose 64 units are 0.99: they fit the first-level cache). weight_ih is packed whole for it, which can change the
+  /// bits: so the number of threads is not asked.
   static bool beside_pays(const BackwardArgs<S>& args, int direction) {
-    constexpr int64_t kFewestSteps = 32;
-    const Sizes& s = args.sizes;
     const bool stored = args.narrow_ih[direction] || args.narrow_hh[direction];
-    return kTakesAlong && args.grad_input.data && !stored && args.layout.steps >= kFewestSteps &&
-           has_plain_steps(args.layout, s, args.resets.data) &&
-           s.recurrent(Cell::kGates) * int64_t(sizeof(S)) > kFirstCacheWeights;
+    return kTakesAlong && !stored && has_long_scan(args) &&
+           args.sizes.recurrent(Cell::kGates) * int64_t(sizeof(S)) > kFirstCacheWeights;
   }
 
   bool to_apart() const { return reverse_ && apart_; }
@@ -106,10 +132,32 @@ class InputGradient {
   /// Of the last that were begun, in the chunk.
   int64_t first_row() const { return reverse_ ? begun_ - kRows : grads_.chunk.rows - begun_; }
 
-  NO_INLINE void next_tiles() {
+  /// Others: so many steps have been scanned.
+  void tell(int64_t steps) { __atomic_store_n(&scanned_, steps, __ATOMIC_RELEASE); }
+
+  NO_INLINE void go_on(int64_t step) {
+    next_ = step + kRows;
+    takes_along_ ? next_tiles() : tell(step);
+  }
+
+  void finish_tiles() {
+    if constexpr (kTakesAlong) {
+      if (begun_ == 0) return;
+      tiles_.finish();
+      const int64_t first = first_row();
+      for (int64_t i = 0; i < kRows; ++i) {
+        T* to = row_at(grads_.chunk.first + first + i);
+        const T* from = sums_.get() + i * sums_stride_;
+        accumulate_ ? add_row(to, from, args_.sizes.input) : copy_row(to, from, args_.sizes.input);
+      }
+    }
+  }
+
+  void next_tiles() {
     if constexpr (kTakesAlong) {
       finish_tiles();
       begun_ += kRows;
+      static_assert(Cell::ih_slot(0) == 0 && Cell::ih_slot(Cell::kGates - 1) == Cell::kGates - 1);
       SideProduct<S> p;
       p.rows = kRows;
       p.depth = Cell::kGates * elements<S>(args_.sizes.hidden);
@@ -131,10 +179,13 @@ class InputGradient {
   const bool reverse_;
   T* const apart_;
   const bool accumulate_;
-  const bool takes_along_;
+  const bool packs_whole_, takes_along_, is_followed_;
   const BackwardWeight<Cell, S> weight_;
   const int64_t sums_stride_;
   Buffer<T> sums_;     // [kRows, padded I], of the tiles
-  int64_t begun_ = 0;  // rows of the chunk, in the order of their steps
+  int64_t begun_ = 0;  // rows of the chunk that there are tiles of, in the order of their steps
+  int64_t next_ = 0;   // step that is to go_on()
   Tiles tiles_;
+  alignas(64) int64_t scanned_ = 0;  // steps of the chunk, as far as others know
+  alignas(64) int64_t claimed_ = 0;  // rows, by those who follow
 };

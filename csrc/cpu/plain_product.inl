@@ -31,7 +31,7 @@ struct PlainProduct {
   int64_t columns = 0;
   const Activation<S>* const* a = nullptr;  // [rows]
   Compute<S>* const* c = nullptr;           // [rows], of `columns` elements each, which are
-  Storage storage = Storage::kComputed;     // of this; of 16 bits, nothing is accumulated
+  Storage storage = Storage::kComputed;     // of this; of 16 bits in a strided product that accumulates nothing
   const Element<S>* b = nullptr;            // packed, [columns / lanes][k][lanes]; or
   const UnpackedB<S>* unpacked = nullptr;   // packed as it goes; or
   int64_t b_stride = 0;                     // not 0: as it is, see PlainB; of a strided product
@@ -63,11 +63,6 @@ NO_INLINE void plain_product(const PlainProduct<S>& p) {
   };
   const auto finish = [&]<int B>(Patch<1, B> at, const Wide<T, B>* sums) ALWAYS_INLINE_LAMBDA {
     const int64_t column = at.block * kLanes<T>, rest = p.columns - column;
-    if (p.storage != Storage::kComputed) {
-      return with_storage<T>(p.storage, [&]<class To>() ALWAYS_INLINE_LAMBDA {
-        store_vectors<B>(reinterpret_cast<To*>(p.c[at.row]) + column, sums->part, rest);
-      });
-    }
     T* c = p.c[at.row] + column;
     // Added at the end, not started from: so that A B + C does not depend on which of two summands came first.
     V sum[B];
@@ -87,5 +82,20 @@ NO_INLINE void plain_product(const PlainProduct<S>& p) {
       return run_panels<true, S>(p.rows, p.first, last, false, a_row, b, p.segments, init, finish, nothing);
     }
   }
-  product<1, S, kStrided>(p.rows, p.first, last, p.order, a_row, PackedB<S>(p.b, p.unpacked), p.segments, init, finish);
+  const auto multiply = [&](const auto& finish) ALWAYS_INLINE_LAMBDA {
+    product<1, S, kStrided>(p.rows, p.first, last, p.order, a_row, PackedB<S>(p.b, p.unpacked), p.segments, init,
+                            finish);
+  };
+  if constexpr (kStrided && std::is_same_v<T, float>) {
+    if (p.storage != Storage::kComputed) {
+      return with_storage<T>(p.storage, [&]<class To>() {
+        const auto round = [&]<int B>(Patch<1, B> at, const Wide<T, B>* sums) ALWAYS_INLINE_LAMBDA {
+          const int64_t column = at.block * kLanes<T>;
+          store_vectors<B>(reinterpret_cast<To*>(p.c[at.row]) + column, sums->part, p.columns - column);
+        };
+        if constexpr (!std::is_same_v<To, T>) multiply(round);
+      });
+    }
+  }
+  multiply(finish);
 }

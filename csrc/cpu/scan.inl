@@ -157,6 +157,16 @@ class Team {
     }
   }
 
+  /// Returns once has_come(), which another member sees to. Throws Stopped if it does not.
+  template <class Condition>
+  ALWAYS_INLINE void wait(const Condition& has_come) {
+    wait_until([&] {
+      if (has_come()) return true;
+      if (__atomic_load_n(&stopped_, __ATOMIC_ACQUIRE)) throw Stopped();
+      return false;
+    });
+  }
+
   /// `member` is one of `members`. Throws Stopped if another one does not come.
   void meet(int member, int members) {
     if (members == 1) return;
@@ -176,15 +186,6 @@ class Team {
     const unsigned meetings = met_[member].count + 1;
     __atomic_store_n(&met_[member].count, meetings, __ATOMIC_RELEASE);
     wait([&] { return int(__atomic_load_n(&met_[1 - member].count, __ATOMIC_ACQUIRE) - meetings) >= 0; });
-  }
-
-  template <class Condition>
-  ALWAYS_INLINE void wait(const Condition& has_come) {
-    wait_until([&] {
-      if (has_come()) return true;
-      if (__atomic_load_n(&stopped_, __ATOMIC_ACQUIRE)) throw Stopped();
-      return false;
-    });
   }
 
   struct alignas(64) Meetings {

@@ -243,7 +243,10 @@ class SideTile {
     const bool first = tiles_.k_ == 0;
     const T* before = first ? tiles_.bias_ : tiles_.c_;
     const int64_t stride = first ? 0 : tiles_.c_stride_;
-    if (before) each_sum([&](int v, int r) ALWAYS_INLINE_LAMBDA { sums_[v][r] += load(before + lanes_to(v) + r * stride); });
+    each_sum([&](int v, int r) ALWAYS_INLINE_LAMBDA {
+      // The zeros, too, that a sum without a bias begins with: they make a zero of -0.
+      sums_[v][r] += before ? load(before + lanes_to(v) + r * stride) : Vec<T>{};
+    });
   }
 
   static constexpr int kPointers = (R + 3) / 4;  // to rows 0, 4, ..: each reaches three more by its distance
