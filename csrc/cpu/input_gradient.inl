@@ -32,7 +32,8 @@ class InputGradient {
         weight_({args.weights[direction].weight_ih, args.narrow_ih[direction], args.narrow}, args.sizes.hidden,
                 args.sizes.input, args.grad_input.data, packs_whole_ ? kWhole : args.layout.rows),
         sums_stride_(Sizes::padded(args.sizes.input)),
-        sums_(takes_along_ ? kRows * sums_stride_ : 0) {}
+        sums_(takes_along_ ? kRows * sums_stride_ : 0),
+        tiles_(takes_along_ ? std::make_unique<Tiles>() : nullptr) {}
 
   /// Whether other threads are to follow() the one that scans.
   bool is_followed() const { return is_followed_; }
@@ -47,7 +48,7 @@ class InputGradient {
   /// Before the step that is number `step` of the chunk, in the order in which they run: what it may take along.
   ALWAYS_INLINE Tiles* beside(int64_t step) {
     if (step >= next_) go_on(step);
-    return &tiles_;
+    return tiles_.get();
   }
 
   void end_scan() {
@@ -88,7 +89,7 @@ class InputGradient {
   }
 
   /// Rows of the chunk.
-  void multiply(int64_t first, int64_t last) const {
+  NO_INLINE void multiply(int64_t first, int64_t last) const {
     Buffer<const S*> a(last - first);
     Buffer<T*> c(last - first);
     const auto find = [&](int64_t t, int64_t j) { return rows_from(args_.grad_input, args_.layout, t, j); };
@@ -143,7 +144,7 @@ class InputGradient {
   void finish_tiles() {
     if constexpr (kTakesAlong) {
       if (begun_ == 0) return;
-      tiles_.finish();
+      tiles_->finish();
       const int64_t first = first_row();
       for (int64_t i = 0; i < kRows; ++i) {
         T* to = row_at(grads_.chunk.first + first + i);
@@ -169,8 +170,8 @@ class InputGradient {
       p.c_stride = sums_stride_;
       p.b = weight_.packed();
       p.blocks = {0, blocks_of<T>(args_.sizes.input)};
-      tiles_.add(p);
-      tiles_.spread(kRows * (blocks_of<T>(args_.sizes.output()) / kRowBlocks<1>)*p.depth);
+      tiles_->add(p);
+      tiles_->spread(kRows * (blocks_of<T>(args_.sizes.output()) / kRowBlocks<1>)*p.depth);
     }
   }
 
@@ -182,10 +183,10 @@ class InputGradient {
   const bool packs_whole_, takes_along_, is_followed_;
   const BackwardWeight<Cell, S> weight_;
   const int64_t sums_stride_;
-  Buffer<T> sums_;     // [kRows, padded I], of the tiles
-  int64_t begun_ = 0;  // rows of the chunk that there are tiles of, in the order of their steps
-  int64_t next_ = 0;   // step that is to go_on()
-  Tiles tiles_;
-  alignas(64) int64_t scanned_ = 0;  // steps of the chunk, as far as others know
-  alignas(64) int64_t claimed_ = 0;  // rows, by those who follow
+  Buffer<T> sums_;                      // [kRows, padded I], of the tiles
+  int64_t begun_ = 0;                   // rows of the chunk that there are tiles of, in the order of their steps
+  int64_t next_ = 0;                    // step that is to go_on()
+  const std::unique_ptr<Tiles> tiles_;  // null: no step takes any along
+  alignas(64) int64_t scanned_ = 0;     // steps of the chunk, as far as others know
+  alignas(64) int64_t claimed_ = 0;     // rows, by those who follow
 };
