@@ -63,7 +63,7 @@ def test_side_products_are_those_of_a_chunk(cell, size):
                 for piece in sequence.split(12):
                     output, state = layer(piece, state)
                     pieces.append(output)
-            assert torch.equal(torch.cat(pieces), whole)
+            same_bits({"output": torch.cat(pieces)}, {"output": whole})
 
 
 @pytest.mark.parametrize(
@@ -85,12 +85,13 @@ def test_input_gradients_beside_the_scan(cell, size, directions, layout, set_tun
     case = Case(cell, layout, bidirectional=directions == 2, size=(length, 1, inputs, hidden))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         problem = build(case).to(dtype)
-        _, expected = gradients(oracle, problem.to(torch.float64))
+        # Of bfloat16 the bits alone: it may be on the other side of a relu's corner.
+        expected = None if dtype == torch.bfloat16 else gradients(oracle, problem.to(torch.float64))[1]
         for _ in instruction_sets():
             set_tuning(vectors_a_cycle=1)
             torch.set_num_threads(1)
             _, grads = gradients(run, problem)
-            if dtype != torch.bfloat16:  # which may be on the other side of a relu's corner
+            if expected:
                 check_gradients(grads, expected, dtype)
             set_tuning(vectors_a_cycle=2)
             same_bits(gradients(run, problem)[1], grads)
