@@ -23,10 +23,10 @@ class InputGradient {
       : args_(args),
         grads_(grads),
         reverse_(direction == 1),
-        apart_(apart),
+        apart_(reverse_ ? apart : nullptr),
         accumulate_(reverse_ && !apart),
-        packs_whole_(beside_pays(args, direction)),
-        takes_along_(alone && packs_whole_),
+        packs_whole_(may_take_along(args, direction)),
+        takes_along_(alone && packs_whole_ && beside_pays(args)),
         // Not weights of 16 bits, which follow() would widen for every few rows again.
         is_followed_(may_follow && has_long_scan(args) && !args.narrow_ih[direction]),
         weight_({args.weights[direction].weight_ih, args.narrow_ih[direction], args.narrow}, args.sizes.hidden,
@@ -40,14 +40,12 @@ class InputGradient {
   /// Whether the scan is to call beside(), and end_scan() at the end of each chunk.
   bool goes_beside() const { return takes_along_ || is_followed_; }
 
-  void begin_chunk() {
-    begun_ = claimed_ = scanned_ = 0;
-    next_ = kRows;
-  }
+  void begin_chunk() { begun_ = claimed_ = scanned_ = 0; }
 
-  /// Before the step that is number `step` of the chunk, in the order in which they run: what it may take along.
+  /// What the step may take along that is number `step` of the chunk, in the order in which they run. Of each but the
+  /// first, before it runs.
   ALWAYS_INLINE Tiles* beside(int64_t step) {
-    if (step >= next_) go_on(step);
+    if (step == begun_ + kRows) go_on();
     return tiles_.get();
   }
 
@@ -92,14 +90,10 @@ class InputGradient {
   NO_INLINE void multiply(int64_t first, int64_t last) const {
     Buffer<const S*> a(last - first);
     Buffer<T*> c(last - first);
-    const auto find = [&](int64_t t, int64_t j) { return rows_from(args_.grad_input, args_.layout, t, j); };
+    const auto find = [&](int64_t t, int64_t j) { return rows_at(t, j); };
     RowReader reader(args_.layout, grads_.chunk.row + first, find);
     space_rows(a.get(), grads_.gates.get() + first * grads_.stride, grads_.stride, last - first);
-    if (to_apart()) {
-      space_rows(c.get(), apart_ + (grads_.chunk.row + first) * args_.sizes.input, args_.sizes.input, last - first);
-    } else {
-      for (int64_t r = 0; r < last - first; ++r) c.get()[r] = reader.next();
-    }
+    for (int64_t r = 0; r < last - first; ++r) c.get()[r] = reader.next();
     PlainProduct<S> p;
     p.rows = last - first;
     p.columns = args_.sizes.input;
@@ -113,21 +107,31 @@ class InputGradient {
     weight_.multiply(p);
   }
 
-  /// Whether a scan waits so long for recurrent weights that tiles beside it are faster than after it (measured on Zen
-  /// 4, backward of 128 steps: 64 units of an LSTM 1.06 times as fast, of a GRU 1.03, 128 units 1.08, of an RNN 1.05,
-  /// whose 64 units are 0.99: they fit the first-level cache). weight_ih is packed whole for it, which can change the
-  /// bits: so the number of threads is not asked.
-  static bool beside_pays(const BackwardArgs<S>& args, int direction) {
-    const bool stored = args.narrow_ih[direction] || args.narrow_hh[direction];
-    return kTakesAlong && !stored && has_long_scan(args) &&
-           args.sizes.recurrent(Cell::kGates) * int64_t(sizeof(S)) > kFirstCacheWeights;
+  static int64_t recurrent_bytes(const BackwardArgs<S>& args) {
+    return args.sizes.recurrent(Cell::kGates) * int64_t(sizeof(S));
   }
 
-  bool to_apart() const { return reverse_ && apart_; }
+  /// Whether steps can take tiles along. weight_ih is packed whole for it, which can change the bits: so neither the
+  /// number of threads nor the processor is asked.
+  static bool may_take_along(const BackwardArgs<S>& args, int direction) {
+    const bool stored = args.narrow_ih[direction] || args.narrow_hh[direction];
+    return kTakesAlong && !stored && has_long_scan(args) && recurrent_bytes(args) > kFirstCacheWeights;
+  }
 
-  /// Where the gradient goes of the input of a sequence's step.
-  T* row_at(int64_t t) const {
-    return to_apart() ? apart_ + t * args_.sizes.input : args_.grad_input.at(args_.layout, t, 0);
+  /// Whether a scan waits so long for recurrent weights that tiles beside it are faster than after it (measured,
+  /// backward of 128 to 512 steps: on Zen 4 64 units of an LSTM 1.06 times as fast, of a GRU 1.03, 128 units 1.08, of
+  /// an RNN 1.05, whose 64 units are 0.99: they fit the first-level cache; on Zen 5, whose second one is read twice as
+  /// fast, 1.02 to 1.09 between these limits, else 0.93 to 1.00).
+  static bool beside_pays(const BackwardArgs<S>& args) {
+    const int64_t bytes = recurrent_bytes(args);
+    return tuning().vectors_a_cycle == 1 || (bytes > 128 * 1024 && bytes <= 400 * 1024);
+  }
+
+  /// Where the gradients go of the input of row (t, j) and of those after it.
+  EvenRows<T> rows_at(int64_t t, int64_t j) const {
+    if (!apart_) return rows_from(args_.grad_input, args_.layout, t, j);
+    const int64_t row = args_.layout.offsets[t] + j, width = args_.sizes.input;
+    return {apart_ + row * width, width, args_.layout.rows - row};
   }
 
   /// Of the last that were begun, in the chunk.
@@ -136,28 +140,27 @@ class InputGradient {
   /// Others: so many steps have been scanned.
   void tell(int64_t steps) { __atomic_store_n(&scanned_, steps, __ATOMIC_RELEASE); }
 
-  NO_INLINE void go_on(int64_t step) {
-    next_ = step + kRows;
-    takes_along_ ? next_tiles() : tell(step);
+  NO_INLINE void go_on() {
+    if (takes_along_) finish_tiles();
+    begun_ += kRows;
+    takes_along_ ? begin_tiles() : tell(begun_);
   }
 
   void finish_tiles() {
     if constexpr (kTakesAlong) {
       if (begun_ == 0) return;
       tiles_->finish();
-      const int64_t first = first_row();
+      const EvenRows<T> to = rows_at(grads_.chunk.first + first_row(), 0);
       for (int64_t i = 0; i < kRows; ++i) {
-        T* to = row_at(grads_.chunk.first + first + i);
+        T* row = to.first + i * to.distance;
         const T* from = sums_.get() + i * sums_stride_;
-        accumulate_ ? add_row(to, from, args_.sizes.input) : copy_row(to, from, args_.sizes.input);
+        accumulate_ ? add_row(row, from, args_.sizes.input) : copy_row(row, from, args_.sizes.input);
       }
     }
   }
 
-  void next_tiles() {
+  void begin_tiles() {
     if constexpr (kTakesAlong) {
-      finish_tiles();
-      begun_ += kRows;
       static_assert(Cell::ih_slot(0) == 0 && Cell::ih_slot(Cell::kGates - 1) == Cell::kGates - 1);
       SideProduct<S> p;
       p.rows = kRows;
@@ -184,8 +187,7 @@ class InputGradient {
   const BackwardWeight<Cell, S> weight_;
   const int64_t sums_stride_;
   Buffer<T> sums_;                      // [kRows, padded I], of the tiles
-  int64_t begun_ = 0;                   // rows of the chunk that there are tiles of, in the order of their steps
-  int64_t next_ = 0;                    // step that is to go_on()
+  int64_t begun_ = 0;                   // rows of the chunk, in the order of their steps: tiles begun, or told of
   const std::unique_ptr<Tiles> tiles_;  // null: no step takes any along
   alignas(64) int64_t scanned_ = 0;     // steps of the chunk, as far as others know
   alignas(64) int64_t claimed_ = 0;     // rows, by those who follow

@@ -111,7 +111,7 @@ bool is_computed(at::ScalarType type) {
 }
 
 /// Those in hx, None or as torch.nn takes it, of these dimensions; false: Python is to look at it.
-bool read_states(PyObject* hx, bool has_cell, int64_t dims, OptionalTensor (&states)[2]) {
+bool read_hx(PyObject* hx, bool has_cell, int64_t dims, OptionalTensor (&states)[2]) {
   if (hx == Py_None) return true;
   if (has_cell && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != 2)) return false;
   for (int i = 0; i < 1 + has_cell; ++i) {
@@ -142,7 +142,7 @@ std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, PyO
                   cell_info(cell).has_cell,
                   *bidirectional,
                   *batch_first && !step};
-  if (call.layers < 1 || !read_states(hx, call.has_cell, 3, call.states)) return std::nullopt;
+  if (call.layers < 1 || !read_hx(hx, call.has_cell, 3, call.states)) return std::nullopt;
   return call;
 }
 
@@ -252,7 +252,7 @@ PyObject* run_cell(const Keys& keys, const Attributes& own, PyObject* mode, PyOb
   if (at::autocast::is_autocast_enabled(at::kCPU)) return nullptr;  // as of read_call()
   const bool has_cell = cell_info(cell).has_cell;
   OptionalTensor states[2];
-  if (!read_states(hx, has_cell, 2, states)) return nullptr;
+  if (!read_hx(hx, has_cell, 2, states)) return nullptr;
   PyObject* parameters = own.get(keys.parameters);
   if (!parameters || !PyDict_Check(parameters)) return nullptr;
   Weights weights;
