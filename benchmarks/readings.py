@@ -43,6 +43,11 @@ def is_disturbed(row: dict[str, Any]) -> bool:
     return row["threads"] == 1 and row["cpu_share"] is not None and row["cpu_share"] < 0.97
 
 
+def is_far_apart(row: dict[str, Any]) -> bool:
+    """Whether what a core wrote took longer to another one than by way of a cache that they had in common."""
+    return (row.get("distance") or 0) > 120e-9  # older results lack it
+
+
 def losses(result: dict[str, Any]) -> list[tuple[dict[str, Any], str, float]]:
     """(row, peer, ratio of the times) of every contestant that is faster than ours beyond noise, worst first."""
     found = []

@@ -48,7 +48,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn_ext
-from rnn_ext import bench, ops
+from rnn_ext import _C, bench, ops
 from rnn_ext._files import write
 from rnn_ext._options import Parser, output_file, positive_int, positive_number
 from rnn_ext.bench import CELLS, Case, Workload, duration, ragged
@@ -248,6 +248,7 @@ def measure_row(row: Row, threads: int, seconds: float, ceilings: dict[str, Any]
         "floor": None,
         "rates": {},
         "cpu_share": None,
+        "distance": None,
     }
     left_out: dict[str, str] = result["left_out"]
     if row.case is not None:
@@ -283,6 +284,7 @@ def measure_row(row: Row, threads: int, seconds: float, ceilings: dict[str, Any]
             beside = ceiling.beside(row.case, row.mode == "training", threads) if has_floor else {}
             times = bench.interleave(runs | {name: work.run for name, work in beside.items()}, seconds, threads)
             result["cpu_share"] = (time.process_time() - cpu) / (time.perf_counter() - start)
+            result["distance"] = 1e-9 * _C.thread_distance() if threads > 1 else None
             result["times"] = {name: dataclasses.asdict(times[name]) for name in runs}
             result["rates"] = ceiling.rates(beside, {name: times[name].median for name in beside})
             if has_floor:

@@ -13,6 +13,7 @@ from readings import (
     best_peer,
     floor_share,
     is_disturbed,
+    is_far_apart,
     is_peer,
     losses,
     median,
@@ -69,6 +70,10 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         if turns:
             low, middle, high = min(turns), statistics.median(turns), max(turns)
             yield f"  In turns with the rows: {middle:.0f} GFLOP/s in the median, {low:.0f} to {high:.0f}."
+        apart = [row["distance"] for row in rows_of(result, threads) if row.get("distance")]
+        if apart:
+            low, middle, high = (duration(seconds) for seconds in (min(apart), statistics.median(apart), max(apart)))
+            yield f"  What a core writes comes to another one in {middle} in the median, {low} to {high}."
         for dtype, ways in ceilings["cells"].items():
             costs = (f"{cell.upper()} {' and '.join(f'{1e9 * ways[way][cell]:.2f}' for way in ways)}" for cell in CELLS)
             yield f"  A cell alone, forward and backward, in {dtype}: {', '.join(costs)} ns a unit."
@@ -82,7 +87,8 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield "Medians ± half of the middle 50 %. Speed-ups are the time of the other / the time of rnn_ext: below 1 is a"
     yield "loss. The floor is what a call, cells, flops and reads of the weights, timed beside the row, allow"
     yield "(benchmarks/ceilings.py). A * marks rows during which other processes had the core for more than 3 % of the"
-    yield "time, which is not counted but leaves its traces in the caches."
+    yield "time, which is not counted but leaves its traces in the caches; a ° those of several threads whose cores had"
+    yield "no cache in common, as happens to a virtual machine: what one of them writes takes long to come to another."
     yield ""
     found = losses(result)
     compared = sum(len(list(filter(is_peer, row["times"]))) for row in result["rows"])
@@ -141,7 +147,7 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield "|" + "---|" * len(head)
     for row in rows:
-        cells = [row["name"] + " *" * is_disturbed(row), MODES[row["mode"]]]
+        cells = [row["name"] + " *" * is_disturbed(row) + " °" * is_far_apart(row), MODES[row["mode"]]]
         for name in names:
             timing = row["times"].get(name)
             cells.append(_spread(timing) if timing else "-")

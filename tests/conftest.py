@@ -33,6 +33,7 @@ def _same_start():
         ops.set_cpu_capability(capability)
         _C.widen_always(False)
         _C.multiply_integers(True)
+        _C.assume_thread_distance(-1)
     torch.set_grad_enabled(grad_mode)
     torch.set_default_dtype(dtype)
 

@@ -403,6 +403,35 @@ def test_calls_in_quick_succession_keep_a_thread_awake(policy, woken):
     assert script(WOKEN, OMP_WAIT_POLICY=policy, OMP_NUM_THREADS="1") == f"{woken}\n"
 
 
+FAR = """
+import os, torch
+from rnn_ext import RNN, _C
+
+_C.assume_thread_distance(DISTANCE)
+module = RNN(64, 64, backend="custom")
+output = module(torch.zeros(400, 1, 64))[0].sum()  # less than threads are woken for
+torch.set_num_threads(2)
+alone = len(os.listdir("/proc/self/task"))
+for _ in range(1000):
+    torch.autograd.grad(output, list(module.parameters()), retain_graph=True)
+print(len(os.listdir("/proc/self/task")) - alone)
+"""
+
+
+@pytest.mark.parametrize(("distance", "woken"), [(50, 1), (250, 0)])
+def test_little_work_backward_is_shared_by_threads_that_are_near(distance, woken):
+    """What they pass on to each other would cost those that are far apart more than they gain."""
+    if len(os.sched_getaffinity(0)) < 2:
+        woken = 0
+    assert script(FAR.replace("DISTANCE", str(distance)), OMP_NUM_THREADS="1") == f"{woken}\n"
+
+
+def test_distance_of_threads():
+    assert _C.thread_distance() == 0
+    torch.set_num_threads(2)
+    assert 0 < _C.thread_distance() < 1e9
+
+
 UNDISTURBED = """
 import math, torch
 torch.set_flush_denormal(FLUSH)

@@ -109,6 +109,10 @@ struct Executor {
   void (*run_team)(int threads, void (*fn)(void*, int, int), void* context) = nullptr;
   /// Whether the threads that have run something wait for more without falling asleep, for some milliseconds.
   bool waits_actively = false;
+  /// Whether what one thread has written takes long to come to another. Asks threads, so that they had better be awake.
+  /// Null: unknown.
+  bool (*asks_if_far)() = nullptr;
+  bool are_far = false;  // as it said, where that was asked
 };
 
 struct Sizes {

@@ -11,6 +11,7 @@
 #include "cpu/with_cell.h"
 #include "ops/calls.h"
 #include "ops/each.h"
+#include "ops/executor.h"
 #include "ops/layer.h"
 #include "ops/packed_cache.h"
 #include "ops/plain_forward.h"
@@ -141,6 +142,9 @@ PYBIND11_MODULE(_C, m) {
       pybind11::arg("vectors_a_cycle") = 1, pybind11::arg("fetch_panels") = false, pybind11::arg("joins_far") = false,
       "Choose otherwise, for tests; while nothing computes.");
   m.def("widen_always", &rnn_ext::cpu::widen_always, "See csrc/cpu/layer.h; for tests.");
+  m.def("thread_distance", &rnn_ext::ops::thread_distance, py::call_guard<py::gil_scoped_release>(),
+        "See csrc/ops/executor.h.");
+  m.def("assume_thread_distance", &rnn_ext::ops::assume_thread_distance, "See csrc/ops/executor.h; for tests.");
   m.def("multiply_integers", &rnn_ext::cpu::multiply_integers, "See csrc/cpu/quantized.h; for tests.");
   m.def("computes_bfloat16", &rnn_ext::cpu::computes_bfloat16,
         "Whether the instruction set in use multiplies bfloat16.");
