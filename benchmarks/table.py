@@ -72,8 +72,8 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
             yield f"  In turns with the rows: {middle:.0f} GFLOP/s in the median, {low:.0f} to {high:.0f}."
         apart = [row["distance"] for row in rows_of(result, threads) if row.get("distance")]
         if apart:
-            low, middle, high = (duration(seconds) for seconds in (min(apart), statistics.median(apart), max(apart)))
-            yield f"  What a core writes comes to another one in {middle} in the median, {low} to {high}."
+            low, middle, high = (1e9 * seconds for seconds in (min(apart), statistics.median(apart), max(apart)))
+            yield f"  What a core writes comes to another in {middle:.0f} ns in the median, {low:.0f} to {high:.0f}."
         for dtype, ways in ceilings["cells"].items():
             costs = (f"{cell.upper()} {' and '.join(f'{1e9 * ways[way][cell]:.2f}' for way in ways)}" for cell in CELLS)
             yield f"  A cell alone, forward and backward, in {dtype}: {', '.join(costs)} ns a unit."
