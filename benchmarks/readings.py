@@ -44,7 +44,7 @@ def is_disturbed(row: dict[str, Any]) -> bool:
 
 
 def is_far_apart(row: dict[str, Any]) -> bool:
-    """Whether what a core wrote took longer to another one than by way of a cache that they had in common."""
+    """Whether what a core wrote took longer to another one than through a cache in common: as csrc/ops/executor.cpp."""
     return (row.get("distance") or 0) > 120e-9  # older results lack it
 
 

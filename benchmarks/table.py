@@ -87,8 +87,8 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield "Medians ± half of the middle 50 %. Speed-ups are the time of the other / the time of rnn_ext: below 1 is a"
     yield "loss. The floor is what a call, cells, flops and reads of the weights, timed beside the row, allow"
     yield "(benchmarks/ceilings.py). A * marks rows during which other processes had the core for more than 3 % of the"
-    yield "time, which is not counted but leaves its traces in the caches; a ° those of several threads whose cores had"
-    yield "no cache in common, as happens to a virtual machine: what one of them writes takes long to come to another."
+    yield "time, which is not counted but leaves its traces in the caches; a ° those of several threads that were far"
+    yield "apart after it, on cores without a cache in common, as happens to a virtual machine, or on busy ones."
     yield ""
     found = losses(result)
     compared = sum(len(list(filter(is_peer, row["times"]))) for row in result["rows"])

@@ -241,6 +241,18 @@ def test_several_rows_do_not_depend_on_more(cell, dtype):
                 same_bits(run(problem.first_entries(n)), {name: t[:, :n] for name, t in together.items()})
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_rows_of_one_timestep_do_not_depend_on_more(cell, dtype):
+    """To the bit, by weights as they lie: the lines of a row of these several at a time, in pairs, and what is left."""
+    for inputs, hidden in ((127, 65), (136, 33), (300, 256), (1100, 300)):
+        problem = build(Case(cell, size=(1, 4, inputs, hidden))).to(dtype)
+        for _ in instruction_sets():
+            together = run(problem)
+            for n in (1, 2, 3):
+                same_bits(run(problem.first_entries(n)), {name: t[:, :n] for name, t in together.items()})
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_steps_of_many_rows_and_of_few(cell, layout):

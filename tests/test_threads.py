@@ -408,8 +408,8 @@ import os, torch
 from rnn_ext import RNN, _C
 
 _C.assume_thread_distance(DISTANCE)
-module = RNN(64, 64, backend="custom")
-output = module(torch.zeros(400, 1, 64))[0].sum()  # less than threads are woken for
+module = RNN(UNITS, UNITS, backend="custom", bidirectional=BOTH)
+output = module(torch.zeros(STEPS, BATCH, UNITS))[0].sum()  # not so much that torch would wake a thread
 torch.set_num_threads(2)
 alone = len(os.listdir("/proc/self/task"))
 for _ in range(1000):
@@ -418,12 +418,26 @@ print(len(os.listdir("/proc/self/task")) - alone)
 """
 
 
-@pytest.mark.parametrize(("distance", "woken"), [(50, 1), (250, 0)])
-def test_little_work_backward_is_shared_by_threads_that_are_near(distance, woken):
+@pytest.mark.parametrize(
+    ("steps", "batch", "units", "both", "shared_if_far"),
+    [  # multiply-adds
+        (400, 1, 64, False, False),  # 3.3e6: little
+        (405, 1, 80, False, False),  # 5.2e6: little for each row
+        (120, 1, 150, False, True),  # 5.4e6, of 4.5e4 for each row
+        (30, 10, 64, False, False),  # 2.5e6: little
+        (30, 16, 64, False, True),  # 3.9e6 of several sequences
+        (200, 1, 64, True, True),  # each thread takes a direction
+    ],
+)
+def test_little_work_backward_is_shared_by_threads_that_are_near(steps, batch, units, both, shared_if_far):
     """What they pass on to each other would cost those that are far apart more than they gain."""
-    if len(os.sched_getaffinity(0)) < 2:
-        woken = 0
-    assert script(FAR.replace("DISTANCE", str(distance)), OMP_NUM_THREADS="1") == f"{woken}\n"
+    two = len(os.sched_getaffinity(0)) > 1
+    names = {"STEPS": steps, "BATCH": batch, "UNITS": units, "BOTH": both}
+    for distance, shared in ((50, True), (250, shared_if_far)):
+        code = FAR.replace("DISTANCE", str(distance))
+        for name, value in names.items():
+            code = code.replace(name, str(value))
+        assert script(code, OMP_NUM_THREADS="1") == f"{int(two and shared)}\n", distance
 
 
 def test_distance_of_threads():

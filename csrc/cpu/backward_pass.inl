@@ -435,8 +435,7 @@ template <class Cell, class S>
 void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int last, Compute<S>* apart) {
   const Shares shares =
       share_out(args.layout, args.sizes, Cell::kGates, sizeof(S), executor, !cells::kIsVariant<Cell>, true);
-  const bool may_follow =
-      executor.run_team && executor.threads > 1 && !executor.are_far && last - first == 1 && shares.members == 1;
+  const bool may_follow = executor.run_team && executor.threads > 1 && last - first == 1 && shares.members == 1;
   Several<BackwardPass<Cell, S>> passes(last - first);
   parallel(executor, last - first, [&](int64_t i) {
     passes[i] = new BackwardPass<Cell, S>(args, first + int(i), shares, executor.threads, apart, may_follow);

@@ -98,10 +98,11 @@ constexpr double kWorthwhile = 5e6;
 /// The same of threads that are awake. (One timestep, calls up to 0.3 ms apart: 1.0 to 1.3 times as fast at 1e6, up to
 /// 2.4 times at 2.6e6, one row of 512 units; 0.8 to 1.1 at 5e5.)
 constexpr double kWorthwhileAwake = 1e6;
-/// Multiply-adds of a row that one thread scans and others need for their products, where they are far from it. (Zen 5,
-/// 250 ns apart, backward: about even at 3.3e4, of an RNN of 128 units; one of 64 takes 1.3 times as long. Of less than
-/// kWorthwhile in all, threads that are awake made backward 1.1 to 1.6 times as long, more often than they gained.)
-constexpr double kWorthPassingOn = 4e4;
+/// What backward of one direction is given threads for that are far from each other, as each reads what another one has
+/// written. (Zen 5, 250 ns apart. Of one sequence, multiply-adds of a row: about even at 3.3e4, an RNN of 128 units;
+/// one of 64 takes 1.3 to 1.4 times as long. Of several, all multiply-adds: 1.05 to 1.2 times as long at 2e6, but as
+/// often faster, 0.9 to 0.6 times from 3e6 on.)
+constexpr double kWorthPassingOn = 4e4, kWorthwhileFar = 3e6;
 /// Threads that wait actively do so longer: libgomp's for some 5 to 15 ms, if there are no more than processors.
 constexpr auto kAwake = std::chrono::milliseconds(1);
 
@@ -114,10 +115,10 @@ double multiply_adds(CellKind cell, const Sizes& sizes, const Layout& layout) {
 thread_local std::chrono::steady_clock::time_point last_end;
 
 /// Calls fn(executor) with as many threads as it is worth to have. `pace`: how many times as fast as float is what it
-/// computes. `passes_on`: whether threads pass so much on to each other that it matters how far they are apart.
+/// computes. `backward`: threads pass so much on to each other that it matters how far they are apart.
 template <class Fn>
 void with_threads(const Executor& executor, CellKind cell, const Sizes& sizes, const Layout& layout, const Fn& fn,
-                  double pace = 1, bool passes_on = false) {
+                  double pace = 1, bool backward = false) {
   using Clock = std::chrono::steady_clock;
   // Few rows take as long as their weights take to come from the third-level cache (measured on a Xeon: one timestep of
   // a row and 1e6 weights or more is as fast with a thread that has to be woken, twice as fast with one that is awake).
@@ -127,10 +128,12 @@ void with_threads(const Executor& executor, CellKind cell, const Sizes& sizes, c
   if (work < kWorthwhileAwake) return fn(Executor{});
   // Soon after such a call the threads are awake or, if that did without them, will be from this call on.
   const bool awake = executor.waits_actively && work < kWorthwhile && Clock::now() - last_end < kAwake;
-  Executor used = work < kWorthwhile && !awake ? Executor{} : executor;
-  used.are_far = passes_on && used.threads > 1 && executor.asks_if_far && executor.asks_if_far();
-  const bool is_little = awake || (layout.batch == 1 && work < kWorthPassingOn * double(layout.rows));
-  fn(used.are_far && is_little ? Executor{} : used);
+  bool shares = awake || work >= kWorthwhile;
+  if (shares && backward && sizes.directions == 1 && executor.are_far) {
+    const double least_one = std::max(kWorthwhile, kWorthPassingOn * double(layout.rows));
+    shares = work >= (layout.batch == 1 ? least_one : kWorthwhileFar) || !executor.are_far();
+  }
+  fn(shares ? executor : Executor{});
   last_end = Clock::now();
 }
 

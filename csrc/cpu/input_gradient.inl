@@ -42,8 +42,8 @@ class InputGradient {
 
   void begin_chunk() { begun_ = claimed_ = scanned_ = 0; }
 
-  /// What the step may take along that is number `step` of the chunk, in the order in which they run. Of each but the
-  /// first, before it runs.
+  /// What the step may take along that is number `step` of the chunk, in the order in which they run. Of the second and
+  /// those after it, one after the other, before they run; not of a sequence's last.
   ALWAYS_INLINE Tiles* beside(int64_t step) {
     if (step == begun_ + kRows) go_on();
     return tiles_.get();
@@ -121,7 +121,7 @@ class InputGradient {
   /// Whether a scan waits so long for recurrent weights that tiles beside it are faster than after it (measured,
   /// backward of 128 to 512 steps: on Zen 4 64 units of an LSTM 1.06 times as fast, of a GRU 1.03, 128 units 1.08, of
   /// an RNN 1.05, whose 64 units are 0.99: they fit the first-level cache; on Zen 5, whose second one is read twice as
-  /// fast, 1.02 to 1.09 between these limits, else 0.93 to 1.00).
+  /// fast, 1.02 to 1.09 between these limits, else 0.93 to 1.00; not on Intel's, which are taken to be like it).
   static bool beside_pays(const BackwardArgs<S>& args) {
     const int64_t bytes = recurrent_bytes(args);
     return tuning().vectors_a_cycle == 1 || (bytes > 128 * 1024 && bytes <= 400 * 1024);

@@ -111,8 +111,7 @@ struct Executor {
   bool waits_actively = false;
   /// Whether what one thread has written takes long to come to another. Asks threads, so that they had better be awake.
   /// Null: unknown.
-  bool (*asks_if_far)() = nullptr;
-  bool are_far = false;  // as it said, where that was asked
+  bool (*are_far)() = nullptr;
 };
 
 struct Sizes {
@@ -226,7 +225,7 @@ bool set_capability(const char* name);
 /// What processors that run the same kernels do better one way or the other. Results do not depend on it.
 struct Tuning {
   // 1 or 2 multiply-adds that begin in a cycle: how wide tiles of side.inl are and how many rows they go through, which
-  // steps join
+  // steps join, which take gradients of inputs along
   int vectors_a_cycle;
   bool fetch_panels;  // product.inl asks for weights beyond the second-level cache before it needs them
   bool joins_far;     // steps of an LSTM or GRU compute their input gates themselves, see inputs.inl, with such weights

@@ -95,7 +95,7 @@ std::atomic<double> assumed_distance{-1};
 
 /// The same as it was a short time ago: threads move, and so do the cores of a virtual machine.
 double recent_distance() {
-  constexpr Clock::duration kShort = std::chrono::milliseconds(100);
+  constexpr Clock::duration kShort = std::chrono::milliseconds(100), kLong = std::chrono::seconds(1);
   thread_local double distance = 0;
   thread_local Clock::time_point next;
   const double assumed = assumed_distance.load(std::memory_order_relaxed);
@@ -104,7 +104,7 @@ double recent_distance() {
   if (begin >= next) {
     distance = thread_distance();
     const Clock::time_point end = Clock::now();
-    next = end + std::max(kShort, 100 * (end - begin));  // threads that share a core can take long to answer
+    next = end + std::clamp(100 * (end - begin), kShort, kLong);  // threads that share a core take long to answer
   }
   return distance;
 }
@@ -112,8 +112,10 @@ double recent_distance() {
 }  // namespace
 
 double thread_distance() {
-  constexpr int kMost = 16, kRounds = 10;  // threads that are asked, and how often each: the fastest answer counts
-  struct alignas(128) Line {               // not half of a pair, which some processors fetch together
+  // Threads, how often each is asked, and how many times in turn: reading the clock can take longer than an answer. The
+  // fastest counts.
+  constexpr int kMost = 16, kTimes = 4, kRounds = 4;
+  struct alignas(128) Line {  // not half of a pair, which some processors fetch together
     std::atomic<int> round{0};
     void wait_for(int wanted) const {
       for (int looks = 0; round.load(std::memory_order_acquire) != wanted; ++looks)
@@ -127,7 +129,7 @@ double thread_distance() {
     threads = std::min(threads, kMost);
     if (thread >= threads) return;
     if (thread > 0) {
-      for (int round = 1; round <= kRounds; ++round) {
+      for (int round = 1; round <= kTimes * kRounds; ++round) {
         asked[thread].wait_for(round);
         answered[thread].round.store(round, std::memory_order_release);
       }
@@ -135,16 +137,18 @@ double thread_distance() {
     }
     for (int other = 1; other < threads; ++other) {
       Clock::duration fastest = Clock::duration::max();
-      for (int round = 1; round <= kRounds; ++round) {
+      for (int time = 0; time < kTimes; ++time) {
         const Clock::time_point begin = Clock::now();
-        asked[other].round.store(round, std::memory_order_release);
-        answered[other].wait_for(round);
+        for (int round = time * kRounds + 1; round <= (time + 1) * kRounds; ++round) {
+          asked[other].round.store(round, std::memory_order_release);
+          answered[other].wait_for(round);
+        }
         fastest = std::min(fastest, Clock::now() - begin);
       }
       longest = std::max(longest, fastest);
     }
   });
-  return std::chrono::duration<double, std::nano>(longest).count() / 2;
+  return std::chrono::duration<double, std::nano>(longest).count() / (2 * kRounds);
 }
 
 void assume_thread_distance(double nanoseconds) { assumed_distance = nanoseconds; }
@@ -159,7 +163,7 @@ cpu::Executor executor() {
   executor.threads = forked || at::in_parallel_region() ? 1 : at::get_num_threads();
   executor.waits_actively = executor.threads <= most_active;
   // Cores with a last level of cache in common are up to 80 ns apart, others 160 ns and more (measured on Zen 5).
-  if (executor.waits_actively) executor.asks_if_far = [] { return recent_distance() > 120; };
+  if (executor.waits_actively) executor.are_far = [] { return recent_distance() > 120; };
   // Tasks are not equally long, so a thread takes the next one when it is free.
   executor.run = [](int64_t tasks, void (*fn)(void*, int64_t), void* context) {
     std::atomic<int64_t> next{0};

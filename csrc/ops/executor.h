@@ -13,7 +13,7 @@ cpu::Executor executor();
 void leave_inherited_pool();
 
 /// Nanoseconds that what a thread of torch's pool writes takes to come to another one: the longest from the one that
-/// calls, measured now. 0 where there is none.
+/// calls to one of the next 15, measured now. 0 where there is none.
 double thread_distance();
 
 /// What it is taken to be from now on by those who would measure it, for tests; below 0: as it is.
