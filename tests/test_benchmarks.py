@@ -496,6 +496,7 @@ def made_up():
             "floor": {"seconds": 5e-4, "bound": "bandwidth", "in_turn": 8e-4} if section == "grid" else None,
             "rates": {"flops": 5e10 + 1e10 * threads, "read": 1e10} if section == "grid" else {},
             "cpu_share": 0.5 if section == "hidden" else 1.0,
+            "distance": None if threads == 1 else 2.5e-7 if case.cell == "rnn" else 5e-8,
         }
 
     rows = []
@@ -538,7 +539,22 @@ def test_table_shows_losses():
     assert "GRU N=1 L=8 I=4 H=2 *" in text  # disturbed
     assert "About 0.5 s for each row: " in text
     assert "turns with the rows: 60 GFLOP/s in the median, 60 to 60." in text
+    assert "comes to another in 50 ns in the median, 50 to 250." in text
+    with_two = text[text.index("input size = H; 2 thread(s)") :]
+    assert "| RNN N=1 L=8 H=4 ° |" in with_two and "| LSTM N=1 L=8 H=4 |" in with_two  # far apart, and near
+    assert "| RNN N=1 L=8 H=4 |" in text  # with one thread
     assert "| GRU | 2 KiB | 2 KiB | - | - |" in text
+
+
+def test_older_results_are_drawn_up_too():
+    """They do not say how far apart threads were."""
+    import table
+
+    result = made_up()
+    for row in result["rows"]:
+        del row["distance"]
+    assert "°" not in table.markdown(result).split("## Losses")[1]
+    assert "comes to another" not in table.markdown(result)
 
 
 def test_targets():
