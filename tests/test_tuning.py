@@ -95,7 +95,7 @@ def test_input_gradients_beside_the_scan(cell, size, directions, layout, set_tun
                 check_gradients(grads, expected, dtype)
             set_tuning(vectors_a_cycle=2)
             same_bits(gradients(run, problem)[1], grads)
-            for threads, distance in ((2, 1000), (2, 0), (4, 0)):  # far from each other, none follows
+            for threads, distance in ((2, 1000), (2, 0), (4, 0)):  # far from each other, little is left to one
                 torch.set_num_threads(threads)
                 _C.assume_thread_distance(distance)
                 same_bits(gradients(run, problem)[1], grads)
