@@ -407,9 +407,9 @@ FAR = """
 import os, torch
 from rnn_ext import RNN, _C
 
-_C.assume_thread_distance(DISTANCE)
-module = RNN(UNITS, UNITS, backend="custom", bidirectional=BOTH)
-output = module(torch.zeros(STEPS, BATCH, UNITS))[0].sum()  # not so much that torch would wake a thread
+_C.assume_thread_distance(distance)
+module = RNN(units, units, backend="custom", bidirectional=both)
+output = module(torch.zeros(steps, batch, units))[0].sum()  # not so much that torch would wake a thread
 torch.set_num_threads(2)
 alone = len(os.listdir("/proc/self/task"))
 for _ in range(1000):
@@ -434,12 +434,9 @@ def test_little_work_backward_is_shared_by_threads_that_are_near(steps, batch, u
     # Two threads on one processor do not wait actively: they are not asked, and get what is worth waking one for.
     much = steps * batch * (2 if both else 1) * 2 * units**2 >= 5e6
     alone = len(os.sched_getaffinity(0)) < 2
-    names = {"STEPS": steps, "BATCH": batch, "UNITS": units, "BOTH": both}
     for distance, shared in ((50, True), (250, shared_if_far)):
-        code = FAR.replace("DISTANCE", str(distance))
-        for name, value in names.items():
-            code = code.replace(name, str(value))
-        found = script(code, OMP_WAIT_POLICY="active", OMP_NUM_THREADS="1")
+        values = f"distance, steps, batch, units, both = {distance, steps, batch, units, both}\n"
+        found = script(values + FAR, OMP_WAIT_POLICY="active", OMP_NUM_THREADS="1")
         assert found == f"{int(much if alone else shared)}\n", distance
 
 
