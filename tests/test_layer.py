@@ -253,6 +253,65 @@ def test_rows_of_one_timestep_do_not_depend_on_more(cell, dtype):
                 same_bits(run(problem.first_entries(n)), {name: t[:, :n] for name, t in together.items()})
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_steps_in_one_go_and_one_by_one(cell, dtype):
+    """To the bit: those whose rows all move on by the same distance, and those that find their rows anew each time.
+
+    Resets that reset nothing make them do that. Rows of one batch lie differently in the three layouts.
+    """
+    for size in ((9, 3, 5, 18), (9, 8, 40, 64), (4, 13, 64, 130), (70, 2, 16, 32)):
+        length, batch, inputs, _ = size
+        problem = build(Case(cell, bidirectional=True, size=size)).to(dtype)
+        transposed = dataclasses.replace(
+            problem, case=problem.case.but(layout="batch_first"), input=problem.input.transpose(0, 1).contiguous()
+        )
+        packed = dataclasses.replace(
+            problem,
+            case=problem.case.but(layout="packed"),
+            input=problem.input.reshape(length * batch, inputs),
+            batch_sizes=torch.full((length,), batch),
+        )
+        for _ in instruction_sets():
+            one_by_one = run(dataclasses.replace(problem, resets=torch.zeros(length, batch, dtype=torch.bool)))
+            for other, time_first in ((problem, lambda t: t), (transposed, lambda t: t.transpose(0, 1))):
+                with torch.no_grad():
+                    inferred = run(other)
+                for results in (inferred, run(other.requiring())):
+                    sequences = ("output", "cells")
+                    same_bits({k: time_first(t) if k in sequences else t for k, t in results.items()}, one_by_one)
+            same_bits({k: t.view_as(one_by_one[k]) for k, t in run(packed).items()}, one_by_one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_of_weights_from_rows_as_they_lie(cell, layout, dtype):
+    """Rows of whole vectors need not be packed: few and many of them, after initial states or after none."""
+    for size in ((5, 1, 32, 16), (40, 1, 16, 32), (9, 5, 64, 16), (140, 3, 16, 48), (700, 1, 96, 16), (1, 150, 16, 16)):
+        for state in (True, False):
+            problem = build(Case(cell, layout, bidirectional=True, state=state, size=size))
+            agree(problem.to(dtype), dtype)
+            if layout != "packed":  # rows that do not follow each other at one distance
+                lying = problem.input.transpose(0, 1).contiguous().transpose(0, 1)
+                agree(dataclasses.replace(problem, input=lying).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [(6, 1), (3, 7), (150, 1), (70, 6)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_zeros_before_a_sequence_multiply_nan(cell, rows, dtype):
+    """As torch's do: the gradient of a step without a state before it reaches weight_hh if it is not a number."""
+    problem = build(Case(cell, bidirectional=True, state=False, size=(*rows, 16, 32))).to(dtype)
+    grad = torch.zeros(*rows, 64, dtype=dtype)
+    grad[0, 0, 3] = grad[-1, -1, 40] = torch.nan  # of either direction's first step
+    _, expected = gradients(oracle, problem.to(torch.float64), {"output": grad.double()})
+    for _ in instruction_sets():
+        _, grads = gradients(run, problem, {"output": grad})
+        for name, want in expected.items():
+            assert torch.equal(grads[name].isnan(), want.isnan()), name
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_steps_of_many_rows_and_of_few(cell, layout):

@@ -251,7 +251,7 @@ def test_gradients_of_few_rows(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("rows", [1, 4, 5, 33, 128])
+@pytest.mark.parametrize("rows", [1, 4, 5, 33, 128, 129, 1000])
 def test_gradients_are_rounded_once(rows, dtype):
     """To the nearest, the even one of two; sums of whole numbers that float32 holds and 16 bits do not."""
     generator = torch.Generator().manual_seed(rows)
@@ -268,6 +268,25 @@ def test_gradients_are_rounded_once(rows, dtype):
         assert torch.equal(weight_hh, torch.zeros_like(weight_hh))
         for bias in biases:
             assert torch.equal(bias, grad[0].double().sum(0).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("rows", [(1, 1), (5, 1), (40, 3), (150, 1), (70, 6)], ids=str)
+def test_gradients_of_the_input_are_rounded_once(rows, dtype):
+    generator = torch.Generator().manual_seed(sum(rows))
+    whole = lambda most, *size: torch.randint(-most, most, size, generator=generator).to(dtype)  # noqa: E731
+    input, grad = torch.zeros(*rows, 20, dtype=dtype, requires_grad=True), whole(60, *rows, 33)
+    weights = [whole(30, 33, 20), torch.zeros(33, 33, dtype=dtype), *torch.ones(2, 33, dtype=dtype)]
+    exact = grad.double() @ weights[0].double()
+    assert not torch.equal(exact, exact.to(dtype).double())
+    lengths = torch.tensor([(7 * n) % rows[0] + 1 for n in range(rows[1])])
+    over = torch.arange(rows[0])[:, None] >= lengths
+    for _ in instruction_sets():
+        output = ops.layer(input, None, None, weights, cell="rnn_relu")[0]
+        assert torch.equal(torch.autograd.grad(output, input, grad)[0], exact.to(dtype))
+        output = ops.layer(input, None, None, weights, cell="rnn_relu", lengths=lengths)[0]
+        of_some = torch.where(over[..., None], 0, exact).to(dtype)
+        assert torch.equal(torch.autograd.grad(output, input, grad)[0], of_some)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -9,11 +9,23 @@ struct EvenRows {
   int64_t distance, count;
 };
 
+/// The distance between rows of a sequence that follow each other in the layout's internal order, if they are evenly
+/// spaced over all timesteps; else 0.
+template <class T>
+int64_t even_distance(const Sequence<T>& sequence, const Layout& layout) {
+  if (layout.packed) return sequence.row;
+  if (!has_all_rows(layout)) return 0;
+  if (layout.batch == 1) return sequence.step;
+  return !layout.order && sequence.step == layout.batch * sequence.row ? sequence.row : 0;
+}
+
 /// Row (t, j) of a sequence, and those after it in the layout's internal order as far as they are evenly spaced.
 template <class T>
 EvenRows<T> rows_from(const Sequence<T>& sequence, const Layout& layout, int64_t t, int64_t j) {
-  if (is_one_sequence(layout)) return {sequence.at(layout, t, 0), sequence.to_next(layout, false), layout.steps - t};
-  return {sequence.at(layout, t, j), sequence.row, layout.order && !layout.packed ? 1 : layout.batch_sizes[t] - j};
+  T* const first = sequence.at(layout, t, j);
+  if (const int64_t distance = even_distance(sequence, layout))
+    return {first, distance, layout.rows - layout.offsets[t] - j};
+  return {first, sequence.row, layout.order && !layout.packed ? 1 : layout.batch_sizes[t] - j};
 }
 
 /// Walks the rows of a layout in their internal order, from number `row` on. find(t, j): EvenRows from row (t, j) on.
@@ -33,6 +45,17 @@ class RowReader {
   ALWAYS_INLINE auto next() {
     if (taken_ == rows_.count) find_more();
     return rows_.first + taken_++ * rows_.distance;
+  }
+  ALWAYS_INLINE auto operator()(int64_t) { return next(); }
+
+  /// The next rows, at most so many, as far as they are evenly spaced.
+  auto take(int64_t most) {
+    if (taken_ == rows_.count) find_more();
+    auto taken = rows_;
+    taken.first += taken_ * rows_.distance;
+    taken.count = smaller(rows_.count - taken_, most);
+    taken_ += taken.count;
+    return taken;
   }
   /// The j of the row that was next, where find() finds one at a time.
   int64_t j() const { return j_; }
@@ -63,12 +86,14 @@ EvenRows<const S> previous_outputs(const BackwardArgs<S>& args, int direction, i
   const Layout& layout = args.layout;
   const bool reverse = direction == 1;
   const int64_t before = step_after(layout, !reverse, t, 1), out = args.sizes.output();
-  const int64_t rows = is_one_sequence(layout) ? layout.steps - t : layout.batch_sizes[t] - j;
+  const bool all = has_all_rows(layout);
+  const int64_t rows = (all ? layout.rows - layout.offsets[t] : layout.batch_sizes[t]) - j;
   EvenRows<const S> found = {nullptr, 0, 1};
   if (args.resets.data && begins(args.resets, layout, reverse, t, j)) return found;
   if (before >= 0 && j < layout.batch_sizes[before]) {
     found = rows_from(args.output, layout, before, j);
     found.first += direction * out;
+    if (!all) found.count = smaller(found.count, layout.batch_sizes[before] - j);
   } else if (args.h_0) {
     found = {initial_output(args, direction, j), out, layout.order ? 1 : layout.batch_sizes[t] - j};
   } else {
@@ -107,8 +132,11 @@ class Chunks {
     return whole ? layout.rows : smaller(layout.rows, kRows + layout.batch);
   }
 
+  /// There is no other.
+  bool at_end() const { return reverse_ ? next_ >= layout_.steps : next_ <= 0; }
+
   bool next(Chunk* chunk) {
-    if (reverse_ ? next_ >= layout_.steps : next_ <= 0) return false;
+    if (at_end()) return false;
     *chunk = Chunk{next_, next_, 0, 0};
     while (chunk->rows < rows_ && (reverse_ ? chunk->last < layout_.steps : chunk->first > 0)) {
       const int64_t t = reverse_ ? chunk->last++ : --chunk->first;
@@ -195,8 +223,8 @@ struct ChunkGrads {
   }
   void pair(const S* from, int64_t width, Element<S>* to) const {
     for (int64_t r = 0; r < chunk.rows; r += 2, from += 2 * width, to += width) {
-      for (int64_t i = 0; i < width; i += kLanes<Element<S>>)
-        store_pairs(to + i, from + i, r + 1 < chunk.rows ? from + width + i : nullptr, width - i);
+      store_paired_rows(from, r + 1 < chunk.rows ? from + width : nullptr, width,
+                        [&](int64_t i) { return to + i * kLanes<Element<S>>; });
     }
   }
 };

@@ -61,26 +61,26 @@ class ParameterGradients {
   /// Of few rows, before the tasks.
   void take() {
     const int64_t rows = grads_.chunk.rows;
-    with_inputs([&](const auto& row) { input_.take(rows, row); });
-    with_previous_outputs([&](const auto& row) { hidden_.take(rows, row); });
-    if (args_.sizes.proj) with_unprojected([&](const auto& row) { proj_.take(rows, row); });
+    with_inputs([&](auto&& row) { input_.take(rows, row); });
+    with_previous_outputs([&](auto&& row) { hidden_.take(rows, row); });
+    if (args_.sizes.proj) with_unprojected([&](auto&& row) { proj_.take(rows, row); });
   }
 
-  /// `begin`: the chunk is the first.
-  void run(int64_t task, bool begin) {
+  /// `begin` and `end`: the chunk is the first and the last.
+  void run(int64_t task, bool begin, bool end) {
     if (task < input_.tasks()) {
       const auto slot = [](int g) { return Cell::ih_slot(g); };
-      return add_gates(input_, task, begin, slot, [&](const auto& fn) { with_inputs(fn); });
+      return add_gates(input_, task, begin, end, slot, [&](const auto& fn) { with_inputs(fn); });
     }
     task -= input_.tasks();
     if (task < hidden_.tasks()) {
       const auto slot = [](int g) { return Cell::hh_slot(g); };
-      return add_gates(hidden_, task, begin, slot, [&](const auto& fn) { with_previous_outputs(fn); });
+      return add_gates(hidden_, task, begin, end, slot, [&](const auto& fn) { with_previous_outputs(fn); });
     }
     task -= hidden_.tasks();
     if (task < proj_.tasks()) {
       const int64_t offset[1] = {0};
-      return add(proj_, task, begin, grads_.proj_columns(), grads_.proj_stride, offset,
+      return add(proj_, task, begin, end, grads_.proj_columns(), grads_.proj_stride, offset,
                  [&](const auto& fn) { with_unprojected(fn); });
     }
     add_biases();
@@ -103,23 +103,24 @@ class ParameterGradients {
 
  private:
   /// A task of one gradient. with_rows: one of with_..() below.
-  void add(WeightGradient<S>& to, int64_t task, bool begin, const Element<S>* columns, int64_t stride,
+  void add(WeightGradient<S>& to, int64_t task, bool begin, bool end, const Element<S>* columns, int64_t stride,
            const int64_t* offset, const auto& with_rows) {
-    with_rows([&](const auto& row) { to.add(task, columns, stride, offset, grads_.chunk.rows, begin, row); });
+    with_rows([&](auto&& row) { to.add(task, columns, stride, offset, grads_.chunk.rows, begin, end, row); });
   }
 
   /// `slot(g)`: the gate gradients of gate g.
-  void add_gates(WeightGradient<S>& to, int64_t task, bool begin, const auto& slot, const auto& with_rows) {
+  void add_gates(WeightGradient<S>& to, int64_t task, bool begin, bool end, const auto& slot, const auto& with_rows) {
     int64_t offset[Cell::kGates];
     for (int g = 0; g < Cell::kGates; ++g) offset[g] = slot(g) * args_.sizes.padded();
-    add(to, task, begin, grads_.gate_columns(), grads_.stride, offset, with_rows);
+    add(to, task, begin, end, grads_.gate_columns(), grads_.stride, offset, with_rows);
   }
 
-  /// Calls fn(row): row(i) is, whatever i, what went into the product with weight_ih in the next row of the chunk.
+  /// Calls fn(row): row(i) is, whatever i, what went into the product with weight_ih in the next row of the chunk; it
+  /// may be a RowReader.
   void with_inputs(const auto& fn) const {
     const auto find = [&](int64_t t, int64_t j) { return rows_from(args_.input, args_.layout, t, j); };
     RowReader reader(args_.layout, grads_.chunk.row, find);
-    fn([&](int64_t) { return reader.next(); });
+    fn(reader);
   }
 
   /// The same of weight_hh; null where that was zeros.
@@ -134,17 +135,19 @@ class ParameterGradients {
       return found;
     };
     RowReader reader(args_.layout, grads_.chunk.row, find);
-    fn([&](int64_t) -> const S* {
-      const S* at = reader.next();
-      if constexpr (cells::kIsVariant<Cell>) {
+    if constexpr (cells::kIsVariant<Cell>) {
+      fn([&](int64_t) -> const S* {
+        const S* at = reader.next();
         if (masks && at) {
           const int64_t entry = direction_ * args_.layout.batch + args_.layout.entry(reader.j());
           multiply_rows(masked.get(), at, masks + entry * width, width);
           at = masked.get();
         }
-      }
-      return at;
-    });
+        return at;
+      });
+    } else {
+      fn(reader);
+    }
   }
 
   /// The same of weight_hr.
@@ -221,7 +224,7 @@ class GroupGradients {
   }
 
   int64_t tasks() const { return parameters_.tasks(); }
-  void run(int64_t task) { parameters_.run(task, true); }
+  void run(int64_t task) { parameters_.run(task, true, true); }
   void finish() { parameters_.finish(); }
 
  private:
@@ -391,7 +394,7 @@ class BackwardPass {
 
   void run_product(int64_t task) {
     if (task >= parameter_tasks()) return input_.run(task - parameter_tasks());
-    parameters_ ? parameters_->run(task, count_ == 1) : run_group(task, Executor());
+    parameters_ ? parameters_->run(task, count_ == 1, chunks_.at_end()) : run_group(task, Executor());
   }
 
   void finish() {
@@ -496,7 +499,9 @@ void backward(const BackwardArgs<S>& args, const Executor& executor) {
     walk<Cell, S>(args, executor, 0, 2, apart.get());
   }
   if (!args.grad_input.data) return;
-  const auto find = [&](int64_t t, int64_t j) { return rows_from(args.grad_input, args.layout, t, j); };
+  const auto find = [&](int64_t t, int64_t j) {
+    return rows_from(args.grad_input.template of<T>(), args.layout, t, j);
+  };
   RowReader reader(args.layout, 0, find);
   for (int64_t r = 0; r < rows; ++r) {
     T* to = reader.next();

@@ -278,7 +278,8 @@ Narrow narrow_backward(CellKind cell, Variant variant, const Sizes& sizes, const
   Narrow narrow;
   if (!kernels<S>().forward) return narrow;  // cannot widen them
   const bool few = has_few_rows(layout.rows);
-  narrow.grads = few;
+  narrow.grads = true;
+  narrow.grad_input = sizes.directions == 1;  // else it is the sum of two
   if (kernels<S>().backward || variant != Variant::kPlain) return narrow;
   narrow.weight_ih = few;
   narrow.weight_hh = (few && layout.steps <= 1) || widens_backward<S>(cell, sizes, layout);

@@ -56,6 +56,7 @@ class ForwardScan {
         tail_(!short_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
         keep_(keeps(args)),
         is_plain_(!short_ && has_plain_steps(layout_, args.sizes, args.resets.data)),
+        has_even_steps_(has_even_steps()),
         panel_(by_panels_ ? larger(elements<S>(args.sizes.input), elements<S>(out_)) * UnpackedB<S>::kMostVectors *
                                 kLanes<Element<S>>
                           : 0),
@@ -118,14 +119,14 @@ class ForwardScan {
         if (joined_) copy_inputs(place_rows(t, 0));
         if constexpr (cells::kIsVariant<Cell>) {
           variant_step({t, rows, gates, now, next});
+          team_.meet(member_, members_);
+          if (!joined_) gates += rows;
         } else {
-          step(t, rows, gates, now, next);
+          s = run_steps(s, has_even_steps_ ? end : s + 1, rows, gates, now, next) - 1;
         }
-        team_.meet(member_, members_);
-        if (!joined_) gates += rows;
-        const int64_t after = step_after(layout_, reverse_, t, 1);
-        const int64_t stay = after < 0 ? 0 : smaller(layout_.batch_sizes[t], layout_.batch_sizes[after]);
-        write_h_n(next, stay, layout_.batch_sizes[t]);
+        const int64_t last = time(s), after = step_after(layout_, reverse_, last, 1);
+        const int64_t stay = after < 0 ? 0 : smaller(layout_.batch_sizes[last], layout_.batch_sizes[after]);
+        write_h_n(next, stay, layout_.batch_sizes[last]);
         std::swap(now, next);
       }
       if (args_.progress) __atomic_store_n(&args_.progress->steps, s, __ATOMIC_RELEASE);
@@ -197,6 +198,11 @@ class ForwardScan {
   /// Of a stack whose layers run at the same time: the one above waits for the first chunk, or for two if
   /// `projects_ahead_`.
   bool pipelined() const { return args_.progress || args_.below; }
+
+  /// Whether each step has all rows, at a distance from those of the step before. (A projection places its own.)
+  bool has_even_steps() const {
+    return has_all_rows(layout_) && !args_.resets.data && !args_.sizes.proj && !copies_inputs();
+  }
 
   /// Whether step t computes its input gates itself, in one go with the recurrent product: they stay in the registers,
   /// but for those of a split gate and of a tail. The sums are the same.
@@ -274,12 +280,15 @@ class ForwardScan {
     A *now, *next;
   };
 
-  void step(int64_t t, int64_t rows, T* const* gates, A* now, A* next) {
+  /// The steps [s, end), one or more if they are even, each of so many rows that have been placed for the first one or,
+  /// where they do not join, for all. `next` is what the last one has written. Returns `end`.
+  int64_t run_steps(int64_t s, int64_t end, int64_t rows, T* const*& gates, A*& now, A*& next) {
+    int64_t t = time(s);
     S** outputs = output_rows_.get();
-    S** cells = cell_rows_.get();
+    S** cells = Cell::kHasCell ? cell_rows_.get() : nullptr;
     find_rows(outputs, args_.output, layout_, t, slice_.first, rows, direction_ * out_);
-    if (Cell::kHasCell && cells) find_rows(cells, args_.cells, layout_, t, slice_.first, rows, direction_ * hidden_);
-    const StepRows at = {gates, outputs, cells, now, next};
+    if (cells) find_rows(cells, args_.cells, layout_, t, slice_.first, rows, direction_ * hidden_);
+    StepRows at = {gates, outputs, cells, now, next};
     const auto sums = first_sums(at);
     const auto fetch_output = [&]<int B>(Patch<1, B> to) ALWAYS_INLINE_LAMBDA {
       constexpr int kBlocksOfLine = 64 / RNN_EXT_VECTOR_BYTES;
@@ -294,24 +303,47 @@ class ForwardScan {
       sums(of, acc);
     };
     const auto finish = cell(at);
-    if (short_) {
-      const S* rounded = narrowed(now, rows, out_padded_, out_);
-      run_short(rows, [&](int64_t r) { return rounded + r * out_padded_; }, init, finish);
-    } else {
-      const auto a_row = [&](int64_t r) { return reinterpret_cast<const Factor<S>*>(now + r * out_padded_); };
-      const UnpackedB<S> unpacked = unpacked_b(args_.weights[direction_].weight_hh, out_);
-      const auto recurrent = [&](UnitBlocks blocks, const auto& init, bool tail) {
-        product<G, S>(rows, blocks.first, blocks.last, step_order(layout_.batch_sizes[t], t), a_row,
-                      PackedB<S>(weights_.hidden.get(), by_panels_ ? &unpacked : nullptr),
-                      OneSegment{elements<S>(out_)}, init, finish, tail, &side_,
-                      gates_ahead(t, joined_ ? 1 : chunk_steps_));
-      };
-      if constexpr (!kWidens<S>) {
-        if (joined_) join_inputs(t, rows, fetch_output, init, recurrent);
+    const auto a_row = [&](int64_t r) { return reinterpret_cast<const Factor<S>*>(at.now + r * out_padded_); };
+    const UnpackedB<S> unpacked = unpacked_b(args_.weights[direction_].weight_hh, out_);
+    const auto recurrent = [&](UnitBlocks blocks, const auto& init, bool tail) {
+      product<G, S>(rows, blocks.first, blocks.last, step_order(layout_.batch_sizes[t], t), a_row,
+                    PackedB<S>(weights_.hidden.get(), by_panels_ ? &unpacked : nullptr), OneSegment{elements<S>(out_)},
+                    init, finish, tail, &side_, gates_ahead(t, joined_ ? 1 : chunk_steps_));
+    };
+    for (;;) {
+      if (short_) {
+        const S* rounded = narrowed(at.now, rows, out_padded_, out_);
+        run_short(rows, [&](int64_t r) { return rounded + r * out_padded_; }, init, finish);
+      } else {
+        if constexpr (!kWidens<S>) {
+          if (joined_) join_inputs(t, rows, fetch_output, init, recurrent);
+        }
+        if (!joined_) recurrent(part_, init, tail_);
       }
-      if (!joined_) recurrent(part_, init, tail_);
+      if (args_.sizes.proj) project(t, rows, at.next);
+      team_.meet(member_, members_);
+      if (!joined_) at.gates += rows;
+      if (++s == end) break;
+      t = time(s);
+      go_on(rows, outputs, cells);
+      std::swap(at.now, at.next);
     }
-    if (args_.sizes.proj) project(t, rows, next);
+    gates = at.gates;
+    now = at.now;
+    next = at.next;
+    return end;
+  }
+
+  /// From the rows of one even step to those of the next.
+  void go_on(int64_t rows, S** outputs, S** cells) {
+    const auto move = [&](auto** at, int64_t distance) {
+      for (int64_t r = 0; r < rows; ++r) at[r] += distance;
+    };
+    move(outputs, args_.output.to_next_step(layout_, reverse_));
+    if (cells) move(cells, args_.cells.to_next_step(layout_, reverse_));
+    if (!joined_) return;
+    move(input_rows_.get(), args_.input.to_next_step(layout_, reverse_));
+    if (keep_) move(gate_rows(), (reverse_ ? -1 : 1) * layout_.batch * gates_stride_);
   }
 
   /// Where the gates of the step go that so many steps later runs, if they are kept.
@@ -494,6 +526,7 @@ class ForwardScan {
   const bool tail_;       // this part ends with one
   const bool keep_;
   const bool is_plain_;
+  const bool has_even_steps_;
   Buffer<Element<S>> panel_;  // where by_panels_
   const int64_t gates_stride_;
   SharedChunks<T>* const chunks_;  // with another thread; null: not shared

@@ -25,6 +25,7 @@ class InputGradient {
         reverse_(direction == 1),
         apart_(reverse_ ? apart : nullptr),
         accumulate_(reverse_ && !apart),
+        storage_(apart_ ? Storage::kComputed : args.grad_input_storage()),
         packs_whole_(may_take_along(args, direction)),
         takes_along_(alone && packs_whole_ && beside_pays(args)),
         // Not weights of 16 bits, which follow() would widen for every few rows again.
@@ -88,14 +89,24 @@ class InputGradient {
 
   /// Rows of the chunk.
   NO_INLINE void multiply(int64_t first, int64_t last) const {
-    Buffer<const S*> a(last - first);
-    Buffer<T*> c(last - first);
-    const auto find = [&](int64_t t, int64_t j) { return rows_at(t, j); };
-    RowReader reader(args_.layout, grads_.chunk.row + first, find);
-    space_rows(a.get(), grads_.gates.get() + first * grads_.stride, grads_.stride, last - first);
-    for (int64_t r = 0; r < last - first; ++r) c.get()[r] = reader.next();
+    const int64_t rows = last - first;
+    const bool rounds = storage_ != Storage::kComputed;
+    Buffer<const S*> a(rows);
+    Buffer<T*> c(rows);
+    Buffer<T> unrounded(rounds ? rows * sums_stride_ : 0);
+    const auto each_row = [&]<class To>(const auto& fn) {
+      const auto find = [&](int64_t t, int64_t j) { return rows_at<To>(t, j); };
+      RowReader reader(args_.layout, grads_.chunk.row + first, find);
+      for (int64_t r = 0; r < rows; ++r) fn(r, reader.next());
+    };
+    space_rows(a.get(), grads_.gates.get() + first * grads_.stride, grads_.stride, rows);
+    if (rounds) {
+      space_rows(c.get(), unrounded.get(), sums_stride_, rows);
+    } else {
+      each_row.template operator()<T>([&](int64_t r, T* to) { c.get()[r] = to; });
+    }
     PlainProduct<S> p;
-    p.rows = last - first;
+    p.rows = rows;
     p.columns = args_.sizes.input;
     p.a = a.get();
     p.c = c.get();
@@ -103,8 +114,12 @@ class InputGradient {
     p.segments.length = elements<S>(args_.sizes.hidden);
     for (int g = 0; g < Cell::kGates; ++g) p.segments.offset[g] = Cell::ih_slot(g) * args_.sizes.padded() / kPack<S>;
     p.accumulate = accumulate_;
-    p.fetch_c = true;
+    p.fetch_c = !rounds;
     weight_.multiply(p);
+    if (!rounds) return;
+    with_storage<T>(storage_, [&]<class To>() {
+      each_row.template operator()<To>([&](int64_t r, To* to) { copy_row(to, c.get()[r], args_.sizes.input); });
+    });
   }
 
   static int64_t recurrent_bytes(const BackwardArgs<S>& args) {
@@ -128,10 +143,15 @@ class InputGradient {
   }
 
   /// Where the gradients go of the input of row (t, j) and of those after it.
-  EvenRows<T> rows_at(int64_t t, int64_t j) const {
-    if (!apart_) return rows_from(args_.grad_input, args_.layout, t, j);
-    const int64_t row = args_.layout.offsets[t] + j, width = args_.sizes.input;
-    return {apart_ + row * width, width, args_.layout.rows - row};
+  template <class To>
+  EvenRows<To> rows_at(int64_t t, int64_t j) const {
+    if constexpr (std::is_same_v<To, T>) {
+      if (apart_) {
+        const int64_t row = args_.layout.offsets[t] + j, width = args_.sizes.input;
+        return {apart_ + row * width, width, args_.layout.rows - row};
+      }
+    }
+    return rows_from(args_.grad_input.template of<To>(), args_.layout, t, j);
   }
 
   /// Of the last that were begun, in the chunk.
@@ -150,12 +170,20 @@ class InputGradient {
     if constexpr (kTakesAlong) {
       if (begun_ == 0) return;
       tiles_->finish();
-      const EvenRows<T> to = rows_at(grads_.chunk.first + first_row(), 0);
-      for (int64_t i = 0; i < kRows; ++i) {
-        T* row = to.first + i * to.distance;
-        const T* from = sums_.get() + i * sums_stride_;
-        accumulate_ ? add_row(row, from, args_.sizes.input) : copy_row(row, from, args_.sizes.input);
-      }
+      with_storage<T>(storage_, [&]<class To>() {
+        const EvenRows<To> to = rows_at<To>(grads_.chunk.first + first_row(), 0);
+        for (int64_t i = 0; i < kRows; ++i) {
+          To* row = to.first + i * to.distance;
+          const T* from = sums_.get() + i * sums_stride_;
+          if constexpr (std::is_same_v<To, T>) {
+            if (accumulate_) {
+              add_row(row, from, args_.sizes.input);
+              continue;
+            }
+          }
+          copy_row(row, from, args_.sizes.input);
+        }
+      });
     }
   }
 
@@ -183,6 +211,7 @@ class InputGradient {
   const bool reverse_;
   T* const apart_;
   const bool accumulate_;
+  const Storage storage_;  // of what it writes
   const bool packs_whole_, takes_along_, is_followed_;
   const BackwardWeight<Cell, S> weight_;
   const int64_t sums_stride_;

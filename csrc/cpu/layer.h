@@ -79,6 +79,15 @@ struct Sequence {
   int64_t to_next(const Layout& layout, bool reverse) const {
     return (reverse ? -1 : 1) * (layout.packed ? row : step);
   }
+  /// Of steps that all have all rows, the distance between two timesteps.
+  int64_t to_next_step(const Layout& layout, bool reverse) const {
+    return (reverse ? -1 : 1) * (layout.packed ? layout.batch * row : step);
+  }
+  /// Of untyped memory.
+  template <class To>
+  Sequence<To> of() const {
+    return {static_cast<To*>(data), step, row};
+  }
 };
 
 /// The weights of one direction, or their gradients (null where not wanted), as torch.nn lays them out.
@@ -187,7 +196,7 @@ struct BackwardArgs {
   Sequence<const S> grad_cells;
   const S* grad_h_n = nullptr;
   const S* grad_c_n = nullptr;
-  Sequence<Compute<S>> grad_input;  // data may be null: not wanted, as in all that follow
+  Sequence<void> grad_input;  // of Compute<S>, but see below; data may be null: not wanted, as in all that follow
   Compute<S>* grad_h_0 = nullptr;
   Compute<S>* grad_c_0 = nullptr;
   Weights<void> grad_weights[2];  // of Compute<S>, but see below
@@ -200,8 +209,10 @@ struct BackwardArgs {
   Storage narrow = Storage::kComputed;                // which they are
   const void *narrow_ih[2] = {}, *narrow_hh[2] = {};  // weights as they are stored, in the place of those above
   bool narrow_grads = false;                          // gradients of weights are stored so as well
+  bool narrow_grad_input = false;                     // and that of the input
 
   Storage grad_storage() const { return narrow_grads ? narrow : Storage::kComputed; }
+  Storage grad_input_storage() const { return narrow_grad_input ? narrow : Storage::kComputed; }
 };
 
 /// Where a plain layer without projection is differentiated, in which direction, and what comes of it.
@@ -250,6 +261,7 @@ bool computes_forward(CellKind cell, const Sizes& sizes, const Layout& layout);
 struct Narrow {
   bool weight_ih = false, weight_hh = false;  // though all else has been converted to float
   bool grads = false;                         // of weights and biases
+  bool grad_input = false;
 };
 template <class S>
 Narrow narrow_backward(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout);

@@ -119,6 +119,32 @@ ALWAYS_INLINE void store_pairs(Pair* to, const From* low, const From* high, int6
   __builtin_memcpy(static_cast<void*>(to), &pairs, sizeof(pairs));
 }
 
+#if RNN_EXT_VECTOR_BYTES == 64
+/// The same of two vectors of pairs, all of whose numbers are there: half the instructions.
+ALWAYS_INLINE void store_pairs(Pair* to, Pair* to_second, const BFloat16* low, const BFloat16* high) {
+  const __m512i a = _mm512_loadu_si512(low), b = _mm512_loadu_si512(high);
+  const __m512i first = _mm512_unpacklo_epi16(a, b), second = _mm512_unpackhi_epi16(a, b);  // halves of each 16 bytes
+  const __m512i order = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+  const __m512i order_of_second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi64(first, order, second));
+  _mm512_storeu_si512(to_second, _mm512_permutex2var_epi64(first, order_of_second, second));
+}
+#endif
+
+/// Pairs of two rows of `count` numbers that follow each other in k, vector i of them at to(i).
+template <class From>
+ALWAYS_INLINE void store_paired_rows(const From* low, const From* high, int64_t count, const auto& to) {
+  constexpr int n = kLanes<Element<BFloat16>>;
+  int64_t i = 0;
+#if RNN_EXT_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<From, BFloat16>) {
+    for (; low && high && (i + 2) * n <= count; i += 2) store_pairs(to(i), to(i + 1), low + i * n, high + i * n);
+  }
+#endif
+  for (; i * n < count; ++i)
+    store_pairs(to(i), low ? low + i * n : nullptr, high ? high + i * n : nullptr, count - i * n);
+}
+
 /// Registers that as many elements take.
 template <class S>
 constexpr int kOperandRegisters = int(sizeof(typename Operand<S>::Lanes) / sizeof(Vec<Compute<S>>));

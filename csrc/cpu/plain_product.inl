@@ -2,7 +2,7 @@
 
 /// Pack B [K, columns], whose row k is row(k) (null: zeros), into [block][k][lanes]. Rows are asked for in order.
 template <class S, class Row>
-void pack_rows(Element<S>* out, const Row& row, int64_t depth, int64_t first_column, int64_t columns) {
+void pack_rows(Element<S>* out, Row&& row, int64_t depth, int64_t first_column, int64_t columns) {
   constexpr int n = kLanes<Element<S>>;
   const int64_t blocks = blocks_of<Compute<S>>(columns), packed_depth = elements<S>(depth);
   for (int64_t k = 0; k < packed_depth; ++k) {
@@ -15,11 +15,8 @@ void pack_rows(Element<S>* out, const Row& row, int64_t depth, int64_t first_col
       }
     } else {
       const auto* next = k * kPack<S> + 1 < depth ? row(k * kPack<S> + 1) : nullptr;
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t column = first_column + block * n;
-        store_pairs(out + (block * packed_depth + k) * n, from ? from + column : nullptr,
-                    next ? next + column : nullptr, columns - block * n);
-      }
+      store_paired_rows(from ? from + first_column : nullptr, next ? next + first_column : nullptr, columns,
+                        [&](int64_t block) { return out + (block * packed_depth + k) * n; });
     }
   }
 }

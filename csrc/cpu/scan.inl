@@ -91,8 +91,11 @@ inline bool begins(const Sequence<const bool>& resets, const Layout& layout, boo
   return t + 1 < layout.steps && j < layout.batch_sizes[t + 1] && *resets.at(layout, t + 1, j);
 }
 
+/// Of the whole batch in every step.
+inline bool has_all_rows(const Layout& layout) { return layout.rows == layout.steps * layout.batch; }
+
 /// Of one row in every step.
-inline bool is_one_sequence(const Layout& layout) { return layout.batch == 1 && layout.rows == layout.steps; }
+inline bool is_one_sequence(const Layout& layout) { return layout.batch == 1 && has_all_rows(layout); }
 
 /// One sequence, whose steps all have the same to do: of small layers the time is in finding out what.
 inline bool has_plain_steps(const Layout& layout, const Sizes& sizes, const bool* resets) {

@@ -187,7 +187,9 @@ class TangentPass {
   /// Some rows of the gradient of the input, to which both directions add in turn.
   void run_input(int64_t task) const {
     const int64_t first = task * kTaskRows, count = smaller(kTaskRows, layout_.rows - first);
-    const auto find = [&](int64_t t, int64_t j) { return rows_from(tangents_.grad_input, layout_, t, j); };
+    const auto find = [&](int64_t t, int64_t j) {
+      return rows_from(tangents_.grad_input.template of<T>(), layout_, t, j);
+    };
     RowReader reader(layout_, first, find);
     const T* a[kTaskRows];
     T* c[kTaskRows];
@@ -445,7 +447,7 @@ class TangentPass {
   void add(WeightGradient<T>& to, int64_t task, int64_t rows, const auto& row, const auto& slot) const {
     int64_t offset[G];
     for (int g = 0; g < G; ++g) offset[g] = slot(g) * padded_;
-    to.add(task, planes_.get(), stride_, offset, rows, true, row);
+    to.add(task, planes_.get(), stride_, offset, rows, true, true, row);
   }
 
   const TangentArgs<T>& args_;

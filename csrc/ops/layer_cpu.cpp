@@ -227,7 +227,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   for (int d = 0; d < sizes.directions; ++d) prepare_weights(w, shape, d, type_of);
 
   at::Tensor dx, dh_0, dc_0;
-  if (output_mask.get(0)) dx = empty(shape.sequence_sizes(sizes.input), options);
+  if (output_mask.get(0)) dx = empty(shape.sequence_sizes(sizes.input), narrow.grad_input ? input.options() : options);
   if (output_mask.get(1)) dh_0 = empty({sizes.directions, shape.batch, sizes.output()}, options);
   if (output_mask.get(2)) dc_0 = empty({sizes.directions, shape.batch, sizes.hidden}, options);
   std::vector<at::Tensor> dw(weights.size());
@@ -264,8 +264,10 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     args.grad_h_n = pointer<scalar_t>(dh_n);
     args.grad_c_n = pointer<scalar_t>(dc_n);
     if (dx.defined()) {
-      args.grad_input = sequence<compute_t>(dx, shape);
-      if (lengths.has_value()) zero_past_end(args.grad_input, args.layout, sizes.input);
+      args.grad_input = sequence<void>(dx, shape);
+      const auto zero = [&]<class T>() { zero_past_end(args.grad_input.template of<T>(), args.layout, sizes.input); };
+      if (lengths.has_value())
+        narrow.grad_input ? zero.template operator()<uint16_t>() : zero.template operator()<compute_t>();
     }
     args.grad_h_0 = dh_0.defined() ? data<compute_t>(dh_0) : nullptr;
     args.grad_c_0 = dc_0.defined() ? data<compute_t>(dc_0) : nullptr;
@@ -277,6 +279,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
     }
     args.narrow = storage_of(input.scalar_type());
     args.narrow_grads = narrow.grads;
+    args.narrow_grad_input = narrow.grad_input;
     args.groups = groups;
     cpu::layer_backward(args, executor());
   });

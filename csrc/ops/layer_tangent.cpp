@@ -101,7 +101,7 @@ std::vector<at::Tensor> layer_tangent_cpu(const OptionalTensors& tangents, const
     args.h_n = wanted(1);
     args.c_n = wanted(2);
     args.cells = wanted_sequence(3);
-    args.tangents.grad_input = wanted_sequence(4);
+    args.tangents.grad_input = wanted_sequence(4).template of<void>();
     args.tangents.grad_h_0 = wanted(5);
     args.tangents.grad_c_0 = wanted(6);
     for (int d = 0; d < sizes.directions; ++d)

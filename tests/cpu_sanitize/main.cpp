@@ -15,6 +15,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "cpu/layer.h"
@@ -26,7 +27,7 @@ namespace {
 using namespace cpu_sanitize;
 
 /// Backward of a layer of 16 bits with all that may stay as it is stored gives what it gives with the same numbers as
-/// floats, gradients of weights rounded to the nearest.
+/// floats, gradients of weights and of the input rounded to the nearest.
 template <class W>
 void compare_narrow(const Config& config, BackwardArgs<float> args, Random& random, const Executor& executor) {
   constexpr bool kIsFloat16 = std::is_same_v<W, Float16>;
@@ -35,7 +36,6 @@ void compare_narrow(const Config& config, BackwardArgs<float> args, Random& rand
   if (kIsFloat16 && baseline) return;
   const auto decide = baseline ? narrow_backward<BFloat16> : narrow_backward<Float16>;  // which none multiplies
   const Narrow narrow = decide(config.cell, config.variant, args.sizes, args.layout);
-  if (!narrow.weight_ih && !narrow.weight_hh && !narrow.grads) return;
   const int64_t D = args.sizes.directions, N = args.layout.batch;
   const std::vector<int64_t> sizes = weight_sizes(config);
   std::vector<Array<W>> weights;
@@ -45,13 +45,14 @@ void compare_narrow(const Config& config, BackwardArgs<float> args, Random& rand
     wide.emplace_back(weights.back().size());
     for (int64_t k = 0; k < wide.back().size(); ++k) wide.back().begin()[k] = float(number(weights.back().begin()[k]));
   }
-  const auto gradients = [&]<class Grad>(Grad) {
+  const auto gradients = [&]<class Grad, class GradInput>(Grad, GradInput) {
     const int64_t positions = config.form == Config::kPacked ? args.layout.rows : config.steps * N;
-    const Array<float> grad_input(positions * config.input), grad_h_0(D * N * args.sizes.output());
+    const Array<GradInput> grad_input(positions * config.input);
+    const Array<float> grad_h_0(D * N * args.sizes.output());
     const Array<float> grad_c_0(config.has_cell() ? D * N * config.hidden : 0);
     std::vector<Array<Grad>> grads;
     const bool wants_input = args.grad_input.data, wants_h_0 = args.grad_h_0, wants_c_0 = args.grad_c_0;
-    if (wants_input) args.grad_input = sequence<float>(grad_input, config, config.input);
+    if (wants_input) args.grad_input = sequence<GradInput>(grad_input, config, config.input).template of<void>();
     if (wants_h_0) args.grad_h_0 = grad_h_0.begin();
     if (wants_c_0) args.grad_c_0 = grad_c_0.begin();
     for (int d = 0; d < D; ++d) {
@@ -65,20 +66,22 @@ void compare_narrow(const Config& config, BackwardArgs<float> args, Random& rand
     layer_backward(args, executor);
     Results results;
     if (wants_input) results.add(grad_input, "grad_input", config, args.layout, config.input);
+    const size_t states = results.values.size();
     if (wants_h_0) results.add(grad_h_0, "grad_h_0");
     if (wants_c_0) results.add(grad_c_0, "grad_c_0");
-    const size_t rounded_from = results.values.size();
+    const size_t parameters = results.values.size();
     for (const Array<Grad>& grad : grads) results.add(grad, "gradient of a weight");
-    return std::pair(results, rounded_from);
+    return std::tuple(results, states, parameters);
   };
   const auto weights_of = [&](int64_t d, int i) { return size_t(2 * d + i); };
   for (int d = 0; d < D; ++d) {
     args.weights[d].weight_ih = wide[weights_of(d, 0)].begin();
     args.weights[d].weight_hh = wide[weights_of(d, 1)].begin();
   }
-  const auto [expected, rounded_from] = gradients(float());
+  const auto [expected, states, parameters] = gradients(float(), float());
   args.narrow = kIsFloat16 ? Storage::kFloat16 : Storage::kBFloat16;
   args.narrow_grads = narrow.grads;
+  args.narrow_grad_input = narrow.grad_input;
   for (int d = 0; d < D; ++d) {
     if (narrow.weight_ih) {
       args.weights[d].weight_ih = nullptr;
@@ -89,13 +92,15 @@ void compare_narrow(const Config& config, BackwardArgs<float> args, Random& rand
       args.narrow_hh[d] = weights[weights_of(d, 1)].begin();
     }
   }
-  const Results found = narrow.grads ? gradients(W()).first : gradients(float()).first;
+  if (!narrow.grads) fail(config, "gradients of 16 bits are to be rounded by others");
+  const Results found = std::get<0>(narrow.grad_input ? gradients(W(), W()) : gradients(W(), float()));
   if (!found.problem.empty()) fail(config, "backward in 16 bits: " + found.problem);
   if (found.values.size() != expected.values.size()) fail(config, "backward in 16 bits has other results");
   double largest = 1;
   for (double value : expected.values) largest = std::max(largest, std::abs(value));
   for (size_t i = 0; i < found.values.size(); ++i) {
-    const double value = expected.values[i], rounding = narrow.grads && i >= rounded_from ? kRounding : 0;
+    const bool rounded = i >= parameters || (narrow.grad_input && i < states);
+    const double value = expected.values[i], rounding = rounded ? kRounding : 0;
     if (std::abs(found.values[i] - value) > 1e-5 * largest + rounding * std::abs(value))
       fail(config,
            "backward in 16 bits has " + std::to_string(found.values[i]) + " for float's " + std::to_string(value));
@@ -134,7 +139,7 @@ void add_tangents(const Config& config, const BackwardArgs<T>& backward, const E
   if (config.cells) args.cells = sequence<T>(cells, config, D * H);
   if (bit(2)) args.h_n = h_n.begin();
   if (bit(3) && config.has_cell()) args.c_n = c_n.begin();
-  if (backward.grad_input.data) args.tangents.grad_input = sequence<T>(grad_input, config, I);
+  if (backward.grad_input.data) args.tangents.grad_input = sequence<T>(grad_input, config, I).template of<void>();
   if (backward.grad_h_0) args.tangents.grad_h_0 = grad_h_0.begin();
   if (backward.grad_c_0) args.tangents.grad_c_0 = grad_c_0.begin();
   args.backward = args.tangents.grad_input.data || args.tangents.grad_h_0 || args.tangents.grad_c_0;
@@ -345,7 +350,7 @@ Results run(const Config& config, const Executor& executor) {
     if (bit(1) && config.cells) backward.grad_cells = sequence<const S>(grad_cells, config, D * H);
     if (bit(2)) backward.grad_h_n = grad_h_n.begin();
     if (bit(3) && config.has_cell()) backward.grad_c_n = grad_c_n.begin();
-    if (bit(4)) backward.grad_input = sequence<T>(grad_input, config, config.input);
+    if (bit(4)) backward.grad_input = sequence<T>(grad_input, config, config.input).template of<void>();
     if (bit(5)) backward.grad_h_0 = grad_h_0.begin();
     if (bit(6) && config.has_cell()) backward.grad_c_0 = grad_c_0.begin();
     for (int d = 0; d < config.directions; ++d) {
@@ -476,11 +481,11 @@ void random_masks() {
 }
 
 int every_configuration() {
-  const int64_t shapes[][4] = {{1, 1, 1, 1},   {2, 3, 5, 7},  {3, 1, 33, 17},  {4, 9, 1, 33},   {2, 17, 7, 16},
-                               {1, 5, 65, 31}, {5, 2, 3, 65}, {3, 7, 17, 15},  {2, 140, 2, 3},  {290, 1, 2, 5},
-                               {45, 8, 3, 9},  {9, 1, 3, 18}, {1, 1, 129, 64}, {35, 1, 5, 66},  {0, 3, 2, 3},
-                               {3, 0, 2, 3},   {0, 0, 1, 1},  {1, 4, 41, 34},  {1, 5, 300, 66}, {1, 6, 70, 150},
-                               {1, 2, 70, 150}};
+  const int64_t shapes[][4] = {{1, 1, 1, 1},    {2, 3, 5, 7},   {3, 1, 33, 17},  {4, 9, 1, 33},   {2, 17, 7, 16},
+                               {1, 5, 65, 31},  {5, 2, 3, 65},  {3, 7, 17, 15},  {2, 140, 2, 3},  {290, 1, 2, 5},
+                               {45, 8, 3, 9},   {9, 1, 3, 18},  {1, 1, 129, 64}, {35, 1, 5, 66},  {0, 3, 2, 3},
+                               {3, 0, 2, 3},    {0, 0, 1, 1},   {1, 4, 41, 34},  {1, 5, 300, 66}, {1, 6, 70, 150},
+                               {1, 2, 70, 150}, {6, 2, 16, 32}, {130, 3, 32, 16}};
   int count = 0;
   widen_always(true);
   for (const auto& [L, N, I, H] : shapes) {
