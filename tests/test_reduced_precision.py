@@ -290,6 +290,22 @@ def test_gradients_of_the_input_are_rounded_once(rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("size", [(10, 200, 32, 16), (10, 129, 3, 33), (10, 384, 16, 5), (600, 1, 16, 16)], ids=str)
+def test_sequences_that_are_all_shorter(size, dtype):
+    """The last rows of a chunk may be the last there are, though steps are left."""
+    _, batch, inputs, hidden = size
+    problem = build(Case("gru", "dense", True, lengths=True, size=size)).to(dtype)
+    problem.lengths = torch.full((batch,), {200: 2, 129: 3, 384: 1, 1: 384}[batch])
+    expected, expected_grads = gradients(oracle, problem.to(torch.float64))
+    for _ in instruction_sets():
+        left_behind = [torch.full((3 * hidden * width,), torch.nan) for width in (inputs, hidden) for _ in range(9)]
+        del left_behind
+        actual, grads = gradients(run, problem)
+        check_values(actual, expected, dtype)
+        check_gradients(grads, expected_grads, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", COMBINED)
 @pytest.mark.parametrize("size", [(1, 3, 7, 17), (3, 50, 7, 17)], ids=str)
 def test_gradients_of_variants(name, size, dtype):

@@ -57,6 +57,7 @@ class RowReader {
     taken_ += taken.count;
     return taken;
   }
+
   /// The j of the row that was next, where find() finds one at a time.
   int64_t j() const { return j_; }
 
@@ -87,12 +88,13 @@ EvenRows<const S> previous_outputs(const BackwardArgs<S>& args, int direction, i
   const bool reverse = direction == 1;
   const int64_t before = step_after(layout, !reverse, t, 1), out = args.sizes.output();
   const bool all = has_all_rows(layout);
-  const int64_t rows = (all ? layout.rows - layout.offsets[t] : layout.batch_sizes[t]) - j;
+  const int64_t rows = (all ? layout.rows - layout.offsets[t] : layout.batch_sizes[t]) - j;  // that there are
   EvenRows<const S> found = {nullptr, 0, 1};
   if (args.resets.data && begins(args.resets, layout, reverse, t, j)) return found;
   if (before >= 0 && j < layout.batch_sizes[before]) {
     found = rows_from(args.output, layout, before, j);
     found.first += direction * out;
+    // Packed, those of another step would follow: not the ones before this step's other rows.
     if (!all) found.count = smaller(found.count, layout.batch_sizes[before] - j);
   } else if (args.h_0) {
     found = {initial_output(args, direction, j), out, layout.order ? 1 : layout.batch_sizes[t] - j};
@@ -132,8 +134,8 @@ class Chunks {
     return whole ? layout.rows : smaller(layout.rows, kRows + layout.batch);
   }
 
-  /// There is no other.
-  bool at_end() const { return reverse_ ? next_ >= layout_.steps : next_ <= 0; }
+  /// Whether no row is left. (All sequences may be shorter than the steps.)
+  bool at_end() const { return reverse_ ? next_ >= layout_.steps || layout_.batch_sizes[next_] == 0 : next_ <= 0; }
 
   bool next(Chunk* chunk) {
     if (at_end()) return false;

@@ -122,7 +122,9 @@ class ForwardScan {
           team_.meet(member_, members_);
           if (!joined_) gates += rows;
         } else {
-          s = run_steps(s, has_even_steps_ ? end : s + 1, rows, gates, now, next) - 1;
+          const int64_t stop = has_even_steps_ ? end : s + 1;
+          run_steps(s, stop, rows, gates, now, next);
+          s = stop - 1;
         }
         const int64_t last = time(s), after = step_after(layout_, reverse_, last, 1);
         const int64_t stay = after < 0 ? 0 : smaller(layout_.batch_sizes[last], layout_.batch_sizes[after]);
@@ -199,7 +201,8 @@ class ForwardScan {
   /// `projects_ahead_`.
   bool pipelined() const { return args_.progress || args_.below; }
 
-  /// Whether each step has all rows, at a distance from those of the step before. (A projection places its own.)
+  /// Whether each step has all rows, at a distance from those of the step before. (Those of its inputs must stay where
+  /// they are placed: what copies them, and project(), place others there.)
   bool has_even_steps() const {
     return has_all_rows(layout_) && !args_.resets.data && !args_.sizes.proj && !copies_inputs();
   }
@@ -281,8 +284,8 @@ class ForwardScan {
   };
 
   /// The steps [s, end), one or more if they are even, each of so many rows that have been placed for the first one or,
-  /// where they do not join, for all. `next` is what the last one has written. Returns `end`.
-  int64_t run_steps(int64_t s, int64_t end, int64_t rows, T* const*& gates, A*& now, A*& next) {
+  /// where they do not join, for all. Leaves gates after those of the last one, and what that has read and written.
+  void run_steps(int64_t s, int64_t end, int64_t rows, T* const*& gates, A*& now, A*& next) {
     int64_t t = time(s);
     S** outputs = output_rows_.get();
     S** cells = Cell::kHasCell ? cell_rows_.get() : nullptr;
@@ -331,7 +334,6 @@ class ForwardScan {
     gates = at.gates;
     now = at.now;
     next = at.next;
-    return end;
   }
 
   /// From the rows of one even step to those of the next.
@@ -339,10 +341,10 @@ class ForwardScan {
     const auto move = [&](auto** at, int64_t distance) {
       for (int64_t r = 0; r < rows; ++r) at[r] += distance;
     };
-    move(outputs, args_.output.to_next_step(layout_, reverse_));
-    if (cells) move(cells, args_.cells.to_next_step(layout_, reverse_));
+    move(outputs, args_.output.to_next(layout_, reverse_));
+    if (cells) move(cells, args_.cells.to_next(layout_, reverse_));
     if (!joined_) return;
-    move(input_rows_.get(), args_.input.to_next_step(layout_, reverse_));
+    move(input_rows_.get(), args_.input.to_next(layout_, reverse_));
     if (keep_) move(gate_rows(), (reverse_ ? -1 : 1) * layout_.batch * gates_stride_);
   }
 

