@@ -134,11 +134,11 @@ class Chunks {
     return whole ? layout.rows : smaller(layout.rows, kRows + layout.batch);
   }
 
-  /// Whether no row is left. (All sequences may be shorter than the steps.)
+  /// Whether no other chunk has rows. (All sequences may be shorter than the steps.)
   bool at_end() const { return reverse_ ? next_ >= layout_.steps || layout_.batch_sizes[next_] == 0 : next_ <= 0; }
 
   bool next(Chunk* chunk) {
-    if (at_end()) return false;
+    if (reverse_ ? next_ >= layout_.steps : next_ <= 0) return false;
     *chunk = Chunk{next_, next_, 0, 0};
     while (chunk->rows < rows_ && (reverse_ ? chunk->last < layout_.steps : chunk->first > 0)) {
       const int64_t t = reverse_ ? chunk->last++ : --chunk->first;

@@ -66,7 +66,7 @@ class ParameterGradients {
     if (args_.sizes.proj) with_unprojected([&](auto&& row) { proj_.take(rows, row); });
   }
 
-  /// `begin` and `end`: the chunk is the first and the last.
+  /// `begin` and `end`: the chunk is the first and the last that has rows.
   void run(int64_t task, bool begin, bool end) {
     if (task < input_.tasks()) {
       const auto slot = [](int g) { return Cell::ih_slot(g); };

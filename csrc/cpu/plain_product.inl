@@ -27,7 +27,8 @@ struct PlainProduct {
   int64_t rows = 0;
   int64_t columns = 0;
   const Activation<S>* const* a = nullptr;  // [rows]
-  Compute<S>* const* c = nullptr;           // [rows], of `columns` elements each
+  Compute<S>* const* c = nullptr;           // [rows], of `columns` elements each, which are
+  Storage storage = Storage::kComputed;     // of this; of 16 bits in a strided product that accumulates nothing
   const Element<S>* b = nullptr;            // packed, [columns / lanes][k][lanes]; or
   const UnpackedB<S>* unpacked = nullptr;   // packed as it goes; or
   int64_t b_stride = 0;                     // not 0: as it is, see PlainB; of a strided product
@@ -52,8 +53,10 @@ NO_INLINE void plain_product(const PlainProduct<S>& p) {
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) acc[b] = p.bias ? load(p.bias + column + b * kLanes<T>) : V{};
     if (!p.accumulate && !p.fetch_c) return;
+    const int64_t bytes = p.storage == Storage::kComputed ? sizeof(T) : 2;
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) __builtin_prefetch(p.c[at.row] + column + b * kLanes<T>, 1);
+    for (int b = 0; b < B; ++b)
+      __builtin_prefetch(reinterpret_cast<const char*>(p.c[at.row]) + (column + b * kLanes<T>)*bytes, 1);
   };
   const auto finish = [&]<int B>(Patch<1, B> at, const Wide<T, B>* sums) ALWAYS_INLINE_LAMBDA {
     const int64_t column = at.block * kLanes<T>, rest = p.columns - column;
@@ -76,5 +79,20 @@ NO_INLINE void plain_product(const PlainProduct<S>& p) {
       return run_panels<true, S>(p.rows, p.first, last, false, a_row, b, p.segments, init, finish, nothing);
     }
   }
-  product<1, S, kStrided>(p.rows, p.first, last, p.order, a_row, PackedB<S>(p.b, p.unpacked), p.segments, init, finish);
+  const auto multiply = [&](const auto& finish) ALWAYS_INLINE_LAMBDA {
+    product<1, S, kStrided>(p.rows, p.first, last, p.order, a_row, PackedB<S>(p.b, p.unpacked), p.segments, init,
+                            finish);
+  };
+  if constexpr (kStrided && std::is_same_v<T, float>) {
+    if (p.storage != Storage::kComputed) {
+      return with_storage<T>(p.storage, [&]<class To>() {
+        const auto round = [&]<int B>(Patch<1, B> at, const Wide<T, B>* sums) ALWAYS_INLINE_LAMBDA {
+          const int64_t column = at.block * kLanes<T>;
+          store_vectors<B>(reinterpret_cast<To*>(p.c[at.row]) + column, sums->part, p.columns - column);
+        };
+        if constexpr (!std::is_same_v<To, T>) multiply(round);
+      });
+    }
+  }
+  multiply(finish);
 }

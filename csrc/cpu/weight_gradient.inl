@@ -27,7 +27,10 @@ class WeightGradient {
   template <class Row>
   void take(int64_t rows, Row& b_row) {
     if (!few_) return;
-    lies_ = may_lie(width_) && rows > kShallow && find_runs(b_row, rows, runs_);
+    // (What is rounded in the tiles, see PlainProduct, is packed: by way of memory of their own it takes up to a third
+    // longer.)
+    const bool rounds = storage_ != Storage::kComputed;
+    lies_ = !rounds && may_lie(width_) && rows > kShallow && find_runs(b_row, rows, runs_);
     if (!lies_) return pack_rows<S>(packed_.get(), b_row, rows, 0, width_);
     for (const Run& run : runs_)
       if (!run.first) pack_rows<S>(packed_.get(), no_row, run.count, 0, width_);
@@ -219,21 +222,16 @@ class WeightGradient {
       To* const grad = static_cast<To*>(grad_) + part * height_ * width_;
       if (elements<S>(rows) <= kShallow)
         return write_rows<kShallow>(elements<S>(rows), grad, first, last, a + offset[part], stride);
-      constexpr bool kRounds = !std::is_same_v<To, T>;
       const S* from[kAtOnce];
       T* to[kAtOnce];
-      Buffer<T> unrounded(kRounds ? kAtOnce * width_ : 0);
       PlainProduct<S> p;
       p.columns = width_;
+      p.storage = storage_;
       p.segments.stride = stride;
-      p.fetch_c = rows < kWaiting && !kRounds;
+      p.fetch_c = rows < kWaiting;
       for (int64_t m = first; m < last; m += kAtOnce) {
         const int64_t count = smaller(kAtOnce, last - m);
-        if constexpr (kRounds) {
-          space_rows(to, unrounded.get(), width_, count);
-        } else {
-          space_rows(to, grad + m * width_, width_, count);
-        }
+        for (int64_t i = 0; i < count; ++i) to[i] = reinterpret_cast<T*>(grad + (m + i) * width_);
         if (!lies_) {
           p.b = packed_.get();
           p.segments.length = elements<S>(rows);
@@ -251,7 +249,6 @@ class WeightGradient {
             p.accumulate = true;
           }
         }
-        if constexpr (kRounds) copy_row(grad + m * width_, unrounded.get(), count * width_);
       }
     });
   }
@@ -262,7 +259,8 @@ class WeightGradient {
   /// The rows [first, last) of a part of the gradient, which is at `to`, each from its first to its last column: sums
   /// of `depth` products.
   template <int Depth, class To>
-  void write_rows(int64_t depth, To* to, int64_t first, int64_t last, const Element<S>* a, int64_t stride) const {
+  NO_INLINE void write_rows(int64_t depth, To* to, int64_t first, int64_t last, const Element<S>* a,
+                            int64_t stride) const {
     if constexpr (Depth > 1) {
       if (depth < Depth) return write_rows<Depth - 1>(depth, to, first, last, a, stride);
     }
