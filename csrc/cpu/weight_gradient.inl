@@ -100,7 +100,7 @@ class WeightGradient {
     } else if constexpr (kPack<S> == 1) {
       const bool others = accumulate || runs[0].first || runs[1].first;
       const auto add_nothing = [&](int64_t done, int64_t count) {
-        for (int part = 0; part < parts_; ++part)
+        for (int part = 0; others && part < parts_; ++part)
           if (!are_numbers(a + done * stride + offset[part], stride, height_, count)) return false;
         return others;
       };
@@ -214,7 +214,7 @@ class WeightGradient {
     bool adds[2] = {};  // each of the runs something
     if constexpr (kPack<S> == 1) {
       const S* a_run = a + offset[part] + first;
-      for (int i = 0; i < 2; a_run += runs_[i++].count * stride) {
+      for (int i = 0; lies_ && i < 2; a_run += runs_[i++].count * stride) {
         const bool other = runs_[1 - i].first;
         adds[i] = runs_[i].first || !other || !are_numbers(a_run, stride, last - first, runs_[i].count);
       }
