@@ -112,10 +112,12 @@ void multiply_rows(T* out, const T* a, const T* b, int64_t columns) {
     store(out + i, load_part(a + i, columns - i) * load_part(b + i, columns - i));
 }
 
-/// Consecutive steps [first, last) whose rows are handled together, and where those rows begin.
+/// Consecutive steps [first, last) whose rows are handled together, where those rows begin, and whether no chunk was
+/// before it and none with rows is to come.
 struct Chunk {
   int64_t first = 0, last = 0;
   int64_t row = 0, rows = 0;
+  bool begins = true, ends = true;
 
   bool has(int64_t t) const { return t >= first && t < last; }
 };
@@ -134,18 +136,17 @@ class Chunks {
     return whole ? layout.rows : smaller(layout.rows, kRows + layout.batch);
   }
 
-  /// Whether no other chunk has rows. (All sequences may be shorter than the steps.)
-  bool at_end() const { return reverse_ ? next_ >= layout_.steps || layout_.batch_sizes[next_] == 0 : next_ <= 0; }
-
   bool next(Chunk* chunk) {
     if (reverse_ ? next_ >= layout_.steps : next_ <= 0) return false;
-    *chunk = Chunk{next_, next_, 0, 0};
+    *chunk = Chunk{next_, next_, 0, 0, next_ == (reverse_ ? 0 : layout_.steps)};
     while (chunk->rows < rows_ && (reverse_ ? chunk->last < layout_.steps : chunk->first > 0)) {
       const int64_t t = reverse_ ? chunk->last++ : --chunk->first;
       chunk->rows += layout_.batch_sizes[t];
     }
     chunk->row = layout_.offsets[chunk->first];
     next_ = reverse_ ? chunk->last : chunk->first;
+    // (All sequences may be shorter than the steps.)
+    chunk->ends = reverse_ ? next_ >= layout_.steps || layout_.batch_sizes[next_] == 0 : next_ <= 0;
     return true;
   }
 

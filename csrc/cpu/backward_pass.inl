@@ -66,21 +66,20 @@ class ParameterGradients {
     if (args_.sizes.proj) with_unprojected([&](auto&& row) { proj_.take(rows, row); });
   }
 
-  /// `begin` and `end`: the chunk is the first and the last that has rows.
-  void run(int64_t task, bool begin, bool end) {
+  void run(int64_t task) {
     if (task < input_.tasks()) {
       const auto slot = [](int g) { return Cell::ih_slot(g); };
-      return add_gates(input_, task, begin, end, slot, [&](const auto& fn) { with_inputs(fn); });
+      return add_gates(input_, task, slot, [&](const auto& fn) { with_inputs(fn); });
     }
     task -= input_.tasks();
     if (task < hidden_.tasks()) {
       const auto slot = [](int g) { return Cell::hh_slot(g); };
-      return add_gates(hidden_, task, begin, end, slot, [&](const auto& fn) { with_previous_outputs(fn); });
+      return add_gates(hidden_, task, slot, [&](const auto& fn) { with_previous_outputs(fn); });
     }
     task -= hidden_.tasks();
     if (task < proj_.tasks()) {
       const int64_t offset[1] = {0};
-      return add(proj_, task, begin, end, grads_.proj_columns(), grads_.proj_stride, offset,
+      return add(proj_, task, grads_.proj_columns(), grads_.proj_stride, offset,
                  [&](const auto& fn) { with_unprojected(fn); });
     }
     add_biases();
@@ -103,16 +102,16 @@ class ParameterGradients {
 
  private:
   /// A task of one gradient. with_rows: one of with_..() below.
-  void add(WeightGradient<S>& to, int64_t task, bool begin, bool end, const Element<S>* columns, int64_t stride,
-           const int64_t* offset, const auto& with_rows) {
-    with_rows([&](auto&& row) { to.add(task, columns, stride, offset, grads_.chunk.rows, begin, end, row); });
+  void add(WeightGradient<S>& to, int64_t task, const Element<S>* columns, int64_t stride, const int64_t* offset,
+           const auto& with_rows) {
+    with_rows([&](auto&& row) { to.add(task, columns, stride, offset, grads_.chunk, row); });
   }
 
   /// `slot(g)`: the gate gradients of gate g.
-  void add_gates(WeightGradient<S>& to, int64_t task, bool begin, bool end, const auto& slot, const auto& with_rows) {
+  void add_gates(WeightGradient<S>& to, int64_t task, const auto& slot, const auto& with_rows) {
     int64_t offset[Cell::kGates];
     for (int g = 0; g < Cell::kGates; ++g) offset[g] = slot(g) * args_.sizes.padded();
-    add(to, task, begin, end, grads_.gate_columns(), grads_.stride, offset, with_rows);
+    add(to, task, grads_.gate_columns(), grads_.stride, offset, with_rows);
   }
 
   /// Calls fn(row): row(i) is, whatever i, what went into the product with weight_ih in the next row of the chunk; it
@@ -224,7 +223,7 @@ class GroupGradients {
   }
 
   int64_t tasks() const { return parameters_.tasks(); }
-  void run(int64_t task) { parameters_.run(task, true, true); }
+  void run(int64_t task) { parameters_.run(task); }
   void finish() { parameters_.finish(); }
 
  private:
@@ -344,7 +343,6 @@ class BackwardPass {
   }
 
   bool next_chunk() {
-    ++count_;
     input_.begin_chunk();
     taken_ = false;
     return grads_.next(chunks_, args_.layout, direction_ == 1);
@@ -394,7 +392,7 @@ class BackwardPass {
 
   void run_product(int64_t task) {
     if (task >= parameter_tasks()) return input_.run(task - parameter_tasks());
-    parameters_ ? parameters_->run(task, count_ == 1, chunks_.at_end()) : run_group(task, Executor());
+    parameters_ ? parameters_->run(task) : run_group(task, Executor());
   }
 
   void finish() {
@@ -428,8 +426,7 @@ class BackwardPass {
   const int64_t group_tasks_;  // groups of entries that are a task each
   Buffer<int64_t> group_rows_;
   const std::unique_ptr<ParameterGradients<Cell, S>> parameters_;  // null: each group has its own
-  int64_t count_ = 0;
-  bool taken_ = false;  // of the chunk
+  bool taken_ = false;                                             // of the chunk
 };
 
 /// Walks the chunks of directions [first, last) side by side, so that every thread has work in each. grad_input of the

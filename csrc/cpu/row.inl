@@ -179,12 +179,22 @@ ALWAYS_INLINE void multiply_add_row(Vec<Compute<S>> (&acc)[NB * G], const Factor
 
 #pragma GCC diagnostic pop
 
+/// Sets of accumulators for so many sums: enough that two additions can be begun a cycle, where there are registers.
+/// (Zen 5: a GRU of one sequence and 32 or 64 units is 10 to 13 % faster with twelve sums than with six, or 2 to 3 %
+/// with as many inputs; larger ones are as fast.)
+constexpr int sets_of(int sums) {
+  constexpr int kEnough = 8;
+  int sets = 1;
+  while (sets * sums < kEnough) sets *= 2;
+  return RNN_EXT_VECTOR_REGISTERS < 32 && sets * sums > kEnough ? sets / 2 : sets;
+}
+
 /// The sums of NB blocks.
 template <bool kBackwards, int NB, int G, class Product, class Tile>
 ALWAYS_INLINE void multiply_tile(const Product& p, int64_t block, Vec<Compute<typename Product::Storage>> (*sums)[G],
                                  const auto& init, Tile& side) {
   using S = typename Product::Storage;
-  constexpr int kSets = int(larger(1, 8 / (NB * G)));
+  constexpr int kSets = sets_of(NB * G);
   const int64_t stride = p.template block_stride<G>();
   const Element<S>* b = p.b + block * stride;
   Vec<Compute<S>> acc[NB * G];

@@ -447,7 +447,7 @@ class TangentPass {
   void add(WeightGradient<T>& to, int64_t task, int64_t rows, const auto& row, const auto& slot) const {
     int64_t offset[G];
     for (int g = 0; g < G; ++g) offset[g] = slot(g) * padded_;
-    to.add(task, planes_.get(), stride_, offset, rows, true, true, row);
+    to.add(task, planes_.get(), stride_, offset, Chunk{0, layout_.steps, 0, rows}, row);
   }
 
   const TangentArgs<T>& args_;

@@ -41,12 +41,11 @@ class WeightGradient {
     return few_ ? parts_ * tasks_of_part() : (width_ + kColumns - 1) / kColumns;
   }
 
-  /// Adds the rows of a chunk, or begins with them, to one task's share of the gradient; `end`: they are the last. A's
-  /// part p is the `height` columns from a + offset[p], whose rows are elements, `stride` of them apart; b_row as of
-  /// take().
+  /// Adds the rows of a chunk, or begins with them, to one task's share of the gradient. A's part p is the `height`
+  /// columns from a + offset[p], whose rows are elements, `stride` of them apart; b_row as of take().
   template <class Row>
-  void add(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, int64_t rows, bool begin, bool end,
-           Row& b_row) {
+  void add(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, const Chunk& chunk, Row& b_row) {
+    const int64_t rows = chunk.rows;
     if (rows == 0) return;
     if (few_) return write(task, a, stride, offset, rows);
     const int64_t first = task * kColumns, columns = smaller(kColumns, width_ - first);
@@ -58,7 +57,7 @@ class WeightGradient {
     Buffer<Element<S>> packed(elements<S>(piece) * blocks_of<T>(columns) * kLanes<T>);
     Buffer<const S*> from(larger(height_, rest_));
     Buffer<T*> to(larger(height_, rest_));
-    bool accumulate = !begin;
+    bool accumulate = !chunk.begins;
     const auto add_piece = [&](int64_t done, int64_t depth, const Element<S>* b, int64_t b_stride) {
       PlainProduct<S> p;
       p.segments.length = depth;
@@ -116,7 +115,7 @@ class WeightGradient {
         }
       }
     }
-    if (end && rounds_) {
+    if (chunk.ends && rounds_) {
       with_storage<T>(storage_, [&]<class To>() {
         for (int64_t i = first; i < parts_ * height_ * width_; i += width_)
           copy_row(static_cast<To*>(grad_) + i, unrounded_.get() + i, whole);
