@@ -23,7 +23,7 @@ def set_tuning():
 @pytest.mark.parametrize(
     "size",
     [
-        # blocks: even, odd, with a tail, partly filled; so many weights that chunks are longer
+        # blocks: even, odd, with a tail, partly filled; several of the longer chunks
         *((71, 1, 130, 64), (71, 1, 130, 80), (71, 1, 130, 100), (71, 1, 130, 113), (150, 1, 530, 529)),
         # tiles that go on from one step to the next, after every other k; of several pieces, the last of one k
         *((71, 1, 31, 130), (71, 1, 64, 64), (71, 1, 257, 80), (71, 1, 513, 200), (71, 1, 512, 528)),
@@ -32,7 +32,7 @@ def set_tuning():
 )
 @pytest.mark.parametrize("cell", CELLS)
 def test_side_products_of_any_width(cell, size, set_tuning):
-    """The input gates of one sequence, computed beside its steps by tiles as they suit another processor too."""
+    """The input gates of one sequence, beside its steps, by tiles and in chunks as they suit another processor too."""
     torch.manual_seed(0)
     _C.widen_always(True)
     for threads, dtype in ((1, torch.float32), (2, torch.float64), (1, torch.bfloat16), (2, torch.float16)):
@@ -40,9 +40,9 @@ def test_side_products_of_any_width(cell, size, set_tuning):
         problem = build(Case(cell, size=size, state=False)).to(dtype)
         with torch.no_grad():
             expected = oracle(problem.to(torch.float64))
-            set_tuning(vectors_a_cycle=1)
+            set_tuning(vectors_a_cycle=1, far_bytes=1 << 40)
             narrow = run(problem)
-            set_tuning(vectors_a_cycle=2)
+            set_tuning(vectors_a_cycle=2, far_bytes=0)
             wide = run(problem)
         check_values(narrow, expected, dtype)
         same_bits(wide, narrow)

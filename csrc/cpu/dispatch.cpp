@@ -85,10 +85,10 @@ Tuning chosen = [] {
   // Which loads and multiplies two vectors of 64 bytes a cycle, as Intel's do. Measured on a server: the mobile ones of
   // the family have narrower units.
   constexpr int kZen5 = 26;
-  if (__builtin_cpu_is("intel")) return Tuning{2, true, false};
-  if (__builtin_cpu_is("amd") && family() >= kZen5) return Tuning{2, false, true};
+  if (__builtin_cpu_is("intel")) return Tuning{2, true, false, 2 << 20};
+  if (__builtin_cpu_is("amd") && family() >= kZen5) return Tuning{2, false, true, 1 << 20};
 #endif
-  return Tuning{1, false, false};
+  return Tuning{1, false, false, 16 << 20};
 }();
 
 /// Threads beyond the first cost waking them, some 50 us if they sleep: below this many multiply-adds of the forward

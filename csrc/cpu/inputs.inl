@@ -31,9 +31,8 @@ int64_t ForwardScan<Cell, S>::chunk_rows() const {
     // The fewer rows, the better: those of the first chunk, and those by which chunks grow, no step takes along. But
     // each chunk reads weight_ih again, from beyond the second-level cache, and the more a core multiplies meanwhile,
     // the more that counts (measured: on Zen 4, of one multiply-add a cycle, two tiles are 0 to 20 % faster than eight
-    // with 2 to 14 MiB, and slower with more).
-    const int64_t far = tuning().vectors_a_cycle == 1 ? kFartherWeights : kFarWeights;
-    return (pipelined() ? 1 : weight_bytes() >= far ? 8 : 2) * kSideRows<G>;
+    // with 2 to 14 MiB, and slower with more; on Zen 5 eight are 0 to 6 % faster from 1 MiB on, sixteen as fast).
+    return (pipelined() ? 1 : weight_bytes() >= tuning().far_bytes ? 8 : 2) * kSideRows<G>;
   }
   return larger(slice_.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))));
 }

@@ -231,11 +231,12 @@ bool set_capability(const char* name);
 
 /// What processors that run the same kernels do better one way or the other. Results do not depend on it.
 struct Tuning {
-  // 1 or 2 multiply-adds that begin in a cycle: how wide tiles of side.inl are and how many rows they go through, which
-  // steps join, which take gradients of inputs along
+  // 1 or 2 multiply-adds that begin in a cycle: how wide tiles of side.inl are, which steps join, which take gradients
+  // of inputs along
   int vectors_a_cycle;
   bool fetch_panels;  // product.inl asks for weights beyond the second-level cache before it needs them
   bool joins_far;     // steps of an LSTM or GRU compute their input gates themselves, see inputs.inl, with such weights
+  int64_t far_bytes;  // of weights, from which the input gates of one sequence are computed for more steps at a time
 };
 
 /// As measured on processors of its kind.
