@@ -268,7 +268,8 @@ def main(argv: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {argv[0]} cannot be read: {error}", file=sys.stderr)
         return 2
-    if not isinstance(result, dict) or "rows" not in result:
+    rows = result.get("rows") if isinstance(result, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "section" in row for row in rows):
         print(f"error: {argv[0]} holds no results of run.py", file=sys.stderr)
         return 2
     folder = Path(argv[1]) if len(argv) == 2 else Path(__file__).parent / "plots"

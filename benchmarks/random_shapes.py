@@ -165,7 +165,7 @@ def picture(result: dict[str, Any]) -> Figure:
         axis.set_title(f"{title}: {count} random layers")
     axes[0].set_ylabel("rnn_ext is faster by")
     axes[0].annotate("as fast as torch.nn", (0, 1), (3, -10), ("axes fraction", "data"), "offset points", fontsize=8)
-    axes[-1].legend(markerscale=2, loc="upper right")
+    axes[-1].legend(markerscale=2, loc="upper left")
     figure.suptitle(where(result, threads).replace("float32", "all dtypes"), fontsize=9, color=INK)
     return figure
 

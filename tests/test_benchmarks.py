@@ -598,6 +598,10 @@ def test_plot_refuses(tmp_path, capsys):
     assert plot.main([]) == 2
     assert plot.main([str(tmp_path / "nothing.json")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+    of_another = tmp_path / "random.json"  # random_shapes.py's
+    of_another.write_text(json.dumps({"rows": [{"name": "RNN N=1 L=1 H=1", "mode": "inference"}]}))
+    assert plot.main([str(of_another)]) == 2
+    assert "random.json holds no results of run.py" in capsys.readouterr().err
 
 
 def test_what_the_options_cost(monkeypatch, capsys, tmp_path):
