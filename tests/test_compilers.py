@@ -45,7 +45,6 @@ def test_aarch64(tmp_path):
         if reader.returncode:
             writer.kill()  # it may wait for a reader
         assert reader.returncode == 0, reader.stderr
-        count, noun = reader.stdout.split()
-        assert int(count) > 500 and noun == "configurations"  # the driver counts what it ran
+        assert reader.stdout == "1102 configurations\n"  # all that main.cpp has
         assert reader.stdout == writer.stdout.read()
         assert writer.wait() == 0, writer.stderr.read()

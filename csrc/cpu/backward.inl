@@ -137,7 +137,7 @@ class Chunks {
   }
 
   bool next(Chunk* chunk) {
-    if (reverse_ ? next_ >= layout_.steps : next_ <= 0) return false;
+    if (is_over()) return false;
     *chunk = Chunk{next_, next_, 0, 0, next_ == (reverse_ ? 0 : layout_.steps)};
     while (chunk->rows < rows_ && (reverse_ ? chunk->last < layout_.steps : chunk->first > 0)) {
       const int64_t t = reverse_ ? chunk->last++ : --chunk->first;
@@ -146,11 +146,13 @@ class Chunks {
     chunk->row = layout_.offsets[chunk->first];
     next_ = reverse_ ? chunk->last : chunk->first;
     // (All sequences may be shorter than the steps.)
-    chunk->ends = reverse_ ? next_ >= layout_.steps || layout_.batch_sizes[next_] == 0 : next_ <= 0;
+    chunk->ends = is_over() || (reverse_ && layout_.batch_sizes[next_] == 0);
     return true;
   }
 
  private:
+  bool is_over() const { return reverse_ ? next_ >= layout_.steps : next_ <= 0; }
+
   const Layout& layout_;
   bool reverse_;
   int64_t rows_, next_;

@@ -99,9 +99,10 @@ class WeightGradient {
     } else if constexpr (kPack<S> == 1) {
       const bool others = accumulate || runs[0].first || runs[1].first;
       const auto add_nothing = [&](int64_t done, int64_t count) {
-        for (int part = 0; others && part < parts_; ++part)
+        if (!others) return false;
+        for (int part = 0; part < parts_; ++part)
           if (!are_numbers(a + done * stride + offset[part], stride, height_, count)) return false;
-        return others;
+        return true;
       };
       int64_t done = 0;
       for (const Run& run : runs) {
