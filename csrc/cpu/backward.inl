@@ -187,16 +187,12 @@ struct ChunkGrads {
   Buffer<Element<S>> paired_gates, paired_proj;
   Chunk chunk;
 
-  /// Goes on to the next chunk; false if there is none.
-  bool next(Chunks& chunks, const Layout& layout, bool reverse) {
-    const Chunk before = chunk;
-    if (!chunks.next(&chunk)) return false;
-    if (before.rows > 0) {
-      const int64_t t = reverse ? before.last - 1 : before.first, rows = layout.batch_sizes[t];
-      std::memcpy(static_cast<void*>(last_step.get()), gates.get() + (layout.offsets[t] - before.row) * stride,
-                  size_t(rows * stride) * sizeof(S));
-    }
-    return true;
+  /// Keeps rows of step t, the last one of the chunk, for the first of the next: all together all of them, as early as
+  /// the thread that has written them can, which has them in its cache.
+  void keep(const Layout& layout, int64_t t, int64_t j, int64_t rows) const {
+    if (chunk.ends) return;
+    std::memcpy(static_cast<void*>(last_step.get() + j * stride), gates_at(layout, t, j),
+                size_t(rows * stride) * sizeof(S));
   }
 
   /// Step t is one of the chunk, or the last of the chunk before.
@@ -325,6 +321,10 @@ class BackwardScan {
       team.meet(thread, threads);
       for (int i = 0; i < count; ++i) scans[i]->leave(t, rows);
     }
+    if (steps == 0) return;
+    const int64_t t = any.time(now, steps - 1), rows = any.slice_.active(any.layout_, t);
+    const Slice share = {rows * thread / threads, rows * (thread + 1) / threads};
+    now.keep(any.layout_, t, any.slice_.first + share.first, share.size());
   }
 
   /// What no step has written: the gradients of the initial states of sequences without a timestep, and of all c_0.
@@ -471,7 +471,8 @@ class BackwardScan {
   S* gate_grads(int64_t t, int64_t r) const { return now_->gates_at(layout_, t, slice_.first + r); }
   S* proj_grads(int64_t t, int64_t r) const { return now_->proj_at(layout_, t, slice_.first + r); }
   const T* saved(int64_t t, int64_t r) const {
-    return args_.saved + (direction_ * layout_.rows + layout_.offsets[t] + slice_.first + r) * saved_stride_;
+    const int64_t* offsets = args_.saved_offsets ? args_.saved_offsets : layout_.offsets;
+    return args_.saved + (direction_ * layout_.rows + offsets[t] + slice_.first + r) * saved_stride_;
   }
 
   /// Where step t's rows find their previous states, and which rows get no gradient from the step after.

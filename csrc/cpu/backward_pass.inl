@@ -345,7 +345,7 @@ class BackwardPass {
   bool next_chunk() {
     input_.begin_chunk();
     taken_ = false;
-    return grads_.next(chunks_, args_.layout, direction_ == 1);
+    return chunks_.next(&grads_.chunk);
   }
 
   void scan(int64_t slice) {
@@ -429,59 +429,92 @@ class BackwardPass {
   bool taken_ = false;                                             // of the chunk
 };
 
-/// Walks the chunks of directions [first, last) side by side, so that every thread has work in each. grad_input of the
-/// reverse direction goes to `apart` or, if that is null, is added to what is there.
+/// What a BackwardPass goes over.
+template <class S>
+struct PassArgs {
+  const BackwardArgs<S>* args = nullptr;
+  int direction = 0;
+};
+
+/// Walks the chunks of so many passes side by side, of both directions or of all parts of a batch, so that every thread
+/// has work in each. grad_input of the reverse direction goes to `apart` or, if that is null, is added to what is
+/// there.
 template <class Cell, class S>
-void walk(const BackwardArgs<S>& args, const Executor& executor, int first, int last, Compute<S>* apart) {
-  const Shares shares =
-      share_out(args.layout, args.sizes, Cell::kGates, sizeof(S), executor, !cells::kIsVariant<Cell>, true);
-  const bool may_follow = executor.run_team && executor.threads > 1 && last - first == 1 && shares.members == 1;
-  Several<BackwardPass<Cell, S>> passes(last - first);
-  parallel(executor, last - first, [&](int64_t i) {
-    passes[i] = new BackwardPass<Cell, S>(args, first + int(i), shares, executor.threads, apart, may_follow);
+void walk(const PassArgs<S>* all, int count, const Executor& executor, Compute<S>* apart) {
+  const BackwardArgs<S>& any = *all->args;
+  Executor each = executor;
+  if (count > any.sizes.directions) each.threads = int(larger(1, executor.threads / count));
+  const Shares shares = share_out(any.layout, any.sizes, Cell::kGates, sizeof(S), each, !cells::kIsVariant<Cell>, true);
+  const bool may_follow = executor.run_team && executor.threads > 1 && count == 1 && shares.members == 1;
+  Several<BackwardPass<Cell, S>> passes(count);
+  parallel(executor, count, [&](int64_t i) {
+    passes[i] = new BackwardPass<Cell, S>(*all[i].args, all[i].direction, shares, executor.threads, apart, may_follow);
   });
   for (;;) {
-    bool more[2] = {false, false};
-    int64_t scans = 0, products[2] = {0, 0};
-    for (int i = 0; i < last - first; ++i) {
-      more[i] = passes[i]->next_chunk();
-      if (!more[i]) continue;
-      scans += shares.slices;
-    }
-    if (scans == 0) break;
-    const int lead = more[0] ? 0 : 1;
+    // Those that have another chunk, and the tasks up to theirs.
+    BackwardPass<Cell, S>* going_on[kMostParts];
+    int64_t tasks[kMostParts + 1] = {};
+    int n = 0;
+    for (int i = 0; i < count; ++i)
+      if (passes[i]->next_chunk()) going_on[n++] = passes[i];
+    if (n == 0) break;
     if (shares.members > 1) {
-      run_teams(executor, int(scans), shares.members,
-                [&](int i, int thread, int threads) { passes[lead + i]->scan_share(thread, threads); });
-    } else if (passes[0]->is_followed()) {
-      run_teams(executor, 1, 2, [&](int, int thread, int) { passes[0]->scan_or_follow(thread); });
+      run_teams(executor, n, shares.members,
+                [&](int i, int thread, int threads) { going_on[i]->scan_share(thread, threads); });
+    } else if (going_on[0]->is_followed()) {
+      run_teams(executor, 1, 2, [&](int, int thread, int) { going_on[0]->scan_or_follow(thread); });
     } else {
-      parallel(executor, scans, [&](int64_t task) { passes[lead + task / shares.slices]->scan(task % shares.slices); });
+      parallel(executor, n * shares.slices,
+               [&](int64_t task) { going_on[task / shares.slices]->scan(task % shares.slices); });
     }
-    if (BackwardPass<Cell, S>::prepares(args.layout)) {
-      parallel(executor, last - first, [&](int64_t i) {
-        if (more[i]) passes[i]->prepare();
-      });
+    if (BackwardPass<Cell, S>::prepares(any.layout)) parallel(executor, n, [&](int64_t i) { going_on[i]->prepare(); });
+    for (int i = 0; i < n; ++i) {
+      going_on[i]->run_groups(executor);
+      tasks[i + 1] = tasks[i] + going_on[i]->product_tasks();
     }
-    for (int i = 0; i < last - first; ++i) {
-      if (!more[i]) continue;
-      passes[i]->run_groups(executor);
-      products[i] = passes[i]->product_tasks();
-    }
-    parallel(executor, products[0] + products[1], [&](int64_t task) {
-      const int i = task < products[0] ? 0 : 1;
-      passes[i]->run_product(i ? task - products[0] : task);
+    parallel(executor, tasks[n], [&](int64_t task) {
+      int i = 0;
+      while (task >= tasks[i + 1]) ++i;
+      going_on[i]->run_product(task - tasks[i]);
     });
   }
-  for (int i = 0; i < last - first; ++i) passes[i]->finish();
+  for (int i = 0; i < count; ++i) passes[i]->finish();
+}
+
+template <class Cell, class S>
+void backward_in_parts(const BackwardArgs<S>& args, int count, const Executor& executor) {
+  Several<BatchPart<S>> parts(count);
+  PassArgs<S> all[kMostParts];
+  Executor alone = executor;
+  alone.threads = 1;
+  const auto make = [&](int64_t i) {
+    parts[i] = new BatchPart<S>(args, Cell::kGates, int(i), count);
+    all[i].args = &parts[i]->args;
+  };
+  if (const int threads = executor.threads; threads <= count) {
+    parallel(executor, count, [&](int64_t task) {
+      // In the first place what a thread has scanned forward, as the slice that is its own.
+      const int64_t i = count % threads == 0 ? task % threads * (count / threads) + task / threads : task;
+      make(i);
+      walk<Cell>(all + i, 1, alone, static_cast<Compute<S>*>(nullptr));
+    });
+  } else {
+    for (int i = 0; i < count; ++i) make(i);
+    walk<Cell>(all, count, executor, static_cast<Compute<S>*>(nullptr));
+  }
+  add_parts(args, Cell::kGates, parts);
 }
 
 template <class Cell, class S>
 void backward(const BackwardArgs<S>& args, const Executor& executor) {
   using T = Compute<S>;
   const int directions = args.sizes.directions;
+  const PassArgs<S> all[2] = {{&args, 0}, {&args, 1}};
+  Executor alone = executor;
+  alone.threads = 1;
+  if (const int count = count_parts<Cell>(args); count > 1) return backward_in_parts<Cell>(args, count, executor);
   if (executor.threads <= 1 || directions == 1) {
-    for (int d = 0; d < directions; ++d) walk<Cell, S>(args, executor, d, d + 1, nullptr);
+    for (int d = 0; d < directions; ++d) walk<Cell>(all + d, 1, executor, nullptr);
     return;
   }
   const int64_t width = args.sizes.input, rows = args.layout.rows;
@@ -489,11 +522,9 @@ void backward(const BackwardArgs<S>& args, const Executor& executor) {
   if (executor.threads == 2) {
     // Each thread takes a direction, multiplies what is in its own cache, and waits only at the end: one whose core
     // another process takes does not hold up the other in every chunk.
-    Executor alone = executor;
-    alone.threads = 1;
-    parallel(executor, 2, [&](int64_t d) { walk<Cell, S>(args, alone, int(d), int(d) + 1, apart.get()); });
+    parallel(executor, 2, [&](int64_t d) { walk<Cell>(all + d, 1, alone, apart.get()); });
   } else {
-    walk<Cell, S>(args, executor, 0, 2, apart.get());
+    walk<Cell>(all, 2, executor, apart.get());
   }
   if (!args.grad_input.data) return;
   const auto find = [&](int64_t t, int64_t j) {

@@ -55,6 +55,7 @@ namespace {
 #include "cpu/backward.inl"
 #include "cpu/input_gradient.inl"
 #include "cpu/weight_gradient.inl"
+#include "cpu/batch_parts.inl"
 #include "cpu/backward_pass.inl"
 #include "cpu/tangent.inl"
 #include "cpu/variants.inl"
@@ -76,7 +77,7 @@ void with_cell_of(const Args<S>& args, const Fn& fn) {
 template <class S>
 std::unique_ptr<PackedWeights> pack_any(CellKind cell, const Sizes& sizes, const Weights<const S>& weights) {
   return with_cell(cell, [&]<class Cell>() -> std::unique_ptr<PackedWeights> {
-    return std::make_unique<ForwardWeights<Cell, S>>(weights, sizes, Packing::kWhole);
+    return std::make_unique<ForwardWeights<Cell, S>>(weights, sizes, Packing::kWhole, Executor());
   });
 }
 

@@ -188,7 +188,8 @@ struct BackwardArgs {
   Weights<const S> weights[2];
   Sequence<const S> output;
   const Compute<S>* saved = nullptr;
-  Sequence<const S> grad_output;  // data may be null: zeros, as in the following three
+  const int64_t* saved_offsets = nullptr;  // the rows of `saved` that steps begin with; null: those of the layout
+  Sequence<const S> grad_output;           // data may be null: zeros, as in the following three
   Sequence<const S> grad_cells;
   const S* grad_h_n = nullptr;
   const S* grad_c_n = nullptr;

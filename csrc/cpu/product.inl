@@ -69,13 +69,15 @@ struct PanelByGate {
   ALWAYS_INLINE void next() { b += kLanes<E>; }
 };
 
-/// The same from the rows of a matrix as it is.
+/// The same from the rows of a matrix as it is, which may have a gap after each segment.
 template <class E>
 struct PanelOfRows {
   const E* b;
   int64_t stride;
+  int64_t gap = 0;
   ALWAYS_INLINE const E* vector(int v) const { return b + v * kLanes<E>; }
   ALWAYS_INLINE void next() { b += stride; }
+  ALWAYS_INLINE void end_segment() { b += gap; }
 };
 
 /// A weight W [gates * H, K] as it lies, seen as B, whose panels are packed when a product comes to them: one that is
@@ -143,19 +145,20 @@ struct PackedB {
   }
 };
 
-/// B as it is, with room for whole vectors; its rows lie `stride` elements apart. Where there is room for a panel, each
-/// is copied there first.
+/// B as it is, with room for whole vectors; its rows lie `stride` elements apart, and `gap` more after each segment.
+/// Where there is room for a panel, each is copied there first; then there are no gaps.
 template <class E>
 struct PlainB {
   const E* b;
   int64_t stride;
   E* room;
+  int64_t gap = 0;
 
   template <int G, int NB>
   ALWAYS_INLINE PanelOfRows<E> panel(int64_t block, int64_t depth) const {
     static_assert(G == 1);
     const E* from = b + block * kLanes<E>;
-    if (!room) return {from, stride};
+    if (!room) return {from, stride, gap};
     E* to = room;
     for (int64_t k = 0; k < depth; ++k, from += stride, to += NB * kLanes<E>) {
 #pragma GCC unroll 4
@@ -262,6 +265,7 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Factor
         panel.next();
       }
     }
+    if constexpr (requires { panel.end_segment(); }) panel.end_segment();
   }
   chain.finish(acc);
 }

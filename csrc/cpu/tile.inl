@@ -65,6 +65,18 @@ struct OneSegment {
   int64_t size() const { return length; }
 };
 
+/// Any number of equally long stretches of k that follow each other in A. What they are for: B has a gap after each.
+struct EvenSegments {
+  int count;
+  int64_t length, stride;
+  struct Offsets {
+    int64_t distance;
+    int64_t operator[](int s) const { return s * distance; }
+  } offset = {length * stride};
+
+  int64_t size() const { return count * length; }
+};
+
 /// Blocks of hidden units or of columns.
 struct UnitBlocks {
   int64_t first, last;

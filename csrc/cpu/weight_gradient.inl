@@ -52,13 +52,15 @@ class WeightGradient {
     const int64_t whole = first + columns == width_ ? columns - rest_ : columns;
     constexpr int64_t kMost = 512;  // rows whose B stays in the second-level cache
     Run runs[2] = {};
-    const bool lies = may_lie(whole) && find_runs(b_row, rows, runs, true);
+    const bool lies = may_lie(whole) && find_runs(b_row, rows, runs, true) &&
+                      (whole == columns || (!runs[0].group && !runs[1].group));
     const int64_t pieces = (rows + kMost - 1) / kMost, piece = elements<S>((rows + pieces - 1) / pieces) * kPack<S>;
     Buffer<Element<S>> packed(elements<S>(piece) * blocks_of<T>(columns) * kLanes<T>);
     Buffer<const S*> from(larger(height_, rest_));
     Buffer<T*> to(larger(height_, rest_));
     bool accumulate = !chunk.begins;
-    const auto add_piece = [&](int64_t done, int64_t depth, const Element<S>* b, int64_t b_stride) {
+    const auto add_piece = [&](int64_t done, int64_t depth, const Element<S>* b, int64_t b_stride, int64_t b_group,
+                               int64_t b_gap) {
       PlainProduct<S> p;
       p.segments.length = depth;
       p.accumulate = std::exchange(accumulate, true);
@@ -68,6 +70,8 @@ class WeightGradient {
           p.columns = whole;
           p.b = b;
           p.b_stride = b_stride;
+          p.b_group = b_group;
+          p.b_gap = b_gap;
           p.segments.stride = stride;
           space_rows(to.get(), sums() + part * height_ * width_ + first, width_, height_);
           multiply_rows_of(0, height_, a_part, from.get(), to.get(), p);
@@ -85,6 +89,7 @@ class WeightGradient {
           p.columns = height_;
           p.b = a_part;
           p.b_stride = stride;
+          p.b_group = p.b_gap = 0;
           p.segments.stride = b_stride ? b_stride : kLanes<T>;
           plain_product<S, true>(p);
         }
@@ -92,7 +97,7 @@ class WeightGradient {
     };
     const auto add_packed = [&](int64_t done, int64_t count, auto&& row) {
       pack_rows<S>(packed.get(), row, count, first, columns);
-      add_piece(done, elements<S>(count), packed.get(), 0);
+      add_piece(done, elements<S>(count), packed.get(), 0, 0, 0);
     };
     if (!lies) {
       for (int64_t done = 0; done < rows; done += piece) add_packed(done, smaller(piece, rows - done), b_row);
@@ -108,8 +113,11 @@ class WeightGradient {
       for (const Run& run : runs) {
         for (int64_t k = 0, count; k < run.count; k += count, done += count) {
           count = smaller(piece, run.count - k);
+          const bool groups = run.group > 0 && run.group < count;
+          if (groups) count -= count % run.group;
+          if (run.group > 0 && !groups) count = smaller(count, run.group - k % run.group);
           if (run.first) {
-            add_piece(done, count, run.first + k * run.distance + first, run.distance);
+            add_piece(done, count, run.at(k) + first, run.distance, groups ? run.group : 0, run.gap());
           } else if (!add_nothing(done, count)) {
             add_packed(done, count, no_row);
           }
@@ -163,34 +171,59 @@ class WeightGradient {
     }
   }
 
-  /// Whether so many columns of B, if find_runs(), are multiplied as they lie: whole vectors, in a tile with so many
-  /// rows that it need not read them too often, see BackwardWeight. Else B is packed. (Measured on Zen 5: gradients
-  /// are 1.02 to 1.10 times as fast.)
-  static bool may_lie(int64_t columns) {
-    return kPack<S> == 1 && RNN_EXT_VECTOR_REGISTERS >= 32 && columns % kLanes<T> == 0;
-  }
+  /// Whether so many columns of B, if find_runs(), are multiplied as they lie: whole vectors.
+  static bool may_lie(int64_t columns) { return kMayLie<S> && columns % kLanes<T> == 0; }
 
-  /// Evenly spaced rows of B; zeros where `first` is null.
-  using Run = EvenRows<const S>;
+  /// Rows of B, evenly spaced or in groups that are; zeros where `first` is null.
+  struct Run : EvenRows<const S> {
+    int64_t group = 0;           // so many; 0: one group
+    int64_t group_distance = 0;  // from one to the next
+
+    const S* at(int64_t row) const {
+      return group ? this->first + row / group * group_distance + row % group * this->distance
+                   : this->first + row * this->distance;
+    }
+    int64_t gap() const { return group ? group_distance - group * this->distance : 0; }
+  };
   static const S* no_row(int64_t) { return nullptr; }
 
   /// Finds in which one or two runs so many rows of B lie, such as the initial states and the outputs after them.
-  /// `aligned`: if their vectors are. (Many rows are read more slowly than packed ones if they are not, on Zen 5 by 3
-  /// to 10 %; few are not.)
+  /// `many`: if their vectors are aligned, and also groups of rows. (Many rows are read more slowly than packed ones if
+  /// they are not, on Zen 5 by 3 to 10 %; few are not.)
   template <class Row>
-  static bool find_runs(const Row& b_row, int64_t rows, Run (&runs)[2], bool aligned) {
+  static bool find_runs(const Row& b_row, int64_t rows, Run (&runs)[2], bool many) {
     if constexpr (requires(Row& row) { row.take(rows); }) {
       Row ahead = b_row;
-      for (Run& run : runs) {
-        run = rows > 0 ? ahead.take(rows) : Run{nullptr, 0, 0};
+      int found = 0;
+      while (rows > 0) {
+        const EvenRows<const S> next = ahead.take(rows);
+        rows -= next.count;
+        if (many && found > 0 && joins(runs[found - 1], next)) continue;
+        if (found == 2) return false;
         const bool is_aligned =
-            run.distance % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(run.first) % RNN_EXT_VECTOR_BYTES == 0;
-        if (run.first && (run.distance <= 0 || (aligned && !is_aligned))) return false;
-        rows -= run.count;
+            next.distance % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(next.first) % RNN_EXT_VECTOR_BYTES == 0;
+        if (next.first && (next.distance <= 0 || (many && !is_aligned))) return false;
+        runs[found++] = Run{next};
       }
-      return rows == 0;
+      for (; found < 2; ++found) runs[found] = {};
+      return true;
     }
     return false;
+  }
+
+  /// Whether `next` is another group of the run's, which it is added to then. Of rows near each other: others would
+  /// share a few sets of a cache.
+  static bool joins(Run& run, const EvenRows<const S>& next) {
+    constexpr int64_t kNear = 4096 / int64_t(sizeof(S));
+    const int64_t group = run.group ? run.group : run.count;
+    if (!run.first || !next.first || next.distance != run.distance || next.count != group || run.distance >= kNear)
+      return false;
+    const int64_t distance = next.first - run.at(run.count - group);
+    if (distance % kLanes<T> != 0 || (run.group && distance != run.group_distance)) return false;
+    run.group = group;
+    run.group_distance = distance;
+    run.count += group;
+    return true;
   }
 
   /// Whether so many rows of some columns of A are numbers, neither infinite nor NaN: their product with zeros is

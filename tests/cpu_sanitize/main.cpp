@@ -711,6 +711,35 @@ void shared_inputs() {
   }
 }
 
+/// Backward of a batch in three or four parts, by fewer threads, as many and more; all that is wanted, and some of it.
+template <class S>
+void batch_parts() {
+  for (const CellKind cell : {CellKind::kRnnTanh, CellKind::kGru, CellKind::kLstm}) {
+    const bool by_batch = cell == CellKind::kGru;
+    for (const unsigned wanted : {0xffffu, 0x5a5au, 0xa5a5u}) {
+      Config config{cell,
+                    24,
+                    50,
+                    33,
+                    48,
+                    0,
+                    1,
+                    by_batch ? Config::kBatchMajor : Config::kTimeMajor,
+                    true,
+                    false,
+                    by_batch,
+                    true,
+                    cell == CellKind::kLstm,
+                    wanted};
+      const Results alone = run<S>(config, Executor{});
+      for (int threads : {2, 3, 4, 9}) {
+        if (run<S>(config, Executor{threads, by_four_threads, team}).values != alone.values)
+          fail(config, "parts of a batch have other bits by several threads");
+      }
+    }
+  }
+}
+
 template <class S>
 void four_threads(const Config& config, const char* dtype) {
   if (run<S>(config, Executor{}).values != run<S>(config, Executor{4, by_four_threads}).values)
@@ -727,6 +756,8 @@ int threads() {
   shared_inputs<float>();
   shared_inputs<BFloat16>();
   shared_inputs<Float16>();
+  batch_parts<float>();
+  batch_parts<BFloat16>();
   for (int kind = 0; kind < 5; ++kind) {
     for (int directions : {1, 2}) {
       const CellKind cell = kind < 4 ? CellKind(kind) : CellKind::kLstm;

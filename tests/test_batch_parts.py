@@ -1,0 +1,90 @@
+"""Backward of a batch part by part, see csrc/cpu/batch_parts.inl: the parts follow from the sizes alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from util import CELLS, Case, build, check_gradients, cotangents, gradients, instruction_sets, oracle, run, same_bits
+
+from rnn_ext import _C
+
+# L, N, I, H. The multiply-adds that are worth parts are 1.5e6 for each.
+SIZES = [
+    (40, 25, 64, 33),  # two, one of them with a row more; units and inputs that are no whole vectors
+    (23, 51, 32, 64),  # four, whose inputs and outputs lie in groups of aligned rows
+    (5, 2100, 16, 32),  # four of more rows than are multiplied at a time
+]
+
+
+def bits_of_threads(problem, grads) -> None:
+    """As many threads as parts, fewer and more, near each other and far: the same gradients."""
+    for threads, distance in ((2, 0), (2, 1000), (3, 0), (4, 0), (9, 0)):
+        torch.set_num_threads(threads)
+        _C.assume_thread_distance(distance)
+        same_bits(gradients(run, problem)[1], grads)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_and_bits(cell, size):
+    for layout, resets in (("dense", False), ("batch_first", True)):
+        case = Case(cell, layout, resets=resets, size=size)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            problem = build(case).to(dtype)
+            # Of bfloat16 the bits alone: it may be on the other side of a relu's corner.
+            expected = None if dtype == torch.bfloat16 else gradients(oracle, problem.to(torch.float64))[1]
+            for _ in instruction_sets():
+                torch.set_num_threads(1)
+                grads = gradients(run, problem)[1]
+                if expected:
+                    check_gradients(grads, expected, dtype)
+                bits_of_threads(problem, grads)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_wanted_and_what_is_given(cell):
+    """Each gradient alone, and from each result alone, none of which is the sum of all."""
+    problem = build(Case(cell, size=SIZES[0])).to(torch.float32)
+    whole = gradients(run, problem)[1]
+    for name in whole:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            same_bits(gradients(run, problem, wrt=[name])[1], {name: whole[name]})
+    exact = problem.to(torch.float64)
+    for name, grad in cotangents(run(problem)).items():
+        torch.set_num_threads(1)
+        grads = gradients(run, problem, {name: grad})[1]
+        check_gradients(grads, gradients(oracle, exact, {name: grad.to(torch.float64)})[1], torch.float32)
+        torch.set_num_threads(2)
+        same_bits(gradients(run, problem, {name: grad})[1], grads)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_that_lie_elsewhere(bias):
+    """Inputs that are not aligned, or far from each other, give what those do that are multiplied as they lie."""
+    for size in SIZES[1:]:
+        problem = build(Case("gru", bias=bias, state=False, size=size)).to(torch.float32)
+        problem = problem.requiring(problem.weights)
+        input, grad_of = problem.input, cotangents(run(problem))
+
+        def grads(input, problem=problem, grad_of=grad_of):
+            results = run(problem.having({"input": input}))
+            found = torch.autograd.grad(list(results.values()), list(problem.weights.values()), list(grad_of.values()))
+            return dict(zip(problem.weights, found, strict=True))
+
+        shifted = torch.empty(input.numel() + 1)[1:].view(input.shape).copy_(input)
+        apart = torch.full((*input.shape[:2], 3000), float("nan"))[..., : input.shape[2]].copy_(input)
+        by_entry = input.transpose(0, 1).contiguous().transpose(0, 1)
+        for other in (shifted, apart, by_entry):
+            same_bits(grads(other), grads(input))
+
+
+def test_infinite_and_missing_numbers_stay_in_their_sequences():
+    """What a part's zeros are multiplied by."""
+    problem = build(Case("lstm", size=SIZES[1], state=False)).to(torch.float32)
+    input = problem.input.clone()
+    input[3, 40] = float("nan")
+    grads = gradients(run, problem.having({"input": input}))[1]
+    sound = torch.arange(input.shape[1]) != 40
+    assert grads["input"][:, ~sound].isnan().any() and grads["weight_hh"].isnan().all()
+    same_bits({"input": grads["input"][:, sound]}, {"input": gradients(run, problem)[1]["input"][:, sound]})
