@@ -71,9 +71,10 @@ void forward(const ForwardArgs<S>& args, const Executor& executor) {
   const Packing packing = !pack ? Packing::kNone : panels ? Packing::kPanels : Packing::kWhole;
   Several<Packed> own(directions);
   const Packed* weights[2] = {};
+  const Executor packs = directions == 1 ? executor : Executor();
   parallel(executor, directions, [&](int64_t d) {
     const bool given = pack && args.packed[d];
-    if (!given) own[d] = new Packed(args.weights[d], args.sizes, packing);
+    if (!given) own[d] = new Packed(args.weights[d], args.sizes, packing, packs);
     weights[d] = given ? static_cast<const Packed*>(args.packed[d]) : own[d];
   });
   const Shares shares = share_out(args.layout, args.sizes, Cell::kGates, sizeof(S), executor, !cells::kIsNormed<Cell>,
@@ -93,7 +94,7 @@ template <class Cell, class S>
 struct StackLayer {
   using Packed = ForwardWeights<Cell, S>;
   explicit StackLayer(const ForwardArgs<S>& args)
-      : own(args.packed[0] ? nullptr : new Packed(args.weights[0], args.sizes, packing(args))),
+      : own(args.packed[0] ? nullptr : new Packed(args.weights[0], args.sizes, packing(args), Executor())),
         states(args, 0, slice_of(args.layout, 0, 1)),
         scan(args, args.packed[0] ? static_cast<const Packed&>(*args.packed[0]) : *own, 0, slice_of(args.layout, 0, 1),
              states, alone, 0, 1) {}
