@@ -23,6 +23,13 @@ LENGTH, HIDDEN = 60, 96  # not a multiple of the steps that layers are apart; en
 PER_LAYER = {"rnn_tanh": 5, "rnn_relu": 5, "gru": 2, "lstm": 2}  # layers with enough work together
 
 
+@pytest.fixture(autouse=True)
+def near_threads() -> None:
+    """Training with so little work is left to one thread where they are far from each other, see test_threads.py."""
+    if ops.is_available():
+        _C.assume_thread_distance(0)
+
+
 def module(cell: str, layers: int, dtype: torch.dtype = torch.float32, **options) -> torch.nn.RNNBase:
     torch.manual_seed(5)
     kind = {"gru": rnn_ext.GRU, "lstm": rnn_ext.LSTM}.get(cell, rnn_ext.RNN)

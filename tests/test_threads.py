@@ -424,8 +424,10 @@ print(len(os.listdir("/proc/self/task")) - alone)
         (400, 1, 64, False, False),  # 3.3e6: little
         (405, 1, 80, False, False),  # 5.2e6: little for each row
         (120, 1, 150, False, True),  # 5.4e6, of 4.5e4 for each row
-        (30, 10, 64, False, False),  # 2.5e6: little
-        (30, 16, 64, False, True),  # 3.9e6 of several sequences
+        (20, 8, 128, False, False),  # 5.2e6 of several sequences: little
+        (25, 8, 128, False, True),  # 6.6e6
+        (5, 24, 128, False, False),  # 3.9e6 of so many that they go in parts: little
+        (6, 24, 128, False, True),  # 4.7e6
         (200, 1, 64, True, True),  # each thread takes a direction
     ],
 )
@@ -437,6 +439,45 @@ def test_little_work_backward_is_shared_by_threads_that_are_near(steps, batch, u
     for distance, shared in ((50, True), (250, shared_if_far)):
         values = f"distance, steps, batch, units, both = {distance, steps, batch, units, both}\n"
         found = script(values + FAR, OMP_WAIT_POLICY="active", OMP_NUM_THREADS="1")
+        assert found == f"{int(much if alone else shared)}\n", distance
+
+
+FAR_FORWARD = """
+import os, torch
+from rnn_ext import RNN, _C
+
+_C.assume_thread_distance(distance)
+module, input = RNN(units, units, layers, backend="custom"), torch.zeros(steps, batch, units)
+torch.set_num_threads(2)
+alone = len(os.listdir("/proc/self/task"))
+torch.set_grad_enabled(trains)
+for _ in range(1000):
+    module(input)
+print(len(os.listdir("/proc/self/task")) - alone)
+"""
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch", "units", "layers", "trains", "shared_if_far"),
+    [  # multiply-adds
+        (400, 1, 64, 1, True, False),  # 3.3e6, of which backward is left to one thread
+        (400, 1, 64, 1, False, True),
+        (1, 1, 512, 1, False, True),  # one timestep, whose weights take as long as 2.6e6
+        (1, 1, 512, 1, True, True),
+        (20, 8, 128, 1, True, False),  # 5.2e6 of several sequences
+        (20, 8, 128, 1, False, True),
+        (5, 10, 128, 1, False, False),  # 1.6e6
+        (400, 1, 64, 2, True, False),  # layers that would run at the same time
+        (400, 1, 64, 2, False, True),
+    ],
+)
+def test_little_work_forward_is_shared_by_threads_that_are_near(steps, batch, units, layers, trains, shared_if_far):
+    much = layers * steps * batch * 2 * units**2 >= 5e6
+    alone = len(os.sched_getaffinity(0)) < 2
+    for distance, shared in ((50, True), (250, shared_if_far)):
+        values = f"distance, steps, batch, units = {distance, steps, batch, units}\n"
+        values += f"layers, trains = {layers, trains}\n"
+        found = script(values + FAR_FORWARD, OMP_WAIT_POLICY="active", OMP_NUM_THREADS="1")
         assert found == f"{int(much if alone else shared)}\n", distance
 
 

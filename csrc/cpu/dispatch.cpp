@@ -98,11 +98,18 @@ constexpr double kWorthwhile = 5e6;
 /// The same of threads that are awake. (One timestep, calls up to 0.3 ms apart: 1.0 to 1.3 times as fast at 1e6, up to
 /// 2.4 times at 2.6e6, one row of 512 units; 0.8 to 1.1 at 5e5.)
 constexpr double kWorthwhileAwake = 1e6;
-/// What backward of one direction is given threads for that are far from each other, as each reads what another one has
-/// written. (Zen 5, 250 ns apart. Of one sequence, multiply-adds of a row: about even at 3.3e4, an RNN of 128 units;
-/// one of 64 takes 1.3 to 1.4 times as long. Of several, all multiply-adds: 1.05 to 1.2 times as long at 2e6, but as
-/// often faster, 0.9 to 0.6 times from 3e6 on.)
-constexpr double kWorthPassingOn = 4e4, kWorthwhileFar = 3e6;
+/// From how many multiply-adds on a layer is worth threads that are far from each other, as each reads what another one
+/// has written; 0: from as many as near ones. (Zen 5, 250 ns apart. Training of one sequence, multiply-adds of a row:
+/// about even at 3.3e4, an RNN of 128 units; one of 64 takes 1.3 to 1.4 times as long backward. Of several, all
+/// multiply-adds: 0.98 to 1.04 times as long at 3e6 to 4e6, and 0.95 at 6.5e6; of 24 and more, which go in parts, 0.82
+/// to 0.88 times at 3e6, but less so between other layers. Inference: 1.16 times at 1.6e6, 0.64 to 0.87 at 2e6 to 4e6.)
+double least_far(const Sizes& sizes, const Layout& layout, bool trains) {
+  constexpr double kInferred = 2e6, kSequences = 6e6, kParts = 4e6, kOneSequence = 5e6, kRowOfIt = 4e4;
+  if (sizes.directions > 1) return 0;  // of which each thread has one
+  if (!trains) return kInferred;
+  if (layout.batch == 1) return std::max(kOneSequence, kRowOfIt * double(layout.rows));
+  return layout.batch < 24 ? kSequences : kParts;
+}
 /// Threads that wait actively do so longer: libgomp's for some 5 to 15 ms, if there are no more than processors.
 constexpr auto kAwake = std::chrono::milliseconds(1);
 
@@ -114,25 +121,28 @@ double multiply_adds(CellKind cell, const Sizes& sizes, const Layout& layout) {
 /// When the last call of a thread ended that had work for its pool, were that awake.
 thread_local std::chrono::steady_clock::time_point last_end;
 
-/// Calls fn(executor) with as many threads as it is worth to have. `pace`: how many times as fast as float is what it
-/// computes. `backward`: threads pass so much on to each other that it matters how far they are apart.
+/// What matters of a call besides its sizes.
+struct Pace {
+  double times_float = 1;  // how many times as fast as float it is
+  double least_far = 0;    // see there
+};
+
+/// Calls fn(executor) with as many threads as it is worth to have.
 template <class Fn>
-void with_threads(const Executor& executor, CellKind cell, const Sizes& sizes, const Layout& layout, const Fn& fn,
-                  double pace = 1, bool backward = false) {
+void with_threads(const Executor& executor, CellKind cell, const Sizes& sizes, const Layout& layout, Pace pace,
+                  const Fn& fn) {
   using Clock = std::chrono::steady_clock;
   // Few rows take as long as their weights take to come from the third-level cache (measured on a Xeon: one timestep of
   // a row and 1e6 weights or more is as fast with a thread that has to be woken, twice as fast with one that is awake).
   constexpr double kLeastRows = 5;
   if (executor.threads <= 1 || layout.rows == 0) return fn(Executor{});
-  const double work = multiply_adds(cell, sizes, layout) * std::max(1., kLeastRows / double(layout.rows)) / pace;
+  const double work =
+      multiply_adds(cell, sizes, layout) * std::max(1., kLeastRows / double(layout.rows)) / pace.times_float;
   if (work < kWorthwhileAwake) return fn(Executor{});
   // Soon after such a call the threads are awake or, if that did without them, will be from this call on.
   const bool awake = executor.waits_actively && work < kWorthwhile && Clock::now() - last_end < kAwake;
   bool shares = awake || work >= kWorthwhile;
-  if (shares && backward && sizes.directions == 1 && executor.are_far) {
-    const double least_one = std::max(kWorthwhile, kWorthPassingOn * double(layout.rows));
-    shares = work >= (layout.batch == 1 ? least_one : kWorthwhileFar) || !executor.are_far();
-  }
+  if (shares && work < pace.least_far && executor.are_far) shares = !executor.are_far();
   fn(shares ? executor : Executor{});
   last_end = Clock::now();
 }
@@ -319,27 +329,31 @@ int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_
 }
 
 template <class S>
-bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, const Executor& executor) {
+bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, bool trains,
+               const Executor& executor) {
   if (layers < 2 || sizes.directions > 1 || executor.threads < 2 || !executor.run_team) return false;
   if (!uses_packed_weights<S>(sizes, layout)) return false;
   const int gates = cells::kGatesOf[int(cell)];
   if (count_slices(layout, sizes, gates, sizeof(S), executor) > 1) return false;  // these need not wait
-  const double work = multiply_adds(cell, sizes, layout) * double(layers);
-  if (work < kWorthwhile) return false;
+  const double work = multiply_adds(cell, sizes, layout);
+  if (work * double(layers) < kWorthwhile) return false;
+  if (trains && work < least_far(sizes, layout, true) && executor.are_far && executor.are_far()) return false;
   // Layers wait for each other every few steps, threads that share a layer's units in every step, but hold half of its
   // weights each. Measured with two threads: about even from here on, and twice as fast as one at half of it.
   constexpr double kShared = 2e5;  // multiply-adds of a recurrent step
   const double hidden = double(sizes.hidden);
   return gates * hidden * hidden * double(layout.rows) < kShared * double(layout.steps);
 }
-template bool pipelines<float>(CellKind, const Sizes&, const Layout&, int64_t, const Executor&);
-template bool pipelines<double>(CellKind, const Sizes&, const Layout&, int64_t, const Executor&);
-template bool pipelines<BFloat16>(CellKind, const Sizes&, const Layout&, int64_t, const Executor&);
+template bool pipelines<float>(CellKind, const Sizes&, const Layout&, int64_t, bool, const Executor&);
+template bool pipelines<double>(CellKind, const Sizes&, const Layout&, int64_t, bool, const Executor&);
+template bool pipelines<BFloat16>(CellKind, const Sizes&, const Layout&, int64_t, bool, const Executor&);
 
 template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor) {
   const FlushSubnormals flush;
-  with_threads(executor, args.cell, args.sizes, args.layout,
+  // What backward will read on one thread is not written by two. (Of one timestep that is little.)
+  const double least = args.layout.steps > 1 ? least_far(args.sizes, args.layout, args.trains) : 0;
+  with_threads(executor, args.cell, args.sizes, args.layout, {.least_far = least},
                [&](const Executor& threads) { kernels<S>().forward(args, threads); });
 }
 template <class S>
@@ -355,9 +369,8 @@ void stack_forward(ForwardArgs<S>* layers, int count, const Executor& executor) 
 template <class S>
 void layer_backward(const BackwardArgs<S>& args, const Executor& executor) {
   const FlushSubnormals flush;
-  with_threads(
-      executor, args.cell, args.sizes, args.layout,
-      [&](const Executor& threads) { kernels<S>().backward(args, threads); }, 1, true);
+  with_threads(executor, args.cell, args.sizes, args.layout, {.least_far = least_far(args.sizes, args.layout, true)},
+               [&](const Executor& threads) { kernels<S>().backward(args, threads); });
 }
 namespace {
 
@@ -383,14 +396,13 @@ void quantized_forward(const QuantizedArgs& args, const Executor& executor) {
   const ForwardArgs<float>& call = args.call;
   const QuantizedKernel kernel = quantized_kernel();
   // (Zen 4: 2 and 3.5 times; with AVX2 1.3 times, where more would gain little.)
-  const double pace = args.pack == 4 ? 4 : 2;
-  with_threads(
-      executor, call.cell, call.sizes, call.layout, [&](const Executor& threads) { kernel(args, threads); }, pace);
+  with_threads(executor, call.cell, call.sizes, call.layout, {.times_float = args.pack == 4 ? 4. : 2.},
+               [&](const Executor& threads) { kernel(args, threads); });
 }
 template <class T>
 void layer_tangent(const TangentArgs<T>& args, const Executor& executor) {
   const FlushSubnormals flush;
-  with_threads(executor, args.values.cell, args.values.sizes, args.values.layout,
+  with_threads(executor, args.values.cell, args.values.sizes, args.values.layout, {},
                [&](const Executor& threads) { kernels<T>().tangent(args, threads); });
 }
 template void layer_tangent(const TangentArgs<float>&, const Executor&);

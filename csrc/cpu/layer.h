@@ -170,6 +170,7 @@ struct ForwardArgs {
   S* h_n = nullptr;                     // [D, N, P]
   S* c_n = nullptr;                     // [D, N, H], of a cell with a cell state
   Compute<S>* saved = nullptr;          // [D, T, saved_values, padded H], null: nothing is kept
+  bool trains = false;                  // backward may follow, even if it needs nothing that is kept
   Variant variant = Variant::kPlain;
   Masks<S> masks;
   const Progress* below = nullptr;  // of the layer whose output is the input; null: all of it is there
@@ -290,9 +291,10 @@ template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor);
 
 /// Whether the layers of a stack, each like this one, should run at the same time, each some timesteps behind the one
-/// below it.
+/// below it. `trains`: backward may follow.
 template <class S>
-bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, const Executor& executor);
+bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, bool trains,
+               const Executor& executor);
 
 /// A stack of layers of one direction, the bits of layer_forward for one after the other: the input of each is the
 /// output of the one before it. Sets their `below` and `progress`.

@@ -117,6 +117,7 @@ class ForwardCall {
     }
     args.h_n = data<S>(h_n_);
     args.c_n = shape.cell.has_cell ? data<S>(c_n_) : nullptr;
+    args.trains = save_;
     args.saved = save_ ? data<cpu::Compute<S>>(saved_) : nullptr;
     for (int d = 0; d < shape.sizes.directions; ++d) {
       if (!save_ && cpu::uses_packed_weights<S>(args.sizes, args.layout)) args.packed[d] = find_packed<S>(d);
@@ -294,7 +295,8 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
 
 }  // namespace
 
-bool pipelines(const at::Tensor& input, int64_t batch, const StackWeights& weights, const LayerOptions& options) {
+bool pipelines(const at::Tensor& input, int64_t batch, const StackWeights& weights, const LayerOptions& options,
+               bool trains) {
   const cpu::Executor threads = executor();
   if (threads.threads == 1 || options.bidirectional || batch == 0 || weights[0].size() > 5) return false;
   const CellInfo cell = cell_info(options.cell);
@@ -313,7 +315,7 @@ bool pipelines(const at::Tensor& input, int64_t batch, const StackWeights& weigh
   if (backward_type(input, cpu::Variant::kPlain) != input.scalar_type()) return false;
   bool result = false;
   with_stored<float, double, cpu::BFloat16>(input.scalar_type(), [&](auto storage) {
-    result = cpu::pipelines<decltype(storage)>(cell.kind, sizes, layout, int64_t(weights.size()), threads);
+    result = cpu::pipelines<decltype(storage)>(cell.kind, sizes, layout, int64_t(weights.size()), trains, threads);
   });
   return result;
 }

@@ -82,14 +82,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stack(
   const c10::DispatchKeySet keys = keys_of(input, {&h_0, &c_0, &batch_sizes, &lengths, &resets}, weights);
   std::vector<bool> recorded(layers);
   std::optional<std::vector<LayerResult>> found;
-  if (pipelines(input, batch, parts, options) && is_plain(keys, input, h_0, c_0, weights)) {
-    // As autograd would decide of one layer after the other: where nothing in it or below requires it, there is no
-    // node.
-    for (int64_t k = 0; keys.has(c10::DispatchKey::AutogradCPU) && k < layers; ++k) {
-      using torch::autograd::compute_requires_grad;
-      recorded[k] = (k == 0 ? compute_requires_grad(input) : recorded[k - 1]) ||
-                    compute_requires_grad(h_0s[k], c_0s[k], at::TensorList(parts[k]));
-    }
+  // As autograd would decide of one layer after the other: where nothing in it or below requires it, there is no node.
+  for (int64_t k = 0; keys.has(c10::DispatchKey::AutogradCPU) && k < layers; ++k) {
+    using torch::autograd::compute_requires_grad;
+    recorded[k] = (k == 0 ? compute_requires_grad(input) : recorded[k - 1]) ||
+                  compute_requires_grad(h_0s[k], c_0s[k], at::TensorList(parts[k]));
+  }
+  if (pipelines(input, batch, parts, options, recorded.back()) && is_plain(keys, input, h_0, c_0, weights)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     found = pipelined_forward(input, h_0s, c_0s, parts, batch_sizes, lengths, resets, options, recorded);
   }

@@ -17,9 +17,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stack(
     const OptionalTensor& resets, std::string_view cell, int64_t layers, bool bidirectional, bool batch_first,
     bool cell_states);
 
-/// Whether all layers should run at the same time on the CPU, each some timesteps behind the one below it. Nothing has
-/// been checked yet.
-bool pipelines(const at::Tensor& input, int64_t batch, const StackWeights& weights, const LayerOptions& options);
+/// Whether all layers should run at the same time on the CPU, each some timesteps behind the one below it. `trains`:
+/// backward may follow. Nothing has been checked yet.
+bool pipelines(const at::Tensor& input, int64_t batch, const StackWeights& weights, const LayerOptions& options,
+               bool trains);
 
 /// Runs them so, below autograd, and keeps for backward what the layers in `save` need. The bits of one layer after the
 /// other.
