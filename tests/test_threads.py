@@ -409,7 +409,7 @@ from rnn_ext import RNN, _C
 
 _C.assume_thread_distance(distance)
 module = RNN(units, units, backend="custom", bidirectional=both)
-output = module(torch.zeros(steps, batch, units))[0].sum()  # not so much that torch would wake a thread
+output = module(torch.zeros(steps, batch, units))[1].sum()  # not so much that torch would wake a thread
 torch.set_num_threads(2)
 alone = len(os.listdir("/proc/self/task"))
 for _ in range(1000):
@@ -424,10 +424,10 @@ print(len(os.listdir("/proc/self/task")) - alone)
         (400, 1, 64, False, False),  # 3.3e6: little
         (405, 1, 80, False, False),  # 5.2e6: little for each row
         (120, 1, 150, False, True),  # 5.4e6, of 4.5e4 for each row
-        (20, 8, 128, False, False),  # 5.2e6 of several sequences: little
-        (25, 8, 128, False, True),  # 6.6e6
-        (5, 24, 128, False, False),  # 3.9e6 of so many that they go in parts: little
-        (6, 24, 128, False, True),  # 4.7e6
+        (40, 16, 64, False, False),  # 5.2e6 of several sequences: little
+        (50, 16, 64, False, True),  # 6.6e6
+        (34, 24, 48, False, False),  # 3.8e6 of so many that they go in parts: little
+        (34, 24, 56, False, True),  # 5.1e6
         (200, 1, 64, True, True),  # each thread takes a direction
     ],
 )

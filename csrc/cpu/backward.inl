@@ -7,6 +7,7 @@ template <class T>
 struct EvenRows {
   T* first;
   int64_t distance, count;
+  const void* array = nullptr;  // of which they are, where that is asked
 };
 
 /// The distance between rows of a sequence that follow each other in the layout's internal order, if they are evenly
@@ -24,8 +25,8 @@ template <class T>
 EvenRows<T> rows_from(const Sequence<T>& sequence, const Layout& layout, int64_t t, int64_t j) {
   T* const first = sequence.at(layout, t, j);
   if (const int64_t distance = even_distance(sequence, layout))
-    return {first, distance, layout.rows - layout.offsets[t] - j};
-  return {first, sequence.row, layout.order && !layout.packed ? 1 : layout.batch_sizes[t] - j};
+    return {first, distance, layout.rows - layout.offsets[t] - j, sequence.data};
+  return {first, sequence.row, layout.order && !layout.packed ? 1 : layout.batch_sizes[t] - j, sequence.data};
 }
 
 /// Walks the rows of a layout in their internal order, from number `row` on. find(t, j): EvenRows from row (t, j) on.
@@ -97,7 +98,7 @@ EvenRows<const S> previous_outputs(const BackwardArgs<S>& args, int direction, i
     // Packed, those of another step would follow: not the ones before this step's other rows.
     if (!all) found.count = smaller(found.count, layout.batch_sizes[before] - j);
   } else if (args.h_0) {
-    found = {initial_output(args, direction, j), out, layout.order ? 1 : layout.batch_sizes[t] - j};
+    found = {initial_output(args, direction, j), out, layout.order ? 1 : layout.batch_sizes[t] - j, args.h_0};
   } else {
     found.count = layout.batch_sizes[t] - j;
   }
@@ -187,8 +188,8 @@ struct ChunkGrads {
   Buffer<Element<S>> paired_gates, paired_proj;
   Chunk chunk;
 
-  /// Keeps rows of step t, the last one of the chunk, for the first of the next: all together all of them, as early as
-  /// the thread that has written them can, which has them in its cache.
+  /// Keeps rows of step t, the last one of the chunk, for the first of the next. Those who have scanned it keep all of
+  /// them together, each what is in its own cache.
   void keep(const Layout& layout, int64_t t, int64_t j, int64_t rows) const {
     if (chunk.ends) return;
     std::memcpy(static_cast<void*>(last_step.get() + j * stride), gates_at(layout, t, j),

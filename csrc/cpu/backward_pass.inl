@@ -437,18 +437,18 @@ struct PassArgs {
 };
 
 /// Walks the chunks of so many passes side by side, of both directions or of all parts of a batch, so that every thread
-/// has work in each. grad_input of the reverse direction goes to `apart` or, if that is null, is added to what is
-/// there.
+/// has work in each; `share`: as many have one pass. grad_input of the reverse direction goes to `apart` or, if that is
+/// null, is added to what is there.
 template <class Cell, class S>
-void walk(const PassArgs<S>* all, int count, const Executor& executor, Compute<S>* apart) {
-  const BackwardArgs<S>& any = *all->args;
-  Executor each = executor;
-  if (count > any.sizes.directions) each.threads = int(larger(1, executor.threads / count));
-  const Shares shares = share_out(any.layout, any.sizes, Cell::kGates, sizeof(S), each, !cells::kIsVariant<Cell>, true);
+void walk(const PassArgs<S>* ways, int count, const Executor& executor, const Executor& share, Compute<S>* apart) {
+  const BackwardArgs<S>& any = *ways->args;  // none of which has few rows if there are parts
+  const Shares shares =
+      share_out(any.layout, any.sizes, Cell::kGates, sizeof(S), share, !cells::kIsVariant<Cell>, true);
   const bool may_follow = executor.run_team && executor.threads > 1 && count == 1 && shares.members == 1;
   Several<BackwardPass<Cell, S>> passes(count);
   parallel(executor, count, [&](int64_t i) {
-    passes[i] = new BackwardPass<Cell, S>(*all[i].args, all[i].direction, shares, executor.threads, apart, may_follow);
+    passes[i] =
+        new BackwardPass<Cell, S>(*ways[i].args, ways[i].direction, shares, executor.threads, apart, may_follow);
   });
   for (;;) {
     // Those that have another chunk, and the tasks up to theirs.
@@ -481,26 +481,38 @@ void walk(const PassArgs<S>* all, int count, const Executor& executor, Compute<S
   for (int i = 0; i < count; ++i) passes[i]->finish();
 }
 
+inline Executor with_so_many(const Executor& executor, int threads) {
+  Executor fewer = executor;
+  fewer.threads = threads;
+  return fewer;
+}
+
+/// Each thread takes parts of its own or, where these cannot be dealt out evenly, shares all of them with the others.
 template <class Cell, class S>
 void backward_in_parts(const BackwardArgs<S>& args, int count, const Executor& executor) {
   Several<BatchPart<S>> parts(count);
-  PassArgs<S> all[kMostParts];
-  Executor alone = executor;
-  alone.threads = 1;
+  PassArgs<S> ways[kMostParts];
   const auto make = [&](int64_t i) {
     parts[i] = new BatchPart<S>(args, Cell::kGates, int(i), count);
-    all[i].args = &parts[i]->args;
+    ways[i].args = &parts[i]->args;
   };
-  if (const int threads = executor.threads; threads <= count) {
+  const int threads = executor.threads;
+  Compute<S>* const nowhere = nullptr;
+  if (count % threads == 0) {
+    const Executor alone = with_so_many(executor, 1);
+    // Tasks are taken in turns. What a thread scanned forward, as one slice, are parts that follow each other.
+    const auto part_of_task = [&](int64_t task) { return task % threads * (count / threads) + task / threads; };
     parallel(executor, count, [&](int64_t task) {
-      // In the first place what a thread has scanned forward, as the slice that is its own.
-      const int64_t i = count % threads == 0 ? task % threads * (count / threads) + task / threads : task;
+      const int64_t i = part_of_task(task);
       make(i);
-      walk<Cell>(all + i, 1, alone, static_cast<Compute<S>*>(nullptr));
+      walk<Cell>(ways + i, 1, alone, alone, nowhere);
     });
   } else {
+    // Of slices that are not as many as threads, so many that none has much more to do than another.
+    const Executor share =
+        with_so_many(executor, threads % count == 0 ? threads / count : (2 * threads - 1) / count + 1);
     for (int i = 0; i < count; ++i) make(i);
-    walk<Cell>(all, count, executor, static_cast<Compute<S>*>(nullptr));
+    walk<Cell>(ways, count, executor, share, nowhere);
   }
   add_parts(args, Cell::kGates, parts);
 }
@@ -509,12 +521,13 @@ template <class Cell, class S>
 void backward(const BackwardArgs<S>& args, const Executor& executor) {
   using T = Compute<S>;
   const int directions = args.sizes.directions;
-  const PassArgs<S> all[2] = {{&args, 0}, {&args, 1}};
-  Executor alone = executor;
-  alone.threads = 1;
-  if (const int count = count_parts<Cell>(args); count > 1) return backward_in_parts<Cell>(args, count, executor);
+  const int parts = args.groups > 0 ? 1 : count_parts(args.cell, args.variant, args.sizes, args.layout);
+  if constexpr (!cells::kIsVariant<Cell>) {
+    if (parts > 1) return backward_in_parts<Cell>(args, parts, executor);
+  }
+  const PassArgs<S> ways[2] = {{&args, 0}, {&args, 1}};
   if (executor.threads <= 1 || directions == 1) {
-    for (int d = 0; d < directions; ++d) walk<Cell>(all + d, 1, executor, nullptr);
+    for (int d = 0; d < directions; ++d) walk<Cell>(ways + d, 1, executor, executor, static_cast<T*>(nullptr));
     return;
   }
   const int64_t width = args.sizes.input, rows = args.layout.rows;
@@ -522,9 +535,10 @@ void backward(const BackwardArgs<S>& args, const Executor& executor) {
   if (executor.threads == 2) {
     // Each thread takes a direction, multiplies what is in its own cache, and waits only at the end: one whose core
     // another process takes does not hold up the other in every chunk.
-    parallel(executor, 2, [&](int64_t d) { walk<Cell>(all + d, 1, alone, apart.get()); });
+    const Executor alone = with_so_many(executor, 1);
+    parallel(executor, 2, [&](int64_t d) { walk<Cell>(ways + d, 1, alone, alone, apart.get()); });
   } else {
-    walk<Cell>(all, 2, executor, apart.get());
+    walk<Cell>(ways, 2, executor, executor, apart.get());
   }
   if (!args.grad_input.data) return;
   const auto find = [&](int64_t t, int64_t j) {

@@ -2,35 +2,17 @@
 // one: it scans its sequences and multiplies what comes of them, for gradients of weights of its own, which are added
 // up at the end.
 
-/// At most so many, and into how many a batch is parted: as many as are worth the sum at the end. The bits of the sum
-/// depend on it, so that the threads are not asked.
-constexpr int kMostParts = 4;
-template <class Cell, class S>
-int count_parts(const BackwardArgs<S>& args) {
-  constexpr int64_t kLeastBatch = 12;               // whose tiles are as good as those of more rows (measured)
-  constexpr double kLeastWork = 1.5e6;              // multiply-adds of forward
-  constexpr int64_t kMostBytes = int64_t(2) << 20;  // of a part's gradients
-  const Sizes& sizes = args.sizes;
-  const Layout& layout = args.layout;
-  const int64_t weights = Cell::kGates * sizes.hidden * (sizes.input + sizes.hidden);
-  if (cells::kIsVariant<Cell> || sizes.directions > 1 || sizes.proj || args.groups > 0) return 1;
-  if (!has_all_rows(layout) || layout.order || layout.packed) return 1;
-  if (weights * int64_t(sizeof(Compute<S>)) > kMostBytes) return 1;
-  const double most = double(weights) * double(layout.rows) / kLeastWork;
-  return int(larger(1, smaller(smaller(layout.batch / kLeastBatch, int64_t(most)), kMostParts)));
-}
-
 /// A part of a batch as a batch of its own. Its gradients of weights, not rounded, are apart from those of the others.
 template <class S>
 struct BatchPart {
   using T = Compute<S>;
 
-  BatchPart(const BackwardArgs<S>& all, int gates, int index, int count)
-      : slice(slice_of(all.layout, index, count)),
-        batch_sizes(all.layout.steps),
-        offsets(all.layout.steps),
-        args(all),
-        grads(grad_size(all, gates)) {
+  BatchPart(const BackwardArgs<S>& whole, int gates, int index, int count)
+      : slice(slice_of(whole.layout, index, count)),
+        batch_sizes(whole.layout.steps),
+        offsets(whole.layout.steps),
+        args(whole),
+        grads(grad_size(whole, gates)) {
     Layout& layout = args.layout;
     layout.batch = slice.size();
     layout.rows = layout.steps * layout.batch;
@@ -41,7 +23,7 @@ struct BatchPart {
     layout.batch_sizes = batch_sizes.get();
     layout.offsets = offsets.get();
 
-    const int64_t first = slice.first, state = first * all.sizes.hidden;
+    const int64_t first = slice.first, state = first * whole.sizes.hidden;
     const auto skip_rows = [=](auto& sequence) {
       if (sequence.data) sequence.data += first * sequence.row;
     };
@@ -63,12 +45,12 @@ struct BatchPart {
     skip_states(args.grad_c_n);
     skip_states(args.grad_h_0);
     skip_states(args.grad_c_0);
-    args.saved += first * saved_values(all.cell, false, all.variant) * all.sizes.padded();
-    args.saved_offsets = all.layout.offsets;
+    args.saved += first * saved_values(whole.cell, false, whole.variant) * whole.sizes.padded();
+    args.saved_offsets = whole.layout.offsets;
 
     args.narrow_grads = false;
     T* at = grads.get();
-    for_each_grad(all, gates, [&](void* Weights<void>::* weight, int64_t size) {
+    for_each_grad(whole, gates, [&](void* Weights<void>::* weight, int64_t size) {
       args.grad_weights[0].*weight = at;
       at += size;
     });
@@ -77,19 +59,19 @@ struct BatchPart {
   BatchPart& operator=(const BatchPart&) = delete;
 
   /// Calls fn(weight, size) for all gradients that are wanted.
-  static void for_each_grad(const BackwardArgs<S>& all, int gates, const auto& fn) {
-    const int64_t units = gates * all.sizes.hidden;
+  static void for_each_grad(const BackwardArgs<S>& whole, int gates, const auto& fn) {
+    const int64_t units = gates * whole.sizes.hidden;
     const auto call = [&](void* Weights<void>::* weight, int64_t width) {
-      if (all.grad_weights[0].*weight) fn(weight, units * width);
+      if (whole.grad_weights[0].*weight) fn(weight, units * width);
     };
-    call(&Weights<void>::weight_ih, all.sizes.input);
-    call(&Weights<void>::weight_hh, all.sizes.hidden);
+    call(&Weights<void>::weight_ih, whole.sizes.input);
+    call(&Weights<void>::weight_hh, whole.sizes.hidden);
     call(&Weights<void>::bias_ih, 1);
     call(&Weights<void>::bias_hh, 1);
   }
-  static int64_t grad_size(const BackwardArgs<S>& all, int gates) {
+  static int64_t grad_size(const BackwardArgs<S>& whole, int gates) {
     int64_t sum = 0;
-    for_each_grad(all, gates, [&](void* Weights<void>::*, int64_t size) { sum += size; });
+    for_each_grad(whole, gates, [&](void* Weights<void>::*, int64_t size) { sum += size; });
     return sum;
   }
 
@@ -101,13 +83,13 @@ struct BatchPart {
 
 /// Adds the parts' gradients of weights up, in their order.
 template <class S>
-void add_parts(const BackwardArgs<S>& all, int gates, const Several<BatchPart<S>>& parts) {
+void add_parts(const BackwardArgs<S>& whole, int gates, const Several<BatchPart<S>>& parts) {
   using T = Compute<S>;
   T* at = parts[0]->grads.get();
-  for (int64_t i = 1; i < parts.size(); ++i) add_row(at, parts[i]->grads.get(), BatchPart<S>::grad_size(all, gates));
-  with_storage<T>(all.grad_storage(), [&]<class To>() {
-    BatchPart<S>::for_each_grad(all, gates, [&](void* Weights<void>::* weight, int64_t size) {
-      copy_row(static_cast<To*>(all.grad_weights[0].*weight), at, size);
+  for (int64_t i = 1; i < parts.size(); ++i) add_row(at, parts[i]->grads.get(), BatchPart<S>::grad_size(whole, gates));
+  with_storage<T>(whole.grad_storage(), [&]<class To>() {
+    BatchPart<S>::for_each_grad(whole, gates, [&](void* Weights<void>::* weight, int64_t size) {
+      copy_row(static_cast<To*>(whole.grad_weights[0].*weight), at, size);
       at += size;
     });
   });

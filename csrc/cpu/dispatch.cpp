@@ -98,24 +98,27 @@ constexpr double kWorthwhile = 5e6;
 /// The same of threads that are awake. (One timestep, calls up to 0.3 ms apart: 1.0 to 1.3 times as fast at 1e6, up to
 /// 2.4 times at 2.6e6, one row of 512 units; 0.8 to 1.1 at 5e5.)
 constexpr double kWorthwhileAwake = 1e6;
-/// From how many multiply-adds on a layer is worth threads that are far from each other, as each reads what another one
-/// has written; 0: from as many as near ones. (Zen 5, 250 ns apart. Training of one sequence, multiply-adds of a row:
-/// about even at 3.3e4, an RNN of 128 units; one of 64 takes 1.3 to 1.4 times as long backward. Of several, all
-/// multiply-adds: 0.98 to 1.04 times as long at 3e6 to 4e6, and 0.95 at 6.5e6; of 24 and more, which go in parts, 0.82
-/// to 0.88 times at 3e6, but less so between other layers. Inference: 1.16 times at 1.6e6, 0.64 to 0.87 at 2e6 to 4e6.)
-double least_far(const Sizes& sizes, const Layout& layout, bool trains) {
-  constexpr double kInferred = 2e6, kSequences = 6e6, kParts = 4e6, kOneSequence = 5e6, kRowOfIt = 4e4;
-  if (sizes.directions > 1) return 0;  // of which each thread has one
-  if (!trains) return kInferred;
-  if (layout.batch == 1) return std::max(kOneSequence, kRowOfIt * double(layout.rows));
-  return layout.batch < 24 ? kSequences : kParts;
-}
 /// Threads that wait actively do so longer: libgomp's for some 5 to 15 ms, if there are no more than processors.
 constexpr auto kAwake = std::chrono::milliseconds(1);
 
 double multiply_adds(CellKind cell, const Sizes& sizes, const Layout& layout) {
   return double(layout.rows) * sizes.directions * cells::kGatesOf[int(cell)] * double(sizes.hidden) *
          double(sizes.input + sizes.output());
+}
+
+/// From how many multiply-adds on a layer is worth threads that are far from each other, as each reads what another one
+/// has written; 0: from as many as near ones. (Zen 5, 250 ns apart.)
+double least_far(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout, bool trains) {
+  constexpr double kInferred = 2e6;   // (1.16 times as long at 1.6e6, 0.64 to 0.87 at 2e6 to 4e6)
+  constexpr double kSequences = 6e6;  // (0.98 to 1.04 times as long at 3e6 to 4e6, 0.95 at 6.5e6)
+  constexpr double kParts = 4e6;      // (0.82 to 0.88 times at 3e6, but less so between other layers)
+  // One sequence; and of a row of it. (About even at 3.3e4, an RNN of 128 units; one of 64 takes 1.3 to 1.4 times as
+  // long backward.)
+  constexpr double kOneSequence = 5e6, kRowOfIt = 4e4;
+  if (sizes.directions > 1) return 0;  // of which each thread has one
+  if (!trains) return kInferred;
+  if (layout.batch == 1) return std::max(kOneSequence, kRowOfIt * double(layout.rows));
+  return count_parts(cell, variant, sizes, layout) > 1 ? kParts : kSequences;
 }
 
 /// When the last call of a thread ended that had work for its pool, were that awake.
@@ -328,6 +331,22 @@ int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_
   return std::max<int64_t>(1, std::min<int64_t>(executor.threads / sizes.directions, layout.batch / least));
 }
 
+int count_parts(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout) {
+  // Rows of a step whose tiles are as good as those of more, and in all, beside which adding up the gradients does not
+  // count; and multiply-adds of forward. (Zen 5, one thread: at these limits 1.00 to 1.07 times as long as the whole.)
+  constexpr int64_t kLeastBatch = 12, kLeastRows = 400;
+  constexpr double kLeastWork = 1.5e6;
+  constexpr int64_t kMostWeights = 512 * 1024;
+  const int64_t weights = cells::kGatesOf[int(cell)] * sizes.hidden * (sizes.input + sizes.hidden);
+  if (variant != Variant::kPlain || sizes.directions > 1 || sizes.proj || weights > kMostWeights) return 1;
+  if (layout.rows != layout.steps * layout.batch || layout.order || layout.packed) return 1;
+  const auto pays = [&](int parts) {
+    return layout.batch >= parts * kLeastBatch && layout.rows >= parts * kLeastRows &&
+           double(weights) * double(layout.rows) >= parts * kLeastWork;
+  };
+  return pays(kMostParts) ? kMostParts : pays(2) ? 2 : 1;
+}
+
 template <class S>
 bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, bool trains,
                const Executor& executor) {
@@ -337,12 +356,13 @@ bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t 
   if (count_slices(layout, sizes, gates, sizeof(S), executor) > 1) return false;  // these need not wait
   const double work = multiply_adds(cell, sizes, layout);
   if (work * double(layers) < kWorthwhile) return false;
-  if (trains && work < least_far(sizes, layout, true) && executor.are_far && executor.are_far()) return false;
   // Layers wait for each other every few steps, threads that share a layer's units in every step, but hold half of its
   // weights each. Measured with two threads: about even from here on, and twice as fast as one at half of it.
   constexpr double kShared = 2e5;  // multiply-adds of a recurrent step
   const double hidden = double(sizes.hidden);
-  return gates * hidden * hidden * double(layout.rows) < kShared * double(layout.steps);
+  if (gates * hidden * hidden * double(layout.rows) >= kShared * double(layout.steps)) return false;
+  const bool little = trains && work < least_far(cell, Variant::kPlain, sizes, layout, true);
+  return !(little && executor.are_far && executor.are_far());
 }
 template bool pipelines<float>(CellKind, const Sizes&, const Layout&, int64_t, bool, const Executor&);
 template bool pipelines<double>(CellKind, const Sizes&, const Layout&, int64_t, bool, const Executor&);
@@ -352,7 +372,8 @@ template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor) {
   const FlushSubnormals flush;
   // What backward will read on one thread is not written by two. (Of one timestep that is little.)
-  const double least = args.layout.steps > 1 ? least_far(args.sizes, args.layout, args.trains) : 0;
+  const double least =
+      args.layout.steps > 1 ? least_far(args.cell, args.variant, args.sizes, args.layout, args.trains) : 0;
   with_threads(executor, args.cell, args.sizes, args.layout, {.least_far = least},
                [&](const Executor& threads) { kernels<S>().forward(args, threads); });
 }
@@ -369,7 +390,8 @@ void stack_forward(ForwardArgs<S>* layers, int count, const Executor& executor) 
 template <class S>
 void layer_backward(const BackwardArgs<S>& args, const Executor& executor) {
   const FlushSubnormals flush;
-  with_threads(executor, args.cell, args.sizes, args.layout, {.least_far = least_far(args.sizes, args.layout, true)},
+  const double least = least_far(args.cell, args.variant, args.sizes, args.layout, true);
+  with_threads(executor, args.cell, args.sizes, args.layout, {.least_far = least},
                [&](const Executor& threads) { kernels<S>().backward(args, threads); });
 }
 namespace {

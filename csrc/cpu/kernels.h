@@ -23,6 +23,10 @@ namespace rnn_ext::cpu {
 /// `itemsize`: bytes of a weight.
 int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor);
 
+/// Into how many parts backward takes a batch, see batch_parts.inl: 1, 2 or kMostParts.
+constexpr int kMostParts = 4;
+int count_parts(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout);
+
 /// Of no more rows in all, backward reads a weight that it multiplies by once, and writes a weight's gradient, as they
 /// lie in memory (16 bits by way of the cache): packing the one, and a block of columns of the other after another,
 /// take longer (measured on a Xeon, one row and gradients beyond the second-level cache: 1.5 to 3 times; 128 rows: 1.02

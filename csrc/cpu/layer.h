@@ -170,7 +170,7 @@ struct ForwardArgs {
   S* h_n = nullptr;                     // [D, N, P]
   S* c_n = nullptr;                     // [D, N, H], of a cell with a cell state
   Compute<S>* saved = nullptr;          // [D, T, saved_values, padded H], null: nothing is kept
-  bool trains = false;                  // backward may follow, even if it needs nothing that is kept
+  bool trains = false;                  // backward will read what the call writes, even if nothing is kept
   Variant variant = Variant::kPlain;
   Masks<S> masks;
   const Progress* below = nullptr;  // of the layer whose output is the input; null: all of it is there
@@ -189,8 +189,10 @@ struct BackwardArgs {
   Weights<const S> weights[2];
   Sequence<const S> output;
   const Compute<S>* saved = nullptr;
-  const int64_t* saved_offsets = nullptr;  // the rows of `saved` that steps begin with; null: those of the layout
-  Sequence<const S> grad_output;           // data may be null: zeros, as in the following three
+  // The rows of `saved` that steps begin with, of one direction of a plain layer without projection that is a part of
+  // another; null: those of the layout.
+  const int64_t* saved_offsets = nullptr;
+  Sequence<const S> grad_output;  // data may be null: zeros, as in the following three
   Sequence<const S> grad_cells;
   const S* grad_h_n = nullptr;
   const S* grad_c_n = nullptr;

@@ -37,9 +37,9 @@ struct PlainProduct {
   const Element<S>* b = nullptr;            // packed, [columns / lanes][k][lanes]; or
   const UnpackedB<S>* unpacked = nullptr;   // packed as it goes; or
   int64_t b_stride = 0;                     // not 0: as it is, see PlainB; of a strided product
-  int64_t b_group = 0;                      // not 0: so many rows of that lie together, as if its only segment were
-  int64_t b_gap = 0;                        // so many, and after them comes so wide a gap
   Element<S>* room = nullptr;               // of the same
+  int64_t b_group = 0;                      // not 0: of the same, how many rows lie together, as if they were a segment
+  int64_t b_gap = 0;                        // and how wide the gap after them is
   Segments segments;
   int64_t first = 0;                 // blocks of columns, and
   int64_t last = -1;                 // the end of them; -1: of all

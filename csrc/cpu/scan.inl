@@ -287,22 +287,22 @@ inline Shares share_out(const Layout& layout, const Sizes& sizes, int gates, int
   return {slices, 1};
 }
 
-/// Calls fn(direction - first, member, members) for the directions [first, last), all members of one at the same time.
+/// Calls fn(team, member, members) for so many teams, all members of one at the same time.
 template <class Fn>
-void run_teams(const Executor& executor, int directions, int members, const Fn& fn) {
+void run_teams(const Executor& executor, int teams, int members, const Fn& fn) {
   struct Call {
     const Fn& fn;
-    int directions, members;
-  } call{fn, directions, members};
+    int teams, members;
+  } call{fn, teams, members};
   executor.run_team(
-      directions * members,
+      teams * members,
       [](void* context, int thread, int threads) {
         const Call& call = *static_cast<const Call*>(context);
-        const int members = int(smaller(call.members, threads / call.directions));
+        const int members = int(smaller(call.members, threads / call.teams));
         if (members > 0) {
-          if (thread < call.directions * members) call.fn(thread / members, thread % members, members);
+          if (thread < call.teams * members) call.fn(thread / members, thread % members, members);
         } else if (thread == 0) {
-          for (int d = 0; d < call.directions; ++d) call.fn(d, 0, 1);
+          for (int team = 0; team < call.teams; ++team) call.fn(team, 0, 1);
         }
       },
       &call);

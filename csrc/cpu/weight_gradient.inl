@@ -117,7 +117,7 @@ class WeightGradient {
           if (groups) count -= count % run.group;
           if (run.group > 0 && !groups) count = smaller(count, run.group - k % run.group);
           if (run.first) {
-            add_piece(done, count, run.at(k) + first, run.distance, groups ? run.group : 0, run.gap());
+            add_piece(done, count, run.at(k) + first, run.distance, groups ? run.group : 0, groups ? run.gap() : 0);
           } else if (!add_nothing(done, count)) {
             add_packed(done, count, no_row);
           }
@@ -211,15 +211,16 @@ class WeightGradient {
     return false;
   }
 
-  /// Whether `next` is another group of the run's, which it is added to then. Of rows near each other: others would
-  /// share a few sets of a cache.
+  /// Whether `next` is another group of the run's, which it is added to then: a part's rows of the next step. Not of
+  /// another array, wherever that lies: the sums, which begin anew with each run, would depend on it. Rows that are
+  /// pages apart would share a few sets of a cache.
   static bool joins(Run& run, const EvenRows<const S>& next) {
-    constexpr int64_t kNear = 4096 / int64_t(sizeof(S));
+    constexpr int64_t kPage = 4096 / int64_t(sizeof(S));
     const int64_t group = run.group ? run.group : run.count;
-    if (!run.first || !next.first || next.distance != run.distance || next.count != group || run.distance >= kNear)
-      return false;
+    if (!run.first || next.array != run.array || next.distance != run.distance || next.count != group) return false;
     const int64_t distance = next.first - run.at(run.count - group);
-    if (distance % kLanes<T> != 0 || (run.group && distance != run.group_distance)) return false;
+    if (run.distance >= kPage || distance % kLanes<T> != 0) return false;
+    if (run.group && distance != run.group_distance) return false;
     run.group = group;
     run.group_distance = distance;
     run.count += group;
