@@ -334,9 +334,11 @@ int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_
 int count_parts(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout) {
   // Rows of a step whose tiles are as good as those of more, and in all, beside which adding up the gradients does not
   // count; and multiply-adds of forward. (Zen 5, one thread: at these limits 1.00 to 1.07 times as long as the whole.)
+  // Of more weights, which take long to come from the second-level cache for half the rows, one thread takes 1.03 to
+  // 1.06 times as long, and two that are near gain nothing.
   constexpr int64_t kLeastBatch = 12, kLeastRows = 400;
   constexpr double kLeastWork = 1.5e6;
-  constexpr int64_t kMostWeights = 512 * 1024;
+  constexpr int64_t kMostWeights = 256 * 1024;
   const int64_t weights = cells::kGatesOf[int(cell)] * sizes.hidden * (sizes.input + sizes.hidden);
   if (variant != Variant::kPlain || sizes.directions > 1 || sizes.proj || weights > kMostWeights) return 1;
   if (layout.rows != layout.steps * layout.batch || layout.order || layout.packed) return 1;
