@@ -14,6 +14,8 @@ SIZES = [
     (33, 51, 32, 64),  # four, whose inputs and outputs lie in groups of aligned rows
     (5, 2100, 16, 32),  # four of more rows than are multiplied at a time
 ]
+# The same of sequences of all lengths, of which half are there in a step; and of 8 in steps of much to multiply.
+RAGGED_SIZES = [(36, 60, 64, 33), (33, 120, 32, 64), (60, 42, 64, 80)]
 
 
 def bits_of_threads(problem, grads) -> None:
@@ -24,11 +26,19 @@ def bits_of_threads(problem, grads) -> None:
         same_bits(gradients(run, problem)[1], grads)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+def cases(cell):
+    for size in SIZES:
+        yield Case(cell, size=size)
+        yield Case(cell, "batch_first", resets=True, size=size)
+    for size in RAGGED_SIZES:
+        yield Case(cell, "packed", size=size)
+        yield Case(cell, lengths=True, resets=True, size=size)
+        yield Case(cell, "batch_first", lengths=True, state=False, size=size)
+
+
 @pytest.mark.parametrize("cell", CELLS)
-def test_gradients_and_bits(cell, size):
-    for layout, resets in (("dense", False), ("batch_first", True)):
-        case = Case(cell, layout, resets=resets, size=size)
+def test_gradients_and_bits(cell):
+    for case in cases(cell):
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             problem = build(case).to(dtype)
             # Of bfloat16 the bits alone: it may be on the other side of a relu's corner.
@@ -42,9 +52,11 @@ def test_gradients_and_bits(cell, size):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_what_is_wanted_and_what_is_given(cell):
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_what_is_wanted_and_what_is_given(layout, cell):
     """Each gradient alone, and from each result alone, none of which is the sum of all."""
-    problem = build(Case(cell, size=SIZES[0])).to(torch.float32)
+    size = SIZES[0] if layout == "dense" else RAGGED_SIZES[0]
+    problem = build(Case(cell, layout, size=size)).to(torch.float32)
     whole = gradients(run, problem)[1]
     for name in whole:
         for threads in (1, 2):

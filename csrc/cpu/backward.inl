@@ -14,8 +14,8 @@ struct EvenRows {
 /// spaced over all timesteps; else 0.
 template <class T>
 int64_t even_distance(const Sequence<T>& sequence, const Layout& layout) {
-  if (layout.packed) return sequence.row;
-  if (!has_all_rows(layout)) return 0;
+  if (layout.packed) return layout.stored ? 0 : sequence.row;
+  if (!layout.has_all_rows()) return 0;
   if (layout.batch == 1) return sequence.step;
   return !layout.order && sequence.step == layout.batch * sequence.row ? sequence.row : 0;
 }
@@ -88,7 +88,7 @@ EvenRows<const S> previous_outputs(const BackwardArgs<S>& args, int direction, i
   const Layout& layout = args.layout;
   const bool reverse = direction == 1;
   const int64_t before = step_after(layout, !reverse, t, 1), out = args.sizes.output();
-  const bool all = has_all_rows(layout);
+  const bool all = layout.has_all_rows();
   const int64_t rows = (all ? layout.rows - layout.offsets[t] : layout.batch_sizes[t]) - j;  // that there are
   EvenRows<const S> found = {nullptr, 0, 1};
   if (args.resets.data && begins(args.resets, layout, reverse, t, j)) return found;
@@ -472,8 +472,8 @@ class BackwardScan {
   S* gate_grads(int64_t t, int64_t r) const { return now_->gates_at(layout_, t, slice_.first + r); }
   S* proj_grads(int64_t t, int64_t r) const { return now_->proj_at(layout_, t, slice_.first + r); }
   const T* saved(int64_t t, int64_t r) const {
-    const int64_t* offsets = args_.saved_offsets ? args_.saved_offsets : layout_.offsets;
-    return args_.saved + (direction_ * layout_.rows + offsets[t] + slice_.first + r) * saved_stride_;
+    const int64_t row = layout_.stored_offsets()[t] + slice_.first + r;
+    return args_.saved + (direction_ * layout_.rows + row) * saved_stride_;
   }
 
   /// Where step t's rows find their previous states, and which rows get no gradient from the step after.

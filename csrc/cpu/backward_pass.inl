@@ -206,8 +206,7 @@ class GroupGradients {
                  const int64_t* rows)
       : first_(all.layout.batch / all.groups * group),
         order_(all.layout.batch / all.groups),
-        batch_sizes_(all.layout.steps),
-        offsets_(all.layout.steps),
+        entries_(all.layout.steps),
         args_(args_of(all, direction, group, rows)),
         grads_(args_.sizes, args_.layout.batch, args_.layout.rows, true),
         parameters_(args_, grads_, direction) {
@@ -231,18 +230,14 @@ class GroupGradients {
     const int64_t hidden = all.sizes.hidden, gates = Cell::kGates * hidden, batch = all.layout.batch / all.groups;
     BackwardArgs<S> args = all;
     args.groups = 0;
-    Layout& layout = args.layout;
-    layout = {0, batch, 0, batch_sizes_.get(), offsets_.get()};
-    for (int64_t t = 0, alive = batch; t < all.layout.steps; ++t, ++layout.steps) {
+    int64_t alive = batch;
+    args.layout = entries_.layout(all.layout, batch, [&](int64_t t) {
       while (alive > 0 && rows[alive - 1] >= all.layout.batch_sizes[t]) --alive;
-      if (alive == 0) break;
-      batch_sizes_.get()[t] = alive;
-      offsets_.get()[t] = layout.rows;
-      layout.rows += alive;
-    }
+      return alive;
+    });
     if (all.layout.order) {
       for (int64_t j = 0; j < batch; ++j) order_.get()[j] = all.layout.entry(rows[j]) - first_;
-      layout.order = order_.get();
+      args.layout.order = order_.get();
     }
     args.input.data += first_ * args.input.row;
     args.output.data += first_ * args.output.row;
@@ -262,7 +257,8 @@ class GroupGradients {
   }
 
   const int64_t first_;  // entry
-  Buffer<int64_t> order_, batch_sizes_, offsets_;
+  Buffer<int64_t> order_;
+  SomeEntries entries_;
   const BackwardArgs<S> args_;
   ChunkGrads<Cell, S> grads_;
   ParameterGradients<Cell, S> parameters_;
@@ -289,9 +285,10 @@ class ScansOf final : public Scans<Cell, S> {
  public:
   ScansOf(const BackwardArgs<S>& args, int direction, Shares shares)
       : weights_(args, direction), scans_(shares.slices * shares.members) {
+    const Slices slices(args.layout, shares.slices);
     for (int64_t i = 0; i < scans_.size(); ++i) {
-      const Slice slice = slice_of(args.layout, i / shares.members, shares.slices);
-      scans_[i] = new Scan(args, weights_, direction, slice, int(i % shares.members), shares.members);
+      const int member = int(i % shares.members);
+      scans_[i] = new Scan(args, weights_, direction, slices[i / shares.members], member, shares.members);
     }
   }
   void run(int64_t first, int64_t last, const ChunkGrads<Cell, S>& now, InputGradient<Cell, S>* inputs, Team& team,
@@ -380,7 +377,7 @@ class BackwardPass {
     grads_.pair();
     take();
   }
-  static bool prepares(const Layout& layout) { return kPack<S> > 1 || has_few_rows(layout.rows); }
+  bool prepares() const { return kPack<S> > 1 || has_few_rows(args_.layout.rows); }
 
   /// Before the products: the gradients of groups that are fewer than the threads, which share each.
   void run_groups(const Executor& executor) {
@@ -441,7 +438,7 @@ struct PassArgs {
 /// null, is added to what is there.
 template <class Cell, class S>
 void walk(const PassArgs<S>* ways, int count, const Executor& executor, const Executor& share, Compute<S>* apart) {
-  const BackwardArgs<S>& any = *ways->args;  // none of which has few rows if there are parts
+  const BackwardArgs<S>& any = *ways->args;
   const Shares shares =
       share_out(any.layout, any.sizes, Cell::kGates, sizeof(S), share, !cells::kIsVariant<Cell>, true);
   const bool may_follow = executor.run_team && executor.threads > 1 && count == 1 && shares.members == 1;
@@ -467,7 +464,9 @@ void walk(const PassArgs<S>* ways, int count, const Executor& executor, const Ex
       parallel(executor, n * shares.slices,
                [&](int64_t task) { going_on[task / shares.slices]->scan(task % shares.slices); });
     }
-    if (BackwardPass<Cell, S>::prepares(any.layout)) parallel(executor, n, [&](int64_t i) { going_on[i]->prepare(); });
+    bool prepares = false;
+    for (int i = 0; i < n; ++i) prepares |= going_on[i]->prepares();
+    if (prepares) parallel(executor, n, [&](int64_t i) { going_on[i]->prepare(); });
     for (int i = 0; i < n; ++i) {
       going_on[i]->run_groups(executor);
       tasks[i + 1] = tasks[i] + going_on[i]->product_tasks();
@@ -490,10 +489,11 @@ inline Executor with_so_many(const Executor& executor, int threads) {
 /// Each thread takes parts of its own or, where these cannot be dealt out evenly, shares all of them with the others.
 template <class Cell, class S>
 void backward_in_parts(const BackwardArgs<S>& args, int count, const Executor& executor) {
+  const Slices slices(args.layout, count);
   Several<BatchPart<S>> parts(count);
   PassArgs<S> ways[kMostParts];
   const auto make = [&](int64_t i) {
-    parts[i] = new BatchPart<S>(args, Cell::kGates, int(i), count);
+    parts[i] = new BatchPart<S>(args, Cell::kGates, slices[i]);
     ways[i].args = &parts[i]->args;
   };
   const int threads = executor.threads;

@@ -2,30 +2,49 @@
 // one: it scans its sequences and multiplies what comes of them, for gradients of weights of its own, which are added
 // up at the end.
 
+/// Memory for the layout of some entries of a batch.
+class SomeEntries {
+ public:
+  explicit SomeEntries(int64_t steps) : batch_sizes_(steps), offsets_(steps) {}
+
+  /// Of so many, of which alive(t) have step t, up to the last that any has.
+  Layout layout(const Layout& whole, int64_t batch, const auto& alive) {
+    Layout found;
+    found.batch = batch;
+    found.batch_sizes = batch_sizes_.get();
+    found.offsets = offsets_.get();
+    found.packed = whole.packed;
+    for (; found.steps < whole.steps; ++found.steps) {
+      const int64_t rows = alive(found.steps);
+      if (rows == 0) break;
+      batch_sizes_.get()[found.steps] = rows;
+      offsets_.get()[found.steps] = found.rows;
+      found.rows += rows;
+    }
+    return found;
+  }
+
+ private:
+  Buffer<int64_t> batch_sizes_, offsets_;
+};
+
 /// A part of a batch as a batch of its own. Its gradients of weights, not rounded, are apart from those of the others.
 template <class S>
 struct BatchPart {
   using T = Compute<S>;
 
-  BatchPart(const BackwardArgs<S>& whole, int gates, int index, int count)
-      : slice(slice_of(whole.layout, index, count)),
-        batch_sizes(whole.layout.steps),
-        offsets(whole.layout.steps),
-        args(whole),
-        grads(grad_size(whole, gates)) {
+  BatchPart(const BackwardArgs<S>& whole, int gates, Slice slice)
+      : entries(whole.layout.steps), args(whole), grads(grad_size(whole, gates)) {
+    const Layout& all = whole.layout;
     Layout& layout = args.layout;
-    layout.batch = slice.size();
-    layout.rows = layout.steps * layout.batch;
-    for (int64_t t = 0; t < layout.steps; ++t) {
-      batch_sizes.get()[t] = layout.batch;
-      offsets.get()[t] = t * layout.batch;
-    }
-    layout.batch_sizes = batch_sizes.get();
-    layout.offsets = offsets.get();
+    layout = entries.layout(all, slice.size(), [&](int64_t t) { return slice.active(all, t); });
+    layout.stored = all.stored_offsets();
+    if (all.order) layout.order = all.order + slice.first;
 
-    const int64_t first = slice.first, state = first * whole.sizes.hidden;
+    // An order leads to entries wherever they lie.
+    const int64_t rows = all.order && !all.packed ? 0 : slice.first;
     const auto skip_rows = [=](auto& sequence) {
-      if (sequence.data) sequence.data += first * sequence.row;
+      if (sequence.data) sequence.data += rows * sequence.row;
     };
     skip_rows(args.input);
     skip_rows(args.resets);
@@ -34,10 +53,11 @@ struct BatchPart {
     skip_rows(args.grad_cells);
     if (args.grad_input.data) {
       const int64_t bytes = args.narrow_grad_input ? 2 : sizeof(T);
-      args.grad_input.data = static_cast<char*>(args.grad_input.data) + first * args.grad_input.row * bytes;
+      args.grad_input.data = static_cast<char*>(args.grad_input.data) + rows * args.grad_input.row * bytes;
     }
-    const auto skip_states = [=](auto*& states) {
-      if (states) states += state;
+    const int64_t states = all.order ? 0 : slice.first * whole.sizes.hidden;
+    const auto skip_states = [=](auto*& of) {
+      if (of) of += states;
     };
     skip_states(args.h_0);
     skip_states(args.c_0);
@@ -45,8 +65,7 @@ struct BatchPart {
     skip_states(args.grad_c_n);
     skip_states(args.grad_h_0);
     skip_states(args.grad_c_0);
-    args.saved += first * saved_values(whole.cell, false, whole.variant) * whole.sizes.padded();
-    args.saved_offsets = whole.layout.offsets;
+    args.saved += slice.first * saved_values(whole.cell, false, whole.variant) * whole.sizes.padded();
 
     args.narrow_grads = false;
     T* at = grads.get();
@@ -75,8 +94,7 @@ struct BatchPart {
     return sum;
   }
 
-  const Slice slice;
-  Buffer<int64_t> batch_sizes, offsets;
+  SomeEntries entries;
   BackwardArgs<S> args;
   Buffer<T> grads;
 };

@@ -331,19 +331,56 @@ int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_
   return std::max<int64_t>(1, std::min<int64_t>(executor.threads / sizes.directions, layout.batch / least));
 }
 
+void deal_out(const Layout& layout, int64_t slices, int64_t* ends) {
+  const int64_t batch = layout.batch;
+  if (slices == 1 || layout.has_all_rows()) {
+    for (int64_t i = 0; i < slices; ++i) ends[i] = batch * (i + 1) / slices;
+    return;
+  }
+  std::vector<int64_t> lengths;
+  for (int64_t steps = layout.steps; int64_t(lengths.size()) < batch; lengths.push_back(steps))
+    while (steps > 0 && layout.batch_sizes[steps - 1] <= int64_t(lengths.size())) --steps;
+  // To each slice what takes no longer than `most` rows, but one entry at least, and one is left for each slice after
+  // it. Whether that is all there is. The longest sequences come first: so the fewer of them a slice has.
+  const auto fits = [&](int64_t most) {
+    int64_t j = 0;
+    for (int64_t i = 0; i < slices; ++i) {
+      const int64_t last = batch - (slices - 1 - i);
+      // A step takes about as long as a row more (measured, 2 to 32 rows of 32 to 256 units).
+      int64_t sum = j < batch ? lengths[j] : 0;
+      for (bool first = true; j < last && (first || sum + lengths[j] <= most); first = false) sum += lengths[j++];
+      ends[i] = j;
+    }
+    return j == batch;
+  };
+  // Too little for some slice, and enough for each: one that is full has at most a sequence too few, and counts another
+  // twice.
+  int64_t least = layout.rows / slices, most = least + 2 * layout.steps + 1;
+  while (most - least > 1 + least / 128) {
+    const int64_t middle = least + (most - least) / 2;
+    (fits(middle) ? most : least) = middle;
+  }
+  fits(most);
+  ends[slices - 1] = batch;
+}
+
 int count_parts(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout) {
-  // Rows of a step whose tiles are as good as those of more, and in all, beside which adding up the gradients does not
-  // count; and multiply-adds of forward. (Zen 5, one thread: at these limits 1.00 to 1.07 times as long as the whole.)
+  // Rows of a step, on average, whose tiles are as good as those of more; fewer where a step multiplies much. (Zen 5,
+  // one thread: at these limits 1.00 to 1.07 and 1.00 to 1.03 times as long as the whole; smaller steps 1.03 to 1.18.)
+  constexpr double kGoodRows = 12, kFairRows = 8, kLargeStep = 9e4;
+  // Beside so much in all, rows and multiply-adds of forward, adding up the gradients does not count.
+  constexpr int64_t kLeastRows = 400;
+  constexpr double kLeastWork = 1.5e6;
   // Of more weights, which take long to come from the second-level cache for half the rows, one thread takes 1.03 to
   // 1.06 times as long, and two that are near gain nothing.
-  constexpr int64_t kLeastBatch = 12, kLeastRows = 400;
-  constexpr double kLeastWork = 1.5e6;
   constexpr int64_t kMostWeights = 256 * 1024;
-  const int64_t weights = cells::kGatesOf[int(cell)] * sizes.hidden * (sizes.input + sizes.hidden);
+  const int gates = cells::kGatesOf[int(cell)];
+  const int64_t weights = gates * sizes.hidden * (sizes.input + sizes.hidden);
   if (variant != Variant::kPlain || sizes.directions > 1 || sizes.proj || weights > kMostWeights) return 1;
-  if (layout.rows != layout.steps * layout.batch || layout.order || layout.packed) return 1;
   const auto pays = [&](int parts) {
-    return layout.batch >= parts * kLeastBatch && layout.rows >= parts * kLeastRows &&
+    const double of_step = double(layout.rows) / double(parts * layout.steps);
+    const bool fair = of_step >= kFairRows && of_step * double(sizes.recurrent(gates)) >= kLargeStep;
+    return (of_step >= kGoodRows || (fair && parts == 2)) && layout.rows >= parts * kLeastRows &&
            double(weights) * double(layout.rows) >= parts * kLeastWork;
   };
   return pays(kMostParts) ? kMostParts : pays(2) ? 2 : 1;

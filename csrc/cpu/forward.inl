@@ -204,7 +204,7 @@ class ForwardScan {
   /// Whether each step has all rows, at a distance from those of the step before. (Those of its inputs must stay where
   /// they are placed: what copies them, and project(), place others there.)
   bool has_even_steps() const {
-    return has_all_rows(layout_) && !args_.resets.data && !args_.sizes.proj && !copies_inputs();
+    return layout_.has_all_rows() && !args_.resets.data && !args_.sizes.proj && !copies_inputs();
   }
 
   /// Whether step t computes its input gates itself, in one go with the recurrent product: they stay in the registers,

@@ -21,10 +21,10 @@ void share_inputs(const ForwardArgs<S>& args, const ForwardWeights<Cell, S>* con
   using Scan = ForwardScan<Cell, S>;
   struct Direction {
     Direction(const ForwardArgs<S>& args, const ForwardWeights<Cell, S>& weights, int d)
-        : states(args, d, slice_of(args.layout, 0, 1)),
+        : states(args, d, whole_batch(args.layout)),
           chunks(Scan::keeps(args) ? 0 : Cell::kGates * args.sizes.padded()),
-          steps(args, weights, d, slice_of(args.layout, 0, 1), states, alone, 0, 1, &chunks),
-          inputs(args, weights, d, slice_of(args.layout, 0, 1), states, alone, 0, 1, &chunks) {}
+          steps(args, weights, d, whole_batch(args.layout), states, alone, 0, 1, &chunks),
+          inputs(args, weights, d, whole_batch(args.layout), states, alone, 0, 1, &chunks) {}
     Team alone;
     ForwardStates<S> states;
     SharedChunks<Compute<S>> chunks;
@@ -44,15 +44,16 @@ template <class S, class Scan>
 void run_shares(const ForwardArgs<S>& args, const Shares& shares, const Executor& executor, const Scan& scan) {
   const int directions = args.sizes.directions;
   if (shares.members == 1) {
-    return parallel(executor, directions * shares.slices, [&](int64_t task) {
-      const int d = int(task / shares.slices);
-      const Slice slice = slice_of(args.layout, task % shares.slices, shares.slices);
+    const Slices slices(args.layout, shares.slices);
+    return parallel(executor, directions * slices.size(), [&](int64_t task) {
+      const int d = int(task / slices.size());
+      const Slice slice = slices[task % slices.size()];
       ForwardStates<S> states(args, d, slice);
       Team alone;
       scan(d, slice, states, alone, 0, 1);
     });
   }
-  const Slice whole = slice_of(args.layout, 0, 1);
+  const Slice whole = whole_batch(args.layout);
   Several<ForwardStates<S>> states(directions);
   Team teams[2];
   for (int d = 0; d < directions; ++d) states[d] = new ForwardStates<S>(args, d, whole);
@@ -95,8 +96,8 @@ struct StackLayer {
   using Packed = ForwardWeights<Cell, S>;
   explicit StackLayer(const ForwardArgs<S>& args)
       : own(args.packed[0] ? nullptr : new Packed(args.weights[0], args.sizes, packing(args), Executor())),
-        states(args, 0, slice_of(args.layout, 0, 1)),
-        scan(args, args.packed[0] ? static_cast<const Packed&>(*args.packed[0]) : *own, 0, slice_of(args.layout, 0, 1),
+        states(args, 0, whole_batch(args.layout)),
+        scan(args, args.packed[0] ? static_cast<const Packed&>(*args.packed[0]) : *own, 0, whole_batch(args.layout),
              states, alone, 0, 1) {}
   static Packing packing(const ForwardArgs<S>& args) {
     return uses_packed_weights<S>(args.sizes, args.layout) ? Packing::kWhole : Packing::kNone;

@@ -23,6 +23,10 @@ namespace rnn_ext::cpu {
 /// `itemsize`: bytes of a weight.
 int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor);
 
+/// Deals a batch out to so many slices that take about equally long: where each ends. (Of fewer entries some have
+/// none.)
+void deal_out(const Layout& layout, int64_t slices, int64_t* ends);
+
 /// Into how many parts backward takes a batch, see batch_parts.inl: 1, 2 or kMostParts.
 constexpr int kMostParts = 4;
 int count_parts(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout);

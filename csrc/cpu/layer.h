@@ -60,12 +60,16 @@ struct Layout {
   const int64_t* offsets = nullptr;      // [L] sums of the batch sizes before
   const int64_t* order = nullptr;        // [N] row j belongs to batch entry order[j]; null: to entry j
   bool packed = false;                   // sequences are stored row by row instead of as (timestep, entry)
+  const int64_t* stored = nullptr;  // [L] offsets of what is stored row by row, of a part of a batch; null: the same
 
   int64_t entry(int64_t j) const { return order ? order[j] : j; }
+  const int64_t* stored_offsets() const { return stored ? stored : offsets; }
+  /// Whether every step has the whole batch.
+  bool has_all_rows() const { return rows == steps * batch; }
 };
 
 /// A sequence in the caller's layout: element (t, entry) starts at data + t * step + entry * row, a packed one's row
-/// (t, j) at data + (offsets[t] + j) * row.
+/// (t, j) at data + (stored_offsets()[t] + j) * row.
 template <class T>
 struct Sequence {
   T* data = nullptr;
@@ -73,7 +77,7 @@ struct Sequence {
   int64_t row = 0;
 
   T* at(const Layout& layout, int64_t t, int64_t j) const {
-    return data + (layout.packed ? (layout.offsets[t] + j) * row : t * step + layout.entry(j) * row);
+    return data + (layout.packed ? (layout.stored_offsets()[t] + j) * row : t * step + layout.entry(j) * row);
   }
   /// The distance between two timesteps, all of which have the whole batch, backwards in time if `reverse`.
   int64_t to_next(const Layout& layout, bool reverse) const {
@@ -189,9 +193,6 @@ struct BackwardArgs {
   Weights<const S> weights[2];
   Sequence<const S> output;
   const Compute<S>* saved = nullptr;
-  // The rows of `saved` that steps begin with, of one direction of a plain layer without projection that is a part of
-  // another; null: those of the layout.
-  const int64_t* saved_offsets = nullptr;
   Sequence<const S> grad_output;  // data may be null: zeros, as in the following three
   Sequence<const S> grad_cells;
   const S* grad_h_n = nullptr;

@@ -56,9 +56,19 @@ struct Slice {
   int64_t size() const { return last - first; }
 };
 
-inline Slice slice_of(const Layout& layout, int64_t index, int64_t count) {
-  return {layout.batch * index / count, layout.batch * (index + 1) / count};
-}
+inline Slice whole_batch(const Layout& layout) { return {0, layout.batch}; }
+
+/// A batch in so many slices.
+class Slices {
+ public:
+  Slices(const Layout& layout, int64_t count) : count_(count), ends_(count) { deal_out(layout, count, ends_.get()); }
+  int64_t size() const { return count_; }
+  Slice operator[](int64_t i) const { return {i > 0 ? ends_.get()[i - 1] : 0, ends_.get()[i]}; }
+
+ private:
+  const int64_t count_;
+  Buffer<int64_t> ends_;  // of each slice
+};
 
 /// Rows at equal distances.
 template <class To, class T>
@@ -91,11 +101,8 @@ inline bool begins(const Sequence<const bool>& resets, const Layout& layout, boo
   return t + 1 < layout.steps && j < layout.batch_sizes[t + 1] && *resets.at(layout, t + 1, j);
 }
 
-/// Whether every step has the whole batch.
-inline bool has_all_rows(const Layout& layout) { return layout.rows == layout.steps * layout.batch; }
-
 /// Of one row in every step.
-inline bool is_one_sequence(const Layout& layout) { return layout.batch == 1 && has_all_rows(layout); }
+inline bool is_one_sequence(const Layout& layout) { return layout.batch == 1 && layout.has_all_rows(); }
 
 /// One sequence, whose steps all have the same to do: of small layers the time is in finding out what.
 inline bool has_plain_steps(const Layout& layout, const Sizes& sizes, const bool* resets) {

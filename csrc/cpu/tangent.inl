@@ -478,13 +478,12 @@ void tangent(const TangentArgs<T>& args, const Executor& executor) {
   const auto run = [&](int64_t count, const auto& fn) {
     parallel(executor, directions * count, [&](int64_t i) { fn(*passes[i / count], i % count); });
   };
-  const int64_t slices = count_slices(layout, sizes, Cell::kGates, sizeof(T), executor);
+  const Slices slices(layout, count_slices(layout, sizes, Cell::kGates, sizeof(T), executor));
   const int64_t row_tasks = passes[0]->row_tasks();
   run(row_tasks, [](auto& pass, int64_t i) { pass.project(i); });
-  run(slices, [&](auto& pass, int64_t i) {
-    const Slice slice = slice_of(layout, i, slices);
-    pass.forward(slice);
-    if (args.backward) pass.backward(slice);
+  run(slices.size(), [&](auto& pass, int64_t i) {
+    pass.forward(slices[i]);
+    if (args.backward) pass.backward(slices[i]);
   });
   if (args.backward) {
     run(1, [](auto& pass, int64_t) { pass.prepare_parameters(); });

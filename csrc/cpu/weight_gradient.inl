@@ -59,27 +59,24 @@ class WeightGradient {
     Buffer<const S*> from(larger(height_, rest_));
     Buffer<T*> to(larger(height_, rest_));
     bool accumulate = !chunk.begins;
-    const auto add_piece = [&](int64_t done, int64_t depth, const Element<S>* b, int64_t b_stride, int64_t b_group,
-                               int64_t b_gap) {
-      PlainProduct<S> p;
-      p.segments.length = depth;
-      p.accumulate = std::exchange(accumulate, true);
+    // `rows_of_b`: B, and how many rows.
+    const auto add_piece = [&](int64_t done, PlainProduct<S> rows_of_b) {
+      rows_of_b.accumulate = std::exchange(accumulate, true);
       for (int part = 0; part < parts_; ++part) {
         const Element<S>* a_part = a + elements<S>(done) * stride + offset[part];
         if (whole > 0) {
+          PlainProduct<S> p = rows_of_b;
           p.columns = whole;
-          p.b = b;
-          p.b_stride = b_stride;
-          p.b_group = b_group;
-          p.b_gap = b_gap;
           p.segments.stride = stride;
           space_rows(to.get(), sums() + part * height_ * width_ + first, width_, height_);
           multiply_rows_of(0, height_, a_part, from.get(), to.get(), p);
         }
         if (whole < columns) {
+          PlainProduct<S> p = rows_of_b;
+          const bool as_it_lies = p.b_stride > 0;
           for (int64_t i = 0; i < rest_; ++i) {
             const int64_t block = (whole + i) / kLanes<T>, lane = (whole + i) % kLanes<T>;
-            const Element<S>* column = b_stride ? b + whole + i : b + block * depth * kLanes<T> + lane;
+            const Element<S>* column = p.b + (as_it_lies ? whole + i : block * p.segments.length * kLanes<T> + lane);
             from.get()[i] = reinterpret_cast<const S*>(column);
             to.get()[i] = transposed_.get() + (i * parts_ + part) * padded_;
           }
@@ -88,16 +85,18 @@ class WeightGradient {
           p.c = to.get();
           p.columns = height_;
           p.b = a_part;
+          p.segments.stride = as_it_lies ? p.b_stride : kLanes<T>;
           p.b_stride = stride;
-          p.b_group = p.b_gap = 0;
-          p.segments.stride = b_stride ? b_stride : kLanes<T>;
           plain_product<S, true>(p);
         }
       }
     };
     const auto add_packed = [&](int64_t done, int64_t count, auto&& row) {
       pack_rows<S>(packed.get(), row, count, first, columns);
-      add_piece(done, elements<S>(count), packed.get(), 0, 0, 0);
+      PlainProduct<S> p;
+      p.b = packed.get();
+      p.segments.length = elements<S>(count);
+      add_piece(done, p);
     };
     if (!lies) {
       for (int64_t done = 0; done < rows; done += piece) add_packed(done, smaller(piece, rows - done), b_row);
@@ -117,7 +116,15 @@ class WeightGradient {
           if (groups) count -= count % run.group;
           if (run.group > 0 && !groups) count = smaller(count, run.group - k % run.group);
           if (run.first) {
-            add_piece(done, count, run.at(k) + first, run.distance, groups ? run.group : 0, groups ? run.gap() : 0);
+            PlainProduct<S> p;
+            p.b = run.at(k) + first;
+            p.b_stride = run.distance;
+            if (groups) {
+              p.b_group = run.group;
+              p.b_gap = run.gap();
+            }
+            p.segments.length = count;
+            add_piece(done, p);
           } else if (!add_nothing(done, count)) {
             add_packed(done, count, no_row);
           }

@@ -18,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "cpu/layer.h"
 #include "cpu/quantized.h"
 #include "problem.h"
@@ -711,30 +712,49 @@ void shared_inputs() {
   }
 }
 
+/// Sequences of all lengths are dealt out to slices whole and in order, and none has much more to do than another.
+void slices() {
+  Random random{7};
+  Config config{CellKind::kLstm, 0, 0, 1, 1, 0, 1, Config::kTimeMajor, true, true, false, true, false, 0};
+  for (const auto& [steps, batch] : {std::pair<int64_t, int64_t>{1, 3}, {200, 5}, {30, 40}, {200, 40}, {90, 300}}) {
+    config.steps = steps;
+    config.batch = batch;
+    for (int64_t count = 1; count <= std::min<int64_t>(batch, 9); ++count) {
+      const Steps lengths(config, random);
+      std::vector<int64_t> ends(static_cast<size_t>(count));
+      deal_out(lengths.layout, count, ends.data());
+      int64_t first = 0, most = 0;
+      for (const int64_t end : ends) {
+        if (end <= first) fail(config, "a slice of a batch has no entry");
+        int64_t rows = 0;
+        for (const int64_t alive : lengths.sizes) rows += std::clamp<int64_t>(alive - first, 0, end - first);
+        most = std::max(most, rows);
+        first = end;
+      }
+      if (first != batch) fail(config, "slices leave entries of a batch out");
+      if (most > lengths.rows / count + 2 * steps) fail(config, "a slice has more to do than others");
+    }
+  }
+}
+
 /// Backward of a batch in two or four parts, by fewer threads, as many and more; all that is wanted, and some of it.
 template <class S>
 void batch_parts() {
   for (const CellKind cell : {CellKind::kRnnTanh, CellKind::kGru, CellKind::kLstm}) {
     const bool by_batch = cell == CellKind::kGru;
+    const Config::Form dense = by_batch ? Config::kBatchMajor : Config::kTimeMajor;
     for (const unsigned wanted : {0xffffu, 0x5a5au, 0xa5a5u}) {
-      Config config{cell,
-                    34,
-                    cell == CellKind::kRnnTanh ? 25 : 50,
-                    33,
-                    48,
-                    0,
-                    1,
-                    by_batch ? Config::kBatchMajor : Config::kTimeMajor,
-                    true,
-                    false,
-                    by_batch,
-                    true,
-                    cell == CellKind::kLstm,
-                    wanted};
-      const Results alone = run<S>(config, Executor{});
-      for (int threads : {2, 3, 4, 5, 8}) {
-        if (run<S>(config, Executor{threads, by_four_threads, team}).values != alone.values)
-          fail(config, "parts of a batch have other bits by several threads");
+      const int64_t batch = cell == CellKind::kRnnTanh ? 25 : 50;
+      Config config{cell, 34, batch, 33, 48, 0, 1, dense, true, false, by_batch, true, cell == CellKind::kLstm, wanted};
+      for (const bool lengths : {false, true}) {
+        config.lengths = lengths;
+        config.batch = lengths ? 2 * batch + 6 : batch;  // as many rows
+        config.form = lengths && wanted == 0xffff ? Config::kPacked : dense;
+        const Results alone = run<S>(config, Executor{});
+        for (int threads : {2, 3, 4, 5, 8}) {
+          if (run<S>(config, Executor{threads, by_four_threads, team}).values != alone.values)
+            fail(config, "parts of a batch have other bits by several threads");
+        }
       }
     }
   }
@@ -749,6 +769,7 @@ void four_threads(const Config& config, const char* dtype) {
 int threads() {
   widen_always(true);
   stacks();
+  slices();
   all_threads_work();
   shared_units<float>();
   shared_units<BFloat16>();
