@@ -83,8 +83,8 @@ def ours(work: Workload, training: bool, threads: int) -> list[Contestant]:
 def torch_nn(work: Workload, training: bool, threads: int) -> list[Contestant]:
     found = [_torch_like("torch.nn" if work.packed is None else "torch.nn packed", work, work.torch, training)]
     if work.packed is not None:
-        # Not the same numbers: the second direction begins in the padding. Faster than packed in torch, so that some
-        # put up with it; only the first direction's output within the lengths can be checked.
+        # Not the same numbers: states go on through the padding, where a second direction begins. Faster than packed in
+        # torch, so that some put up with it; only the first direction's output within the lengths can be checked.
         padded = _torch_like("torch.nn padded", work, work.torch, training, padded=True)
         inside = torch.arange(work.case.length).unsqueeze(1) < torch.tensor(work.case.lengths)
         results = padded.results

@@ -111,7 +111,7 @@ def speed_up(result: dict[str, Any], threads: int) -> Figure | None:
         axis.xaxis.set_major_formatter("{x:g}x")
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_title(TITLES[mode])
-    figure.supxlabel(f"speed of rnn_ext over torch.nn (Bi...: packed); {where(result, threads)}", fontsize=9)
+    figure.supxlabel(f"speed of rnn_ext over torch.nn (L=a..b: packed); {where(result, threads)}", fontsize=9)
     handles = [
         Patch(color=COLOURS["custom"], label="rnn_ext is fastest, or within 3 %"),
         Patch(color=PEER_WINS, label="another is faster"),

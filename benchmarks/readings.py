@@ -14,7 +14,7 @@ def median(row: dict[str, Any], name: str) -> float | None:
 
 
 def is_peer(name: str) -> bool:
-    """A padded pass over ragged input gives other numbers: shown, but not one to be compared with."""
+    """A padded pass over ragged input gives other numbers, h_n among them: shown, but not one to be compared with."""
     return not name.startswith("rnn_ext") and name != "torch.nn padded"
 
 

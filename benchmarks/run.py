@@ -201,22 +201,23 @@ def all_rows() -> list[Row]:
     def rows(section: str, cases: Iterable[Case], build: Any = layers, all_threads: bool = False) -> list[Row]:
         return [Row(section, case, mode, str(case), build, all_threads) for case in cases for mode in modes]
 
-    shapes = [(1, 128, 64), (1, 512, 256), (1, 128, 512), (4, 64, 100)]
+    shapes = [(1, 128, 64), (1, 512, 256), (1, 128, 512), (2, 128, 64), (4, 64, 100)]
     shapes += [(8, 128, 64), (32, 128, 128), (32, 128, 256), (64, 128, 512)]
     called = [(1, 64), (1, 512), (8, 512), (32, 256), (32, 512)]
     classifier = Case("lstm", 32, 500, 20, 64, bidirectional=True, lengths=CLASSIFIER_LENGTHS)
-    halves = ("bfloat16", "float16")
+    one_way = [Case(cell, 32, 200, 64, 64, lengths=ragged(32, 25, 200)) for cell in CELLS]
+    halves, halved = ("bfloat16", "float16"), [(1, 512, 256), (8, 128, 64), (32, 128, 256)]
     lengths = [64, 128, 256, 512, 1024, 2048]
     steps = ["regressor (seed)", "regressor (demo)", "classifier (seed)", "classifier (demo)"]
     return [
         *rows("grid", [Case(cell, n, t, h, h) for cell in CELLS for n, t, h in shapes], all_threads=True),
         *rows("stack", [Case(c, 1, 128, h, h, num_layers=2) for c in CELLS for h in (64, 128, 256)], all_threads=True),
-        *rows("ragged", [classifier, dataclasses.replace(classifier, cell="gru")], all_threads=True),
+        *rows("ragged", [classifier, dataclasses.replace(classifier, cell="gru"), *one_way], all_threads=True),
         *[Row("model", None, "step", name, models, True) for name in steps],
         *rows("call", [Case(cell, n, 1, h, h) for cell in CELLS for n, h in called], calls, all_threads=True),
         *rows(
             "dtype",
-            [Case(c, n, t, h, h, dtype="bfloat16") for c in CELLS for n, t, h in (shapes[1], shapes[4], shapes[6])]
+            [Case(c, n, t, h, h, dtype="bfloat16") for c in CELLS for n, t, h in halved]
             + [Case(c, n, t, 512, 512, dtype=d) for c in CELLS for n, t in ((1, 1), (32, 1), (1, 128)) for d in halves],
             dtypes,
         ),

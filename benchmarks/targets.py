@@ -30,6 +30,10 @@ def _batched(*cells: str, low: int = 1) -> Callable[[dict[str, Any]], bool]:
     return lambda case: case["cell"] in cells and case["batch"] >= 8 and case["hidden_size"] >= low
 
 
+def _bidirectional(case: dict[str, Any]) -> bool:
+    return case["bidirectional"]
+
+
 def _of(dtype: str, rows: Callable[[dict[str, Any]], bool] = lambda case: True) -> Callable[[dict[str, Any]], bool]:
     return lambda case: case["dtype"] == dtype and case["length"] > 1 and rows(case)
 
@@ -55,8 +59,8 @@ TARGETS = [
     Target("LSTM, N >= 8, H >= 256", "grid", "forward", PEAK, 0.9, _batched("lstm", low=256)),
     *_both("a call of one timestep", "call", TORCH, (2, 2), _single(*ALL, high=64)),
     *_both("any call of one timestep", "call", BEST, (1, 1)),
-    *_both("packed, both directions", "ragged", TORCH, (3, 20)),
-    Target("packed, both directions", "ragged", "training", PADDED, 3),
+    *_both("packed, both directions", "ragged", TORCH, (3, 20), _bidirectional),
+    Target("packed, both directions", "ragged", "training", PADDED, 3, _bidirectional),
     Target("bfloat16, N = 1", "dtype", "forward", FLOAT32, 1.9, _of("bfloat16", _single(*ALL))),
     Target("bfloat16, N >= 8", "dtype", "forward", FLOAT32, 1.8, _of("bfloat16", _batched(*ALL))),
     Target("bfloat16", "dtype", "training", FLOAT32, 1.5, _of("bfloat16")),

@@ -1,4 +1,4 @@
-"""Backward of a batch part by part, see csrc/cpu/batch_parts.inl: the parts follow from the sizes alone."""
+"""Backward of a batch part by part, see csrc/cpu/batch_parts.inl: the parts follow from sizes and lengths alone."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from util import CELLS, Case, build, check_gradients, cotangents, gradients, ins
 
 from rnn_ext import _C
 
-# L, N, I, H. Parts are worth having of 12 sequences, 400 rows and 1.5e6 multiply-adds.
+# L, N, I, H. Parts are worth having of 12 sequences in a step, 400 rows and 1.5e6 multiply-adds.
 SIZES = [
     (36, 25, 64, 33),  # two, one of them with a row more; units and inputs that are no whole vectors
     (33, 51, 32, 64),  # four, whose inputs and outputs lie in groups of aligned rows
     (5, 2100, 16, 32),  # four of more rows than are multiplied at a time
 ]
 # The same of sequences of all lengths, of which half are there in a step; and of 8 in steps of much to multiply.
-RAGGED_SIZES = [(36, 60, 64, 33), (33, 120, 32, 64), (60, 42, 64, 80)]
+RAGGED_SIZES = [(36, 60, 64, 33), (33, 120, 32, 64), (60, 42, 64, 104)]
 
 
 def bits_of_threads(problem, grads) -> None:

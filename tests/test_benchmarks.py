@@ -506,6 +506,8 @@ def made_up():
             rows.append(row("grid", Case("rnn", 1, 8, 4, 4), mode, threads, rnn_ext=2e-3, torch_nn=1e-3))
             rows.append(row("grid", Case("gru", 1, 8, 4, 512), mode, threads, rnn_ext=1e-3))
         rows.append(row("ragged", SMALL, mode, rnn_ext=1e-3, torch_nn__packed=3e-2, torch_nn__padded=2e-3))
+        one_way = dataclasses.replace(SMALL, bidirectional=False)
+        rows.append(row("ragged", one_way, mode, rnn_ext=1e-3, torch_nn__packed=2e-3, torch_nn__padded=1e-3))
         for k in range(3):
             case = dataclasses.replace(SMALL, cell="lstm", length=2**k, lengths=(2**k,) * 3)
             rows.append(row("length", case, mode, rnn_ext=2**k * 1e-3, torch_nn__packed=4**k * 1e-2))

@@ -424,7 +424,9 @@ print(len(os.listdir("/proc/self/task")) - alone)
         (400, 1, 64, False, False),  # 3.3e6: little
         (405, 1, 80, False, False),  # 5.2e6: little for each row
         (120, 1, 150, False, True),  # 5.4e6, of 4.5e4 for each row
-        (40, 16, 64, False, False),  # 5.2e6 of several sequences: little
+        (250, 3, 64, False, False),  # 6.1e6: the same of two or three
+        (300, 12, 32, False, False),  # 7.4e6 of several sequences: little for each row
+        (40, 16, 64, False, False),  # 5.2e6: little
         (50, 16, 64, False, True),  # 6.6e6
         (34, 24, 48, False, False),  # 3.8e6 of so many that they go in parts: little
         (34, 24, 56, False, True),  # 5.1e6
@@ -467,6 +469,7 @@ print(len(os.listdir("/proc/self/task")) - alone)
         (20, 8, 128, 1, True, False),  # 5.2e6 of several sequences
         (20, 8, 128, 1, False, True),
         (5, 10, 128, 1, False, False),  # 1.6e6
+        (200, 2, 64, 1, False, True),  # a sequence for each thread, whose units would be too few to share
         (400, 1, 64, 2, True, False),  # layers that would run at the same time
         (400, 1, 64, 2, False, True),
     ],

@@ -7,7 +7,7 @@ class SomeEntries {
  public:
   explicit SomeEntries(int64_t steps) : batch_sizes_(steps), offsets_(steps) {}
 
-  /// Of so many, of which alive(t) have step t, up to the last that any has.
+  /// Of so many, of which alive(t), which does not rise, have step t, up to the last that any has.
   Layout layout(const Layout& whole, int64_t batch, const auto& alive) {
     Layout found;
     found.batch = batch;

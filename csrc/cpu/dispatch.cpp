@@ -109,16 +109,19 @@ double multiply_adds(CellKind cell, const Sizes& sizes, const Layout& layout) {
 /// From how many multiply-adds on a layer is worth threads that are far from each other, as each reads what another one
 /// has written; 0: from as many as near ones. (Zen 5, 250 ns apart.)
 double least_far(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout, bool trains) {
-  constexpr double kInferred = 2e6;   // (1.16 times as long at 1.6e6, 0.64 to 0.87 at 2e6 to 4e6)
-  constexpr double kSequences = 6e6;  // (0.98 to 1.04 times as long at 3e6 to 4e6, 0.95 at 6.5e6)
-  constexpr double kParts = 4e6;      // (0.82 to 0.88 times at 3e6, but less so between other layers)
-  // One sequence; and of a row of it. (About even at 3.3e4, an RNN of 128 units; one of 64 takes 1.3 to 1.4 times as
-  // long backward.)
-  constexpr double kOneSequence = 5e6, kRowOfIt = 4e4;
+  constexpr double kInferred = 2e6;  // (1.16 times as long at 1.6e6, 0.64 to 0.87 at 2e6 to 4e6)
+  constexpr double kParts = 4e6;     // (0.82 to 0.88 times at 3e6, but less so between other layers)
+  // And of a row. (0.98 to 1.04 times as long at 3e6 to 4e6, 0.95 at 6.5e6; with 2e3 of a row 1.2 times backward, with
+  // 8e3 0.85.)
+  constexpr double kSequences = 6e6, kRowOfSequences = 4e3;
+  // One sequence, two or three. (About even at 3.3e4 of a row, one of an RNN of 128 units; one of 64 takes 1.3 to 1.4
+  // times as long backward, two 1.04 in all.)
+  constexpr double kFewSequences = 5e6, kRowOfFew = 4e4;
   if (sizes.directions > 1) return 0;  // of which each thread has one
   if (!trains) return kInferred;
-  if (layout.batch == 1) return std::max(kOneSequence, kRowOfIt * double(layout.rows));
-  return count_parts(cell, variant, sizes, layout) > 1 ? kParts : kSequences;
+  const double rows = double(layout.rows);
+  if (layout.batch < 4) return std::max(kFewSequences, kRowOfFew * rows);
+  return count_parts(cell, variant, sizes, layout) > 1 ? kParts : std::max(kSequences, kRowOfSequences * rows);
 }
 
 /// When the last call of a thread ended that had work for its pool, were that awake.
@@ -322,13 +325,19 @@ void random_mask(uint64_t seed, double p, T value, T* out, int64_t size) {
 template void random_mask(uint64_t, double, float, float*, int64_t);
 template void random_mask(uint64_t, double, double, double*, int64_t);
 
-int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor) {
+int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor,
+                     bool or_units) {
   // A tile of few rows reads the weights more often than it can use them: two rows are enough where these come from the
   // second-level cache, else one slice, whose units threads share, is faster (measured: even at 1 MiB). share_out() may
   // prefer that for more rows.
   constexpr int64_t kCached = 512 * 1024;
-  const int64_t least = sizes.recurrent(gates) * itemsize <= kCached ? 2 : 4;
-  return std::max<int64_t>(1, std::min<int64_t>(executor.threads / sizes.directions, layout.batch / least));
+  const bool cached = sizes.recurrent(gates) * itemsize <= kCached;
+  const int64_t threads = executor.threads / sizes.directions;
+  int64_t slices = std::min(threads, layout.batch / (cached ? 2 : 4));
+  // Where only one thread would have work else, a row is enough. (Two threads, two or three sequences: 0.67 to 0.83 of
+  // one thread's time. Not measured: how many threads may read all of larger weights for it.)
+  if (!or_units) slices = std::max(slices, std::min(cached ? threads : std::min<int64_t>(threads, 2), layout.batch));
+  return std::max<int64_t>(1, slices);
 }
 
 void deal_out(const Layout& layout, int64_t slices, int64_t* ends) {
@@ -340,28 +349,27 @@ void deal_out(const Layout& layout, int64_t slices, int64_t* ends) {
   std::vector<int64_t> lengths;
   for (int64_t steps = layout.steps; int64_t(lengths.size()) < batch; lengths.push_back(steps))
     while (steps > 0 && layout.batch_sizes[steps - 1] <= int64_t(lengths.size())) --steps;
-  // To each slice what takes no longer than `most` rows, but one entry at least, and one is left for each slice after
-  // it. Whether that is all there is. The longest sequences come first: so the fewer of them a slice has.
+  // Gives each slice as many entries as take no longer than `most` rows, but at least one, and leaves one for each
+  // slice after it: whether those are all entries. The longest sequences come first, so that the first slices have
+  // fewer.
   const auto fits = [&](int64_t most) {
     int64_t j = 0;
     for (int64_t i = 0; i < slices; ++i) {
       const int64_t last = batch - (slices - 1 - i);
-      // A step takes about as long as a row more (measured, 2 to 32 rows of 32 to 256 units).
-      int64_t sum = j < batch ? lengths[j] : 0;
+      // What a slice takes: a step about as long as a row more (measured, 2 to 32 rows of 32 to 256 units).
+      int64_t sum = lengths[j];
       for (bool first = true; j < last && (first || sum + lengths[j] <= most); first = false) sum += lengths[j++];
       ends[i] = j;
     }
     return j == batch;
   };
-  // Too little for some slice, and enough for each: one that is full has at most a sequence too few, and counts another
-  // twice.
+  // With `most` they fit: each slice but the last has more rows than that less two sequences.
   int64_t least = layout.rows / slices, most = least + 2 * layout.steps + 1;
   while (most - least > 1 + least / 128) {
     const int64_t middle = least + (most - least) / 2;
     (fits(middle) ? most : least) = middle;
   }
   fits(most);
-  ends[slices - 1] = batch;
 }
 
 int count_parts(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout) {
@@ -377,8 +385,10 @@ int count_parts(CellKind cell, Variant variant, const Sizes& sizes, const Layout
   const int gates = cells::kGatesOf[int(cell)];
   const int64_t weights = gates * sizes.hidden * (sizes.input + sizes.hidden);
   if (variant != Variant::kPlain || sizes.directions > 1 || sizes.proj || weights > kMostWeights) return 1;
+  int64_t steps = layout.steps;  // that any sequence has; of a stack they are not known
+  while (layout.batch_sizes && steps > 0 && layout.batch_sizes[steps - 1] == 0) --steps;
   const auto pays = [&](int parts) {
-    const double of_step = double(layout.rows) / double(parts * layout.steps);
+    const double of_step = double(layout.rows) / double(parts * steps);
     const bool fair = of_step >= kFairRows && of_step * double(sizes.recurrent(gates)) >= kLargeStep;
     return (of_step >= kGoodRows || (fair && parts == 2)) && layout.rows >= parts * kLeastRows &&
            double(weights) * double(layout.rows) >= parts * kLeastWork;
@@ -392,7 +402,7 @@ bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t 
   if (layers < 2 || sizes.directions > 1 || executor.threads < 2 || !executor.run_team) return false;
   if (!uses_packed_weights<S>(sizes, layout)) return false;
   const int gates = cells::kGatesOf[int(cell)];
-  if (count_slices(layout, sizes, gates, sizeof(S), executor) > 1) return false;  // these need not wait
+  if (count_slices(layout, sizes, gates, sizeof(S), executor, true) > 1) return false;  // these need not wait
   const double work = multiply_adds(cell, sizes, layout);
   if (work * double(layers) < kWorthwhile) return false;
   // Layers wait for each other every few steps, threads that share a layer's units in every step, but hold half of its

@@ -19,12 +19,13 @@
 
 namespace rnn_ext::cpu {
 
-/// How many pieces to cut the batch into, unless its units are shared: as many as there are threads to spare.
-/// `itemsize`: bytes of a weight.
-int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor);
+/// How many slices to cut the batch into, one for each thread that there is for a direction, as far as they pay.
+/// `itemsize`: bytes of a weight; `or_units`: threads can share the units of one slice instead.
+int64_t count_slices(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor,
+                     bool or_units);
 
-/// Deals a batch out to so many slices that take about equally long: where each ends. (Of fewer entries some have
-/// none.)
+/// Deals a batch out to so many slices that take about equally long: where each ends. (If there are fewer entries, some
+/// slices have none.)
 void deal_out(const Layout& layout, int64_t slices, int64_t* ends);
 
 /// Into how many parts backward takes a batch, see batch_parts.inl: 1, 2 or kMostParts.

@@ -51,7 +51,7 @@ enum class Variant { kPlain, kMasked, kLayerNorm };
 enum class Storage { kComputed, kBFloat16, kFloat16 };
 
 /// Which pairs (timestep, entry) exist. Kernel rows are ordered by falling length, so that the rows alive at step t are
-/// the first batch_sizes[t]; row (t, j) is number offsets[t] + j in every internal array.
+/// the first batch_sizes[t]; row (t, j) is number offsets[t] + j in every internal array, but for `stored`.
 struct Layout {
   int64_t steps = 0;                     // L
   int64_t batch = 0;                     // N, also of the states
@@ -60,7 +60,9 @@ struct Layout {
   const int64_t* offsets = nullptr;      // [L] sums of the batch sizes before
   const int64_t* order = nullptr;        // [N] row j belongs to batch entry order[j]; null: to entry j
   bool packed = false;                   // sequences are stored row by row instead of as (timestep, entry)
-  const int64_t* stored = nullptr;  // [L] offsets of what is stored row by row, of a part of a batch; null: the same
+  // [L] Of a part of a batch, the offsets of the whole, which packed sequences and what is kept for backward have;
+  // null: the same. Of several sequences, and of one direction of a plain layer without projection.
+  const int64_t* stored = nullptr;
 
   int64_t entry(int64_t j) const { return order ? order[j] : j; }
   const int64_t* stored_offsets() const { return stored ? stored : offsets; }

@@ -101,8 +101,10 @@ inline bool begins(const Sequence<const bool>& resets, const Layout& layout, boo
   return t + 1 < layout.steps && j < layout.batch_sizes[t + 1] && *resets.at(layout, t + 1, j);
 }
 
-/// Of one row in every step.
-inline bool is_one_sequence(const Layout& layout) { return layout.batch == 1 && layout.has_all_rows(); }
+/// Of one row in every step, and no part of a batch.
+inline bool is_one_sequence(const Layout& layout) {
+  return layout.batch == 1 && layout.has_all_rows() && !layout.stored;
+}
 
 /// One sequence, whose steps all have the same to do: of small layers the time is in finding out what.
 inline bool has_plain_steps(const Layout& layout, const Sizes& sizes, const bool* resets) {
@@ -279,8 +281,8 @@ struct Shares {
 /// `shares_units`: threads may. `packed`: the weights are, beforehand.
 inline Shares share_out(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor,
                         bool shares_units, bool packed) {
-  const int64_t slices = count_slices(layout, sizes, gates, itemsize, executor);
   const int members = shares_units ? team_size(layout, sizes, gates, executor) : 1;
+  const int64_t slices = count_slices(layout, sizes, gates, itemsize, executor, members > 1);
   // Each slice reads all weights in every step, and packs them if they are not, each member a part of them. But a
   // member has memory for all rows. So as many members as slices are preferred up to so many rows for each: where
   // weights come from beyond the second-level cache (measured with two threads on a Xeon, whose has 2 MiB: from 1.7 MiB

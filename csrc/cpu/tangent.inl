@@ -478,7 +478,7 @@ void tangent(const TangentArgs<T>& args, const Executor& executor) {
   const auto run = [&](int64_t count, const auto& fn) {
     parallel(executor, directions * count, [&](int64_t i) { fn(*passes[i / count], i % count); });
   };
-  const Slices slices(layout, count_slices(layout, sizes, Cell::kGates, sizeof(T), executor));
+  const Slices slices(layout, count_slices(layout, sizes, Cell::kGates, sizeof(T), executor, false));
   const int64_t row_tasks = passes[0]->row_tasks();
   run(row_tasks, [](auto& pass, int64_t i) { pass.project(i); });
   run(slices.size(), [&](auto& pass, int64_t i) {

@@ -719,13 +719,13 @@ void slices() {
   for (const auto& [steps, batch] : {std::pair<int64_t, int64_t>{1, 3}, {200, 5}, {30, 40}, {200, 40}, {90, 300}}) {
     config.steps = steps;
     config.batch = batch;
-    for (int64_t count = 1; count <= std::min<int64_t>(batch, 9); ++count) {
+    for (int64_t count = 1; count <= 9; ++count) {
       const Steps lengths(config, random);
       std::vector<int64_t> ends(static_cast<size_t>(count));
       deal_out(lengths.layout, count, ends.data());
       int64_t first = 0, most = 0;
       for (const int64_t end : ends) {
-        if (end <= first) fail(config, "a slice of a batch has no entry");
+        if (end < first || (end == first && count <= batch)) fail(config, "a slice of a batch has no entry");
         int64_t rows = 0;
         for (const int64_t alive : lengths.sizes) rows += std::clamp<int64_t>(alive - first, 0, end - first);
         most = std::max(most, rows);
