@@ -112,8 +112,8 @@ double least_far(CellKind cell, Variant variant, const Sizes& sizes, const Layou
   constexpr double kInferred = 2e6;  // (1.16 times as long at 1.6e6, 0.64 to 0.87 at 2e6 to 4e6)
   constexpr double kParts = 4e6;     // (0.82 to 0.88 times at 3e6, but less so between other layers)
   // And of a row. (0.98 to 1.04 times as long at 3e6 to 4e6, 0.95 at 6.5e6; with 2e3 of a row 1.2 times backward, with
-  // 8e3 0.85.)
-  constexpr double kSequences = 6e6, kRowOfSequences = 4e3;
+  // 6e3 1.04 in all, with 8e3 0.91.)
+  constexpr double kSequences = 6e6, kRowOfSequences = 7e3;
   // One sequence, two or three. (About even at 3.3e4 of a row, one of an RNN of 128 units; one of 64 takes 1.3 to 1.4
   // times as long backward, two 1.04 in all.)
   constexpr double kFewSequences = 5e6, kRowOfFew = 4e4;

@@ -260,15 +260,21 @@ inline int64_t blocks_apart(const Layout& layout) {
   return layout.steps > 0 && layout.batch_sizes[layout.steps - 1] > 1 ? 1 : 4;
 }
 
-/// How many threads can share the units of each direction: only where a step is long against a meeting (0.1 to 0.3 us).
+/// How many threads can share the units of each direction: only where a step is long against a meeting (0.1 to 0.3 us;
+/// of threads that are far from each other 1 us).
 inline int team_size(const Layout& layout, const Sizes& sizes, int gates, const Executor& executor) {
   constexpr double kWorthwhile = 6e4;  // multiply-adds of a step
+  // Weights. (Zen 5, 250 ns apart, two or three sequences: 1.13 to 1.25 times as long as one thread takes with 4e4,
+  // 0.84 times with 6.5e4.)
+  constexpr int64_t kWorthwhileFar = 5e4;
   if (!executor.run_team || sizes.proj || layout.steps == 0) return 1;
   const double step =
       double(gates) * double(sizes.hidden) * double(sizes.hidden) * double(layout.rows) / double(layout.steps);
   if (step < kWorthwhile) return 1;
   const int64_t most = sizes.hidden / (16 * blocks_apart(layout));
-  return int(larger(1, smaller(executor.threads / sizes.directions, most)));
+  const int members = int(larger(1, smaller(executor.threads / sizes.directions, most)));
+  if (members == 1 || sizes.recurrent(gates) >= kWorthwhileFar || !executor.are_far) return members;
+  return executor.are_far() ? 1 : members;
 }
 
 /// How threads share a layer: each takes slices of the batch, or there is one slice and each of the `members` has a

@@ -647,18 +647,31 @@ void count_members(int members, void (*fn)(void*, int, int), void* context) {
   team(members, fn, context);
 }
 
-/// Threads share the units of a layer only where that leaves none of them without work that slices of the batch have.
+const std::thread::id kMainThread = std::this_thread::get_id();
+bool asked_in_a_task;
+
+bool far_threads() {
+  asked_in_a_task |= std::this_thread::get_id() != kMainThread;
+  return true;
+}
+
+/// Threads share the units of a layer only where that leaves none of them without work that slices of the batch have,
+/// nor makes them wait for each other for longer than they compute. How far they are nobody asks who is one of them.
 void all_threads_work() {
   struct {
     int64_t steps, batch, hidden;
     int threads, members;
-  } const cases[] = {{1, 600, 64, 8, 0}, {2, 40, 305, 2, 0}, {2, 31, 305, 2, 2}, {1, 7, 700, 8, 8}};
-  for (const auto& [steps, batch, hidden, threads, members] : cases) {
+    bool are_far;
+  } const cases[] = {{1, 600, 64, 8, 0, false}, {2, 40, 305, 2, 0, false}, {2, 31, 305, 2, 2, false},
+                     {1, 7, 700, 8, 8, false},  {40, 3, 100, 2, 2, false}, {40, 3, 100, 2, 0, true},
+                     {40, 3, 130, 2, 2, true},  {20, 40, 100, 2, 0, true}};
+  for (const auto& [steps, batch, hidden, threads, members, are_far] : cases) {
     Config config{CellKind::kLstm,    steps, batch, 9,     hidden, 0,     1,
                   Config::kTimeMajor, true,  false, false, true,   false, 0xffff};
     most_members = 0;
-    run<float>(config, Executor{threads, by_four_threads, count_members});
+    run<float>(config, Executor{threads, by_four_threads, count_members, false, are_far ? far_threads : nullptr});
     if (most_members != members) fail(config, "units are shared by " + std::to_string(most_members) + " threads");
+    if (asked_in_a_task) fail(config, "a task asks other threads how far they are");
   }
 }
 
