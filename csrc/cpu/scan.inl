@@ -260,21 +260,24 @@ inline int64_t blocks_apart(const Layout& layout) {
   return layout.steps > 0 && layout.batch_sizes[layout.steps - 1] > 1 ? 1 : 4;
 }
 
-/// How many threads can share the units of each direction: only where a step is long against a meeting (0.1 to 0.3 us;
-/// of threads that are far from each other 1 us).
+/// How many threads can share the units of each direction: only where a step is long against a meeting (0.1 to 0.3 us).
 inline int team_size(const Layout& layout, const Sizes& sizes, int gates, const Executor& executor) {
   constexpr double kWorthwhile = 6e4;  // multiply-adds of a step
-  // Weights. (Zen 5, 250 ns apart, two or three sequences: 1.13 to 1.25 times as long as one thread takes with 4e4,
-  // 0.84 times with 6.5e4.)
-  constexpr int64_t kWorthwhileFar = 5e4;
   if (!executor.run_team || sizes.proj || layout.steps == 0) return 1;
   const double step =
       double(gates) * double(sizes.hidden) * double(sizes.hidden) * double(layout.rows) / double(layout.steps);
   if (step < kWorthwhile) return 1;
   const int64_t most = sizes.hidden / (16 * blocks_apart(layout));
-  const int members = int(larger(1, smaller(executor.threads / sizes.directions, most)));
-  if (members == 1 || sizes.recurrent(gates) >= kWorthwhileFar || !executor.are_far) return members;
-  return executor.are_far() ? 1 : members;
+  return int(larger(1, smaller(executor.threads / sizes.directions, most)));
+}
+
+/// Whether a step is not long against a meeting of these threads, which takes 1 us of those that are far from each
+/// other.
+inline bool meet_too_late(const Sizes& sizes, int gates, const Executor& executor) {
+  // Weights. (Zen 5, 250 ns apart, two or three sequences: 1.13 to 1.25 times as long as one thread takes with 4e4,
+  // 0.84 times with 6.5e4.)
+  constexpr int64_t kWorthwhile = 5e4;
+  return sizes.recurrent(gates) < kWorthwhile && executor.are_far && executor.are_far();
 }
 
 /// How threads share a layer: each takes slices of the batch, or there is one slice and each of the `members` has a
@@ -288,7 +291,8 @@ struct Shares {
 inline Shares share_out(const Layout& layout, const Sizes& sizes, int gates, int64_t itemsize, const Executor& executor,
                         bool shares_units, bool packed) {
   const int members = shares_units ? team_size(layout, sizes, gates, executor) : 1;
-  const int64_t slices = count_slices(layout, sizes, gates, itemsize, executor, members > 1);
+  const auto count = [&](bool or_units) { return count_slices(layout, sizes, gates, itemsize, executor, or_units); };
+  const int64_t slices = count(members > 1);
   // Each slice reads all weights in every step, and packs them if they are not, each member a part of them. But a
   // member has memory for all rows. So as many members as slices are preferred up to so many rows for each: where
   // weights come from beyond the second-level cache (measured with two threads on a Xeon, whose has 2 MiB: from 1.7 MiB
@@ -298,8 +302,9 @@ inline Shares share_out(const Layout& layout, const Sizes& sizes, int gates, int
   const bool far = sizes.recurrent(gates) * itemsize > kFar;
   const int64_t most_each = !packed ? 128 : far ? 16 : 0;
   const bool few = layout.batch < most_each * executor.threads / sizes.directions;
-  if (members > 1 && (slices == 1 || (few && members >= slices))) return {1, members};
-  return {slices, 1};
+  if (members == 1 || (slices > 1 && !(few && members >= slices))) return {slices, 1};
+  if (meet_too_late(sizes, gates, executor)) return {count(false), 1};
+  return {1, members};
 }
 
 /// Calls fn(team, member, members) for so many teams, all members of one at the same time.
