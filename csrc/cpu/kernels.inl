@@ -52,6 +52,7 @@ namespace {
 #include "cpu/inputs.inl"
 #include "cpu/forward_pass.inl"
 #include "cpu/backward_weights.inl"
+#include "cpu/backward_rows.inl"
 #include "cpu/backward.inl"
 #include "cpu/input_gradient.inl"
 #include "cpu/weight_gradient.inl"

@@ -1,5 +1,5 @@
-// What tests/cpu_sanitize/main.cpp runs csrc/cpu on: a layer's sizes and options, memory of exactly the promised
-// extent, and what a run leaves there.
+// What run.h runs csrc/cpu on: a layer's sizes and options, memory of exactly the promised extent, and what a run
+// leaves there.
 #pragma once
 
 #include <algorithm>
