@@ -1,0 +1,169 @@
+"""Mistakes in the arguments of ``ops.layer``: each is told, with the value and what was expected."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+import util
+from util import Case, build, run
+
+from rnn_ext import ops
+
+# What is changed on a sound LSTM problem of L=5, N=3, I=4, H=7, and the words the complaint must have.
+MISTAKES = {
+    "input 2-D": (lambda p: {"input": p.input[0]}, ["input", r"2|\[3, 4\]", "3 dim"]),
+    "input 4-D": (lambda p: {"input": p.input[None]}, ["input", r"4|1, 5, 3, 4", "3 dim"]),
+    "input features": (lambda p: {"input": torch.zeros(5, 3, 6).double()}, ["6", "4"]),
+    "input integer": (lambda p: {"input": p.input.long()}, ["int64|Long"]),
+    "all complex": (
+        lambda p: {name: t.to(torch.complex64) for name, t in p.leaves().items()},
+        ["complex64|ComplexFloat"],
+    ),
+    "h_0 batch": (lambda p: {"h_0": torch.zeros(1, 2, 7).double()}, ["h_0", r"\[?1, 2, 7", r"\[?1, 3, 7"]),
+    "h_0 directions": (lambda p: {"h_0": torch.zeros(2, 3, 7).double()}, ["h_0", "2, 3, 7", "1, 3, 7"]),
+    "h_0 features": (lambda p: {"h_0": torch.zeros(1, 3, 8).double()}, ["h_0", "1, 3, 8", "1, 3, 7"]),
+    "h_0 2-D": (lambda p: {"h_0": torch.zeros(3, 7).double()}, ["h_0", "3, 7", "1, 3, 7"]),
+    "h_0 dtype": (lambda p: {"h_0": p.h_0.float()}, ["h_0", "float32|Float", "float64|Double"]),
+    "c_0 features": (lambda p: {"c_0": torch.zeros(1, 3, 8).double()}, ["c_0", "1, 3, 8", "1, 3, 7"]),
+    "c_0 dtype": (lambda p: {"c_0": p.c_0.float()}, ["c_0", "float32|Float", "float64|Double"]),
+    "weight_ih features": (lambda p: {"weight_ih": torch.zeros(28, 5).double()}, ["5", "4"]),
+    "weight_ih rows": (lambda p: {"weight_ih": torch.zeros(27, 4).double()}, ["weight_ih", "27"]),
+    "weight_ih 1-D": (lambda p: {"weight_ih": torch.zeros(28).double()}, ["weight_ih", "28"]),
+    "weight_hh rows": (lambda p: {"weight_hh": torch.zeros(26, 7).double()}, ["26"]),
+    "weight_hh features": (lambda p: {"weight_hh": torch.zeros(28, 6).double()}, ["6", "7"]),
+    "weight_hh dtype": (lambda p: {"weight_hh": p.weights["weight_hh"].float()}, ["float32|Float", "float64|Double"]),
+    "bias_ih": (lambda p: {"bias_ih": torch.zeros(29).double()}, ["bias_ih", "29", "28"]),
+    "bias_hh": (lambda p: {"bias_hh": torch.zeros(28, 1).double()}, ["bias_hh", "28, 1", "28"]),
+    "bias_hh dtype": (lambda p: {"bias_hh": torch.zeros(28)}, ["bias_hh", "float32|Float", "float64|Double"]),
+    "batch sizes rising": (
+        lambda p: {"batch_sizes": torch.tensor([2, 3])},
+        ["batch_sizes", "got 3 at timestep 1 after 2"],
+    ),
+    "batch sizes zero": (lambda p: {"batch_sizes": torch.tensor([5, 0])}, ["batch_sizes", "0"]),
+    "batch sizes negative": (lambda p: {"batch_sizes": torch.tensor([7, -2])}, ["batch_sizes", "-2"]),
+    "batch sizes sum": (lambda p: {"batch_sizes": torch.tensor([3, 1])}, ["batch_sizes", "4", "5"]),
+    "batch sizes none": (lambda p: {"batch_sizes": torch.tensor([], dtype=torch.int64)}, ["batch_sizes"]),
+    "batch sizes dtype": (lambda p: {"batch_sizes": torch.tensor([3, 2], dtype=torch.int32)}, ["batch_sizes", "int"]),
+    "batch sizes 2-D": (lambda p: {"batch_sizes": torch.tensor([[3, 2]])}, ["batch_sizes", "2"]),
+    "batch sizes huge": (lambda p: {"batch_sizes": torch.tensor([2**62, 2**62])}, ["batch_sizes"]),
+    "lengths count": (lambda p: {"lengths": torch.tensor([1, 2])}, ["lengths", "2", "3"]),
+    "lengths negative": (
+        lambda p: {"lengths": torch.tensor([1, -1, 2])},
+        ["lengths", "got -1 for batch entry 1$"],
+    ),
+    "lengths long": (lambda p: {"lengths": torch.tensor([1, 6, 2])}, ["lengths", "6", "5"]),
+    "lengths floating": (lambda p: {"lengths": torch.tensor([1.0, 2.0, 3.0])}, ["lengths", "float32|Float"]),
+    "lengths boolean": (lambda p: {"lengths": torch.tensor([True, False, True])}, ["lengths", "(?i)bool"]),
+    "lengths 2-D": (lambda p: {"lengths": torch.tensor([[1, 2, 3]])}, ["lengths", "1, 3"]),
+    "resets shape": (lambda p: {"resets": torch.zeros(3, 5, dtype=torch.bool)}, ["resets", "3, 5", "5, 3"]),
+    "resets 1-D": (lambda p: {"resets": torch.zeros(5, dtype=torch.bool)}, ["resets", "5"]),
+    "resets dtype": (lambda p: {"resets": torch.zeros(5, 3)}, ["resets", "(?i)bool", "float32|Float"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake):
+    change, words = MISTAKES[mistake]
+    problem = build(Case())
+    changes = change(problem)
+    if mistake.startswith("batch sizes"):
+        problem = build(Case(layout="packed"))
+        problem.input = torch.zeros(5, 4).double()
+        problem.h_0, problem.c_0 = None, None
+    others = {name: changes.pop(name) for name in ("batch_sizes", "lengths", "resets") if name in changes}
+    problem = dataclasses.replace(problem.having(changes), **others)
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+        run(problem)
+    message = str(error.value)
+    assert "INTERNAL ASSERT" not in message
+    for word in words:
+        assert re.search(word, message), f"no {word!r} in: {message}"
+
+
+@pytest.mark.parametrize(("change", "message"), util.BACKWARD_MISTAKES)
+def test_backward_checks_its_arguments(change, message):
+    util.check_backward_mistake(change, message)
+
+
+@pytest.mark.parametrize("cell", ["lstmm", "", "LSTM", "RNN_TANH"])
+def test_unknown_cell(cell):
+    problem = build(Case())
+    with pytest.raises((ValueError, RuntimeError), match=f"{cell}(.|\n)*lstm|lstm(.|\n)*{cell}"):
+        ops.layer(problem.input, None, None, list(problem.weights.values()), cell=cell)
+
+
+@pytest.mark.parametrize(
+    ("cell", "count"), [("lstm", 0), ("lstm", 1), ("lstm", 10), ("gru", 3), ("gru", 5), ("rnn_tanh", 3)]
+)
+def test_wrong_number_of_weights(cell, count):
+    problem = build(Case(cell))
+    weights = (list(problem.weights.values()) * 3)[:count]
+    with pytest.raises((ValueError, RuntimeError), match=f"{count}|weight_hr|proj"):
+        ops.layer(problem.input, None, None, weights, cell=cell)
+
+
+def test_odd_number_of_weights_for_two_directions():
+    problem = build(Case(bidirectional=True))
+    with pytest.raises((ValueError, RuntimeError), match="7"):
+        ops.layer(problem.input, None, None, list(problem.weights.values())[:7], cell="lstm", bidirectional=True)
+
+
+def test_cell_state_for_a_cell_without_one():
+    problem = build(Case("gru"))
+    with pytest.raises((ValueError, RuntimeError), match="c_0"):
+        ops.layer(problem.input, problem.h_0, problem.h_0, list(problem.weights.values()), cell="gru")
+
+
+def test_cell_states_of_a_cell_without_them():
+    problem = build(Case("gru"))
+    with pytest.raises((ValueError, RuntimeError), match=r"cell.?states"):
+        ops.layer(problem.input, None, None, list(problem.weights.values()), cell="gru", cell_states=True)
+
+
+def test_packed_input_with_lengths():
+    problem = build(Case(layout="packed"))
+    problem.lengths = torch.tensor([1, 2, 3])
+    with pytest.raises((ValueError, RuntimeError), match="lengths"):
+        run(problem)
+
+
+def test_projection_shape():
+    problem = build(Case(proj=3))
+    problem.weights["weight_hr"] = torch.zeros(3, 6).double()
+    with pytest.raises((ValueError, RuntimeError), match=r"weight_hr(.|\n)*6(.|\n)*7|weight_hr(.|\n)*7(.|\n)*6"):
+        run(problem)
+
+
+def test_sizes_no_memory_can_hold():
+    """More bytes than a process can address: refused, without a crash and without wrapping round 32 or 64 bits."""
+    weights = [torch.zeros(4, 1), torch.zeros(4, 1)]
+    for lead in ((1, 2**46), (2**46, 1), (2**23, 2**23)):
+        with pytest.raises((RuntimeError, ValueError, MemoryError)):
+            ops.layer(torch.zeros(1, 1, 1).expand(*lead, 1), None, None, weights, cell="lstm")
+
+
+def test_weights_of_two_directions():
+    problem = build(Case(bidirectional=True))
+    weights = list(problem.weights.values())
+    with pytest.raises(ValueError, match="for each of 2 directions, got 9 in all"):
+        ops.layer(problem.input, None, None, [*weights, torch.zeros(3)], cell="lstm", bidirectional=True)
+    for i, weight in enumerate(weights):
+        wrong = [*weights[:i], weight[:-1], *weights[i + 1 :]]
+        with pytest.raises(RuntimeError):
+            ops.layer(problem.input, None, None, wrong, cell="lstm", bidirectional=True)
+
+
+def test_a_projection_of_what_has_none():
+    """With weights that fit each other."""
+    weights = [torch.randn(21, 4), torch.randn(21, 3), torch.randn(21), torch.randn(21), torch.randn(3, 7)]
+    with pytest.raises(ValueError, match="only an lstm can be projected, got 5 weights a direction for gru"):
+        ops.layer(torch.randn(5, 3, 4), None, None, weights, cell="gru")
+
+
+def test_a_step_with_a_state_of_three_dimensions():
+    weights = [torch.zeros(15, 4), torch.zeros(15, 5), torch.zeros(15), torch.zeros(15)]
+    with pytest.raises(RuntimeError, match=r"expected h_0 of size \[3, 5\], got \[3, 5, 1\]"):
+        ops.cell(torch.zeros(3, 4), torch.zeros(3, 5, 1), None, weights, "gru")
