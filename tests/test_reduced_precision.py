@@ -354,6 +354,24 @@ def test_results_are_rounded_to_the_nearest(dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("value", [20.0, 100.0])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_nothing_passes_saturated_gates(cell, value, dtype, widening):
+    """Backward, where an activation that is not quite 1 would let 1e-4 of everything through, times the input."""
+    problem = build(Case(cell, size=(5, 4, 1, 16)))
+    for name, weight in problem.weights.items():
+        weight.detach().copy_(torch.where(weight >= 0, 1.0, -1.0) if name == "weight_ih" else weight / 8)
+    problem.input.detach().fill_(value)
+    problem = problem.to(dtype)
+    _, expected = gradients(oracle, problem.to(torch.float64))
+    assert expected["weight_ih"].abs().max() < 1e-5
+    for _ in instruction_sets():
+        _, grads = gradients(run, problem)
+        off = (grads["weight_ih"].double() - expected["weight_ih"]).abs().max()
+        assert off < 1e-5, off  # of float32, whose sigmoid(20) is 1
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", COMBINED)
 def test_few_rows_of_variants(name, dtype):
     """Masks and layer normalisation count, too."""

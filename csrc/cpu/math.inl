@@ -182,8 +182,12 @@ struct Math {
     return fma(polynomial(x, more...), x, broadcast(c0));
   }
 
-  ALWAYS_INLINE static V reciprocal(V x) {  // to 2^-14
-    return each([](One x) ALWAYS_INLINE_LAMBDA -> One { return _mm512_rcp14_ps(x); }, x);
+  // Reciprocals are right to 2^-14. A result that is as near to 1 is exactly 1: else 1e-4 would pass a saturated gate
+  // backward, 1 - tanh^2 or sigmoid (1 - sigmoid), instead of nothing, and be multiplied by whatever came in.
+
+  /// Not where x > limit.
+  ALWAYS_INLINE static __mmask16 is_within(One x, float limit) {
+    return _mm512_cmp_ps_mask(x, broadcast(limit), _CMP_NGT_UQ);
   }
 
   /// 1 / (1 + e^-x), with e^-x = 2^t = 2^floor(t) 2^f. Of the polynomials of its degree that are 1 at 0 and 2 at 1,
@@ -196,17 +200,22 @@ struct Math {
         },
         t);
     const V power = polynomial(f, 1.0f, 0.69303215f, 0.24137977f, 0.05203237f, 0.013555747f);
-    return reciprocal(1 + scale(power, t));
+    return each([](One x, One b)
+                    ALWAYS_INLINE_LAMBDA -> One { return _mm512_mask_rcp14_ps(broadcast(1.0f), is_within(x, 9.6f), b); },
+                x, 1 + scale(power, t));
   }
 
-  /// x P(x^2) / Q(x^2), with the least greatest relative error for |x| <= 6, 7.3e-6. Constant beyond, where 1 - tanh
-  /// is 1.2e-5.
+  /// x P(x^2) / Q(x^2), with the least greatest relative error for |x| <= 6, 7.3e-6.
   ALWAYS_INLINE static V tanh(V x) {
-    x = within(x, 6.0f);
     const V square = x * x;
     const V p = polynomial(square, 0.99999267f, 0.114830755f, 0.0015145787f);
     const V q = polynomial(square, 1.0f, 0.44811398f, 0.017611165f, 5.6271965e-05f);
-    return x * p * reciprocal(q);
+    return each(
+        [](One x, One square, One p, One q) ALWAYS_INLINE_LAMBDA -> One {
+          const One one = (One)(((Bits)x & INT32_MIN) | (Bits)broadcast(1.0f));
+          return _mm512_mask_mul_ps(one, is_within(square, 5.2f * 5.2f), x * p, _mm512_rcp14_ps(q));
+        },
+        x, square, p, q);
   }
 #else
   template <class X>
