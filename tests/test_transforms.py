@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from util import (
     CELLS,
@@ -348,6 +349,22 @@ class BatchSizes(TorchDispatchMode):
         if func is getattr(torch.ops.rnn_ext, self.name).default:
             self.rows.append(args[0].shape[1])
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_packed_within_a_transform(layers):
+    """Where batch_sizes, too, is a tensor of the transform."""
+    layer, x = rnn_ext.GRU(4, 6, layers), torch.randn(5, 3, 4)
+    parameters = {name: weight.detach() for name, weight in layer.named_parameters()}
+
+    def loss(parameters):
+        packed = pack_padded_sequence(x, torch.tensor([3, 2, 5]), enforce_sorted=False)
+        return torch.func.functional_call(layer, parameters, (packed,))[0].data.square().sum()
+
+    found = torch.func.grad(loss)(parameters)
+    loss(dict(layer.named_parameters())).backward()
+    for name, weight in layer.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad)
 
 
 def test_vmap_computes_once():

@@ -73,8 +73,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stack(
     // Says what is wrong, as it would for the first layer.
     LayerShape({input, std::nullopt, std::nullopt, parts[0], batch_sizes, lengths, resets, OptionalTensors(), options});
   }
-  const int64_t batch =
-      batch_sizes.has_value() ? batch_sizes->const_data_ptr<int64_t>()[0] : input.size(batch_first ? 0 : 1);
+  // A tensor of a torch.func transform has no memory of its own to read.
+  const auto first = [](const at::Tensor& sizes) {
+    return sizes.has_storage() ? sizes.const_data_ptr<int64_t>()[0] : sizes.select(0, 0).item<int64_t>();
+  };
+  const int64_t batch = batch_sizes.has_value() ? first(*batch_sizes) : input.size(batch_first ? 0 : 1);
   check_state(h_0, "h_0", {layers * directions, batch, parts[0][1].size(1)});
   check_state(c_0, "c_0", {layers * directions, batch, parts[0][0].size(0) / info.gates});
   const StackStates h_0s = split(h_0, layers, directions), c_0s = split(c_0, layers, directions);
