@@ -31,6 +31,20 @@ def check_backend(backend: str) -> str:
     return backend
 
 
+def strange_layout(input: Tensor) -> str | None:
+    """What else than a dense tensor `input` is. Only torch's cells take such: its layers fail for their shapes."""
+    if input.is_nested:
+        return "a nested tensor (pad it, and pass lengths=)"
+    return None if input.layout is torch.strided else f"layout {input.layout}"
+
+
+def check_layout(cell: str, input: Tensor) -> None:
+    """RuntimeError unless a layer can take the input, by whichever backend."""
+    layout = strange_layout(input)
+    if layout is not None:
+        raise RuntimeError(f"{cell}: expected input as a dense tensor, got {layout}")
+
+
 def can_run_custom(input: Tensor) -> tuple[bool, str]:
     """Whether our op can compute a layer of this input, and why (not).
 
@@ -40,9 +54,9 @@ def can_run_custom(input: Tensor) -> tuple[bool, str]:
         return False, str(ops.load_error())
     if input.dtype not in CUSTOM_DTYPES:
         return False, f"dtype {input.dtype} has no custom kernel (float32, float64, bfloat16 and float16 have)"
-    if input.is_nested or input.layout is not torch.strided:
-        kind = "a nested tensor (pad it, and pass lengths=)" if input.is_nested else f"layout {input.layout}"
-        return False, f"{kind} has no custom kernel"
+    layout = strange_layout(input)
+    if layout is not None:
+        return False, f"{layout} has no custom kernel"
     if input.is_cuda:
         if not ops.with_cuda():
             return False, f"the C++ library of rnn_ext was built without CUDA kernels; {_loader.remedy()}"
@@ -157,6 +171,8 @@ def explain(
         check_quantized(data)
         kernel = f"rnn_ext::quantized_layer {cell}, {ops.cpu_capability()}"
         return Explanation("custom", kernel, "its weights have 8 bits, which native has no kernels for")
+    if isinstance(module, nn.RNNBase):
+        check_layout(cell, data)
     lacking = _options_native_lacks(module, resets=resets is not None, return_cell_states=return_cell_states)
     backend = backend_for(module.backend, module.parameters())
     custom = use_custom(backend, data, only_custom=bool(lacking) or lengths is not None)

@@ -42,6 +42,8 @@ class _Cell(modules.Leaf, nn.RNNCellBase):
             if not hasattr(tensor, "dim") and (tensor is not None or name == "input"):
                 found = type(tensor).__name__
                 raise TypeError(f"{type(self).__name__}: expected {name} as a tensor, got {found}")
+            if tensor is not None and tensor.is_nested:
+                raise RuntimeError(f"{type(self).__name__}: expected {name} as a dense tensor, got a nested tensor")
             if tensor is not None and tensor.dim() not in (1, 2):
                 kind, size = type(self).__name__, list(tensor.shape)
                 raise ValueError(f"{kind}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead: {size}")
@@ -58,7 +60,9 @@ class _Cell(modules.Leaf, nn.RNNCellBase):
             weights += [bias_ih, self.bias_hh]
         if backends.use_custom(self.backend, input):
             return ops.cell(input, h, c, weights, cell)
-        zeros = input.new_zeros(input.shape[0], self.hidden_size) if h is None or c is None else None
+        zeros = None
+        if h is None or c is None:  # dense beside a sparse input
+            zeros = input.new_zeros(input.shape[0], self.hidden_size, layout=torch.strided)
         h, c = zeros if h is None else h, zeros if c is None else c
         if cell == "lstm":
             return torch.lstm_cell(input, (h, c), *weights)

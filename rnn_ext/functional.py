@@ -232,6 +232,10 @@ def recurrent(
     packed = isinstance(input, PackedSequence)
     if not packed and not hasattr(input, "dim"):
         raise TypeError(f"{cell}: expected input as a tensor or a PackedSequence, got {type(input).__name__}")
+    if isinstance(weights, Tensor) or not hasattr(weights, "__len__"):
+        raise TypeError(f"{cell}: expected weights as a list of tensors, got {type(weights).__name__}")
+    if not quantized:
+        backends.check_layout(cell, input.data if packed else input)
     extras = NO_EXTRAS
     if recompute is not False or zoneout != 0 or recurrent_dropout != 0 or weight_dropout != 0:
         extras = check_extras(cell, recompute, zoneout, recurrent_dropout, weight_dropout)

@@ -243,6 +243,25 @@ def test_more_than_there_is_is_refused_by_name():
         layer(torch.zeros(1, 1, 1).expand(10**6, 10**6, 1))
 
 
+MANY_STEPS = """
+import resource, torch, rnn_ext
+layer = rnn_ext.GRU(4, 6, backend="custom")
+layer(torch.zeros(1, 1, 4))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30),) * 2)
+try:
+    layer(torch.zeros(1, 1, 4).expand(2**33, 1, 4))
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
+"""
+
+
+def test_more_timesteps_than_there_is_memory_for():
+    result = subprocess.run([sys.executable, "-c", MANY_STEPS], capture_output=True, text=True, timeout=300)
+    wanted = "rnn_ext: not enough memory: 137438953472 bytes are needed for the rows of 8589934592 timesteps\n"
+    assert result.stdout == wanted, result.stdout + result.stderr[-2000:]
+
+
 def test_a_long_chain_of_calls_is_freed_one_by_one():
     """Each node of the graph holds the one before it: freed within each other, they would overflow the stack."""
     cell = rnn_ext.GRU(1, 1)

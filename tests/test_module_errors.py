@@ -269,6 +269,12 @@ def test_options_by_position_or_of_another_cell():
         rnn_ext.LSTM(I, H, backend="native")(torch.zeros(L, N, I), return_cell_states=True)
 
 
+@pytest.mark.parametrize("weights", [None, torch.zeros(3), iter(())], ids=["None", "tensor", "iterator"])
+def test_weights_that_are_no_list(weights):
+    with pytest.raises(TypeError, match=f"lstm: expected weights as a list of tensors, got {type(weights).__name__}"):
+        rnn_ext.functional.lstm(torch.zeros(L, N, I), None, weights)
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_state_dicts_that_do_not_fit(name):
     ours = OURS[name](I, H)

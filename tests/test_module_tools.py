@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from util import CELLS, check_gradients, check_values, same_bits
 
 import rnn_ext
-from rnn_ext import ops
+from rnn_ext import backends, ops
 
 
 def save_and_load(module):
@@ -534,7 +534,6 @@ def test_weights_and_inputs_that_are_not_strided(name):
     layer = getattr(rnn_ext, name)(I, H).requires_grad_(False)
     input = torch.randn(5, 3, I)
     expected = flatten_all(layer(input))
-    assert not rnn_ext.explain(layer, input.to_sparse()).kernel.startswith("rnn_ext::")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # CSR is in beta
         layer.weight_ih_l0 = nn.Parameter(layer.weight_ih_l0.to_sparse_csr(), requires_grad=False)
@@ -545,11 +544,32 @@ def test_weights_and_inputs_that_are_not_strided(name):
     layer.backend = "custom"
     with pytest.raises(RuntimeError, match=r"backend 'custom' cannot run weights of layout torch\.sparse_csr"):
         layer(input)
-    with pytest.raises(RuntimeError, match=r"cannot run this input: layout torch\.sparse_coo has no custom kernel"):
-        getattr(rnn_ext, name)(I, H, backend="custom")(input.to_sparse())
     nested = torch.nested.nested_tensor([torch.randn(3, I), torch.randn(2, I)])
-    with pytest.raises(RuntimeError, match=r"this input: a nested tensor \(pad it, and pass lengths=\) has no custom"):
-        getattr(rnn_ext, name)(I, H, backend="custom")(nested)
+    for strange, what in (
+        (input.to_sparse(), r"layout torch\.sparse_coo"),
+        (input[0].to_sparse_csr(), r"layout torch\.sparse_csr"),
+        (nested, r"a nested tensor \(pad it, and pass lengths=\)"),
+    ):
+        for backend in backends.BACKENDS:
+            layer = getattr(rnn_ext, name)(I, H, backend=backend)
+            for call in (layer, functools.partial(rnn_ext.explain, layer)):
+                with pytest.raises(RuntimeError, match=f"expected input as a dense tensor, got {what}"):
+                    call(strange)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_sparse_inputs_of_cells(name):
+    """Torch's cells, as they multiply, take them."""
+    cell, input = getattr(rnn_ext, name)(I, H), torch.randn(3, I)
+    state = torch.randn(3, H)
+    for hx in (None, (state, state) if name == "LSTMCell" else state):
+        expected = flatten_all(cell(input, hx))
+        for sparse in (input.to_sparse(), input.to_sparse_csr()):
+            for found, wanted in zip(flatten_all(cell(sparse, hx)), expected, strict=True):
+                torch.testing.assert_close(found, wanted)
+    with pytest.raises(RuntimeError, match=f"{name}: expected input as a dense tensor, got a nested tensor"):
+        cell(torch.nested.nested_tensor([torch.randn(2, I)]))
 
 
 def flatten_all(results) -> list[torch.Tensor]:

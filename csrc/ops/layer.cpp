@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <new>
 #include <numeric>
 #include <string>
 
@@ -237,7 +238,13 @@ void LayerShape::read_sequences(const LayerInputs& in) {
                     !__builtin_mul_overflow(positions, widest * int64_t(sizeof(double)), &numel) &&
                     length <= (int64_t(1) << 40) / int64_t(sizeof(int64_t)),
                 "input of size ", input.sizes(), " is too large: its gates alone would not fit any memory");
-    batch_sizes.assign(length, batch);
+    try {
+      batch_sizes.assign(length, batch);
+      offsets.resize(length);
+    } catch (const std::bad_alloc&) {
+      TORCH_CHECK(false, "rnn_ext: not enough memory: ", 2 * length * int64_t(sizeof(int64_t)),
+                  " bytes are needed for the rows of ", length, " timesteps");
+    }
     if (lengths.has_value()) {
       TORCH_CHECK_TYPE(at::isIntegralType(lengths->scalar_type(), false), "expected lengths of an integer dtype, got ",
                        lengths->scalar_type());
