@@ -221,6 +221,7 @@ void LayerShape::read_sequences(const LayerInputs& in) {
     const at::Tensor dense = given.contiguous();
     batch_sizes.assign(dense.const_data_ptr<int64_t>(), dense.const_data_ptr<int64_t>() + dense.numel());
     length = int64_t(batch_sizes.size());
+    offsets.resize(length);
     batch = batch_sizes[0];
     for (int64_t t = 0; t < length; ++t) {
       TORCH_CHECK(batch_sizes[t] > 0 && batch_sizes[t] <= batch_sizes[t ? t - 1 : 0],
@@ -254,7 +255,6 @@ void LayerShape::read_sequences(const LayerInputs& in) {
       }  // else: reading them would wait for the device, whose kernels take them as they are
     }
   }
-  offsets.resize(length);
   for (int64_t t = 0; t < length; ++t) {
     offsets[t] = rows;
     rows += batch_sizes[t];
