@@ -73,6 +73,25 @@ def test_cells_are_torch_nns(cell, backend):
         check_gradients(grads, expected_grads)
 
 
+@pytest.mark.parametrize("backend", ["auto", "custom", "native"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_cells_without_units(cell, backend):
+    """torch.nn's layers refuse them, its cells do not."""
+    for sizes in ((5, 0), (0, 0)):
+        for batch in (N, None, 0):
+            input, hx = given(cell, batch, sizes)
+            for module in cells(cell, *sizes, backend=backend):
+                leaf = input.clone().requires_grad_()
+                for state in (hx, None):
+                    for result in tensors(module(leaf, state)).values():
+                        assert result.shape == (*input.shape[:-1], 0)
+                with torch.no_grad():
+                    assert next(iter(tensors(module(input)).values())).shape == (*input.shape[:-1], 0)
+                (grad,) = torch.autograd.grad(sum(t.sum() for t in tensors(module(leaf)).values()), leaf,
+                                              allow_unused=True, materialize_grads=True)  # fmt: skip
+                assert torch.equal(grad, torch.zeros_like(input))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_cells_in_other_dtypes(cell, dtype):

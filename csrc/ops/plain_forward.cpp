@@ -267,6 +267,7 @@ PyObject* run_cell(const Keys& keys, const Attributes& own, PyObject* mode, PyOb
   if (weights.size() % 2 != 0 || weights.empty() || weights[0].scalar_type() != type || !is_computed(type) ||
       PyErr_Occurred())
     return nullptr;
+  if (weights[0].dim() == 2 && weights[0].size(0) == 0) return nullptr;  // of no units
   at::Tensor h, c;
   {
     const pybind11::gil_scoped_release no_gil;
