@@ -113,24 +113,32 @@ def use_custom(backend: str, input: Tensor, only_custom: bool = False) -> bool:
     return False
 
 
+def strange_weights(weights: Iterable[Tensor]) -> str | None:
+    """What those weights are of that only torch's kernels can take: sparse ones, those of per-sample gradients by
+    torch.nn.utils, and those of a cell of no units, which torch.nn's may be."""
+    for weight in weights:
+        # By its name, as it has no attributes: of torch.nn.utils' per-sample gradients, which know torch's operators.
+        if type(weight).__name__ == "ExpandedWeight":
+            return "type ExpandedWeight"
+        if weight.layout is not torch.strided:
+            return f"layout {weight.layout}"
+        if weight.shape[:1] == (0,):
+            return f"size {list(weight.shape)}"
+    return None
+
+
 def backend_for(backend: str, weights: Iterable[Tensor]) -> str:
-    """`backend`, or "native" where "auto" meets weights that only torch's kernels can take: sparse ones,
-    and those of per-sample gradients by torch.nn.utils.
+    """`backend`, or "native" where "auto" meets :func:`strange_weights`.
 
     Raises:
         RuntimeError: "custom" meets them.
     """
     if backend == "native":
         return backend
-    for weight in weights:
-        # By its name, as it has no attributes: of torch.nn.utils' per-sample gradients, which know torch's operators.
-        expanded = type(weight).__name__ == "ExpandedWeight"
-        if expanded or weight.layout is not torch.strided:
-            if check_backend(backend) == "custom":
-                kind = "type ExpandedWeight" if expanded else f"layout {weight.layout}"
-                raise RuntimeError(f"backend 'custom' cannot run weights of {kind}")
-            return "native"
-    return backend
+    strange = strange_weights(weights)
+    if strange is not None and check_backend(backend) == "custom":
+        raise RuntimeError(f"backend 'custom' cannot run weights of {strange}")
+    return backend if strange is None else "native"
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,7 @@ def explain(
     backend = backend_for(module.backend, module.parameters())
     custom = use_custom(backend, data, only_custom=bool(lacking) or lengths is not None)
     if backend != module.backend:
-        reason = "its sparse weights have no custom kernel"
+        reason = f"weights of {strange_weights(module.parameters())} have no custom kernel"
     elif module.backend != "auto":
         reason = f"backend={module.backend!r} was asked for"
     else:

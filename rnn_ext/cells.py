@@ -58,8 +58,7 @@ class _Cell(modules.Leaf, nn.RNNCellBase):
         bias_ih = self.bias_ih
         if bias_ih is not None:
             weights += [bias_ih, self.bias_hh]
-        # torch.nn's cells, other than its layers, may be of no units, for which there is no kernel.
-        if self.hidden_size > 0 and backends.use_custom(self.backend, input):
+        if backends.use_custom(backends.backend_for(self.backend, weights), input):
             return ops.cell(input, h, c, weights, cell)
         zeros = None
         if h is None or c is None:  # dense beside a sparse input

@@ -540,7 +540,8 @@ def test_weights_and_inputs_that_are_not_strided(name):
     for found, wanted in zip(flatten_all(layer(input)), expected, strict=True):
         torch.testing.assert_close(found, wanted)
     explanation = rnn_ext.explain(layer, input)
-    assert (explanation.backend, explanation.reason) == ("native", "its sparse weights have no custom kernel")
+    reason = "weights of layout torch.sparse_csr have no custom kernel"
+    assert (explanation.backend, explanation.reason) == ("native", reason)
     layer.backend = "custom"
     with pytest.raises(RuntimeError, match=r"backend 'custom' cannot run weights of layout torch\.sparse_csr"):
         layer(input)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import re
 import sys
@@ -73,7 +74,7 @@ def test_cells_are_torch_nns(cell, backend):
         check_gradients(grads, expected_grads)
 
 
-@pytest.mark.parametrize("backend", ["auto", "custom", "native"])
+@pytest.mark.parametrize("backend", ["auto", "native"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_cells_without_units(cell, backend):
     """torch.nn's layers refuse them, its cells do not."""
@@ -90,6 +91,13 @@ def test_cells_without_units(cell, backend):
                 (grad,) = torch.autograd.grad(sum(t.sum() for t in tensors(module(leaf)).values()), leaf,
                                               allow_unused=True, materialize_grads=True)  # fmt: skip
                 assert torch.equal(grad, torch.zeros_like(input))
+    module = cells(cell, 5, 0, backend=backend)[0]
+    input, hx = given(cell, N, (5, 0))
+    assert rnn_ext.explain(module, input).backend == "native"
+    module.backend = "custom"
+    for call in (module, functools.partial(rnn_ext.explain, module)):
+        with pytest.raises(RuntimeError, match=r"backend 'custom' cannot run weights of size \[0, 5\]"):
+            call(input, hx)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
