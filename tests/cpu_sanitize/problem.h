@@ -30,7 +30,9 @@ struct Config {
   bool bias, lengths, resets, states, cells;
   unsigned wanted;  // bits: which gradients come in and go out
   Variant variant = Variant::kPlain;
-  unsigned masks = 0;  // bits: hidden, zoneout_h, zoneout_c
+  unsigned masks = 0;         // bits: hidden, zoneout_h, zoneout_c
+  bool with_bfloat16 = true;  // the type of 16 bits that floats are compared with, else float16
+  bool widens = true;         // its weights in every step, however few they are
 
   std::string name() const {
 #define CELL_NAME(Cell, NAME) rnn_ext::cells::Cell::kName,
