@@ -147,3 +147,24 @@ def test_weights_beyond_the_second_level_cache(cell, batch, hidden, set_tuning):
         again, again_grads = gradients(run, problem)
         same_bits(again, values)
         same_bits(again_grads, grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_large_weights_of_one_timestep_are_packed_as_they_are_read(dtype, set_tuning):
+    """Where they come slowly, no call looks for those of the call before: the same bits, and nothing kept."""
+    for hidden, length, fetches, kept in (
+        (320, 1, True, 0),
+        (320, 1, False, 1),
+        (320, 2, True, 1),
+        (321, 1, True, 1),
+        (327, 1, True, 0),
+    ):
+        layer, input = rnn_ext.LSTM(330, hidden, dtype=dtype), torch.randn(length, 75, 330, dtype=dtype)
+        _C.clear_cached_weights()
+        set_tuning(fetch_panels=fetches)
+        with torch.no_grad():
+            results = [layer(input)[0] for _ in range(3)]
+        assert _C.cached_weights_count() == kept
+        trained = layer(input)[0].detach()
+        assert all(torch.equal(result, trained) for result in results)
+    _C.clear_cached_weights()

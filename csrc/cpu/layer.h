@@ -278,6 +278,11 @@ void widen_always(bool always);
 template <class S>
 bool uses_packed_weights(const Sizes& sizes, const Layout& layout);
 
+/// Whether it is faster with those that a call before it has packed, if they must be read once more to see whether they
+/// have changed. (float and double)
+template <class S>
+bool reuses_packed_weights(CellKind cell, const Sizes& sizes, const Layout& layout);
+
 template <class S>
 std::unique_ptr<PackedWeights> pack_weights(CellKind cell, const Sizes& sizes, const Weights<const S>& weights);
 

@@ -120,7 +120,7 @@ class ForwardCall {
     args.trains = save_;
     args.saved = save_ ? data<cpu::Compute<S>>(saved_) : nullptr;
     for (int d = 0; d < shape.sizes.directions; ++d) {
-      if (!save_ && cpu::uses_packed_weights<S>(args.sizes, args.layout)) args.packed[d] = find_packed<S>(d);
+      if (!save_ && reuses_packed<S>(args)) args.packed[d] = find_packed<S>(d);
       prepare_direction(weights_, d, args.packed[d] != nullptr);
       args.weights[d] = named_weights<const S>(weights_, shape, d);
     }
@@ -137,6 +137,16 @@ class ForwardCall {
   at::Tensor output;
 
  private:
+  template <class S>
+  bool reuses_packed(const cpu::ForwardArgs<S>& args) const {
+    if constexpr (sizeof(S) > 2) {
+      const bool converted = input_.scalar_type() != dtype;  // which is not to be done again
+      if (!converted && shape.variant == cpu::Variant::kPlain)
+        return cpu::reuses_packed_weights<S>(args.cell, args.sizes, args.layout);
+    }
+    return cpu::uses_packed_weights<S>(args.sizes, args.layout);
+  }
+
   /// The packed weights of a direction, if they are kept; as long as this object lives.
   template <class S>
   const cpu::PackedWeights* find_packed(int d) {
