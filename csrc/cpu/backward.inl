@@ -407,7 +407,9 @@ class BackwardScan {
         }
       }
     }
-    const Vs direct = Cell::template backward<Math<T, Vs>>(kept, h, h_before, c_before, dh, dc, dgates);
+    const Vs direct = with_exact<Cell>(args_.cell, [&]<class Exact>() ALWAYS_INLINE_LAMBDA {
+      return Exact::template backward<Math<T, Vs>>(kept, h, h_before, c_before, dh, dc, dgates);
+    });
     // Read before the stores, which the compiler must take for stores to these as well.
     S* const* const gate_rows = gate_rows_.get();
     T* const dc_rows = dc_.get();

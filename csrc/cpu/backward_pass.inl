@@ -37,6 +37,64 @@ void write_bias_gradients(const Weights<void>& to, const T* sums, int64_t hidden
   }
 }
 
+// Rows of B for WeightGradient, in types that do not depend on the cell: see there.
+
+/// To find what went into the product with weight_ih.
+template <class S>
+struct FindInputs {
+  const BackwardArgs<S>& args;
+  auto operator()(int64_t t, int64_t j) const { return rows_from(args.input, args.layout, t, j); }
+};
+
+/// The same of weight_hh, `singly` or as many rows at a time as are evenly spaced; null where that was zeros.
+template <class S>
+struct FindPreviousOutputs {
+  const BackwardArgs<S>& args;
+  int direction;
+  bool singly;
+  auto operator()(int64_t t, int64_t j) const {
+    auto found = previous_outputs(args, direction, t, j);
+    if (singly) found.count = 1;
+    return found;
+  }
+};
+
+/// Previous outputs with a variant's mask, if there is one.
+template <class S>
+class MaskedOutputs {
+ public:
+  MaskedOutputs(const BackwardArgs<S>& args, int direction, int64_t row)
+      : args_(args),
+        direction_(direction),
+        masked_(args.masks.hidden ? Sizes::padded(args.sizes.output()) : 0),
+        find_{args, direction, args.masks.hidden != nullptr},
+        reader_(args.layout, row, find_) {}
+
+  const S* operator()(int64_t) {
+    const S* at = reader_.next();
+    if (!args_.masks.hidden || !at) return at;
+    const int64_t width = args_.sizes.output();
+    const int64_t entry = direction_ * args_.layout.batch + args_.layout.entry(reader_.j());
+    multiply_rows(masked_.get(), at, args_.masks.hidden + entry * width, width);
+    return masked_.get();
+  }
+
+ private:
+  const BackwardArgs<S>& args_;
+  const int direction_;
+  Buffer<S> masked_;
+  const FindPreviousOutputs<S> find_;
+  RowReader<FindPreviousOutputs<S>> reader_;
+};
+
+/// Rows that follow each other, a distance apart.
+template <class T>
+struct SpacedRows {
+  const T* next;
+  int64_t distance;
+  const T* operator()(int64_t) { return std::exchange(next, next + distance); }
+};
+
 /// The gradients of one direction's parameters, a chunk's share at a time. Each task has gradients of its own.
 template <class Cell, class S>
 class ParameterGradients {
@@ -61,9 +119,9 @@ class ParameterGradients {
   /// Of few rows, before the tasks.
   void take() {
     const int64_t rows = grads_.chunk.rows;
-    with_inputs([&](auto&& row) { input_.take(rows, row); });
-    with_previous_outputs([&](auto&& row) { hidden_.take(rows, row); });
-    if (args_.sizes.proj) with_unprojected([&](auto&& row) { proj_.take(rows, row); });
+    with_inputs([&](auto& row) { input_.take(rows, row); });
+    with_previous_outputs([&](auto& row) { hidden_.take(rows, row); });
+    if (args_.sizes.proj) with_unprojected([&](auto& row) { proj_.take(rows, row); });
   }
 
   void run(int64_t task) {
@@ -104,7 +162,7 @@ class ParameterGradients {
   /// A task of one gradient. with_rows: one of with_..() below.
   void add(WeightGradient<S>& to, int64_t task, const Element<S>* columns, int64_t stride, const int64_t* offset,
            const auto& with_rows) {
-    with_rows([&](auto&& row) { to.add(task, columns, stride, offset, grads_.chunk, row); });
+    with_rows([&](auto& row) { to.add(task, columns, stride, offset, grads_.chunk, row); });
   }
 
   /// `slot(g)`: the gate gradients of gate g.
@@ -117,34 +175,19 @@ class ParameterGradients {
   /// Calls fn(row): row(i) is, whatever i, what went into the product with weight_ih in the next row of the chunk; it
   /// may be a RowReader.
   void with_inputs(const auto& fn) const {
-    const auto find = [&](int64_t t, int64_t j) { return rows_from(args_.input, args_.layout, t, j); };
+    const FindInputs<S> find = {args_};
     RowReader reader(args_.layout, grads_.chunk.row, find);
     fn(reader);
   }
 
-  /// The same of weight_hh; null where that was zeros.
+  /// The same of weight_hh.
   void with_previous_outputs(const auto& fn) const {
-    const int64_t width = args_.sizes.output();
-    const T* masks = nullptr;
-    if constexpr (cells::kIsVariant<Cell>) masks = args_.masks.hidden;
-    Buffer<S> masked(masks ? Sizes::padded(width) : 0);
-    const auto find = [&](int64_t t, int64_t j) {
-      auto found = previous_outputs(args_, direction_, t, j);
-      if (masks) found.count = 1;
-      return found;
-    };
-    RowReader reader(args_.layout, grads_.chunk.row, find);
     if constexpr (cells::kIsVariant<Cell>) {
-      fn([&](int64_t) -> const S* {
-        const S* at = reader.next();
-        if (masks && at) {
-          const int64_t entry = direction_ * args_.layout.batch + args_.layout.entry(reader.j());
-          multiply_rows(masked.get(), at, masks + entry * width, width);
-          at = masked.get();
-        }
-        return at;
-      });
+      MaskedOutputs<S> rows(args_, direction_, grads_.chunk.row);
+      fn(rows);
     } else {
+      const FindPreviousOutputs<S> find = {args_, direction_, false};
+      RowReader reader(args_.layout, grads_.chunk.row, find);
       fn(reader);
     }
   }
@@ -152,12 +195,9 @@ class ParameterGradients {
   /// The same of weight_hr.
   void with_unprojected(const auto& fn) const {
     const int64_t padded = args_.sizes.padded(), stride = saved_values(args_.cell, true, args_.variant) * padded;
-    const T* next = args_.saved + (direction_ * args_.layout.rows + grads_.chunk.row) * stride + Cell::kSaved * padded;
-    fn([&](int64_t) {
-      const T* at = next;
-      next += stride;
-      return at;
-    });
+    const int64_t row = direction_ * args_.layout.rows + grads_.chunk.row;
+    SpacedRows<T> rows = {args_.saved + row * stride + Cell::kSaved * padded, stride};
+    fn(rows);
   }
 
   void add_biases() {

@@ -246,9 +246,8 @@ bool reuses_packed_weights(CellKind cell, const Sizes& sizes, const Layout& layo
   const int64_t gates = cells::kGatesOf[int(cell)];
   const int64_t bytes = gates * sizes.hidden * (sizes.input + sizes.output()) * int64_t(sizeof(S));
   if (layout.steps != 1 || bytes < kFar || !tuning().fetch_panels) return true;
-  // A tail, see has_tail() of product.inl, would be packed first, with all else.
-  const int64_t lanes = (uses_avx512() ? 64 : 32) / int64_t(sizeof(S)), rest = sizes.hidden % lanes;
-  return gates > 1 && rest > 0 && rest <= lanes / 4;
+  // A tail would be packed first, with all else.
+  return has_tail(gates, sizes.hidden, (uses_avx512() ? 64 : 32) / int64_t(sizeof(S)));
 }
 template bool reuses_packed_weights<float>(CellKind, const Sizes&, const Layout&);
 template bool reuses_packed_weights<double>(CellKind, const Sizes&, const Layout&);

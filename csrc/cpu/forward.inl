@@ -414,7 +414,9 @@ class ForwardScan {
         if constexpr (Cell::kDirectCarry) load_vectors<B>(h_prev.part + i, at.now + row * out_padded + unit, kWhole);
         if constexpr (Cell::kHasCell) load_vectors<B>(state.part + i, c_.get() + row * padded + unit, kWhole);
       }
-      const Vs h = Cell::template forward<Math<T, Vs>>(sums, split, h_prev, state, saved);
+      const Vs h = with_exact<Cell>(args_.cell, [&]<class Exact>() ALWAYS_INLINE_LAMBDA {
+        return Exact::template forward<Math<T, Vs>>(sums, split, h_prev, state, saved);
+      });
       // Read before the stores, which the compiler must take for stores to these as well.
       A* const unprojected = unprojected_.get();
       T* const c = c_.get();

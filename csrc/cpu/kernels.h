@@ -39,6 +39,14 @@ int count_parts(CellKind cell, Variant variant, const Sizes& sizes, const Layout
 constexpr int64_t kFewRows = 128;
 inline bool has_few_rows(int64_t rows) { return rows <= kFewRows; }
 
+/// Whether the units past the last whole block, of so many lanes, are so few that the weights of all their gates go
+/// into one vector, a quarter of it for each: the tail. As a block like the others they would be computed with mostly
+/// empty lanes.
+constexpr bool has_tail(int64_t gates, int64_t units, int64_t lanes) {
+  const int64_t rest = units % lanes;
+  return gates > 1 && gates <= 4 && rest > 0 && rest <= lanes / 4;
+}
+
 /// The kernels for one storage type. Of 16 bits that the instruction set does not multiply, but widens, there are
 /// `forward` and `pack`, of others nothing.
 template <class S>

@@ -408,12 +408,9 @@ ALWAYS_INLINE void run_panels(int64_t rows, int64_t block, int64_t blocks, bool 
   run.template operator()<1>(blocks);
 }
 
-/// Whether the units past the last whole block are so few that the weights of all their gates go into one vector, a
-/// quarter of it for each: the tail. As a block like the others they would be computed with mostly empty lanes.
 template <class T>
 constexpr bool has_tail(int64_t gates, int64_t units) {
-  const int64_t rest = units % kLanes<T>;
-  return gates > 1 && gates <= 4 && rest > 0 && rest <= kLanes<T> / 4;
+  return cpu::has_tail(gates, units, kLanes<T>);
 }
 
 /// The tail, block number `block`, by run(b, init, finish): as a product of one gate, whose sums are dealt out to the

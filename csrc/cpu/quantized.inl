@@ -435,7 +435,9 @@ class QuantizedScan {
         if constexpr (Cell::kDirectCarry) load_vectors<B>(h_prev.part + i, now + row * out_padded_ + unit, kWhole);
         if constexpr (Cell::kHasCell) load_vectors<B>(state.part + i, c_.get() + row * padded_ + unit, kWhole);
       }
-      const Vs h = Cell::template forward<Math<float, Vs>>(sums, split, h_prev, state, saved);
+      const Vs h = with_exact<Cell>(args_.cell, [&]<class Exact>() ALWAYS_INLINE_LAMBDA {
+        return Exact::template forward<Math<float, Vs>>(sums, split, h_prev, state, saved);
+      });
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const int64_t row = patch.row + r;

@@ -372,7 +372,9 @@ class TangentPass {
       for (int g = 0; g < G; ++g) gates[g] = kept.get(g * padded_ + unit);
       if constexpr (Cell::kSplit > 0) split[0] = kept.get(G * padded_ + unit);
       if constexpr (Cell::kHasCell) c = c_prev.get(unit);
-      const D out = Cell::template forward<DualMath>(gates, split, h_prev.get(unit), c, saved);
+      const D out = with_exact<Cell>(values_.cell, [&]<class Exact>() ALWAYS_INLINE_LAMBDA {
+        return Exact::template forward<DualMath>(gates, split, h_prev.get(unit), c, saved);
+      });
 #pragma GCC unroll 8
       for (int i = 0; i < Cell::kSaved; ++i) kept.set(i * padded_ + unit, saved[i]);
       after.set(unit, out);
@@ -406,7 +408,9 @@ class TangentPass {
         if (grad_cells) dc.value += load_part(grad_cells + unit, hidden_ - unit);
         if (cells_tangent) dc.tangent += load_part(cells_tangent + unit, hidden_ - unit);
       }
-      const D direct = Cell::template backward<DualMath>(saved, after.get(unit), h_prev.get(unit), c, dh, dc, dgates);
+      const D direct = with_exact<Cell>(values_.cell, [&]<class Exact>() ALWAYS_INLINE_LAMBDA {
+        return Exact::template backward<DualMath>(saved, after.get(unit), h_prev.get(unit), c, dh, dc, dgates);
+      });
       dh_row.set(unit, direct);
       if constexpr (Cell::kHasCell) dc_row.set(unit, dc);
 #pragma GCC unroll 4

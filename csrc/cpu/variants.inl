@@ -266,7 +266,9 @@ void ForwardScan<Cell, S>::masked_step(const VariantStep& at) {
       if constexpr (Base::kDirectCarry) h_prev.part[i] = load(at.now + r * out_padded_ + unit);
       if constexpr (Cell::kHasCell) state.part[i] = load(c_.get() + r * padded + unit);
     });
-    const Vs h = Base::template forward<Math<T, Vs>>(sums, split, h_prev, state, saved);
+    const Vs h = with_exact<Base>(args_.cell, [&]<class Exact>() ALWAYS_INLINE_LAMBDA {
+      return Exact::template forward<Math<T, Vs>>(sums, split, h_prev, state, saved);
+    });
     patch.each([&](int64_t r, int64_t block, int i) ALWAYS_INLINE_LAMBDA {
       const int64_t unit = block * kLanes<T>;
       [[maybe_unused]] const V left = leave_cell(at, r, unit, h.part[i], state.part[i]);
@@ -503,7 +505,9 @@ void BackwardScan<Cell, S, W>::masked_cell(int64_t t, int64_t r, const T* dh_row
       dc = carried_c.whole(unit, before);
     }
     const V dh = load(dh_row + unit);
-    const V direct = Base::template backward<Math<T>>(values, h, h_before, c_before, dh, dc, dgates);
+    const V direct = with_exact<Base>(args_.cell, [&]<class Exact>() ALWAYS_INLINE_LAMBDA {
+      return Exact::template backward<Math<T>>(values, h, h_before, c_before, dh, dc, dgates);
+    });
     if constexpr (Cell::kHasCell) store(carried_c.dc + unit, dc + before);
     if constexpr (Base::kDirectCarry) {
       T* carried = dh_.get() + r * out_padded_ + unit;

@@ -1,7 +1,7 @@
 // The gradient of a weight: A^T B over the rows of chunk after chunk, A being the gradients of what came out of its
 // product and B what went in.
 
-/// grad [parts * height, width].
+/// grad [parts * height, width]. What is large of it is compiled once for all cells, out of line.
 template <class S>
 class WeightGradient {
   using T = Compute<S>;
@@ -25,7 +25,7 @@ class WeightGradient {
   /// Of few rows, which are the only chunk: takes B, for all tasks, before their add(). b_row(row) is asked for in
   /// order, null is zeros.
   template <class Row>
-  void take(int64_t rows, Row& b_row) {
+  NO_INLINE void take(int64_t rows, Row& b_row) {
     if (!few_) return;
     // (What is rounded in the tiles, see PlainProduct, is packed: by way of memory of their own it takes up to a third
     // longer.)
@@ -44,7 +44,8 @@ class WeightGradient {
   /// Adds the rows of a chunk, or begins with them, to one task's share of the gradient. A's part p is the `height`
   /// columns from a + offset[p], whose rows are elements, `stride` of them apart; b_row as of take().
   template <class Row>
-  void add(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, const Chunk& chunk, Row& b_row) {
+  NO_INLINE void add(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, const Chunk& chunk,
+                     Row& b_row) {
     const int64_t rows = chunk.rows;
     if (rows == 0) return;
     if (few_) return write(task, a, stride, offset, rows);
@@ -140,7 +141,7 @@ class WeightGradient {
   }
 
   /// After the last chunk; `any`: there was one.
-  void finish(bool any) {
+  NO_INLINE void finish(bool any) {
     if (!grad_) return;
     with_storage<T>(storage_, [&]<class To>() {
       if (!any) {
