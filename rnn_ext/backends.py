@@ -31,18 +31,18 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def strange_layout(input: Tensor) -> str | None:
-    """What else than a dense tensor `input` is. Only torch's cells take such: its layers fail for their shapes."""
-    if input.is_nested:
+def strange_layout(tensor: Tensor) -> str | None:
+    """What else than a dense tensor it is. Only torch's cells take such inputs: its layers fail for their shapes."""
+    if tensor.is_nested:
         return "a nested tensor (pad it, and pass lengths=)"
-    return None if input.layout is torch.strided else f"layout {input.layout}"
+    return None if tensor.layout is torch.strided else f"layout {tensor.layout}"
 
 
-def check_layout(cell: str, input: Tensor) -> None:
-    """RuntimeError unless a layer can take the input, by whichever backend."""
-    layout = strange_layout(input)
+def check_layout(cell: str, tensor: Tensor, name: str = "input") -> None:
+    """RuntimeError unless a layer can take the tensor, by whichever backend."""
+    layout = strange_layout(tensor)
     if layout is not None:
-        raise RuntimeError(f"{cell}: expected input as a dense tensor, got {layout}")
+        raise RuntimeError(f"{cell}: expected {name} as a dense tensor, got {layout}")
 
 
 def can_run_custom(input: Tensor) -> tuple[bool, str]:
@@ -259,9 +259,10 @@ def set_backend(model: ModuleT, backend: str) -> ModuleT:
     for layer in layers:
         layer.backend = backend
     if not layers:
-        warnings.warn(
-            f"no layer of rnn_ext in this {type(model).__name__}: rnn_ext.convert makes torch.nn's such", stacklevel=2
-        )
+        what, how = "layer of rnn_ext", "rnn_ext.convert makes torch.nn's such"
+        if any(getattr(module, "_has_8_bits", False) for module in model.modules()):
+            what, how = "layer with a choice", "those of 8 bits have none, rnn_ext.dequantize makes floats of them"
+        warnings.warn(f"no {what} in this {type(model).__name__}: {how}", stacklevel=2)
     return model
 
 

@@ -59,6 +59,7 @@ class _Cell(modules.Leaf, nn.RNNCellBase):
         if bias_ih is not None:
             weights += [bias_ih, self.bias_hh]
         if backends.use_custom(backends.backend_for(self.backend, weights), input):
+            h, c = functional.dense_state(cell, "hx", h), functional.dense_state(cell, "hx", c)
             return ops.cell(input, h, c, weights, cell)
         zeros = None
         if h is None or c is None:  # dense beside a sparse input

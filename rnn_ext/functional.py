@@ -8,8 +8,9 @@ The four functions take the same options:
 - `dropout` (float, 0.0) and `training` (bool, False): in training, the probability of zeroing an output of any layer
   but the last.
 - `lengths` ((N,) list, tuple, range, or array or tensor of any integer dtype, None): row n is a sequence of
-  ``lengths[n]`` timesteps, 0 to L, in any order: as if packed, with zeros in `output` past each end. A row of length 0
-  keeps its state. Not for a PackedSequence.
+  ``lengths[n]`` timesteps, 0 to L, in any order: as if packed, with zeros in `output` past each end. `output` has L
+  timesteps even if no row has (``pad_packed_sequence`` gives as many as the longest row has). A row of length 0 keeps
+  its state. `dropout` between layers draws other masks than for a PackedSequence. Not for a PackedSequence.
 - `resets` (bool (L, N), or (N, L) if batch_first, (L,) if unbatched, None): timesteps at which an independent sequence
   begins: the state before it is zero, in both directions. Not for a PackedSequence; custom backend only.
 - `recompute` (bool, False): keep only `input` and the initial states for backward, which then runs forward once more.
@@ -38,12 +39,14 @@ They raise
   an option that the backend cannot run.
 - TypeError: `lengths` that are not integers, `resets` that are not bool, a probability that is no number, `recompute`
   that is not bool.
-- RuntimeError: any other mismatch of sizes, dtypes or devices; backend ``"custom"`` where it cannot run.
+- RuntimeError: `input`, `lengths` or `resets` that are sparse or nested, a nested state; a tensor whose memory has been
+  freed; any other mismatch of sizes, dtypes or devices; backend ``"custom"`` where it cannot run.
 """
 
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
@@ -226,9 +229,7 @@ def recurrent(
     quantized: bool = False,
 ) -> tuple[Tensor | PackedSequence, Tensor, Tensor | None, Tensor | PackedSequence | None]:
     """Any cell, input in any layout: output, h_n, c_n (None unless lstm), cells (None unless asked for)."""
-    for name, state in (("h_0", h_0), ("c_0", c_0)):
-        if state is not None and not hasattr(state, "dim"):
-            raise TypeError(f"{cell}: expected {name} as a tensor, got {type(state).__name__}")
+    h_0, c_0 = dense_state(cell, "h_0", h_0), dense_state(cell, "c_0", c_0)
     packed = isinstance(input, PackedSequence)
     if not packed and not hasattr(input, "dim"):
         raise TypeError(f"{cell}: expected input as a tensor or a PackedSequence, got {type(input).__name__}")
@@ -255,6 +256,17 @@ def recurrent(
     raise ValueError(f"{cell}: Expected input to be 2D or 3D, got {dim}D instead: {list(input.shape)}")
 
 
+def dense_state(cell: str, name: str, state: Any) -> Tensor | None:
+    """A state as the kernels take it; TypeError if it is no tensor, RuntimeError if it is a nested one."""
+    if state is None:
+        return None
+    if not hasattr(state, "dim"):
+        raise TypeError(f"{cell}: expected {name} as a tensor, got {type(state).__name__}")
+    if state.is_nested:
+        backends.check_layout(cell, state, name)
+    return state if state.layout is torch.strided else state.to_dense()
+
+
 def step(
     cell: str,
     input: Tensor,
@@ -269,6 +281,7 @@ def step(
     zoneout: float | tuple[float, float] = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One timestep of any cell, in one direction: `input` is (N, I) or (I,); output, h_n, c_n (None unless lstm)."""
+    h_0, c_0 = dense_state(cell, "h_0", h_0), dense_state(cell, "c_0", c_0)
     if ops.is_cast(input) and backends.use_custom(backend, input):
         options = (num_layers, dropout, training, backend, layer_norm, zoneout)
         with torch.autocast("cpu", enabled=False):
@@ -391,9 +404,10 @@ def _check_weights(call: Call, input: Tensor, weights: Sequence[Tensor]) -> None
         sizes = f"{list(weight_ih.shape)} and {list(weights[1].shape)}"
         raise RuntimeError(f"Expected two-dimensional weight_ih and weight_hh, got sizes {sizes}")
     if input.dtype != weight_ih.dtype and (input.is_meta or not torch.is_autocast_enabled(input.device.type)):
+        or_model = f", or convert model: model.to({input.dtype})" if input.dtype.is_floating_point else ""
         raise ValueError(
             f"{call.cell} input dtype ({input.dtype}) does not match weight dtype ({weight_ih.dtype}). "
-            f"Convert input: input.to({weight_ih.dtype}), or convert model: model.to({input.dtype})"
+            f"Convert input: input.to({weight_ih.dtype}){or_model}"
         )
 
 
@@ -432,14 +446,18 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
     if isinstance(lengths, Tensor):
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
             raise TypeError(f"lengths must be integers, got a tensor of {lengths.dtype}")
+        backends.check_layout("lengths", lengths, "them")
         if lengths.is_meta and not input.is_meta:
             raise ValueError(f"lengths are on meta, without values, and input is on {input.device}")
     elif isinstance(lengths, (list, tuple, range)):
         for i, value in enumerate(lengths):
-            # torch.compile, which knows no hasattr of a number that varies, hands out nothing that only looks like one.
-            if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
+            # First what torch.compile and torch.export ask no hasattr of: a number that varies.
+            if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+                _check_length(value, i, length)
+            elif isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(f"lengths must be integers, got {value!r}")
-            _check_length(value, i, length)
+            else:
+                _check_length(operator.index(value), i, length)
         lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")  # whatever torch's default device
     else:
         raise TypeError(
@@ -459,6 +477,7 @@ def _check_resets(resets: Tensor, expected: tuple[int, ...]) -> None:
     if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
         what = f"one of {resets.dtype}" if isinstance(resets, Tensor) else type(resets).__name__
         raise TypeError(f"resets must be a tensor of torch.bool, got {what}")
+    backends.check_layout("resets", resets, "them")
     if resets.shape != expected:
         raise ValueError(f"Expected resets of shape {list(expected)}, as the timesteps, got {list(resets.shape)}")
 

@@ -205,7 +205,8 @@ class _Layer(Leaf, nn.RNNBase):
             output, (N, H), for a projected LSTM (N, P), without N if unbatched; and the new state, like `state`.
 
         Raises:
-            ValueError: the layer is bidirectional; number of dimensions of `input`. Else as forward.
+            ValueError: the layer is bidirectional or, in training, has `recurrent_dropout` or `weight_dropout`, whose
+                mask is one for a whole sequence; number of dimensions of `input`. Else as forward.
         """
         if self._plain and not torch.compiler.is_compiling():
             results = ops.plain_step(self.__dict__, input, state)

@@ -98,6 +98,8 @@ def test_set_backend_reaches_every_layer_of_a_model_and_nothing_else():
     assert rnn_ext.set_backend(rnn_ext.LSTM(2, 3), "custom").backend == "custom"
     with pytest.warns(UserWarning, match="no layer of rnn_ext in this LSTM: rnn_ext.convert makes"):
         rnn_ext.set_backend(native, "custom")
+    with pytest.warns(UserWarning, match="no layer with a choice in this LSTM: those of 8 bits have none"):
+        rnn_ext.set_backend(rnn_ext.quantize(native), "native")
 
 
 @pytest.mark.parametrize("bad", ["fast", "", "Custom", None, 1])

@@ -179,3 +179,51 @@ def test_onnx_of_a_layer_that_was_not_converted():
         assert rnn_ext.explain(layer, input).backend == "custom"
         found = [torch.from_numpy(array) for array in session.run(None, {"input": input.numpy()})]
         close(found, [output, *state])
+
+
+class Ragged(nn.Module):
+    """Lengths that follow from the input's size."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = rnn_ext.GRU(I, H)
+
+    def forward(self, input):
+        return self.gru(input, lengths=[input.shape[0], 1])[0]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_listed_lengths(strict):
+    model = Ragged()
+    shapes = {"input": {0: Dim("L", min=2, max=100)}}
+    program = torch.export.export(model, (torch.randn(6, 2, I),), dynamic_shapes=shapes, strict=strict).module()
+    for length in (6, 9):
+        input = torch.randn(length, 2, I)
+        close([program(input)], [model(input)])
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = rnn_ext.LSTM(I, H, batch_first=True, bidirectional=True)
+
+    def forward(self, input, lengths):
+        return self.lstm(input, lengths=lengths)[0]
+
+
+def test_onnx_with_lengths():
+    import onnxruntime
+
+    model, file = Tagger().eval(), io.BytesIO()
+    axes = {"input": {0: "N", 1: "L"}, "lengths": {0: "N"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (torch.randn(3, 5, I), torch.tensor([5, 2, 4])), file, dynamo=False, input_names=[*axes],
+            dynamic_axes=axes,
+        )  # fmt: skip
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    for length, lengths in ((5, [5, 2, 4]), (9, [3, 9]), (6, [0, 6, 1, 2])):
+        input, lengths = torch.randn(len(lengths), length, I), torch.tensor(lengths)
+        (found,) = session.run(None, {"input": input.numpy(), "lengths": lengths.numpy()})
+        close([torch.from_numpy(found)], [model(input, lengths)])

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import util
+from torch import Tensor
 from util import Case, build, run
 
 from rnn_ext import ops
@@ -135,6 +136,62 @@ def test_projection_shape():
     problem.weights["weight_hr"] = torch.zeros(3, 6).double()
     with pytest.raises((ValueError, RuntimeError), match=r"weight_hr(.|\n)*6(.|\n)*7|weight_hr(.|\n)*7(.|\n)*6"):
         run(problem)
+
+
+NO_MEMORY = "{} of size .* has no memory: expected a storage of at least .* bytes, got one of {}"
+
+
+@pytest.mark.parametrize("left", [0, 8])
+@pytest.mark.parametrize("name", ["input", "h_0", "c_0", "weight_ih", "weight_hh", "bias_ih", "lengths", "resets"])
+def test_freed_memory(name, left):
+    """As what saves memory leaves tensors between uses."""
+    problem = build(Case(lengths=True, resets=True))
+    {**vars(problem), **problem.weights}[name].untyped_storage().resize_(left)
+    with pytest.raises(RuntimeError, match=NO_MEMORY.format(name, left)):
+        run(problem)
+
+
+def test_freed_memory_of_packed_input():
+    problem = build(Case(layout="packed"))
+    problem.batch_sizes.untyped_storage().resize_(8)
+    with pytest.raises(RuntimeError, match=NO_MEMORY.format("batch_sizes", 8)):
+        run(problem)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("name", ["weight_ih", "bias_hh"])
+def test_freed_memory_of_weights_that_may_be_kept_packed(name, kept):
+    problem = build(Case())
+    with torch.no_grad():
+        for _ in range(3 * kept):
+            run(problem)
+        problem.weights[name].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=NO_MEMORY.format(name, 0)):
+            run(problem)
+
+
+@pytest.mark.parametrize("left", [0, 8])
+@pytest.mark.parametrize("name", ["input", "h_0", "c_0", "weight_ih", "weight_hh"])
+def test_memory_freed_before_backward(name, left):
+    problem = build(Case())
+    given = {**vars(problem), **problem.weights}[name]
+    problem.map(Tensor.requires_grad_)
+    output = run(problem)["output"]
+    given.untyped_storage().resize_(left)
+    with pytest.raises(RuntimeError, match=NO_MEMORY.format(name, left)):
+        output.sum().backward()
+
+
+def test_backward_does_not_need_the_memory_of_biases():
+    problem = build(Case())
+    problem.map(Tensor.requires_grad_)
+    run(problem)["output"].sum().backward()
+    expected = problem.weights["bias_ih"].grad.clone()
+    problem.weights["bias_ih"].grad = None
+    output = run(problem)["output"]
+    problem.weights["bias_ih"].untyped_storage().resize_(0)
+    output.sum().backward()
+    assert torch.equal(problem.weights["bias_ih"].grad, expected)
 
 
 def test_sizes_no_memory_can_hold():

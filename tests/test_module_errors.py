@@ -180,6 +180,12 @@ def test_what_is_no_tensor(name):
             module(given)
     with pytest.raises(TypeError, match=f"expected h_0 as a tensor, got {'list' if two else 'tuple'}"):
         module(input, ([state], state) if two else (state, state))
+    for wrong in ([state[0]], state.numpy(), (state[0], state[0], state[0])):
+        with pytest.raises((TypeError, RuntimeError), match=f"got {type(wrong).__name__}"):
+            module.step(input[0], wrong)
+    if not two:
+        with pytest.raises(TypeError, match="expected h_0 as a tensor, got tuple"):
+            module.step(input[0], (state[0], state[0]))
     with pytest.raises(TypeError, match=r"resets must be a tensor of torch\.bool, got ndarray"):
         module(input, resets=torch.zeros(L, N, dtype=torch.bool).numpy())
 
@@ -213,6 +219,46 @@ def test_lengths(name):
             assert word in str(info.value), f"no {word!r} in: {info.value}"
     with pytest.raises(ValueError, match="lengths"):
         module(packed(), lengths=[5, 2])
+
+
+def test_lengths_that_stand_for_integers():
+    class Length:
+        def __index__(self):
+            return 2
+
+    module, input = rnn_ext.GRU(I, H), torch.randn(L, N, I)
+    assert torch.equal(module(input, lengths=[3, Length(), torch.tensor(1)])[0], module(input, lengths=[3, 2, 1])[0])
+    with pytest.raises(ValueError, match=r"expected lengths between 0 and 1, got 2 for batch entry 1"):
+        module(input[:1], lengths=[1, Length(), 1])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("name", OURS)
+def test_sparse_and_nested_arguments(name, layers):
+    """States are few numbers: sparse ones are made dense."""
+    module, input, state = OURS[name](I, H, layers), torch.randn(L, N, I), torch.randn(layers, N, H)
+    two, nested = name == "LSTM", torch.nested.nested_tensor([torch.randn(2, H), torch.randn(1, H)])
+    sparse = state.to_sparse()
+    calls = [(module, input, state, sparse)]
+    calls.append((module.step, input[0], state, sparse))
+    for call, x, dense, given in calls:
+        expected = call(x, (dense, dense) if two else dense)[0]
+        assert torch.equal(call(x, (given, given) if two else given)[0], expected)
+        with pytest.raises(RuntimeError, match=r"expected h_0 as a dense tensor, got a nested tensor"):
+            call(x, (nested, nested) if two else nested)
+    leaf = sparse.detach().requires_grad_()
+    module(input, (leaf, leaf) if two else leaf)[0].sum().backward()
+    assert leaf.grad.shape == state.shape
+    resets, lengths = torch.ones(L, N, dtype=torch.bool), torch.tensor([1, 2, 3])
+    several = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([3])])
+    for arguments, what in (
+        ({"lengths": lengths.to_sparse()}, r"lengths: .* dense tensor, got layout torch\.sparse_coo"),
+        ({"lengths": several}, "lengths: .* dense tensor, got a nested tensor"),
+        ({"resets": resets.to_sparse()}, r"resets: .* dense tensor, got layout torch\.sparse_coo"),
+        ({"resets": several.to(torch.bool)}, "resets: .* dense tensor, got a nested tensor"),
+    ):
+        with pytest.raises(RuntimeError, match=what):
+            module(input, **arguments)
 
 
 def test_lengths_as_a_range_or_an_array():

@@ -569,6 +569,10 @@ def test_sparse_inputs_of_cells(name):
         for sparse in (input.to_sparse(), input.to_sparse_csr()):
             for found, wanted in zip(flatten_all(cell(sparse, hx)), expected, strict=True):
                 torch.testing.assert_close(found, wanted)
+    expected = flatten_all(cell(input, (state, state) if name == "LSTMCell" else state))
+    for sparse in (state.to_sparse(), state.to_sparse_csr()):
+        found = flatten_all(cell(input, (sparse, sparse) if name == "LSTMCell" else sparse))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     with pytest.raises(RuntimeError, match=f"{name}: expected input as a dense tensor, got a nested tensor"):
         cell(torch.nested.nested_tensor([torch.randn(2, I)]))
 

@@ -53,23 +53,27 @@ inline at::Tensor cast(const at::Tensor& tensor, at::ScalarType dtype) {
   return empty(tensor.sizes(), tensor.options().dtype(dtype)).copy_(tensor);
 }
 
-/// In memory the kernels can walk.
-inline at::Tensor prepare(const at::Tensor& tensor, at::ScalarType dtype) { return cast(tensor, dtype).contiguous(); }
+/// In memory the kernels can walk. RuntimeError with the name if there is none.
+inline at::Tensor prepare(const at::Tensor& tensor, at::ScalarType dtype, const char* name) {
+  check_memory(tensor, name);
+  return cast(tensor, dtype).contiguous();
+}
 
-inline OptionalTensor prepare(const OptionalTensor& tensor, at::ScalarType dtype) {
+inline OptionalTensor prepare(const OptionalTensor& tensor, at::ScalarType dtype, const char* name) {
   if (!tensor.has_value() || !tensor->defined()) return std::nullopt;
-  return prepare(*tensor, dtype);
+  return prepare(*tensor, dtype, name);
 }
 
 /// A sequence only needs unit stride in its features: transposed, sliced and expanded ones are read where they lie.
-inline at::Tensor prepare_sequence(const at::Tensor& tensor, at::ScalarType dtype) {
+inline at::Tensor prepare_sequence(const at::Tensor& tensor, at::ScalarType dtype, const char* name) {
+  check_memory(tensor, name);
   const at::Tensor result = cast(tensor, dtype);
   return result.stride(-1) == 1 || result.size(-1) <= 1 ? result : result.contiguous();
 }
 
-inline OptionalTensor prepare_sequence(const OptionalTensor& tensor, at::ScalarType dtype) {
+inline OptionalTensor prepare_sequence(const OptionalTensor& tensor, at::ScalarType dtype, const char* name) {
   if (!tensor.has_value() || !tensor->defined()) return std::nullopt;
-  return prepare_sequence(*tensor, dtype);
+  return prepare_sequence(*tensor, dtype, name);
 }
 
 template <class T>
@@ -115,7 +119,7 @@ void prepare_weights(std::vector<at::Tensor>& flat, const LayerShape& shape, int
     const int index = shape.index(direction, weight);
     if (index < 0) continue;
     const std::optional<at::ScalarType> type = type_of(weight);
-    flat[index] = type ? prepare(flat[index], *type) : at::Tensor();
+    flat[index] = type ? prepare(flat[index], *type, LayerShape::name_of(weight)) : at::Tensor();
   }
 }
 

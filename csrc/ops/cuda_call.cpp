@@ -63,7 +63,11 @@ Call::Call(const LayerInputs& in)
       c_0(given(in.c_0)),
       guard_(in.input.device()),
       stream(kernel_stream(in.input.device())) {
-  for (const at::Tensor& weight : in.weights) weights_.push_back(weight.contiguous());
+  check_memory(in.input, "input");
+  for (const at::Tensor& weight : in.weights) {
+    if (weight.dim() == 2) check_memory(weight, "a weight");  // backward does not read biases
+    weights_.push_back(weight.contiguous());
+  }
   sequence.length = length;
   sequence.batch = batch;
   sequence.hidden = hidden;

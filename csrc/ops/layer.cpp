@@ -98,10 +98,17 @@ void check_sizes(const at::Tensor& tensor, at::IntArrayRef expected, const char*
   TORCH_CHECK(tensor.sizes() == expected, "expected ", name, " of size ", expected, ", got ", tensor.sizes());
 }
 
+void check_memory(const at::Tensor& tensor, const char* name) {
+  if (!tensor.has_storage() || tensor.numel() == 0) return;
+  int64_t last = tensor.storage_offset();
+  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  const int64_t needed = (last + 1) * int64_t(tensor.itemsize()), found = int64_t(tensor.storage().nbytes());
+  TORCH_CHECK(needed <= found, name, " of size ", tensor.sizes(), " has no memory: expected a storage of at least ",
+              needed, " bytes, got one of ", found);
+}
+
 namespace {
 
-const char* const kWeightNames[] = {"weight_ih",      "weight_hh",      "bias_ih",       "bias_hh",    "weight_hr",
-                                    "weight_norm_ih", "weight_norm_hh", "weight_norm_c", "bias_norm_c"};
 const char* const kMaskNames[] = {"hidden_mask", "zoneout_h", "zoneout_c"};
 constexpr int kNormWeights = 4;
 
@@ -119,6 +126,12 @@ void check_optional(const OptionalTensor& tensor, const at::Tensor& input, at::I
 }
 
 }  // namespace
+
+const char* LayerShape::name_of(Weight weight) {
+  static const char* const names[] = {"weight_ih",      "weight_hh",      "bias_ih",       "bias_hh",    "weight_hr",
+                                      "weight_norm_ih", "weight_norm_hh", "weight_norm_c", "bias_norm_c"};
+  return names[weight];
+}
 
 int LayerShape::index(int direction, Weight weight) const {
   const int base = direction * weights_per_direction;
@@ -199,8 +212,8 @@ void LayerShape::read_weights(const LayerInputs& in) {
       const Weight weight = Weight(i);
       if (index(d, weight) < 0) continue;
       const at::Tensor& tensor = weights[index(d, weight)];
-      check_like_input(tensor, input, kWeightNames[weight]);
-      check_sizes(tensor, expected[i], kWeightNames[i]);
+      check_like_input(tensor, input, name_of(weight));
+      check_sizes(tensor, expected[i], name_of(weight));
     }
   }
 }
@@ -218,6 +231,7 @@ void LayerShape::read_sequences(const LayerInputs& in) {
                 "expected batch_sizes as a one-dimensional int64 tensor on the CPU, got ", given.scalar_type(),
                 " of size ", given.sizes(), " on ", given.device());
     TORCH_CHECK(given.numel() > 0, "expected batch_sizes of at least one timestep, got none");
+    check_memory(given, "batch_sizes");
     const at::Tensor dense = given.contiguous();
     batch_sizes.assign(dense.const_data_ptr<int64_t>(), dense.const_data_ptr<int64_t>() + dense.numel());
     length = int64_t(batch_sizes.size());
@@ -250,6 +264,7 @@ void LayerShape::read_sequences(const LayerInputs& in) {
       TORCH_CHECK_TYPE(at::isIntegralType(lengths->scalar_type(), false), "expected lengths of an integer dtype, got ",
                        lengths->scalar_type());
       check_sizes(*lengths, {batch}, "lengths");
+      check_memory(*lengths, "lengths");
       if (lengths->device().is_cpu() || input.device().is_cpu()) {
         order_by(lengths->to(at::kCPU, at::kLong).contiguous());
       }  // else: reading them would wait for the device, whose kernels take them as they are
@@ -279,6 +294,7 @@ void LayerShape::read_sequences(const LayerInputs& in) {
     TORCH_CHECK(resets->device() == input.device(), "resets is on ", resets->device(), " but input is on ",
                 input.device(), ": expected the same device");
     check_sizes(*resets, input.sizes().slice(0, input.dim() - 1), "resets");
+    check_memory(*resets, "resets");
   }
   for (int i = 0; i < int(masks.size()); ++i) {
     const OptionalTensor mask = masks.get(size_t(i));

@@ -71,6 +71,9 @@ CellInfo cell_info(std::string_view name);
 /// RuntimeError unless it has this size.
 void check_sizes(const at::Tensor& tensor, at::IntArrayRef expected, const char* name);
 
+/// RuntimeError if its storage has been resized to less than it takes, as is done to free memory between uses.
+void check_memory(const at::Tensor& tensor, const char* name);
+
 /// The checked shape of a call. Raises what torch.nn raises, with the shape found and the shape expected.
 struct LayerShape {
   enum Mask { kHiddenMask, kZoneoutH, kZoneoutC, kMasks };
@@ -119,6 +122,7 @@ struct LayerShape {
     kBiasNormC,
     kWeights
   };
+  static const char* name_of(Weight weight);
   /// Position of a direction's weight in the flat list; -1: it has none.
   int index(int direction, Weight weight) const;
 

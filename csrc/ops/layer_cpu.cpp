@@ -50,9 +50,9 @@ cpu::Narrow narrow_backward(at::ScalarType type, const LayerShape& shape) {
 struct PreparedMasks {
   PreparedMasks(const OptionalTensors& masks, at::ScalarType dtype) {
     if (masks.empty()) return;
-    hidden = prepare(OptionalTensor(masks.get(LayerShape::kHiddenMask)), dtype);
-    zoneout_h = prepare_sequence(OptionalTensor(masks.get(LayerShape::kZoneoutH)), dtype);
-    zoneout_c = prepare_sequence(OptionalTensor(masks.get(LayerShape::kZoneoutC)), dtype);
+    hidden = prepare(OptionalTensor(masks.get(LayerShape::kHiddenMask)), dtype, "hidden_mask");
+    zoneout_h = prepare_sequence(OptionalTensor(masks.get(LayerShape::kZoneoutH)), dtype, "zoneout_h");
+    zoneout_c = prepare_sequence(OptionalTensor(masks.get(LayerShape::kZoneoutC)), dtype, "zoneout_c");
   }
   OptionalTensor hidden, zoneout_h, zoneout_c;
 
@@ -77,9 +77,9 @@ class ForwardCall {
         dtype(forward_type(in.input, shape.cell.kind, shape.variant, shape.sizes, shape.layout())),
         input_(in.input),
         resets_(in.resets),
-        x_(prepare_sequence(in.input, dtype)),
-        h_0_(prepare(in.h_0, dtype)),
-        c_0_(prepare(in.c_0, dtype)),
+        x_(prepare_sequence(in.input, dtype, "input")),
+        h_0_(prepare(in.h_0, dtype, "h_0")),
+        c_0_(prepare(in.c_0, dtype, "c_0")),
         masks_(in.masks, dtype),
         ends_(in.lengths.has_value()),
         save_(save),
@@ -151,8 +151,12 @@ class ForwardCall {
   template <class S>
   const cpu::PackedWeights* find_packed(int d) {
     const auto all = at::TensorList(weights_).slice(d * shape.weights_per_direction, shape.weights_per_direction);
-    for (const at::Tensor& weight : all)
-      if (!weight.is_contiguous()) return nullptr;
+    for (int i = 0; i < LayerShape::kWeights; ++i) {
+      const auto weight = LayerShape::Weight(i);
+      if (shape.index(d, weight) < 0) continue;
+      check_memory(weights_[shape.index(d, weight)], LayerShape::name_of(weight));
+      if (!weights_[shape.index(d, weight)].is_contiguous()) return nullptr;
+    }
     packed_[d] = cached_weights(shape.cell.kind, shape.sizes, all, dtype, [&] {
       std::vector<at::Tensor> prepared = weights_;
       prepare_direction(prepared, d, false);
@@ -213,13 +217,14 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   const auto options = input.options().dtype(compute_type(input));
   const cpu::Sizes& sizes = shape.sizes;
 
-  const at::Tensor x = prepare_sequence(input, dtype);
-  const at::Tensor y = prepare_sequence(output, dtype);
-  const at::Tensor kept = saved.contiguous();
-  const OptionalTensor h = prepare(h_0, dtype), c = prepare(c_0, dtype);
+  const at::Tensor x = prepare_sequence(input, dtype, "input");
+  const at::Tensor y = prepare_sequence(output, dtype, "output");
+  const at::Tensor kept = prepare(saved, saved.scalar_type(), "saved");
+  const OptionalTensor h = prepare(h_0, dtype, "h_0"), c = prepare(c_0, dtype, "c_0");
   const PreparedMasks prepared_masks(masks, dtype);
-  const OptionalTensor dy = prepare_sequence(grad_output, dtype), dcells = prepare_sequence(grad_cells, dtype);
-  const OptionalTensor dh_n = prepare(grad_h_n, dtype), dc_n = prepare(grad_c_n, dtype);
+  const OptionalTensor dy = prepare_sequence(grad_output, dtype, "grad_output"),
+                       dcells = prepare_sequence(grad_cells, dtype, "grad_cells");
+  const OptionalTensor dh_n = prepare(grad_h_n, dtype, "grad_h_n"), dc_n = prepare(grad_c_n, dtype, "grad_c_n");
   std::vector<at::Tensor> w = weights.vec();
   const cpu::Narrow narrow = narrow_backward(input.scalar_type(), shape);
   // What no gradient passes through the kernels do not look at.

@@ -14,15 +14,15 @@ constexpr size_t kInput = TangentTensors::kInput, kFirstWeight = TangentTensors:
 class Prepared {
  public:
   Prepared(const OptionalTensors& tensors, at::ScalarType dtype)
-      : grad_output_(prepare_sequence(OptionalTensor(tensors.get(0)), dtype)),
-        grad_h_n_(prepare(OptionalTensor(tensors.get(1)), dtype)),
-        grad_c_n_(prepare(OptionalTensor(tensors.get(2)), dtype)),
-        grad_cells_(prepare_sequence(OptionalTensor(tensors.get(3)), dtype)),
-        input_(prepare_sequence(OptionalTensor(tensors.get(kInput)), dtype)),
-        h_0_(prepare(OptionalTensor(tensors.get(kInput + 1)), dtype)),
-        c_0_(prepare(OptionalTensor(tensors.get(kInput + 2)), dtype)) {
+      : grad_output_(prepare_sequence(OptionalTensor(tensors.get(0)), dtype, "grad_output")),
+        grad_h_n_(prepare(OptionalTensor(tensors.get(1)), dtype, "grad_h_n")),
+        grad_c_n_(prepare(OptionalTensor(tensors.get(2)), dtype, "grad_c_n")),
+        grad_cells_(prepare_sequence(OptionalTensor(tensors.get(3)), dtype, "grad_cells")),
+        input_(prepare_sequence(OptionalTensor(tensors.get(kInput)), dtype, "input")),
+        h_0_(prepare(OptionalTensor(tensors.get(kInput + 1)), dtype, "h_0")),
+        c_0_(prepare(OptionalTensor(tensors.get(kInput + 2)), dtype, "c_0")) {
     for (size_t i = kFirstWeight; i < tensors.size(); ++i)
-      weights_.push_back(prepare(OptionalTensor(tensors.get(i)), dtype).value_or(at::Tensor()));
+      weights_.push_back(prepare(OptionalTensor(tensors.get(i)), dtype, "a weight").value_or(at::Tensor()));
   }
 
   template <class T>

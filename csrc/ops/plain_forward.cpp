@@ -29,7 +29,7 @@ const at::Tensor* tensor(PyObject* object) {
   return object && THPVariable_CheckExact(object) ? &THPVariable_Unpack(object) : nullptr;
 }
 
-bool is_strided(const at::Tensor& tensor) { return tensor.layout() == at::kStrided; }
+bool is_dense(const at::Tensor& tensor) { return tensor.layout() == at::kStrided && !tensor.is_nested(); }
 
 /// Interned, so that looking one up compares pointers.
 struct Key {
@@ -102,8 +102,7 @@ struct ModuleCall {
 /// Whether it is a tensor that calls without more ado can take.
 bool is_plain(const at::Tensor* input, int64_t dims) {
   return input && input->is_cpu() && input->dim() == dims && !at::impl::torch_function_mode_enabled() &&
-         is_strided(*input) && !input->is_nested() &&
-         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);  // by torch.jit.trace
+         is_dense(*input) && !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);  // by torch.jit.trace
 }
 
 bool is_computed(at::ScalarType type) {
@@ -116,7 +115,7 @@ bool read_hx(PyObject* hx, bool has_cell, int64_t dims, OptionalTensor (&states)
   if (has_cell && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != 2)) return false;
   for (int i = 0; i < 1 + has_cell; ++i) {
     const at::Tensor* state = tensor(has_cell ? PyTuple_GET_ITEM(hx, i) : hx);
-    if (!state || state->dim() != dims) return false;
+    if (!state || !is_dense(*state) || state->dim() != dims) return false;
     states[i] = *state;
   }
   return true;
@@ -154,7 +153,7 @@ Weights read_weights(PyObject* tensors, PyObject* names) {
   if (!tensors || !PyDict_Check(tensors) || !names || !PyList_Check(names)) return {};
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(names); ++i) {
     const at::Tensor* weight = tensor(PyDict_GetItemWithError(tensors, PyList_GET_ITEM(names, i)));
-    if (!weight || !is_strided(*weight)) return {};
+    if (!weight || !is_dense(*weight)) return {};
     weights.push_back(*weight);
   }
   return weights;
@@ -260,7 +259,7 @@ PyObject* run_cell(const Keys& keys, const Attributes& own, PyObject* mode, PyOb
     PyObject* object = PyDict_GetItemWithError(parameters, name);
     if (object == Py_None) continue;  // of a cell without biases
     const at::Tensor* weight = tensor(object);
-    if (!weight || !is_strided(*weight)) return nullptr;
+    if (!weight || !is_dense(*weight)) return nullptr;
     weights.push_back(*weight);
   }
   const at::ScalarType type = input->scalar_type();

@@ -21,6 +21,7 @@ constexpr int64_t kPlainParts = 3, kProjectedParts = 5;
 at::Tensor dense(const at::Tensor& tensor, at::ScalarType dtype, at::IntArrayRef expected, const char* name) {
   TORCH_CHECK(tensor.scalar_type() == dtype, "expected ", name, " of dtype ", dtype, ", got ", tensor.scalar_type());
   check_sizes(tensor, expected, name);
+  check_memory(tensor, name);
   return tensor.contiguous();
 }
 
@@ -101,8 +102,8 @@ QuantizedResult quantized_layer_cpu(const at::Tensor& input, const OptionalTenso
   const QuantizedTensors quantized(in);
   const LayerShape shape(in, quantized.sizes);
   const cpu::Sizes& sizes = shape.sizes;
-  const at::Tensor x = prepare_sequence(input, number);
-  const OptionalTensor h = prepare(h_0, number), c = prepare(c_0, number);
+  const at::Tensor x = prepare_sequence(input, number, "input");
+  const OptionalTensor h = prepare(h_0, number, "h_0"), c = prepare(c_0, number, "c_0");
   const auto like = input.options().dtype(number);
   const at::Tensor output = empty(shape.sequence_sizes(sizes.directions * sizes.output()), like);
   const at::Tensor h_n = empty({sizes.directions, shape.batch, sizes.output()}, like);

@@ -75,6 +75,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stack(
   }
   // A tensor of a torch.func transform has no memory of its own to read.
   const auto first = [](const at::Tensor& sizes) {
+    check_memory(sizes, "batch_sizes");
     return sizes.has_storage() ? sizes.const_data_ptr<int64_t>()[0] : sizes.select(0, 0).item<int64_t>();
   };
   const int64_t batch = batch_sizes.has_value() ? first(*batch_sizes) : input.size(batch_first ? 0 : 1);
