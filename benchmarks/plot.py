@@ -1,12 +1,11 @@
 """Pictures of a result of run.py, for a README.
 
-    python benchmarks/plot.py results/<machine>.json [folder]
-
 Colours of Okabe and Ito, which colour-blind readers can tell apart, and a marker or a hatch beside every colour.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -71,9 +70,8 @@ def _value(axis: Any, at: float, place: int, text: str, bold: bool = False) -> N
     axis.annotate(text, (at, place), **offset, va="center", fontsize=7.5, color=INK, fontweight=weight, bbox=box)
 
 
-PEER_HANDLE = Line2D(
-    [], [], marker="d", linestyle="", color="white", markeredgecolor=INK, label="fastest of the others"
-)
+def _peer_handle(label: str) -> Line2D:
+    return Line2D([], [], marker="d", linestyle="", color="white", markeredgecolor=INK, label=label)
 
 
 def speed_up(result: dict[str, Any], threads: int) -> Figure | None:
@@ -116,7 +114,7 @@ def speed_up(result: dict[str, Any], threads: int) -> Figure | None:
         Patch(color=COLOURS["custom"], label="rnn_ext is fastest, or within 3 %"),
         Patch(color=PEER_WINS, label="another is faster"),
         Patch(facecolor=COLOURS["native"], hatch="////", edgecolor="white", label="torch.nn is faster"),
-        PEER_HANDLE,
+        _peer_handle("the fastest other one over torch.nn,\nwhere it is not torch.nn"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9, columnspacing=1.2)
     return figure
@@ -151,7 +149,7 @@ def floor(result: dict[str, Any], threads: int) -> Figure | None:
     figure.supxlabel(f"least time by the machine's ceilings / time taken; {where(result, threads)}", fontsize=9)
     handles = [
         *(Patch(**styles[bound], label=f"bound by {what}") for bound, what in bounds.items() if bound in seen),
-        PEER_HANDLE,
+        _peer_handle("fastest of the others"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9)
     return figure
@@ -210,6 +208,8 @@ def length(result: dict[str, Any], threads: int) -> Figure | None:
         if mode == "training":
             _guide(axis, last / 4, last, 1.7 * max(times.values()), 2, "quadratic")
         axis.set_xlim(low, high)
+    axes[0].set_ylabel("time of a call", fontsize=9)
+    axes[0].set_ylim(bottom=0.5 * axes[0].get_ylim()[0])  # room for the label of a guide
     case = panels["forward"][0]["case"]
     what = f"packed LSTM, N={case['batch']}, H={case['hidden_size']}, sequences of L / 8 to L timesteps"
     figure.supxlabel(f"L; {what}\n{where(result, 1)}", fontsize=9)
@@ -232,7 +232,7 @@ def scaling(result: dict[str, Any], threads: int) -> Figure | None:
             _lines(axis, chosen, lambda row, field=field: row["case"][field], 1 / chosen[0]["case"]["length"])
             axis.set_title(cell.upper())
             axis.set_xlabel(label, fontsize=9)
-        line[0].set_ylabel("a timestep", fontsize=9)
+        line[0].set_ylabel("time of a timestep", fontsize=9)
     lengths = sorted({row["case"]["length"] for found in rows.values() for row in found})
     what = f"forward + backward, L={' and '.join(map(str, lengths))}"
     figure.supxlabel(f"{what}; {where(result, 1)}", fontsize=9)
@@ -260,20 +260,20 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def main(argv: list[str]) -> int:
-    if not 1 <= len(argv) <= 2:
-        print("usage: plot.py results/<machine>.json [folder]", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="results/<machine>.json")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "plots", help="(%(default)s)")
+    given = parser.parse_args(argv)
     try:
-        result = json.loads(Path(argv[0]).read_text())
+        result = json.loads(given.result.read_text())
     except (OSError, ValueError) as error:
-        print(f"error: {argv[0]} cannot be read: {error}", file=sys.stderr)
+        print(f"error: {given.result} cannot be read: {error}", file=sys.stderr)
         return 2
     rows = result.get("rows") if isinstance(result, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "section" in row for row in rows):
-        print(f"error: {argv[0]} holds no results of run.py", file=sys.stderr)
+        print(f"error: {given.result} holds no results of run.py", file=sys.stderr)
         return 2
-    folder = Path(argv[1]) if len(argv) == 2 else Path(__file__).parent / "plots"
-    for path in draw(result, folder):
+    for path in draw(result, given.folder):
         print(path)
     return 0
 

@@ -597,7 +597,9 @@ def test_plots(tmp_path):
 def test_plot_refuses(tmp_path, capsys):
     import plot
 
-    assert plot.main([]) == 2
+    with pytest.raises(SystemExit):
+        plot.main([])
+    assert "the following arguments are required: result" in capsys.readouterr().err
     assert plot.main([str(tmp_path / "nothing.json")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     of_another = tmp_path / "random.json"  # random_shapes.py's
