@@ -239,11 +239,9 @@ def test_sparse_and_nested_arguments(name, layers):
     module, input, state = OURS[name](I, H, layers), torch.randn(L, N, I), torch.randn(layers, N, H)
     two, nested = name == "LSTM", torch.nested.nested_tensor([torch.randn(2, H), torch.randn(1, H)])
     sparse = state.to_sparse()
-    calls = [(module, input, state, sparse)]
-    calls.append((module.step, input[0], state, sparse))
-    for call, x, dense, given in calls:
-        expected = call(x, (dense, dense) if two else dense)[0]
-        assert torch.equal(call(x, (given, given) if two else given)[0], expected)
+    for call, x in ((module, input), (module.step, input[0])):
+        expected = call(x, (state, state) if two else state)[0]
+        assert torch.equal(call(x, (sparse, sparse) if two else sparse)[0], expected)
         with pytest.raises(RuntimeError, match=r"expected h_0 as a dense tensor, got a nested tensor"):
             call(x, (nested, nested) if two else nested)
     leaf = sparse.detach().requires_grad_()
