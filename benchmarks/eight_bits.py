@@ -91,7 +91,7 @@ def main() -> None:
         cells = []
         for who in names:
             exactly = "" if "float32" in who else f" ({off.get(who, 0):.1g})"
-            cells.append(f"{times[who] * 1e3:.3f}{exactly}" if who in times else "")
+            cells.append(f"{times[who] * 1e3:.4f}{exactly}" if who in times else "")
         lines.append(f"| {name}, N={N}, L={L}, H={H} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     write(args.output, "\n".join(lines) + "\n")

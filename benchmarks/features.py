@@ -386,7 +386,7 @@ def main() -> None:
         ratio = option / plain
         missed = " **missed**" if row.target is not None and ratio > row.target else ""
         target = "" if row.target is None else f"{row.target:g}{missed}"
-        lines.append(f"| {row.what} | {option * 1e3:.3f} | {plain * 1e3:.3f} | {ratio:.2f} | {target} |")
+        lines.append(f"| {row.what} | {option * 1e3:.4f} | {plain * 1e3:.4f} | {ratio:.2f} | {target} |")
         print(lines[-1], flush=True)
     if not lines[head:]:
         parser.error(f"--only {args.only!r} matches no comparison")
