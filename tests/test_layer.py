@@ -655,3 +655,24 @@ def test_meta_device_gives_shapes():
         problem = build(Case(cell, bidirectional=True))
         shapes = {name: t.shape for name, t in run(problem.map(lambda t: t.to("meta"))).items()}
         assert shapes == {name: t.shape for name, t in run(problem).items()}
+
+
+@pytest.mark.parametrize("layout", ["dense", "batch_first"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_lengths_that_fall_need_no_order(cell, layout):
+    """All equal, they have the bits of none; and where one sequence is left its rows are evenly spaced."""
+    for size in ((20, 32, 64, 128), (5, 3, 4, 7)):
+        problem = build(Case(cell, layout, bidirectional=True, size=size)).to(torch.float32)
+        equal = dataclasses.replace(problem, lengths=torch.full((size[1],), size[0]))
+        for _ in instruction_sets():
+            for found, expected in zip(gradients(run, equal), gradients(run, problem), strict=True):
+                same_bits(found, expected)
+    problem = build(Case(cell, layout, size=(300, 2, 64, 128)))
+    for lengths in ([300, 3], [3, 300], [300, 1]):
+        case = dataclasses.replace(problem, lengths=torch.tensor(lengths))
+        expected = gradients(oracle, case)
+        for dtype in (torch.float64, torch.float32):
+            for _ in instruction_sets():
+                values, grads = gradients(run, case.to(dtype))
+                check_values(values, expected[0], dtype)
+                check_gradients(grads, expected[1], dtype)

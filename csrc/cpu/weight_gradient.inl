@@ -224,8 +224,17 @@ class WeightGradient {
   /// pages apart would share a few sets of a cache.
   static bool joins(Run& run, const EvenRows<const S>& next) {
     constexpr int64_t kPage = 4096 / int64_t(sizeof(S));
+    if (!run.first || next.array != run.array) return false;
+    if (next.count == 1 && run.group == 0) {  // no group: of each the product begins anew, which takes longer than it
+      const int64_t distance = next.first - run.at(run.count - 1);
+      const bool fits = distance > 0 && distance < kPage && distance % kLanes<T> == 0;
+      if (run.count == 1 ? !fits : distance != run.distance) return false;
+      run.distance = distance;
+      ++run.count;
+      return true;
+    }
     const int64_t group = run.group ? run.group : run.count;
-    if (!run.first || next.array != run.array || next.distance != run.distance || next.count != group) return false;
+    if (next.distance != run.distance || next.count != group) return false;
     const int64_t distance = next.first - run.at(run.count - group);
     if (run.distance >= kPage || distance % kLanes<T> != 0) return false;
     if (run.group && distance != run.group_distance) return false;

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <functional>
 #include <new>
 #include <numeric>
 #include <string>
@@ -368,6 +369,7 @@ void LayerShape::order_by(const at::Tensor& lengths) {
     if (given[n] > 0) ++batch_sizes[given[n] - 1];
   }
   for (int64_t t = length - 2; t >= 0; --t) batch_sizes[t] += batch_sizes[t + 1];
+  if (std::is_sorted(given, given + batch, std::greater())) return;  // a batch like any other
   order.resize(batch);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return given[a] > given[b]; });
