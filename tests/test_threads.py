@@ -606,6 +606,31 @@ def test_torch_leaves_the_inherited_pool(which):
     assert script(LEFT, PASS=which) == "well\n"
 
 
+ASKED = """
+import os, signal, threading, torch, rnn_ext
+awake = threading.Event()
+thread = threading.Thread(target=awake.wait)
+thread.start()  # but no pool
+layer, input = rnn_ext.LSTM(64, 64), torch.randn(400, 64, 64)
+if (pid := os.fork()) == 0:
+    signal.alarm(100)
+    threads = []
+    for _ in range(2):
+        layer(input)
+        threads.append(torch.get_num_threads())
+        torch.set_num_threads(2)
+    print(threads, flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+awake.set()
+"""
+
+
+def test_a_child_may_ask_for_threads():
+    """After the first call, which leaves a pool that may be inherited: there was none."""
+    assert script(ASKED, OMP_NUM_THREADS="2") == "[1, 2]\n"
+
+
 FEWER = """
 import torch
 from util import Case, build, gradients, run, same_bits

@@ -36,10 +36,10 @@ bool has_one_thread() {
 
 // A forked child inherits an OpenMP pool whose threads do not exist: it would wait for them forever. Unless there was
 // none: a parent of one thread has no pool.
-std::atomic<bool> forked{false};
+std::atomic<int> inherited_pools{0};  // by this process, its parent and so on
 bool forks_alone = false;
-const int watch_forks =
-    pthread_atfork([] { forks_alone = has_one_thread(); }, nullptr, [] { forked = forked || !forks_alone; });
+const int watch_forks = pthread_atfork([] { forks_alone = has_one_thread(); }, nullptr,
+                                       [] { inherited_pools += inherited_pools > 0 || !forks_alone; });
 
 /// Calls fn(thread, threads) on every thread of torch's pool: libgomp ends those that a smaller team leaves out, and
 /// starts others in their place when they are wanted again. It is called by name because clang turns `#pragma omp` into
@@ -154,13 +154,18 @@ double thread_distance() {
 void assume_thread_distance(double nanoseconds) { assumed_distance = nanoseconds; }
 
 void leave_inherited_pool() {
-  if (forked && at::get_num_threads() > 1) at::set_num_threads(1);
+  // Once, and by each thread, which has a number of its own: whoever then asks for more is to have them.
+  thread_local int left = 0;
+  const int inherited = inherited_pools;
+  if (left == inherited) return;
+  left = inherited;
+  if (at::get_num_threads() > 1) at::set_num_threads(1);
 }
 
 cpu::Executor executor() {
   static const int most_active = most_waiting_actively();
   cpu::Executor executor;
-  executor.threads = forked || at::in_parallel_region() ? 1 : at::get_num_threads();
+  executor.threads = inherited_pools > 0 || at::in_parallel_region() ? 1 : at::get_num_threads();
   executor.waits_actively = executor.threads <= most_active;
   // Cores with a last level of cache in common are up to 80 ns apart, others 160 ns and more (measured on Zen 5).
   if (executor.waits_actively) executor.are_far = [] { return recent_distance() > 120; };

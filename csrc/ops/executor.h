@@ -9,7 +9,7 @@ namespace rnn_ext::ops {
 cpu::Executor executor();
 
 /// Holds torch's own operators to one thread in a forked child whose pool does not exist, where they would wait for it:
-/// those that convert here, and whatever stands between the caller's layers.
+/// those that convert here, and whatever stands between the caller's layers. Once after each fork.
 void leave_inherited_pool();
 
 /// Nanoseconds that what a thread of torch's pool writes takes to come to another one: the longest from the one that
