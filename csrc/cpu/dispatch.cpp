@@ -364,8 +364,7 @@ void deal_out(const Layout& layout, int64_t slices, int64_t* ends) {
     return;
   }
   std::vector<int64_t> lengths;
-  for (int64_t steps = layout.steps; int64_t(lengths.size()) < batch; lengths.push_back(steps))
-    while (steps > 0 && layout.batch_sizes[steps - 1] <= int64_t(lengths.size())) --steps;
+  layout.each_length([&](int64_t, int64_t length) { lengths.push_back(length); });
   // Gives each slice as many entries as take no longer than `most` rows, but at least one, and leaves one for each
   // slice after it: whether those are all entries. The longest sequences come first, so that the first slices have
   // fewer.

@@ -113,7 +113,8 @@ class ForwardScan {
         const int64_t rows = slice_.active(layout_, t);
         if (rows == 0) continue;
         if (args_.resets.data) {
-          reset(t, rows, now);
+          reset_states(args_.resets, layout_, reverse_, t, slice_, member_ == 0 ? now : nullptr, out_, c_.get(),
+                       hidden_);
           team_.meet(member_, members_);
         }
         if (joined_) copy_inputs(place_rows(t, 0));
@@ -126,9 +127,8 @@ class ForwardScan {
           run_steps(s, stop, rows, gates, now, next);
           s = stop - 1;
         }
-        const int64_t last = time(s), after = step_after(layout_, reverse_, last, 1);
-        const int64_t stay = after < 0 ? 0 : smaller(layout_.batch_sizes[last], layout_.batch_sizes[after]);
-        write_h_n(next, stay, layout_.batch_sizes[last]);
+        const int64_t last = time(s);
+        write_h_n(next, first_ending(layout_, reverse_, last), layout_.batch_sizes[last]);
         std::swap(now, next);
       }
       if (args_.progress) __atomic_store_n(&args_.progress->steps, s, __ATOMIC_RELEASE);
@@ -236,14 +236,6 @@ class ForwardScan {
   UnitBlocks projected_blocks(int g) const {
     const int64_t first = g * (padded_ / kLanes<T>);
     return {first + part_.first, first + part_.last - (tail_ && g > 0)};
-  }
-
-  void reset(int64_t t, int64_t rows, A* now) {
-    for (int64_t r = 0; r < rows; ++r) {
-      if (!begins(args_.resets, layout_, reverse_, t, slice_.first + r)) continue;
-      if (member_ == 0) std::memset(now + r * out_padded_, 0, size_t(out_) * sizeof(A));
-      if (Cell::kHasCell) std::memset(c_.get() + r * padded_, 0, size_t(padded_) * sizeof(T));
-    }
   }
 
   // Of a variant, see variants.inl.

@@ -68,6 +68,15 @@ struct Layout {
   const int64_t* stored_offsets() const { return stored ? stored : offsets; }
   /// Whether every step has the whole batch.
   bool has_all_rows() const { return rows == steps * batch; }
+  /// Calls fn(j, steps that row j has) for all of the batch.
+  template <class Fn>
+  void each_length(const Fn& fn) const {
+    int64_t length = steps;
+    for (int64_t j = 0; j < batch; ++j) {
+      while (length > 0 && batch_sizes[length - 1] <= j) --length;
+      fn(j, length);
+    }
+  }
 };
 
 /// A sequence in the caller's layout: element (t, entry) starts at data + t * step + entry * row, a packed one's row

@@ -350,15 +350,13 @@ class QuantizedScan {
       const int64_t t = time(s), rows = slice_.active(layout_, t);
       if (rows == 0) continue;
       if (args_.resets.data) {
-        reset(t, rows, now);
+        reset_states(args_.resets, layout_, reverse_, t, slice_, member_ == 0 ? now : nullptr, out_, c_.get(), hidden_);
         team_.meet(member_, members_);
       }
       step(t, rows, gates_.get() + row_of_chunk * G * padded_, now, next);
       team_.meet(member_, members_);
       row_of_chunk += rows;
-      const int64_t after = step_after(layout_, reverse_, t, 1);
-      write_h_n(next, after < 0 ? 0 : smaller(layout_.batch_sizes[t], layout_.batch_sizes[after]),
-                layout_.batch_sizes[t]);
+      write_h_n(next, first_ending(layout_, reverse_, t), layout_.batch_sizes[t]);
       std::swap(now, next);
     }
     if constexpr (Cell::kHasCell)
@@ -371,14 +369,6 @@ class QuantizedScan {
 
   int64_t time(int64_t s) const { return reverse_ ? layout_.steps - 1 - s : s; }
   int64_t blocks() const { return in_units_of<kQuantizedBlock>(padded_); }
-
-  void reset(int64_t t, int64_t rows, float* now) {
-    for (int64_t r = 0; r < rows; ++r) {
-      if (!begins(args_.resets, layout_, reverse_, t, slice_.first + r)) continue;
-      if (member_ == 0) std::memset(now + r * out_padded_, 0, size_t(out_) * sizeof(float));
-      if (Cell::kHasCell) std::memset(c_.get() + r * padded_, 0, size_t(padded_) * sizeof(float));
-    }
-  }
 
   /// The input gates of the steps from s on, as many as there is room for; returns the first that it has not come to.
   int64_t project_inputs(int64_t s) {

@@ -101,6 +101,28 @@ inline bool begins(const Sequence<const bool>& resets, const Layout& layout, boo
   return t + 1 < layout.steps && j < layout.batch_sizes[t + 1] && *resets.at(layout, t + 1, j);
 }
 
+/// Whose sequences step t is the last of in this direction: the rows from this one on.
+inline int64_t first_ending(const Layout& layout, bool reverse, int64_t t) {
+  const int64_t after = step_after(layout, reverse, t, 1);
+  return after < 0 ? 0 : smaller(layout.batch_sizes[t], layout.batch_sizes[after]);
+}
+
+/// Zeros the states, [rows, padded size], of those of a slice's rows where an independent sequence begins before step
+/// t. Null: none, or another member's.
+template <class A, class T>
+void reset_states(const Sequence<const bool>& resets, const Layout& layout, bool reverse, int64_t t, Slice slice, A* h,
+                  int64_t h_size, T* c, int64_t c_size) {
+  const auto clear = [](auto* rows, int64_t r, int64_t size) {
+    const int64_t padded = Sizes::padded(size);
+    if (rows) std::memset(static_cast<void*>(rows + r * padded), 0, size_t(padded) * sizeof(*rows));
+  };
+  for (int64_t r = 0; r < slice.active(layout, t); ++r) {
+    if (!begins(resets, layout, reverse, t, slice.first + r)) continue;
+    clear(h, r, h_size);
+    clear(c, r, c_size);
+  }
+}
+
 /// Of one row in every step, and no part of a batch.
 inline bool is_one_sequence(const Layout& layout) {
   return layout.batch == 1 && layout.has_all_rows() && !layout.stored;

@@ -212,17 +212,15 @@ class TangentPass {
   }
 
   void finish() {
-    int64_t end = layout_.steps;
-    for (int64_t j = 0; j < layout_.batch; ++j) {
-      while (end > 0 && layout_.batch_sizes[end - 1] <= j) --end;
+    layout_.each_length([&](int64_t j, int64_t end) {
       const int64_t row = end > 0 ? layout_.offsets[reverse_ ? 0 : end - 1] + j : -1;
       write(args_.h_n, j, row < 0 ? h_0_.get() + j * padded_ : h(kTangent, row));
       if constexpr (Cell::kHasCell)
         write(args_.c_n, j, row < 0 ? c_0_.get() + j * padded_ : planes(kTangent, row) + Cell::kSavedCell * padded_);
-      if (!args_.backward) continue;
+      if (!args_.backward) return;
       write(tangents_.grad_h_0, j, carried(dh_, kTangent, j));
       if constexpr (Cell::kHasCell) write(tangents_.grad_c_0, j, carried(dc_, kTangent, j));
-    }
+    });
     if (!args_.backward) return;
     input_gradient_.finish(layout_.rows > 0);
     hidden_gradient_.finish(layout_.rows > 0 && recurs_);

@@ -16,6 +16,17 @@ using TangentOp = std::vector<at::Tensor>(const OptionalTensors&, const Optional
 
 }  // namespace
 
+c10::DispatchKeySet seen_keys(c10::DispatchKeySet of_tensors) {
+  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
+  return (of_tensors | local.included_) - local.excluded_;
+}
+
+bool reaches_cpu_kernels(c10::DispatchKeySet seen) {
+  constexpr c10::DispatchKeySet kNoMore{c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                        c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect};
+  return kNoMore.has_all(seen);
+}
+
 LayerResult layer_call(const LayerInputs& in, bool save, bool recompute) {
   static const auto op =
       find<LayerResult(const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList,

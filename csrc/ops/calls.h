@@ -7,6 +7,11 @@
 
 namespace rnn_ext::ops {
 
+/// The dispatch keys that a call sees whose tensors have these.
+c10::DispatchKeySet seen_keys(c10::DispatchKeySet of_tensors);
+/// Whether nothing but autograd comes before the CPU's kernels.
+bool reaches_cpu_kernels(c10::DispatchKeySet seen);
+
 LayerResult layer_call(const LayerInputs& in, bool save, bool recompute);
 /// One timestep of one direction without the dimensions of these: input (N, I), states (N, H). Returns the next h and,
 /// for a cell that has one, c.

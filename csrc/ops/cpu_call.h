@@ -126,15 +126,13 @@ void prepare_weights(std::vector<at::Tensor>& flat, const LayerShape& shape, int
 /// Zeros where a sequence has ended: the kernels do not visit these positions.
 template <class T>
 void zero_past_end(const cpu::Sequence<T>& sequence, const cpu::Layout& layout, int64_t features) {
-  int64_t end = layout.steps;
-  for (int64_t j = 0; j < layout.batch; ++j) {
-    while (end > 0 && layout.batch_sizes[end - 1] <= j) --end;
+  layout.each_length([&](int64_t j, int64_t end) {
     if (sequence.step == features) {
       std::fill_n(sequence.at(layout, end, j), (layout.steps - end) * features, T{});
     } else {
       for (int64_t t = end; t < layout.steps; ++t) std::fill_n(sequence.at(layout, t, j), features, T{});
     }
-  }
+  });
 }
 
 }  // namespace rnn_ext::ops

@@ -11,6 +11,8 @@
 #include <functional>
 #include <utility>
 
+#include "ops/calls.h"
+
 namespace rnn_ext::ops {
 namespace {
 
@@ -20,12 +22,8 @@ constexpr int64_t kUninterrupted = 16;  // calls between two looks at signals
 
 /// Whether nothing but the CPU's kernels looks at a tensor.
 bool is_plain(const at::Tensor& tensor) {
-  constexpr c10::DispatchKeySet kPlain{c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                                       c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect};
-  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
-  const c10::DispatchKeySet keys = (tensor.key_set() | local.included_) - local.excluded_;
   const bool recorded = at::GradMode::is_enabled() && tensor.requires_grad();
-  return !recorded && !tensor._fw_grad(0).defined() && kPlain.has_all(keys);
+  return !recorded && !tensor._fw_grad(0).defined() && reaches_cpu_kernels(seen_keys(tensor.key_set()));
 }
 
 /// The entries of a tensor. Those of a plain one are made when they are asked for, without a trip through the

@@ -20,17 +20,15 @@ c10::DispatchKeySet keys_of(const at::Tensor& input, std::initializer_list<const
     if (tensor->has_value()) keys = keys | (*tensor)->key_set();
   }
   for (const at::Tensor& weight : weights) keys = keys | weight.key_set();
-  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
-  return (keys | local.included_) - local.excluded_;
+  return seen_keys(keys);
 }
 
 /// Whether nothing but autograd stands between the call and the CPU's kernels.
 bool is_plain(c10::DispatchKeySet keys, const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
               at::TensorList weights) {
-  constexpr c10::DispatchKeySet kPlain{c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                                       c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect};
   using torch::autograd::isFwGradDefined;
-  if (!kPlain.has_all(keys) || isFwGradDefined(input) || isFwGradDefined(h_0) || isFwGradDefined(c_0)) return false;
+  if (!reaches_cpu_kernels(keys) || isFwGradDefined(input) || isFwGradDefined(h_0) || isFwGradDefined(c_0))
+    return false;
   return std::none_of(weights.begin(), weights.end(), [](const at::Tensor& weight) { return isFwGradDefined(weight); });
 }
 
