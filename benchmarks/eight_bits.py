@@ -12,6 +12,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 import rnn_ext
 from rnn_ext._files import write
-from rnn_ext._options import Parser, output_file, positive_number
+from rnn_ext._options import Parser, guarded, output_file, positive_number
 from rnn_ext.bench import Case, Workload, machine
 
 RESULTS = Path(__file__).parent / "results" / "eight_bits.md"
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

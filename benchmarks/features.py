@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnn_ext
 from rnn_ext._files import write
-from rnn_ext._options import Parser, output_file, positive_number
+from rnn_ext._options import Parser, guarded, output_file, positive_number
 from rnn_ext.bench import machine
 
 RESULTS = Path(__file__).parent / "results" / "features.md"
@@ -396,4 +397,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -37,7 +37,7 @@ import rnn_ext
 from rnn_ext import ops
 from rnn_ext._files import write
 from rnn_ext._nvcc import find_nvcc, library_folders
-from rnn_ext._options import Parser, output_file, positive_number
+from rnn_ext._options import Parser, guarded, output_file, positive_number
 
 FOLDER = Path(__file__).parent
 MICRO_SECONDS = 120
@@ -386,4 +386,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

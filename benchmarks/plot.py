@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from rnn_ext._options import guarded
 from rnn_ext.bench import NOISE, duration
 from rnn_ext.plots import COLOURS, GREY, INK, STYLE, save
 
@@ -246,7 +247,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     every = sorted({row["threads"] for row in result["rows"]})
     jobs = []
     for threads in every:
-        suffix = "" if threads == every[0] else f"_{threads}_threads"
+        suffix = "" if threads == 1 else f"_{threads}_threads"
         jobs += [(f"speed_up{suffix}", speed_up, threads), (f"floor{suffix}", floor, threads)]
     jobs += [("length", length, 1), ("scaling", scaling, 1)]
     written = []
@@ -273,10 +274,18 @@ def main(argv: list[str]) -> int:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "section" in row for row in rows):
         print(f"error: {given.result} holds no results of run.py", file=sys.stderr)
         return 2
-    for path in draw(result, given.folder):
+    try:
+        drawn = draw(result, given.folder)
+    except (KeyError, TypeError) as error:
+        print(f"error: {given.result} holds no results of run.py: a row lacks {error}", file=sys.stderr)
+        return 2
+    if not drawn:
+        print(f"error: {given.result} has no rows for a picture", file=sys.stderr)
+        return 2
+    for path in drawn:
         print(path)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

@@ -1,6 +1,7 @@
 """rnn_ext against torch.nn, ONNX Runtime, OpenVINO and JAX, side by side on this machine.
 
-    python benchmarks/run.py                       everything: results/<machine>.json and .md, plots/
+    python benchmarks/run.py                       everything: results/<machine>.json and .md, plots/ (no other option
+                                                   does, of which some go with --output)
     python benchmarks/run.py --quick               a few small rows, two minutes: does it run?
     python benchmarks/run.py --rows 'grid LSTM N=1 .*forward$' --threads 1 --output mine.json
     RNN_EXT_CPU_CAPABILITY=avx2 python benchmarks/run.py       torch.nn and us on AVX2: results/<machine>-avx2.json
@@ -27,6 +28,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -49,8 +51,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn_ext
 from rnn_ext import _C, bench, ops
-from rnn_ext._files import write
-from rnn_ext._options import Parser, output_file, positive_int, positive_number
+from rnn_ext._files import check_output, write
+from rnn_ext._options import Parser, guarded, output_file, positive_int, positive_number
 from rnn_ext.bench import CELLS, Case, Workload, duration, ragged
 from rnn_ext.models import BiLSTMClassifier, RNNRegressor
 
@@ -406,6 +408,8 @@ def _reset_peak() -> int | None:
 
 
 def _end_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the parent answers
+
     def wait() -> None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
@@ -416,10 +420,15 @@ def _end_with_parent() -> None:
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a fresh process, which does not go on measuring when this one is killed."""
+    """Call a function in a fresh process, which does not go on measuring when this one is interrupted or killed."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_parent) as pool:
-        return pool.submit(function, *arguments).result()
+        try:
+            return pool.submit(function, *arguments).result()
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
 
 
 def slug(about: Mapping[str, Any]) -> str:
@@ -435,6 +444,18 @@ def pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"{text} is not a regular expression ({error})") from None
 
 
+def results_file(text: str) -> Path:
+    """A type of argparse's options: a JSON file, beside which a table goes."""
+    path = output_file(text)
+    beside = path.with_suffix(".md")
+    if path == beside:
+        raise argparse.ArgumentTypeError(f"{text} is where the table would go: expected a name that ends in .json")
+    if beside.exists() and not path.exists():
+        raise argparse.ArgumentTypeError(f"{text}: its table would replace {beside}, which is not one")
+    output_file(str(beside))
+    return path
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cores = len(bench.allowed_cores())
@@ -442,7 +463,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=pattern, help="regular expression for section, name and mode of a row")
     parser.add_argument("--threads", type=positive_int, nargs="+", help="(1 and all cores)")
     parser.add_argument("--seconds", type=positive_number(), help="for each row, about (3; quick: 0.4)")
-    parser.add_argument("--output", type=output_file, help="JSON file (of all rows: results/<machine>.json)")
+    parser.add_argument(
+        "--output", type=results_file, help="JSON file, its table beside it (with no option: results/<machine>.json)"
+    )
     options = parser.parse_args(argv)
     options.threads = sorted(set(options.threads or (1, cores)))
     options.seconds = options.seconds or (0.4 if options.quick else 3.0)
@@ -463,7 +486,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [row for row in all_rows() if not options.quick or is_small(row)]
     if options.rows:
         rows = [row for row in rows if options.rows.search(str(row))]
-    whole = not options.quick and not options.rows
+    whole, published = not options.quick and not options.rows, options == parse([])
     if not rows:
         sections = ", ".join(dict.fromkeys(row.section for row in all_rows()))
         print(f"error: --rows {options.rows.pattern!r} matches nothing; the sections are {sections}", file=sys.stderr)
@@ -473,11 +496,14 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     os.environ.update(peers.INSTRUCTIONS.get(peers.held() or "", {}))  # what measures is a process of its own
     about = in_fresh_process(bench.machine)
-    if about["load"] and about["load"][0] > 0.5:
-        console.print(f"Other work is running here (load {about['load'][0]:.1f}): the numbers will suffer.")
+    if work := bench.other_work(about):
+        console.print(f"Other work is running here ({work}): the numbers will suffer.")
     result: dict[str, Any] = {"format": 1, "machine": about, "seconds_per_row": options.seconds}
     result |= {"ceilings": {}, "pinned": {}, "rows": [], "memory": []}
-    output = options.output or (FOLDER / "results" / f"{slug(about)}.json" if whole else None)
+    output = options.output
+    if published:
+        output = FOLDER / "results" / f"{slug(about)}.json"
+        check_output(output)
     for threads in options.threads:
         chosen = [str(row) for row in rows if row.all_threads or threads == min(options.threads)]
         if not chosen:
@@ -500,7 +526,7 @@ def main(argv: list[str] | None = None) -> int:
     save(result, output)
     if output:
         console.print(f"written: {output} and {output.with_suffix('.md').name}")
-    if whole and not options.output and not peers.held():
+    if published and not peers.held():
         import plot
 
         for path in plot.draw(result, FOLDER / "plots"):
@@ -509,4 +535,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

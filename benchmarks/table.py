@@ -21,7 +21,7 @@ from readings import (
     torch_name,
 )
 
-from rnn_ext.bench import CELLS, NOISE, duration, size
+from rnn_ext.bench import CELLS, NOISE, duration, other_work, size
 
 SECTIONS = {
     "grid": "One layer, input size = H",
@@ -41,6 +41,15 @@ def conditions(about: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     kernels = f"our kernels for {about['instructions']}, torch's for {about['torch_instructions']}"
     return f"{about['date']}; {versions}; {kernels}"
+
+
+def disturbances(about: dict[str, Any]) -> Iterator[str]:
+    """An entry of a list about other work, if there was any."""
+    if work := other_work(about):
+        yield f"- Other work was running when it began, {work}: rows with several threads are not to be trusted."
+    elif "busy" not in about and about["load"] and about["load"][0] > 0.5:
+        yield f"- The minute before it began had a load of {about['load'][0]:.1f}. If that was other work and no other"
+        yield "  benchmark, rows with several threads suffer."
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -77,8 +86,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         for dtype, ways in ceilings["cells"].items():
             costs = (f"{cell.upper()} {' and '.join(f'{1e9 * ways[way][cell]:.2f}' for way in ways)}" for cell in CELLS)
             yield f"  A cell alone, forward and backward, in {dtype}: {', '.join(costs)} ns a unit."
-    if about["load"] and about["load"][0] > 0.5:
-        yield f"- Other work was running, load {about['load'][0]:.1f}: rows with several threads are not to be trusted."
+    yield from disturbances(about)
     yield ""
     samples = [timing["samples"] for row in result["rows"] for timing in row["times"].values()]
     if samples:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from rnn_ext._files import InputError, check_output, version
-from rnn_ext._options import Parser, positive_int, positive_number, whole_number
+from rnn_ext._options import Parser, guarded, positive_int, positive_number, whole_number
 from rnn_ext._version import __version__
 
 DELEGATED = {
@@ -196,23 +194,7 @@ def run(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # not every terminal has an ñ
-    try:
-        code = run(sys.argv[1:] if argv is None else argv)
-        if sys.stdout:  # which may be closed
-            sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # by head, for instance, which has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(*(stop.args or ["stopped"]), file=sys.stderr)
-        return 130
+    return guarded(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -58,3 +61,24 @@ def output_file(text: str) -> Path:
 
 
 positive_int = whole_number(1)
+
+
+def guarded(run: Callable[[], int | None]) -> int:
+    """What `run` returns, or the exit status of what ended it, said in one sentence."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # not every terminal has an ñ
+    try:
+        code = run() or 0
+        if sys.stdout:  # which may be closed
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # by head, for instance, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(*(stop.args or ["stopped"]), file=sys.stderr)
+        return 130

@@ -367,6 +367,27 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def busy_cores(seconds: float = 0.3) -> float | None:
+    """How many cores others keep busy while this thread sleeps; None where the system does not say."""
+
+    def ticks() -> tuple[int, int]:  # in all, and idle ones or waiting for a disk
+        fields = [int(field) for field in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+        return sum(fields), fields[3] + fields[4]
+
+    with contextlib.suppress(OSError, ValueError, IndexError, ZeroDivisionError):
+        before, idle_before = ticks()
+        time.sleep(seconds)
+        after, idle_after = ticks()
+        return (os.cpu_count() or 1) * (1 - (idle_after - idle_before) / (after - before))
+    return None
+
+
+def other_work(about: Mapping[str, Any]) -> str | None:
+    """What :func:`machine` found running, if it is enough to spoil a measurement."""
+    busy = about.get("busy")  # which older results lack
+    return f"{busy:.1f} of {about['cores']} cores are busy" if busy is not None and busy > 0.3 else None
+
+
 def machine() -> dict[str, Any]:
     """What a measurement depends on."""
     return {
@@ -377,6 +398,7 @@ def machine() -> dict[str, Any]:
         "caches": _caches(),
         "memory": available_memory(),
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "busy": busy_cores(),
         "instructions": ops.cpu_capability() if ops.is_available() else None,
         "torch_instructions": torch.backends.cpu.get_cpu_capability(),
         "versions": {
@@ -500,10 +522,9 @@ def main(argv: list[str] | None = None) -> int:
         where = "not pinned" if cores is None else f"pinned to {len(cores)} of {about['cores']} cores"
         print(f"{about['processor']}, kernels for {about['instructions']}, torch {about['versions']['torch']}")
         print(f"{options.threads} thread(s), {where}; medians ± half of the middle 50 %, {options.seconds:g} s in all")
-        if about["load"] and about["load"][0] > 0.5:
+        if work := other_work(about):
             alone = " With --threads 1 only time that this process has a core counts." if options.threads > 1 else ""
-            load = f"load {about['load'][0]:.1f}"
-            print(f"Other work is running here ({load}): the numbers will not be worth much.{alone}")
+            print(f"Other work is running here ({work}): the numbers will not be worth much.{alone}")
         name = max(len(str(case)) for case in cases)
         print(f"\n{'':{name}}  {'':18}{'torch.nn':>18}{'rnn_ext':>18}{'speed-up':>11}  kept for backward")
         for case, training in jobs:

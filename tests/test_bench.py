@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +124,20 @@ def test_free_memory(monkeypatch, tmp_path):
     assert bench.too_large(Case("gru", 2, 3, 4, 5), True) is None
 
 
+def test_busy_cores(monkeypatch):
+    stats = iter(["cpu  100 0 10 300 20 0 0 0 7 7\ncpu0 1", "cpu  105 2 11 308 22 1 1 0 9 9\ncpu0 1", "", "cpu a"])
+    monkeypatch.setattr(Path, "read_text", lambda self: next(stats))
+    assert bench.busy_cores(0) == (os.cpu_count() or 1) * 0.5  # 10 of 20 ticks
+    assert bench.busy_cores(0) is bench.busy_cores(0) is None  # nothing that it can read
+
+
+def test_other_work():
+    assert bench.other_work({"busy": 0.31, "cores": 2}) == "0.3 of 2 cores are busy"
+    assert (
+        bench.other_work({"busy": 0.3, "cores": 2}) is bench.other_work({"busy": None}) is bench.other_work({}) is None
+    )
+
+
 def test_pinned(monkeypatch):
     calls = []
     monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: calls.append(list(cores)))
@@ -160,13 +175,13 @@ def test_lines_of_the_command(monkeypatch, capsys):
 
     seconds, results = [], iter([measured(2.0, 1.99), measured(1.0, 2.0, "training")])
     monkeypatch.setattr(bench, "compare", lambda case, training, limit: seconds.append(limit) or next(results))
-    about = {"processor": "p", "instructions": "i", "cores": 2, "load": [0.7, 0, 0], "versions": {"torch": "t"}}
+    about = {"processor": "p", "instructions": "i", "cores": 2, "busy": 0.7, "versions": {"torch": "t"}}
     monkeypatch.setattr(bench, "machine", lambda: about)
     arguments = ["--cell", "rnn", "--seconds", "10", "--threads", "1"]
     assert bench.main(arguments) == 0
     out = capsys.readouterr().out
     assert seconds == [5, 5] and "Slower than torch.nn: 1 of 2." in out
-    assert "Other work is running here (load 0.7): the numbers will not be worth much.\n" in out
+    assert "Other work is running here (0.7 of 2 cores are busy): the numbers will not be worth much.\n" in out
 
     def wrong(*_):
         raise bench.DifferentResults("it differs")

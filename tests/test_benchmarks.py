@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +56,20 @@ def test_what_measures_ends_with_its_parent(tmp_path):
         parent.kill()
     # The child has the same output: it ends when both have.
     assert parent.communicate(timeout=60) == ("", None)
+
+
+def test_an_interrupt_ends_what_measures(tmp_path):
+    """Also one that reaches the benchmark alone; in one word."""
+    script = tmp_path / "sleeper.py"
+    script.write_text("import time\nprint('asleep', flush=True)\ntime.sleep(600)\n")
+    start = "import run, runpy, sys; from rnn_ext._options import guarded"
+    start += f"; sys.exit(guarded(lambda: run.in_fresh_process(runpy.run_path, {str(script)!r})))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    parent = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT / "benchmarks", **pipes)
+    assert parent.stdout.readline() == "asleep\n"
+    parent.send_signal(signal.SIGINT)
+    assert parent.communicate(timeout=60) == ("", "stopped\n")
+    assert parent.returncode == 130
 
 
 def torch_only(monkeypatch):
@@ -461,6 +476,7 @@ def test_run_end_to_end(monkeypatch, tmp_path, capsys):
         (["--rows", "("], "( is not a regular expression"),
         (["--threads", "100000"], "this process may use"),
         (["--output", "/proc/at/all.json"], "/proc takes no file"),
+        (["--output", "mine.md"], "mine.md is where the table would go: expected a name that ends in .json"),
     ],
 )
 def test_run_refuses(arguments, message, capsys):
@@ -472,6 +488,40 @@ def test_run_refuses(arguments, message, capsys):
         status = exit.code
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_table_replaces_nothing_else(tmp_path, capsys):
+    import run
+
+    (tmp_path / "notes.md").write_text("mine\n")
+    (tmp_path / "folder.md").mkdir()
+    (tmp_path / "folder.json").touch()
+    for name, why in (("notes", "its table would replace"), ("folder", "is a folder")):
+        with pytest.raises(SystemExit, match="2"):
+            run.main(["--output", str(tmp_path / f"{name}.json")])
+        assert why in capsys.readouterr().err
+    assert (tmp_path / "notes.md").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, published", [([], True), (["--seconds", "0.01"], False), (["--threads", "1"], False)]
+)
+def test_only_all_rows_measured_in_full_are_published(arguments, published, monkeypatch, tmp_path):
+    import plot
+    import run
+
+    rows = [run.Row("grid", SMALL, "forward", str(SMALL), run.layers)]
+    part = {"rows": [], "ceilings": CEILINGS, "cores": None, "versions": {}}
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(run, "FOLDER", tmp_path)
+    monkeypatch.setattr(run, "all_rows", lambda: rows)
+    monkeypatch.setattr(run, "in_fresh_process", lambda call, *_: part if call is run.measure else bench.machine())
+    monkeypatch.setattr(run, "MEMORY_CASES", [])
+    monkeypatch.setattr(run.peers, "held", lambda: None)
+    drawn = []
+    monkeypatch.setattr(plot, "draw", lambda result, folder: drawn.append(folder) or [])
+    assert run.main(arguments) == 0
+    assert bool(drawn) == published and len(list(tmp_path.rglob("*.json"))) == published
 
 
 def made_up():
@@ -606,6 +656,10 @@ def test_plot_refuses(tmp_path, capsys):
     of_another.write_text(json.dumps({"rows": [{"name": "RNN N=1 L=1 H=1", "mode": "inference"}]}))
     assert plot.main([str(of_another)]) == 2
     assert "random.json holds no results of run.py" in capsys.readouterr().err
+    for rows, why in (([{"section": "grid"}], "a row lacks 'threads'"), ([], "has no rows for a picture")):
+        of_another.write_text(json.dumps({"rows": rows}))
+        assert plot.main([str(of_another), str(tmp_path)]) == 2
+        assert why in capsys.readouterr().err
 
 
 def test_what_the_options_cost(monkeypatch, capsys, tmp_path):
