@@ -298,7 +298,7 @@ def test_gradients_of_weights_from_rows_as_they_lie(cell, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [(6, 1), (3, 7), (150, 1), (70, 6)], ids=str)
+@pytest.mark.parametrize("rows", [(1, 1), (1, 9), (6, 1), (3, 7), (150, 1), (70, 6)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_zeros_before_a_sequence_multiply_nan(cell, rows, dtype):
     """As torch's do: the gradient of a step without a state before it reaches weight_hh if it is not a number."""

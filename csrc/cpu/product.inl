@@ -5,8 +5,9 @@
 // k counts elements, see Element.
 
 /// Where consecutive k of A are rows of a matrix, which no hardware prefetcher follows: how many k before its use a
-/// line is fetched. (Rows of B are several lines, and fetching them gained nothing.)
-constexpr int64_t kAhead = 24;
+/// line is fetched. (Rows of B are several lines, and fetching them gained nothing.) Of few rows most of that would lie
+/// behind them, where it costs a look at the page table each time.
+constexpr int64_t kAhead = 24, kFewestAhead = 4 * kAhead;
 
 /// What a tile fetches for later: a line, or part of one, with each k.
 struct Fetch {
@@ -223,6 +224,7 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Factor
                                 const AnySegments& segments, Fetch fetch) {
   using Op = Operand<S>;
   const int64_t stride = kStrided ? segments.stride : 1;
+  const int64_t ahead = kStrided && segments.size() >= kFewestAhead ? kAhead * stride : 0;
   Chain<S, MR, NB * G> chain(segments.size());
   for (int s = 0; s < segments.count; ++s) {
     const int64_t offset = segments.offset[s];
@@ -235,7 +237,7 @@ ALWAYS_INLINE void multiply_add(Vec<Compute<S>> (&acc)[MR][NB * G], const Factor
 #pragma GCC unroll 2
       for (int64_t k = done; k < end; ++k) {
         if constexpr (kStrided) {
-          __builtin_prefetch(row[MR - 1] + (k + kAhead) * stride);
+          __builtin_prefetch(row[MR - 1] + k * stride + ahead);
         } else if constexpr (MR >= kFetchingRows) {
           __builtin_prefetch(fetch.at, 0, 2);  // to the second-level cache
           fetch.at += fetch.step;
