@@ -116,16 +116,14 @@ BITS_16, BITS_8 = "8 bits, activations 16", "8 bits, activations 8"
 TORCH_8, ONNX_8 = "torch.nn, dynamic quantization", "ONNX Runtime, dynamic quantization"
 
 
-def eight_bits(
-    ours: str, other: str, chosen: Callable[[str, int, int], bool] = lambda cell, batch, units: True
-) -> list[Range]:
-    """Our share of the other's time, of the layers for which chosen(cell, N, H) is true, and the other can."""
+def eight_bits(ours: str, other: str, chosen: Callable[[int], bool] = lambda units: True) -> list[Range]:
+    """Our share of the other's time, of the layers for whose units chosen() is true, and the other can."""
     rows = table("eight_bits.md")
     titles = rows[""]
     found = []
     for name, shown in rows.items():
-        shape = re.fullmatch(r"(\w+), N=(\d+), L=\d+, H=(\d+)", name)
-        if not shape or not chosen(shape[1], int(shape[2]), int(shape[3])):
+        shape = re.fullmatch(r"\w+, N=\d+, L=\d+, H=(\d+)", name)
+        if not shape or not chosen(int(shape[1])):
             continue
         times = [shown[titles.index(title)].split(" ")[0] for title in (ours, other)]
         if all(times):
@@ -169,11 +167,11 @@ def extra(ranges: list[Range], scale: float) -> list[Range]:
 # --- The claims: where, the words with a # for each number, and what those are
 
 
-def large(cell: str, batch: int, units: int) -> bool:
+def large(units: int) -> bool:
     return units >= 256
 
 
-def of_64(cell: str, batch: int, units: int) -> bool:
+def of_64(units: int) -> bool:
     return units == 64
 
 
