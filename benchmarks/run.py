@@ -1,7 +1,7 @@
 """rnn_ext against torch.nn, ONNX Runtime, OpenVINO and JAX, side by side on this machine.
 
-    python benchmarks/run.py                       everything: results/<machine>.json and .md, plots/ (no other option
-                                                   does, of which some go with --output)
+    python benchmarks/run.py                       everything: results/<machine>.json and .md, plots/. With any option
+                                                   only what --output names is written
     python benchmarks/run.py --quick               a few small rows, two minutes: does it run?
     python benchmarks/run.py --rows 'grid LSTM N=1 .*forward$' --threads 1 --output mine.json
     RNN_EXT_CPU_CAPABILITY=avx2 python benchmarks/run.py       torch.nn and us on AVX2: results/<machine>-avx2.json
