@@ -27,7 +27,7 @@ class WeightGradient {
   template <class Row>
   NO_INLINE void take(int64_t rows, Row& b_row) {
     if (!few_) return;
-    is_zero_ = is_zero(b_row, rows);
+    is_zero_ = rows > 0 && is_zero(b_row, rows);
     // (What is rounded in the tiles, see PlainProduct, is packed: by way of memory of their own it takes up to a third
     // longer.)
     const bool rounds = storage_ != Storage::kComputed;
