@@ -44,8 +44,11 @@ def test_side_products_of_any_width(cell, size, set_tuning):
             narrow = run(problem)
             set_tuning(vectors_a_cycle=2, far_bytes=0)
             wide = run(problem)
+            set_tuning(takes_along=False)
+            chunks = run(problem)
         check_values(narrow, expected, dtype)
         same_bits(wide, narrow)
+        same_bits(chunks, narrow)
 
 
 @pytest.mark.parametrize("size", [(71, 130, 100), (71, 64, 64), (71, 31, 257), (71, 513, 70)], ids=str)  # L, I, H
@@ -93,8 +96,9 @@ def test_input_gradients_beside_the_scan(cell, size, directions, layout, set_tun
             _, grads = gradients(run, problem)
             if expected:
                 check_gradients(grads, expected, dtype)
-            set_tuning(vectors_a_cycle=2)
-            same_bits(gradients(run, problem)[1], grads)
+            for other in ({"takes_along": False}, {"vectors_a_cycle": 2}):
+                set_tuning(**other)
+                same_bits(gradients(run, problem)[1], grads)
             for threads, distance in ((2, 1000), (2, 0), (4, 0)):  # far from each other, little is left to one
                 torch.set_num_threads(threads)
                 _C.assume_thread_distance(distance)

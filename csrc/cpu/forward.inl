@@ -193,8 +193,9 @@ class ForwardScan {
   bool projects_ahead() const {
     // Bytes of the recurrent weights (measured).
     constexpr int64_t kWorthwhile = (RNN_EXT_VECTOR_REGISTERS < 32 ? 16 : 12) * 1024;
-    return kTakesAlong && !chunks_ && !short_ && weight_bytes(out_) >= kWorthwhile && args_.sizes.input > 0 &&
-           is_one_sequence(layout_) && (copies_inputs() || args_.input.to_next(layout_, reverse_) % kPack<S> == 0);
+    return kTakesAlong && tuning().takes_along && !chunks_ && !short_ && weight_bytes(out_) >= kWorthwhile &&
+           args_.sizes.input > 0 && is_one_sequence(layout_) &&
+           (copies_inputs() || args_.input.to_next(layout_, reverse_) % kPack<S> == 0);
   }
 
   /// Of a stack whose layers run at the same time: the one above waits for the first chunk, or for two if

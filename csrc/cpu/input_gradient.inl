@@ -136,8 +136,10 @@ class InputGradient {
   /// Whether a scan waits so long for recurrent weights that tiles beside it are faster than after it (measured,
   /// backward of 128 to 512 steps: on Zen 4 64 units of an LSTM 1.06 times as fast, of a GRU 1.03, 128 units 1.08, of
   /// an RNN 1.05, whose 64 units are 0.99: they fit the first-level cache; on Zen 5, whose second one is read twice as
-  /// fast, 1.02 to 1.09 between these limits, else 0.93 to 1.00; not on Intel's, which are taken to be like it).
+  /// fast, 1.02 to 1.09 between these limits, else 0.93 to 1.00; on Ice Lake 0.94 to 0.99 there; not on other ones of
+  /// Intel's, which are taken to be like Zen 5).
   static bool beside_pays(const BackwardArgs<S>& args) {
+    if (!tuning().takes_along) return false;
     const int64_t bytes = recurrent_bytes(args);
     return tuning().vectors_a_cycle == 1 || (bytes > 128 * 1024 && bytes <= 400 * 1024);
   }

@@ -250,6 +250,7 @@ struct Tuning {
   // 1 or 2 multiply-adds that begin in a cycle: how wide tiles of side.inl are, which steps join, which take gradients
   // of inputs along
   int vectors_a_cycle;
+  bool takes_along;   // steps of one sequence compute tiles of other products meanwhile, see row.inl
   bool fetch_panels;  // product.inl asks for weights beyond the second-level cache before it needs them
   bool joins_far;     // steps of an LSTM or GRU compute their input gates themselves, see inputs.inl, with such weights
   int64_t far_bytes;  // of weights, from which the input gates of one sequence are computed for more steps at a time

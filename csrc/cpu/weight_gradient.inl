@@ -274,6 +274,7 @@ class WeightGradient {
     constexpr int64_t kWaiting = 8;
     const int64_t pieces = tasks_of_part(), part = task / pieces, piece = task % pieces;
     const int64_t first = height_ * piece / pieces, last = height_ * (piece + 1) / pieces;
+    bool adds[2] = {};  // each of the runs something
     if constexpr (kPack<S> == 1) {
       if (is_zero_ && are_numbers(a + offset[part] + first, stride, last - first, rows)) {
         return with_storage<T>(storage_, [&]<class To>() {
@@ -281,9 +282,6 @@ class WeightGradient {
           std::memset(static_cast<void*>(grad), 0, size_t((last - first) * width_) * sizeof(To));
         });
       }
-    }
-    bool adds[2] = {};  // each of the runs something
-    if constexpr (kPack<S> == 1) {
       const S* a_run = a + offset[part] + first;
       for (int i = 0; lies_ && i < 2; a_run += runs_[i++].count * stride) {
         const bool other = runs_[1 - i].first;
