@@ -34,6 +34,7 @@ STYLES = {
     "JAX": ("#E69F00", "P", "--"),
 }
 TITLES = {"forward": "inference", "training": "forward + backward"}
+FIELDS = {"section", "name", "case", "mode", "threads", "times", "floor"}  # of a row
 
 
 def select(result: dict[str, Any], section: str, mode: str, threads: int | None = None) -> list[dict[str, Any]]:
@@ -270,15 +271,14 @@ def main(argv: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {given.result} cannot be read: {error}", file=sys.stderr)
         return 2
-    rows = result.get("rows") if isinstance(result, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "section" in row for row in rows):
+    rows = result.get("rows") if isinstance(result, dict) and "machine" in result else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         print(f"error: {given.result} holds no results of run.py", file=sys.stderr)
         return 2
-    try:
-        drawn = draw(result, given.folder)
-    except (KeyError, TypeError) as error:
-        print(f"error: {given.result} holds no results of run.py: a row lacks {error}", file=sys.stderr)
+    if lacking := sorted(set().union(*(FIELDS - row.keys() for row in rows))):
+        print(f"error: {given.result} holds no results of run.py: a row lacks {', '.join(lacking)}", file=sys.stderr)
         return 2
+    drawn = draw(result, given.folder)
     if not drawn:
         print(f"error: {given.result} has no rows for a picture", file=sys.stderr)
         return 2

@@ -31,6 +31,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from plot import TITLES, where
+from readings import ratio
 from rich.progress import Progress
 
 from rnn_ext import bench, ops
@@ -72,11 +73,6 @@ def draw_case(rng: random.Random) -> tuple[Case, str]:
             return case, mode
 
 
-def ratio(seconds: list[float]) -> float:
-    """torch.nn's time over ours."""
-    return seconds[0] / seconds[1]
-
-
 def compare(case: Case, mode: str, seconds: float) -> list[float]:
     """What a call takes torch.nn and us."""
     times = bench.compare(case, mode == "training", seconds)["times"]
@@ -115,8 +111,8 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"{table.conditions(about)}; seed {result['seed']}"
     yield ""
-    yield from table.disturbances(about)
-    yield ""
+    if disturbances := list(table.disturbances(about)):
+        yield from (*disturbances, "")
     yield f"`python benchmarks/random_shapes.py`, which says what is drawn: {len(rows)} layers. Slower than torch.nn by"
     yield f"more than noise, also when measured again: **{len(slower(rows))}**. torch.nn's time over ours, medians of"
     yield f"about {SECONDS:g} s for both:"

@@ -32,6 +32,11 @@ def speed_up(row: dict[str, Any], over: str | None) -> float | None:
     return theirs / ours if ours and theirs else None
 
 
+def ratio(seconds: list[float]) -> float:
+    """Of a row of random_shapes.py, torch.nn's time over ours."""
+    return seconds[0] / seconds[1]
+
+
 def floor_share(row: dict[str, Any], which: str = "seconds") -> float | None:
     """Of the time that ours takes, how much it has to; ``which``: of the fields of a floor."""
     ours = median(row, "rnn_ext")

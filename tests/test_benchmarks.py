@@ -514,6 +514,7 @@ def test_only_all_rows_measured_in_full_are_published(arguments, published, monk
     rows = [run.Row("grid", SMALL, "forward", str(SMALL), run.layers)]
     part = {"rows": [], "ceilings": CEILINGS, "cores": None, "versions": {}}
     (tmp_path / "results").mkdir()
+    monkeypatch.setattr(bench, "allowed_cores", lambda: [0, 1])  # of one, `--threads 1` is all
     monkeypatch.setattr(run, "FOLDER", tmp_path)
     monkeypatch.setattr(run, "all_rows", lambda: rows)
     monkeypatch.setattr(run, "in_fresh_process", lambda call, *_: part if call is run.measure else bench.machine())
@@ -654,11 +655,16 @@ def test_plot_refuses(tmp_path, capsys):
     assert plot.main([str(tmp_path / "nothing.json")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     of_another = tmp_path / "random.json"  # random_shapes.py's
-    of_another.write_text(json.dumps({"rows": [{"name": "RNN N=1 L=1 H=1", "mode": "inference"}]}))
-    assert plot.main([str(of_another)]) == 2
-    assert "random.json holds no results of run.py" in capsys.readouterr().err
-    for rows, why in (([{"section": "grid"}], "a row lacks 'threads'"), ([], "has no rows for a picture")):
-        of_another.write_text(json.dumps({"rows": rows}))
+    row = dict.fromkeys(plot.FIELDS)
+    del row["floor"], row["section"]
+    for result, why in (
+        ([], "random.json holds no results of run.py"),
+        ({"rows": []}, "random.json holds no results of run.py"),
+        ({"machine": {}, "rows": [1]}, "random.json holds no results of run.py"),
+        ({"machine": {}, "rows": [row]}, "random.json holds no results of run.py: a row lacks floor, section"),
+        ({"machine": {}, "rows": []}, "has no rows for a picture"),
+    ):
+        of_another.write_text(json.dumps(result))
         assert plot.main([str(of_another), str(tmp_path)]) == 2
         assert why in capsys.readouterr().err
 

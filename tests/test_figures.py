@@ -98,7 +98,9 @@ def random_layers(name: str, threads: int | None = None) -> list[Row]:
 
 
 def random_ratios(name: str, threads: int | None = None, which: str = "seconds") -> list[float]:
-    return [row[which][0] / row[which][1] for row in random_layers(name, threads) if which in row]
+    import readings
+
+    return [readings.ratio(row[which]) for row in random_layers(name, threads) if which in row]
 
 
 def share(rows: list[Row], part: str) -> Range:
