@@ -153,6 +153,19 @@ def test_weights_beyond_the_second_level_cache(cell, batch, hidden, set_tuning):
         same_bits(again_grads, grads)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_steps_of_up_to_24_rows(cell, set_tuning):
+    """With their input gates or after them, by the size of the weights; some steps of a call this way, some that."""
+    problem = build(Case(cell, lengths=True, size=(9, 24, 203, 200))).to(torch.float32)
+    set_tuning(near_bytes=0)
+    values, grads = gradients(run, problem)
+    check_values(values, oracle(problem.to(torch.float64)), torch.float32)
+    set_tuning(near_bytes=1 << 40)
+    again, again_grads = gradients(run, problem)
+    same_bits(again, values)
+    same_bits(again_grads, grads)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_large_weights_of_one_timestep_are_packed_as_they_are_read(dtype, set_tuning):
     """Where they come slowly, no call looks for those of the call before: the same bits, and nothing kept."""

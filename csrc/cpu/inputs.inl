@@ -4,7 +4,8 @@
 /// From how many rows on a step joins. Each reads weight_ih then, instead of each chunk, which costs few rows more
 /// than it saves where the weights come from beyond the second-level cache, and many rows where they are larger still
 /// (measured on Zen 4: two rows 0.91 to 0.98 times as fast with 2 MiB, four 0.72 with 32 MiB; on Zen 5 GRU and LSTM
-/// 1.02 to 1.08 from 12 rows on with 4 to 19 MiB, 1.00 to 0.81 beyond, RNN 0.99).
+/// 1.02 to 1.08 from 12 rows on with 4 to 19 MiB, 1.00 to 0.81 beyond, RNN 0.99; on Ice Lake with 1.2 to 2 MiB eight
+/// rows 0.83 to 0.94, twelve 0.90 to 0.97, sixteen 0.96 to 1.02, 24 the same).
 template <class Cell, class S>
 int64_t ForwardScan<Cell, S>::least_joined() const {
   constexpr int64_t kNear = 256 * 1024, kMostJoined = 20 << 20, kFewInputs = 64;
@@ -15,6 +16,7 @@ int64_t ForwardScan<Cell, S>::least_joined() const {
   constexpr bool kSmallTile = G == 3 && RNN_EXT_VECTOR_REGISTERS < 32;
   if (kSmallTile && args_.sizes.input > kFewInputs) return never;
   if (weight_bytes() > kFarWeights) return 12;
+  if (weight_bytes() > tuning().near_bytes) return 20;
   if (weight_bytes() > kNear || kSmallTile) return 8;
   // A tile of few rows has few sums, which wait for each other where two could be begun a cycle. Those of a chunk's
   // input gates are many (measured on Zen 5: two rows 1.01 to 1.24 times as fast with 20 inputs or more, 0.95 to 1.01
@@ -34,7 +36,10 @@ int64_t ForwardScan<Cell, S>::chunk_rows() const {
     // with 2 to 14 MiB, and slower with more; on Zen 5 eight are 0 to 6 % faster from 1 MiB on, sixteen as fast).
     return (pipelined() ? 1 : weight_bytes() >= tuning().far_bytes ? 8 : 2) * kSideRows<G>;
   }
-  return larger(slice_.size(), smaller(layout_.rows, larger(16, kChunkBytes / (gates_stride_ * sizeof(T)))));
+  // Weights that come from memory are worth gates that leave the second-level cache (Ice Lake: one sequence of 1,024
+  // units of a GRU or LSTM is 1.06 to 1.10 times as fast as with sixteen rows, four 1.16 to 1.27; with 8 MiB 0.94).
+  const int64_t least = weight_bytes() >= kFartherWeights ? 64 : 16;
+  return larger(slice_.size(), smaller(layout_.rows, larger(least, kChunkBytes / (gates_stride_ * sizeof(T)))));
 }
 
 /// Rows of the first chunk if all of its tiles are full. No step takes it along, so that it should be small and those

@@ -254,6 +254,7 @@ struct Tuning {
   bool fetch_panels;  // product.inl asks for weights beyond the second-level cache before it needs them
   bool joins_far;     // steps of an LSTM or GRU compute their input gates themselves, see inputs.inl, with such weights
   int64_t far_bytes;  // of weights, from which the input gates of one sequence are computed for more steps at a time
+  int64_t near_bytes;  // of weights, up to which steps of 8 rows compute their input gates themselves
 };
 
 /// As measured on processors of its kind.
