@@ -158,5 +158,8 @@ int every_configuration() {
 
 int main(int argc, char** argv) {
   if (argc == 3) record.open(argv[1], argv[2]);
+  Tuning chosen = tuning();
+  chosen.takes_along = true;  // a processor that takes none along would leave that code out
+  set_tuning(chosen);
   return argc > 1 && std::strcmp(argv[1], "threads") == 0 ? threads() : every_configuration();
 }
