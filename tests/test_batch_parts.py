@@ -71,26 +71,6 @@ def test_what_is_wanted_and_what_is_given(layout, cell):
         same_bits(gradients(run, problem, {name: grad})[1], grads)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_rows_that_lie_elsewhere(bias):
-    """Inputs that are not aligned, or far from each other, give what those do that are multiplied as they lie."""
-    for size in SIZES[1:]:
-        problem = build(Case("gru", bias=bias, state=False, size=size)).to(torch.float32)
-        problem = problem.requiring(problem.weights)
-        input, grad_of = problem.input, cotangents(run(problem))
-
-        def grads(input, problem=problem, grad_of=grad_of):
-            results = run(problem.having({"input": input}))
-            found = torch.autograd.grad(list(results.values()), list(problem.weights.values()), list(grad_of.values()))
-            return dict(zip(problem.weights, found, strict=True))
-
-        shifted = torch.empty(input.numel() + 1)[1:].view(input.shape).copy_(input)
-        apart = torch.full((*input.shape[:2], 3000), float("nan"))[..., : input.shape[2]].copy_(input)
-        by_entry = input.transpose(0, 1).contiguous().transpose(0, 1)
-        for other in (shifted, apart, by_entry):
-            same_bits(grads(other), grads(input))
-
-
 def test_infinite_and_missing_numbers_stay_in_their_sequences():
     """What a part's zeros are multiplied by."""
     problem = build(Case("lstm", size=SIZES[1], state=False)).to(torch.float32)

@@ -119,9 +119,9 @@ class ParameterGradients {
   /// Of few rows, before the tasks.
   void take() {
     const int64_t rows = grads_.chunk.rows;
-    with_inputs([&](auto& row) { input_.take(rows, row); });
-    with_previous_outputs([&](auto& row) { hidden_.take(rows, row); });
-    if (args_.sizes.proj) with_unprojected([&](auto& row) { proj_.take(rows, row); });
+    with_inputs([&](auto& row, const Cuts& cuts) { input_.take(rows, row, cuts); });
+    with_previous_outputs([&](auto& row, const Cuts& cuts) { hidden_.take(rows, row, cuts); });
+    if (args_.sizes.proj) with_unprojected([&](auto& row, const Cuts& cuts) { proj_.take(rows, row, cuts); });
   }
 
   void run(int64_t task) {
@@ -162,7 +162,7 @@ class ParameterGradients {
   /// A task of one gradient. with_rows: one of with_..() below.
   void add(WeightGradient<S>& to, int64_t task, const Element<S>* columns, int64_t stride, const int64_t* offset,
            const auto& with_rows) {
-    with_rows([&](auto& row) { to.add(task, columns, stride, offset, grads_.chunk, row); });
+    with_rows([&](auto& row, const Cuts& cuts) { to.add(task, columns, stride, offset, grads_.chunk, row, cuts); });
   }
 
   /// `slot(g)`: the gate gradients of gate g.
@@ -172,23 +172,31 @@ class ParameterGradients {
     add(to, task, grads_.gate_columns(), grads_.stride, offset, with_rows);
   }
 
-  /// Calls fn(row): row(i) is, whatever i, what went into the product with weight_ih in the next row of the chunk; it
-  /// may be a RowReader.
+  /// Rows of each step, where all have as many.
+  int64_t step_rows() const { return args_.layout.has_all_rows() ? args_.layout.batch : 0; }
+
+  /// Calls fn(row, cuts): row(i) is, whatever i, what went into the product with weight_ih in the next row of the
+  /// chunk; it may be a RowReader.
   void with_inputs(const auto& fn) const {
     const FindInputs<S> find = {args_};
     RowReader reader(args_.layout, grads_.chunk.row, find);
-    fn(reader);
+    fn(reader, Cuts{0, step_rows()});
   }
 
   /// The same of weight_hh.
   void with_previous_outputs(const auto& fn) const {
+    const Layout& layout = args_.layout;
+    const Chunk& chunk = grads_.chunk;
+    Cuts cuts = {0, step_rows()};  // initial states before outputs, or after them
+    if (direction_ == 0 && chunk.first == 0) cuts.apart = layout.steps ? layout.batch_sizes[0] : 0;
+    if (direction_ == 1 && chunk.last == layout.steps && cuts.step) cuts.apart = chunk.rows - cuts.step;
     if constexpr (cells::kIsVariant<Cell>) {
-      MaskedOutputs<S> rows(args_, direction_, grads_.chunk.row);
-      fn(rows);
+      MaskedOutputs<S> rows(args_, direction_, chunk.row);
+      fn(rows, cuts);
     } else {
       const FindPreviousOutputs<S> find = {args_, direction_, false};
-      RowReader reader(args_.layout, grads_.chunk.row, find);
-      fn(reader);
+      RowReader reader(layout, chunk.row, find);
+      fn(reader, cuts);
     }
   }
 
@@ -197,7 +205,7 @@ class ParameterGradients {
     const int64_t padded = args_.sizes.padded(), stride = saved_values(args_.cell, true, args_.variant) * padded;
     const int64_t row = direction_ * args_.layout.rows + grads_.chunk.row;
     SpacedRows<T> rows = {args_.saved + row * stride + Cell::kSaved * padded, stride};
-    fn(rows);
+    fn(rows, Cuts{});
   }
 
   void add_biases() {

@@ -1,6 +1,13 @@
 // The gradient of a weight: A^T B over the rows of chunk after chunk, A being the gradients of what came out of its
 // product and B what went in.
 
+/// Where the sums over the rows of a chunk are cut. The layout says so, not where the rows lie: whether they are
+/// multiplied there or packed must make no difference.
+struct Cuts {
+  int64_t apart = 0;  // so many of the first rows come from another array than those after them
+  int64_t step = 0;   // rows of each step; 0: some have fewer
+};
+
 /// grad [parts * height, width]. What is large of it is compiled once for all cells, out of line.
 template <class S>
 class WeightGradient {
@@ -25,16 +32,27 @@ class WeightGradient {
   /// Of few rows, which are the only chunk: takes B, for all tasks, before their add(). b_row(row) is asked for in
   /// order, null is zeros.
   template <class Row>
-  NO_INLINE void take(int64_t rows, Row& b_row) {
+  NO_INLINE void take(int64_t rows, Row& b_row, const Cuts& cuts = {}) {
     if (!few_) return;
     is_zero_ = rows > 0 && is_zero(b_row, rows);
     // (What is rounded in the tiles, see PlainProduct, is packed: by way of memory of their own it takes up to a third
     // longer.)
     const bool rounds = storage_ != Storage::kComputed;
-    lies_ = !rounds && may_lie(width_) && rows > kShallow && find_runs(b_row, rows, runs_, false);
-    if (!lies_) return pack_rows<S>(packed_.get(), b_row, rows, 0, width_);
-    for (const Run& run : runs_)
-      if (!run.first) pack_rows<S>(packed_.get(), no_row, run.count, 0, width_);
+    const bool may = !rounds && may_lie(width_) && rows > kShallow;
+    const int64_t apart = may ? cuts.apart : 0;
+    runs_[0].count = apart;
+    runs_[1].count = rows - apart;
+    Element<S>* packed = packed_.get();
+    for (Run& run : runs_) {
+      const int64_t count = run.count;
+      run.lies = count > 0 && may && find_run(b_row, count, &run);
+      if (!run.lies) {
+        pack_rows<S>(packed, b_row, count, 0, width_);
+      } else if (!run.first) {
+        pack_rows<S>(packed, no_row, count, 0, width_);
+      }
+      packed += elements<S>(count) * blocks_of<T>(width_) * kLanes<T>;
+    }
   }
 
   int64_t tasks() const {
@@ -46,18 +64,17 @@ class WeightGradient {
   /// columns from a + offset[p], whose rows are elements, `stride` of them apart; b_row as of take().
   template <class Row>
   NO_INLINE void add(int64_t task, const Element<S>* a, int64_t stride, const int64_t* offset, const Chunk& chunk,
-                     Row& b_row) {
+                     Row& b_row, const Cuts& given = {}) {
     const int64_t rows = chunk.rows;
     if (rows == 0) return;
     if (few_) return write(task, a, stride, offset, rows);
     const int64_t first = task * kColumns, columns = smaller(kColumns, width_ - first);
     const int64_t whole = first + columns == width_ ? columns - rest_ : columns;
-    constexpr int64_t kMost = 512;  // rows whose B stays in the second-level cache
-    Run runs[2] = {};
-    const bool lies = may_lie(whole) && find_runs(b_row, rows, runs, true) &&
-                      (whole == columns || (!runs[0].group && !runs[1].group));
-    const int64_t pieces = (rows + kMost - 1) / kMost, piece = elements<S>((rows + pieces - 1) / pieces) * kPack<S>;
-    Buffer<Element<S>> packed(elements<S>(piece) * blocks_of<T>(columns) * kLanes<T>);
+    const bool may = may_lie(whole);
+    const Cuts cuts = may ? given : Cuts{};
+    const int64_t lengths[2] = {cuts.apart, rows - cuts.apart};
+    const int64_t room = larger(piece_of(lengths[0], cuts.step), piece_of(lengths[1], cuts.step));
+    Buffer<Element<S>> packed(elements<S>(room) * blocks_of<T>(columns) * kLanes<T>);
     Buffer<const S*> from(larger(height_, rest_));
     Buffer<T*> to(larger(height_, rest_));
     bool accumulate = !chunk.begins;
@@ -100,36 +117,34 @@ class WeightGradient {
       p.segments.length = elements<S>(count);
       add_piece(done, p);
     };
-    if (!lies) {
-      for (int64_t done = 0; done < rows; done += piece) add_packed(done, smaller(piece, rows - done), b_row);
-    } else if constexpr (kPack<S> == 1) {
-      const bool others = accumulate || runs[0].first || runs[1].first;
-      const auto add_nothing = [&](int64_t done, int64_t count) {
-        if (!others) return false;
-        for (int part = 0; part < parts_; ++part)
-          if (!are_numbers(a + done * stride + offset[part], stride, height_, count)) return false;
-        return true;
-      };
-      int64_t done = 0;
-      for (const Run& run : runs) {
-        for (int64_t k = 0, count; k < run.count; k += count, done += count) {
-          count = smaller(piece, run.count - k);
-          const bool groups = run.group > 0 && run.group < count;
-          if (groups) count -= count % run.group;
-          if (run.group > 0 && !groups) count = smaller(count, run.group - k % run.group);
-          if (run.first) {
-            PlainProduct<S> p;
-            p.b = run.at(k) + first;
-            p.b_stride = run.distance;
-            if (groups) {
-              p.b_group = run.group;
-              p.b_gap = run.gap();
-            }
-            p.segments.length = count;
-            add_piece(done, p);
-          } else if (!add_nothing(done, count)) {
-            add_packed(done, count, no_row);
+    const auto are_all_numbers = [&](int64_t done, int64_t count) {
+      for (int part = 0; part < parts_; ++part)
+        if (!are_numbers(a + elements<S>(done) * stride + offset[part], stride, height_, count)) return false;
+      return true;
+    };
+    int64_t done = 0;
+    for (const int64_t length : lengths) {
+      const int64_t piece = piece_of(length, cuts.step);
+      Run run = {};
+      // (What is computed transposed takes no groups.)
+      run.lies = length > 0 && may && find_run(b_row, length, &run, true, whole == columns ? cuts.step : 0);
+      for (int64_t k = 0, count; k < length; k += count, done += count) {
+        count = smaller(piece, length - k);
+        if (piece < cuts.step) count = smaller(count, cuts.step - k % cuts.step);
+        if (!run.lies) {
+          add_packed(done, count, b_row);
+        } else if (run.first) {
+          PlainProduct<S> p;
+          p.b = lying(run.at(k) + first);
+          p.b_stride = run.distance;
+          if (run.group > 0 && run.group < count) {
+            p.b_group = run.group;
+            p.b_gap = run.gap();
           }
+          p.segments.length = count;
+          add_piece(done, p);
+        } else if (!(accumulate || done + count < rows) || !are_all_numbers(done, count)) {
+          add_packed(done, count, no_row);
         }
       }
     }
@@ -154,6 +169,17 @@ class WeightGradient {
   }
 
  private:
+  /// How many of so many rows of B are multiplied at a time: whole steps, or about equal parts of one.
+  static int64_t piece_of(int64_t rows, int64_t step) {
+    constexpr int64_t kMost = 512;  // whose B stays in the second-level cache
+    const auto share = [](int64_t count, int64_t most) {
+      const int64_t pieces = larger(1, (count + most - 1) / most);
+      return (count + pieces - 1) / pieces;
+    };
+    if (step > kMost) return share(step, kMost);
+    return step > 0 ? share(rows / step, kMost / step) * step : elements<S>(share(rows, kMost)) * kPack<S>;
+  }
+
   static constexpr int64_t kAtOnce = 24;  // rows of the gradient that are written together, where there are few of A
 
   /// Where its sums are.
@@ -187,13 +213,23 @@ class WeightGradient {
   struct Run : EvenRows<const S> {
     int64_t group = 0;           // so many; 0: one group
     int64_t group_distance = 0;  // from one to the next
+    bool lies = false;           // is multiplied as it lies; else packed, and only `count` is of use
 
     const S* at(int64_t row) const {
       return group ? this->first + row / group * group_distance + row % group * this->distance
                    : this->first + row * this->distance;
     }
     int64_t gap() const { return group ? group_distance - group * this->distance : 0; }
+    bool is_zero() const { return lies && !this->first; }
   };
+  /// What may lie has elements that are numbers.
+  static const Element<S>* lying(const S* row) {
+    if constexpr (kPack<S> == 1) {
+      return row;
+    } else {
+      return nullptr;
+    }
+  }
   static const S* no_row(int64_t) { return nullptr; }
 
   /// Whether so many rows of B are all zeros, as initial states that were not given.
@@ -207,33 +243,33 @@ class WeightGradient {
     return false;
   }
 
-  /// Finds in which one or two runs so many rows of B lie, such as the initial states and the outputs after them.
-  /// `many`: if their vectors are aligned, and also groups of rows. (Many rows are read more slowly than packed ones if
-  /// they are not, on Zen 5 by 3 to 10 %; few are not.)
+  /// Whether the next so many rows of B are a run, which are taken then. `many`: only if their vectors are aligned, and
+  /// also groups of so many rows. (Many rows are read more slowly than packed ones if they are not aligned, on Zen 5 by
+  /// 3 to 10 %; few are not.)
   template <class Row>
-  static bool find_runs(const Row& b_row, int64_t rows, Run (&runs)[2], bool many) {
+  static bool find_run(Row& b_row, int64_t rows, Run* run, bool many = false, int64_t group = 0) {
     if constexpr (requires(Row& row) { row.take(rows); }) {
       Row ahead = b_row;
-      int found = 0;
-      while (rows > 0) {
-        const EvenRows<const S> next = ahead.take(rows);
-        rows -= next.count;
-        if (many && found > 0 && joins(runs[found - 1], next)) continue;
-        if (found == 2) return false;
-        const bool is_aligned =
-            next.distance % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(next.first) % RNN_EXT_VECTOR_BYTES == 0;
-        if (next.first && (next.distance <= 0 || (many && !is_aligned))) return false;
-        runs[found++] = Run{next};
+      Run found = {ahead.take(rows)};
+      for (int64_t left = rows - found.count; left > 0;) {
+        const EvenRows<const S> next = ahead.take(left);
+        left -= next.count;
+        if (!many || !joins(found, next)) return false;
       }
-      for (; found < 2; ++found) runs[found] = {};
+      if (found.first) {
+        const bool is_aligned =
+            found.distance % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(found.first) % RNN_EXT_VECTOR_BYTES == 0;
+        if (found.distance <= 0 || (many && !is_aligned) || (found.group && found.group != group)) return false;
+      }
+      for (int64_t left = rows; left > 0;) left -= b_row.take(left).count;
+      *run = found;
       return true;
     }
     return false;
   }
 
-  /// Whether `next` is another group of the run's, which it is added to then: a part's rows of the next step. Not of
-  /// another array, wherever that lies: the sums, which begin anew with each run, would depend on it. Rows that are
-  /// pages apart would share a few sets of a cache.
+  /// Whether `next` is another group of the run's, which it is added to then: a part's rows of the next step. Rows that
+  /// are pages apart would share a few sets of a cache.
   static bool joins(Run& run, const EvenRows<const S>& next) {
     constexpr int64_t kPage = 4096 / int64_t(sizeof(S));
     if (!run.first || next.array != run.array) return false;
@@ -259,9 +295,11 @@ class WeightGradient {
   /// Whether so many rows of some columns of A are numbers, neither infinite nor NaN: their product with zeros is
   /// zeros.
   static bool are_numbers(const Element<S>* a, int64_t stride, int64_t columns, int64_t rows) {
+    if constexpr (kPack<S> > 1) return false;  // nor does any B lie
     Vec<T> zeros = {};
     for (int64_t r = 0; r < rows; ++r, a += stride)
-      for (int64_t i = 0; i < columns; i += kLanes<T>) zeros += load_part(a + i, columns - i) * Vec<T>{};
+      for (int64_t i = 0; i < columns; i += kLanes<T>)
+        zeros += load_part(reinterpret_cast<const T*>(a + i), columns - i) * Vec<T>{};
     for (int i = 0; i < kLanes<T>; ++i)
       if (zeros[i] != 0) return false;
     return true;
@@ -274,7 +312,7 @@ class WeightGradient {
     constexpr int64_t kWaiting = 8;
     const int64_t pieces = tasks_of_part(), part = task / pieces, piece = task % pieces;
     const int64_t first = height_ * piece / pieces, last = height_ * (piece + 1) / pieces;
-    bool adds[2] = {};  // each of the runs something
+    bool adds[2] = {true, true};  // each of the runs something
     if constexpr (kPack<S> == 1) {
       if (is_zero_ && are_numbers(a + offset[part] + first, stride, last - first, rows)) {
         return with_storage<T>(storage_, [&]<class To>() {
@@ -283,9 +321,10 @@ class WeightGradient {
         });
       }
       const S* a_run = a + offset[part] + first;
-      for (int i = 0; lies_ && i < 2; a_run += runs_[i++].count * stride) {
-        const bool other = runs_[1 - i].first;
-        adds[i] = runs_[i].first || !other || !are_numbers(a_run, stride, last - first, runs_[i].count);
+      for (int i = 0; i < 2; a_run += runs_[i++].count * stride) {
+        const Run& other = runs_[1 - i];
+        if (runs_[i].is_zero() && other.count > 0 && !other.is_zero())
+          adds[i] = !are_numbers(a_run, stride, last - first, runs_[i].count);
       }
     }
     with_storage<T>(storage_, [&]<class To>() {
@@ -302,22 +341,21 @@ class WeightGradient {
       for (int64_t m = first; m < last; m += kAtOnce) {
         const int64_t count = smaller(kAtOnce, last - m);
         for (int64_t i = 0; i < count; ++i) to[i] = reinterpret_cast<T*>(grad + (m + i) * width_);
-        if (!lies_) {
-          p.b = packed_.get();
-          p.segments.length = elements<S>(rows);
-          multiply_rows_of(m, count, a + offset[part], from, to, p);
-        } else if constexpr (kPack<S> == 1) {
-          const S* a_run = a + offset[part];
-          p.accumulate = false;
-          for (int i = 0; i < 2; a_run += runs_[i++].count * stride) {
-            const Run& run = runs_[i];
-            if (run.count == 0 || !adds[i]) continue;
-            p.b = run.first ? run.first : packed_.get();
-            p.b_stride = run.distance;
-            p.segments.length = run.count;
+        const Element<S>*a_run = a + offset[part], *packed = packed_.get();
+        p.accumulate = false;
+        for (int i = 0; i < 2; ++i) {
+          const Run& run = runs_[i];
+          const int64_t length = elements<S>(run.count);
+          if (length > 0 && adds[i]) {
+            const bool lies = run.lies && run.first;
+            p.b = lies ? lying(run.first) : packed;
+            p.b_stride = lies ? run.distance : 0;
+            p.segments.length = length;
             multiply_rows_of(m, count, a_run, from, to, p);
             p.accumulate = true;
           }
+          a_run += length * stride;
+          packed += length * blocks_of<T>(width_) * kLanes<T>;
         }
       }
     });
@@ -386,8 +424,7 @@ class WeightGradient {
   const int64_t rest_, padded_;
   Buffer<Element<S>> packed_;  // [blocks][rows][lanes], of few rows: B
   bool is_zero_ = false;       // of few rows: B is
-  bool lies_ = false;          // of few rows: B does, as the caller has it
-  Run runs_[2] = {};           // in these
+  Run runs_[2] = {};           // of few rows: B's
   Buffer<T> unrounded_;        // [parts * height, width], where it rounds_
   Buffer<T> transposed_;       // [rest, parts, padded height]
 };
