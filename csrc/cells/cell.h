@@ -1,8 +1,8 @@
 // What every cell header shares: the host/device marker, and the contract a cell fulfils.
 //
 // A cell is a struct of constants and two static functions, generic in the value type V (float, double, a SIMD vector
-// of either, or several vectors), which has + - * and V{} for zero, and in M, the set of elementary functions for that
-// type:
+// of either, several vectors, or a value with a tangent), which has + - *, 1 - V and V{} for zero, and in M, the set of
+// elementary functions for that type:
 //
 //   M::sigmoid(V), M::tanh(V), M::relu(V), M::relu_backward(V dh, V h)     the last: 0 where h <= 0, else dh
 //

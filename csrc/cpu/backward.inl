@@ -133,7 +133,7 @@ class BackwardScan {
   }
 
   /// In this direction's order.
-  int64_t steps_before(int64_t t) const { return reverse_ ? layout_.steps - 1 - t : t; }
+  int64_t steps_before(int64_t t) const { return time_of(layout_, reverse_, t); }
 
   /// Steps of one sequence from number `s` of its chunk on, none of which is the first of that or, in this direction's
   /// order, the sequence's first: all that a row needs lies one step before what the last one needed.
@@ -313,13 +313,12 @@ class BackwardScan {
       return reinterpret_cast<const Factor<W>*>(after_rows_.get()[first + r]);
     };
     const auto init = first_sum(first);
-    const Cellwise finish{[this, first, chained]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums)
-                              NO_INLINE_LAMBDA {
-                                at.row += first;
-                                Wide<T, R * B> dh = *sums;
-                                this->all_dh(at, &dh, chained);
-                                this->backward_cells(at, dh);
-                              }};
+    const Cellwise finish{[this, first, chained]<int R, int B>(Patch<R, B> at, const Wide<T, R * B>* sums) NO_INLINE {
+      at.row += first;
+      Wide<T, R * B> dh = *sums;
+      this->all_dh(at, &dh, chained);
+      this->backward_cells(at, dh);
+    }};
     NoSideTiles* const alone = nullptr;
     if constexpr (kWidens<W>) {
       const RowProduct<W, Segments> row = {after(0), weights_.hidden.packed(), segments, order == Order::kRowBackwards};

@@ -23,9 +23,9 @@ class BackwardWeight {
         width_(width),
         rows_(rows),
         copies_(kPack<S> > 1 || weight.narrow),
-        in_pieces_(!wanted || rows > kFewRows ? 0
-                   : copies_                  ? blocks_of<T>(width)
-                                              : in_units_of<kLanes<T>>(width)),
+        in_pieces_(!wanted || !has_few_rows(rows) ? 0
+                   : copies_                      ? blocks_of<T>(width)
+                                                  : in_units_of<kLanes<T>>(width)),
         packed_(wanted ? Cell::kGates * elements<S>(hidden) * (blocks_of<T>(width) - in_pieces_) * kLanes<T> : 0) {
     if (packed_.get()) pack(packed_.get());
   }

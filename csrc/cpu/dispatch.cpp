@@ -419,7 +419,7 @@ int count_parts(CellKind cell, Variant variant, const Sizes& sizes, const Layout
 template <class S>
 bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, bool trains,
                const Executor& executor) {
-  if (layers < 2 || sizes.directions > 1 || executor.threads < 2 || !executor.run_team) return false;
+  if (layers < 2 || executor.threads < 2 || !executor.run_team) return false;
   if (!uses_packed_weights<S>(sizes, layout)) return false;
   const int gates = cells::kGatesOf[int(cell)];
   if (count_slices(layout, sizes, gates, sizeof(S), executor, true) > 1) return false;  // these need not wait

@@ -185,7 +185,7 @@ class ForwardScan {
     }
   }
 
-  int64_t time(int64_t s) const { return reverse_ ? layout_.steps - 1 - s : s; }
+  int64_t time(int64_t s) const { return time_of(layout_, reverse_, s); }
 
   T** gate_rows() const { return gate_rows_.get() + turn_ * chunk_rows_; }
 

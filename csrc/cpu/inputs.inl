@@ -1,11 +1,16 @@
 // The input gates of the scan forward: computed for a chunk of timesteps before they run, beside the steps of the chunk
 // before it (side.inl), or by each step itself, in one go with its recurrent product.
 
-/// From how many rows on a step joins. Each reads weight_ih then, instead of each chunk, which costs few rows more
-/// than it saves where the weights come from beyond the second-level cache, and many rows where they are larger still
-/// (measured on Zen 4: two rows 0.91 to 0.98 times as fast with 2 MiB, four 0.72 with 32 MiB; on Zen 5 GRU and LSTM
-/// 1.02 to 1.08 from 12 rows on with 4 to 19 MiB, 1.00 to 0.81 beyond, RNN 0.99; on Ice Lake with 1.2 to 2 MiB eight
-/// rows 0.83 to 0.94, twelve 0.90 to 0.97, sixteen 0.96 to 1.02, 24 the same).
+/// From how many rows on a step joins. It reads weight_ih then, which otherwise a chunk of steps reads once: few rows
+/// lose by that where the weights come from beyond the second-level cache, and many where they are larger still. Speed
+/// of steps that join, measured:
+///
+///   weights of both products    from     so many rows
+///   to 256 KiB (kNear)          2 to 4   Zen 5: see below
+///   to near_bytes               8        Zen 4, 2 MiB: two 0.91 to 0.98
+///   to 2 MiB (kFarWeights)      20       Ice Lake, 1.2 to 2 MiB: 8 0.83 to 0.94, 12 0.90 to 0.97, 16 0.96 to 1.02
+///   to 20 MiB, if joins_far     12       Zen 5, 4 to 19 MiB: GRU and LSTM 1.02 to 1.08, RNN 0.99
+///   more                        never    Zen 5: 1.00 to 0.81; Zen 4, 32 MiB: four 0.72
 template <class Cell, class S>
 int64_t ForwardScan<Cell, S>::least_joined() const {
   constexpr int64_t kNear = 256 * 1024, kMostJoined = 20 << 20, kFewInputs = 64;

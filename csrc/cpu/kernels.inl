@@ -29,7 +29,6 @@ namespace {
 #define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 #endif
 #define NO_INLINE __attribute__((noinline))
-#define NO_INLINE_LAMBDA __attribute__((noinline))
 
 // GCC warns of vectors that lambdas in templates return, as if these were functions for others to call.
 #pragma GCC diagnostic ignored "-Wpsabi"

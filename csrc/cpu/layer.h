@@ -119,8 +119,8 @@ struct Weights {
 /// What a thread of a team throws when it cannot go on, because another one has thrown something.
 struct Stopped {};
 
-/// Runs fn(context, 0) .. fn(context, tasks - 1), on at most `threads` threads. What one of them throws is thrown here,
-/// once all have ended.
+/// Runs fn(context, 0) .. fn(context, tasks - 1), on whatever threads there are. What one of them throws is thrown
+/// here, once all have ended.
 struct Executor {
   int threads = 1;
   void (*run)(int64_t tasks, void (*fn)(void*, int64_t), void* context) = nullptr;

@@ -367,7 +367,7 @@ class QuantizedScan {
  private:
   static constexpr int64_t kChunkRows = 24;  // some tiles of them
 
-  int64_t time(int64_t s) const { return reverse_ ? layout_.steps - 1 - s : s; }
+  int64_t time(int64_t s) const { return time_of(layout_, reverse_, s); }
   int64_t blocks() const { return in_units_of<kQuantizedBlock>(padded_); }
 
   /// The input gates of the steps from s on, as many as there is room for; returns the first that it has not come to.

@@ -95,6 +95,9 @@ inline int64_t step_after(const Layout& layout, bool reverse, int64_t t, int64_t
   return after < layout.steps ? larger(after, -1) : -1;
 }
 
+/// The step that a direction runs as number s, and the number of a step.
+inline int64_t time_of(const Layout& layout, bool reverse, int64_t s) { return reverse ? layout.steps - 1 - s : s; }
+
 /// Does an independent sequence begin between step t and the one that this direction ran before it?
 inline bool begins(const Sequence<const bool>& resets, const Layout& layout, bool reverse, int64_t t, int64_t j) {
   if (!reverse) return *resets.at(layout, t, j);
@@ -340,12 +343,10 @@ void run_teams(const Executor& executor, int teams, int members, const Fn& fn) {
       teams * members,
       [](void* context, int thread, int threads) {
         const Call& call = *static_cast<const Call*>(context);
-        const int members = int(smaller(call.members, threads / call.teams));
-        if (members > 0) {
-          if (thread < call.teams * members) call.fn(thread / members, thread % members, members);
-        } else if (thread == 0) {
-          for (int team = 0; team < call.teams; ++team) call.fn(team, 0, 1);
-        }
+        const int members = int(larger(1, smaller(call.members, threads / call.teams)));
+        const int at_once = threads / members;
+        for (int team = thread / members; team < call.teams && thread < at_once * members; team += at_once)
+          call.fn(team, thread % members, members);
       },
       &call);
 }

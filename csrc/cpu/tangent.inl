@@ -119,7 +119,7 @@ class TangentPass {
     Buffer<const T*> a(2 * slice.size());
     Buffer<T*> c(2 * slice.size());
     for (int64_t s = 0; s < layout_.steps; ++s) {
-      const int64_t t = reverse_ ? layout_.steps - 1 - s : s, rows = slice.active(layout_, t);
+      const int64_t t = time_of(layout_, reverse_, s), rows = slice.active(layout_, t);
       if (rows == 0) continue;
       for (int64_t r = 0; r < rows; ++r) {
         for (const Half half : {kTangent, kValue}) {
@@ -140,7 +140,7 @@ class TangentPass {
     Buffer<const T*> a(2 * slice.size());
     Buffer<T*> c(2 * slice.size());
     for (int64_t s = layout_.steps - 1; s >= 0; --s) {
-      const int64_t t = reverse_ ? layout_.steps - 1 - s : s, rows = slice.active(layout_, t);
+      const int64_t t = time_of(layout_, reverse_, s), rows = slice.active(layout_, t);
       if (rows == 0) continue;
       for (int64_t r = 0; r < rows; ++r) {
         backward_cell(t, slice.first + r);

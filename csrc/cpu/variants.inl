@@ -1,5 +1,6 @@
-// The variants of the cells (cells/variants.h): the scans of forward.inl and backward.inl with a step of their own, in
-// which the recurrent product is finished before the cell begins, so that a cell may need sums over its row.
+// The variants of the cells (cells/variants.h): the scans of forward.inl and backward.inl with a step of their own. In
+// that of layer normalisation, and backward, the recurrent product is finished before the cell begins, which may need
+// sums over its row.
 
 template <class T>
 ALWAYS_INLINE T lane_sum(Vec<T> v) {
@@ -257,7 +258,7 @@ void ForwardScan<Cell, S>::masked_step(const VariantStep& at) {
   using Base = typename Cell::Base;
   const int64_t padded = padded_;
   const StepRows rows_of_step = {at.gates, nullptr, nullptr, at.now, at.next};
-  const Cellwise finish{[&]<int R, int B>(Patch<R, B> patch, const Wide<T, R * B>* sums) NO_INLINE_LAMBDA {
+  const Cellwise finish{[&]<int R, int B>(Patch<R, B> patch, const Wide<T, R * B>* sums) NO_INLINE {
     using Vs = Wide<T, R * B>;
     Vs split[1] = {}, h_prev = {}, state = {}, saved[Cell::kSaved + 1];
     patch.each([&](int64_t r, int64_t block, int i) ALWAYS_INLINE_LAMBDA {
