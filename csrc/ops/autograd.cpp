@@ -36,6 +36,15 @@ OptionalTensors unpack_all(const std::vector<SavedVariable>& saved) {
   return result;
 }
 
+/// What compiled autograd calls: apply() with others in the place of the saved variables that each(fn) calls fn for.
+template <class Each, class Apply>
+variable_list apply_with_others(SwapSavedVariables& others, const Each& each, const Apply& apply) {
+  each([&](SavedVariable& variable) { others.before(variable); });
+  variable_list result = apply();
+  each([&](SavedVariable& variable) { others.after(variable); });
+  return result;
+}
+
 /// Every tensor and option of a forward call, as long as a node keeps them.
 struct SavedCall {
   // Also what is never differentiable: a saved variable notices when it was changed in place.
@@ -88,9 +97,7 @@ struct SavedCall {
 /// Whether layer_tangent has a kernel for such a layer: a plain one without projection, on the CPU.
 bool has_tangent_kernel(const at::Tensor& input, size_t weights, bool bidirectional, const OptionalTensors& masks) {
   const size_t count = weights / (bidirectional ? 2 : 1);
-  bool masked = false;
-  for (size_t i = 0; i < masks.size(); ++i) masked |= masks.get(i).has_value();
-  return input.is_cpu() && !masked && (count == 2 || count == 4);
+  return input.is_cpu() && !any_mask(masks) && (count == 2 || count == 4);
 }
 bool has_tangent_kernel(const LayerInputs& in) {
   return has_tangent_kernel(in.input, in.weights.size(), in.options.bidirectional, in.masks);
@@ -204,8 +211,16 @@ struct SavedBackwardCall {
     call.save(in);
   }
   void release() {
-    call.release();
-    for (SavedVariable& grad : grads) grad.reset_data();
+    each([](SavedVariable& saved) { saved.reset_data(); });
+  }
+  template <class Fn>
+  void each(const Fn& fn) {
+    call.each(fn);
+    for (SavedVariable& grad : grads) fn(grad);
+  }
+  void collect(CompiledNodeArgs& args) const {
+    call.collect(args);
+    for (const SavedVariable& grad : grads) args.collect(grad, false);
   }
   /// fn of these as what layer_tangent is given.
   template <class Fn>
@@ -228,6 +243,17 @@ struct LayerBackwardBackward : public Node {
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     saved.release();
+  }
+  void compiled_args(CompiledNodeArgs& args) const override {
+    saved.collect(args);
+    args.collect(groups);
+  }
+  variable_list apply_with_saved(const variable_list& grad_grads, SwapSavedVariables& others) override {
+    others.before(groups);
+    variable_list result = apply_with_others(
+        others, [&](const auto& fn) { saved.each(fn); }, [&] { return apply(variable_list(grad_grads)); });
+    others.after(groups);
+    return result;
   }
   variable_list apply(variable_list&& grad_grads) override;
 };
@@ -265,10 +291,7 @@ struct LayerBackward : public Node {
       fn(output);
       fn(saved);
     };
-    each([&](SavedVariable& variable) { others.before(variable); });
-    variable_list result = apply(variable_list(grads));
-    each([&](SavedVariable& variable) { others.after(variable); });
-    return result;
+    return apply_with_others(others, each, [&] { return apply(variable_list(grads)); });
   }
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -345,7 +368,8 @@ variable_list LayerBackwardBackward::apply(variable_list&& grad_grads) {
   });
 }
 
-/// Backward of layer_tangent, by the reference, which is differentiable as often as one likes.
+/// Backward of layer_tangent, by the reference, which is differentiable as often as one likes. (Not by compiled
+/// autograd, inside which the reference's own call of autograd cannot begin.)
 struct LayerTangentBackward : public Node {
   SavedBackwardCall saved;
   std::vector<SavedVariable> tangents;

@@ -182,9 +182,7 @@ void LayerShape::read_weights(const LayerInputs& in) {
                     " weights a direction for ", std::string(options.cell));
   TORCH_CHECK_VALUE(masks.empty() || masks.size() == kMasks, "expected no masks or ", int(kMasks), ", got ",
                     masks.size());
-  bool masked = false;
-  for (size_t i = 0; i < masks.size(); ++i) masked |= masks.get(i).has_value();
-  variant = normed ? cpu::Variant::kLayerNorm : masked ? cpu::Variant::kMasked : cpu::Variant::kPlain;
+  variant = normed ? cpu::Variant::kLayerNorm : any_mask(masks) ? cpu::Variant::kMasked : cpu::Variant::kPlain;
   bias = count >= 4;
   const bool projected = count == 3 || count == 5;
   TORCH_CHECK_VALUE(!projected || cell.has_cell, "only an lstm can be projected, got ", count,
@@ -336,8 +334,7 @@ void LayerShape::check_backward(const LayerCotangents& grads, const LayerInputs&
   if (groups != 0) {
     TORCH_CHECK(groups > 0 && batch % groups == 0, "expected groups of equally many batch entries, got ", groups,
                 " groups of ", batch, " entries");
-    const bool plain = variant == cpu::Variant::kPlain && sizes.proj == 0;
-    TORCH_CHECK_NOT_IMPLEMENTED(in.input.is_cpu() && plain && !packed,
+    TORCH_CHECK_NOT_IMPLEMENTED(in.input.is_cpu() && is_basic() && !packed,
                                 "groups are of plain layers without projection, not packed, on the CPU");
   }
   const OptionalTensor* const states[] = {&in.h_0, &in.c_0};

@@ -1,4 +1,4 @@
-// The layer op: its signature, written once for every dispatch key that implements it, and the checks.
+// The layer op: what its kernels for every dispatch key are given, and the checks.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -17,6 +17,12 @@ namespace rnn_ext::ops {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalTensors = c10::List<OptionalTensor>;
+
+inline bool any_mask(const OptionalTensors& masks) {
+  for (size_t i = 0; i < masks.size(); ++i)
+    if (masks.get(i).has_value()) return true;
+  return false;
+}
 
 /// What selects the computation besides the tensors.
 struct LayerOptions {
@@ -86,6 +92,7 @@ struct LayerShape {
   int weights_per_direction = 0;
   bool bias = false;
   cpu::Variant variant = cpu::Variant::kPlain;
+  bool is_basic() const { return variant == cpu::Variant::kPlain && sizes.proj == 0; }
   int64_t length = 0;  // L
   int64_t batch = 0;   // N
   int64_t rows = 0;    // (timestep, entry) pairs that exist; all of them where the lengths' values are not known

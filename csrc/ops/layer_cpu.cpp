@@ -227,12 +227,12 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   const OptionalTensor dh_n = prepare(grad_h_n, dtype, "grad_h_n"), dc_n = prepare(grad_c_n, dtype, "grad_c_n");
   std::vector<at::Tensor> w = weights.vec();
   const cpu::Narrow narrow = narrow_backward(input.scalar_type(), shape);
-  // What no gradient passes through the kernels do not look at.
-  const bool plain = shape.variant == cpu::Variant::kPlain;
+  // What no gradient passes through the kernels do not look at; of biases, only layer normalisation's.
+  const bool normed = shape.variant == cpu::Variant::kLayerNorm;
   const auto passed = [&](LayerShape::Weight weight) {
     if (weight == LayerShape::kWeightIh) return output_mask.get(0);
     if (weight == LayerShape::kWeightHh) return output_mask.get(1) || shape.layout().steps > 1;
-    return weight == LayerShape::kWeightHr || !plain;
+    return weight == LayerShape::kWeightHr || normed;
   };
   const auto type_of = [&](LayerShape::Weight weight) -> std::optional<at::ScalarType> {
     if (!passed(weight)) return std::nullopt;

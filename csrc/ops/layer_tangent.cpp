@@ -60,8 +60,7 @@ std::vector<at::Tensor> layer_tangent_cpu(const OptionalTensors& tangents, const
                        resets,        masks,       {cell, bidirectional, batch_first, cell_states}};
   const LayerShape shape(in);
   shape.check_tangents(tangents, tensors, given, output_mask);
-  TORCH_CHECK_NOT_IMPLEMENTED(shape.variant == cpu::Variant::kPlain && shape.sizes.proj == 0,
-                              "layer_tangent is for plain layers without projection");
+  TORCH_CHECK_NOT_IMPLEMENTED(shape.is_basic(), "layer_tangent is for plain layers without projection");
   const at::ScalarType dtype = compute_type(input);
   const auto options = input.options().dtype(dtype);
   const cpu::Sizes& sizes = shape.sizes;
