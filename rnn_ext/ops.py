@@ -45,6 +45,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -414,16 +415,38 @@ def _gradients(
     wanted: Sequence[bool],
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """:func:`_vjp` of a function of the whole list, in those of the inputs that are there and wanted; empty tensors for
-    the others."""
+    """``torch.func.vjp`` of a function of the whole list, in those of the inputs that are there and wanted, with empty
+    tensors for the others. For code that runs inside an autograd kernel, where no new transform can begin.
+
+    The result is differentiable, forward and backward, in whatever the inputs and cotangents depend on.
+    """
+    from rnn_ext import _C
+
     places = [i for i, x in enumerate(inputs) if x is not None and wanted[i]]
-
-    def call(*present: Tensor) -> Sequence[Tensor]:
-        return function(_replaced(inputs, places, present))
-
-    found = _vjp(call, [inputs[i] for i in places], cotangents)
+    chosen = [inputs[i] for i in places]
+    # Not of what nothing depends on, whose results would require gradients for the sake of the aliases alone.
+    keep_graph = torch.is_grad_enabled() and any(x is not None and _is_followed(x) for x in (*inputs, *cotangents))
+    with torch.enable_grad():
+        # Aliases end the inner graph here. detach() would lose the tangent of forward mode.
+        aliases = [x.view_as(x) if x.requires_grad else x + _C.require_grad(x.new_zeros(())) for x in chosen]
+        pairs = [
+            (output, cotangent)
+            for output, cotangent in zip(function(_replaced(inputs, places, aliases)), cotangents, strict=True)
+            if cotangent is not None and output.requires_grad
+        ]
+        found: Sequence[Tensor | None] = [None] * len(aliases)
+        if pairs and aliases:
+            outputs, given = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, aliases, given, create_graph=keep_graph, allow_unused=True)
+    found = [torch.zeros_like(x) if g is None else g for x, g in zip(chosen, found, strict=True)]
     empty = next(x for x in inputs if x is not None).new_empty(0)
     return _replaced([empty] * len(inputs), places, found)
+
+
+def _is_followed(x: Tensor) -> bool:
+    """Whether a derivative by `x`, or along it, may be asked for, be it by a transform of torch.func further out."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return x.requires_grad or wrapped or forward_ad.unpack_dual(x).tangent is not None
 
 
 def _replaced(items: Sequence[Any], places: Sequence[int], new: Sequence[Any]) -> list[Any]:
@@ -431,30 +454,6 @@ def _replaced(items: Sequence[Any], places: Sequence[int], new: Sequence[Any]) -
     for i, x in zip(places, new, strict=True):
         items[i] = x
     return items
-
-
-def _vjp(function: Callable, inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> list[Tensor]:
-    """``torch.func.vjp`` for code that runs inside an autograd kernel, where no new transform can begin.
-
-    The result is differentiable, forward and backward, in whatever the inputs and cotangents depend on.
-    """
-    from rnn_ext import _C
-
-    keep_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Aliases end the inner graph here. detach() would lose the tangent of forward mode.
-        aliases = [x.view_as(x) if x.requires_grad else x + _C.require_grad(x.new_zeros(())) for x in inputs]
-        pairs = [
-            (output, cotangent)
-            for output, cotangent in zip(function(*aliases), cotangents, strict=True)
-            if cotangent is not None and output.requires_grad
-        ]
-        if pairs and aliases:
-            outputs, given = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outputs, aliases, given, create_graph=keep_graph, allow_unused=True)
-        else:
-            found = [None] * len(aliases)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
 def variant_of(weights: int, masked: bool) -> int:
@@ -473,11 +472,11 @@ def _padded(size: int) -> int:
     return (size + 15) // 16 * 16
 
 
-def _packed_batch(batch_sizes: Tensor, h_0: Tensor | None, c_0: Tensor | None) -> int:
-    """N of a packed input, which may be a number that only the run will tell."""
-    for state in (h_0, c_0):
-        if state is not None:
-            return state.shape[1]
+def _packed_batch(batch_sizes: Tensor, *of_entries: Tensor | None) -> int:
+    """N of a packed input. If none of these, [D, N, ..], is there, it may be a number that only the run will tell."""
+    for tensor in of_entries:
+        if tensor is not None:
+            return tensor.shape[1]
     from torch._subclasses.fake_tensor import FakeTensor
 
     if isinstance(batch_sizes, FakeTensor):
@@ -518,9 +517,11 @@ def _layer_fake(
     for part in named:
         for name, weight, size in zip(part._fields, part, expected, strict=True):
             _check_like_input(input, name, weight, *size)
+    mask = masks[0] if masks else None
     batch, results = _sequences_fake(
-        input, h_0, c_0, batch_sizes, lengths, resets, cell, directions, features, hidden, out, batch_first, cell_states
-    )
+        input, h_0, c_0, batch_sizes, lengths, resets, cell, directions, features, hidden, out, batch_first,
+        cell_states, mask,
+    )  # fmt: skip
     lead = tuple(input.shape[:-1])
     if masks:
         for name, mask, size in (
@@ -544,7 +545,8 @@ def _layer_fake(
 
 
 def _sequences_fake(
-    input, h_0, c_0, batch_sizes, lengths, resets, cell, directions, features, hidden, out, batch_first, cell_states
+    input, h_0, c_0, batch_sizes, lengths, resets, cell, directions, features, hidden, out, batch_first, cell_states,
+    hidden_mask=None,
 ):  # fmt: skip
     """Of a layer whose weights say so: N, and the shapes of output, h_n, c_n and cells."""
     packed = batch_sizes is not None
@@ -555,7 +557,7 @@ def _sequences_fake(
     lead = tuple(input.shape[:-1])
     if packed and batch_sizes.device.type != "cpu":
         raise RuntimeError(f"expected batch_sizes on the CPU, got {batch_sizes.device}")
-    batch = _packed_batch(batch_sizes, h_0, c_0) if packed else lead[0 if batch_first else 1]
+    batch = _packed_batch(batch_sizes, h_0, c_0, hidden_mask) if packed else lead[0 if batch_first else 1]
     _check_like_input(input, "h_0", h_0, directions, batch, out)
     _check_like_input(input, "c_0", c_0, directions, batch, hidden)
     if lengths is not None and lengths.device.type != "cpu":  # where they may also be

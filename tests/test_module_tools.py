@@ -658,6 +658,44 @@ def test_compiled_autograd(name, recompute):
             torch.testing.assert_close(leaf.grad, want)
 
 
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_compiled_recurrent_dropout_of_packed_sequences(name):
+    """In one graph, without a state that would tell how many there are."""
+    layer = getattr(rnn_ext, name)(I, H, recurrent_dropout=0.5)
+    packed = nn.utils.rnn.pack_sequence([torch.randn(4, I), torch.randn(2, I)])
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(3)
+    expected = layer(packed)[0].data
+    torch.manual_seed(3)
+    torch.testing.assert_close(compiled(packed)[0].data, expected)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_compiled_autograd_of_a_derivative(name, bidirectional):
+    """The backward of what an eager backward has recorded."""
+    layer = getattr(rnn_ext, name)(I, H, bidirectional=bidirectional, dtype=torch.float64)
+    input = randn(5, 3, I).requires_grad_()
+    leaves = [input, *layer.parameters()]
+
+    def penalty(lengths):
+        loss = layer(input, lengths=lengths)[0].sin().sum()
+        (grad,) = torch.autograd.grad(loss, input, create_graph=True)
+        return grad.square().sum()
+
+    for lengths in (None, [5, 2, 0]):
+        expected = torch.autograd.grad(penalty(lengths), leaves)
+        for leaf in leaves:
+            leaf.grad = None
+        torch._dynamo.reset()
+        loss = penalty(lengths)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            loss.backward()
+        for leaf, want in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(leaf.grad, want)
+
+
 def test_symbolic_trace_of_a_keyword():
     class Model(nn.Module):
         def __init__(self, layer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -427,3 +428,14 @@ def test_tangent_of_each_cotangent(which):
     tangent = torch.func.jvp(of_one, (cotangent,), (direction,))[1]
     assert tangent.abs().max() > 0
     torch.testing.assert_close(tangent, of_one(direction))
+
+
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"layer_norm": True}], ids=str)
+def test_what_depends_on_nothing_requires_no_gradient(options):
+    """Of what transforms return, as torch.nn's: where only they differentiate, and weights are frozen or not."""
+    layer, x = rnn_ext.LSTM(3, 4, dtype=torch.float64, **options), torch.randn(5, 2, 3, dtype=torch.float64)
+    transforms = (torch.func.jacrev, torch.func.jacfwd)
+    for frozen in (True, False):
+        layer.requires_grad_(not frozen)
+        for outer, inner in itertools.product(transforms, repeat=2):
+            assert outer(inner(lambda x: layer(x)[0].sum()))(x).requires_grad is not frozen
