@@ -31,6 +31,13 @@ def check_backend(backend: str) -> str:
     return backend
 
 
+def check_module(model: object) -> None:
+    """TypeError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"expected a module, got {found}")
+
+
 def strange_layout(tensor: Tensor) -> str | None:
     """What else than a dense tensor it is. Only torch's cells take such inputs: its layers fail for their shapes."""
     if tensor.is_nested:
@@ -252,8 +259,10 @@ def set_backend(model: ModuleT, backend: str) -> ModuleT:
     Warns where there is none.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: unknown backend; nothing is switched.
     """
+    check_module(model)
     check_backend(backend)
     layers = [module for module in model.modules() if _has_backend(module)]
     for layer in layers:

@@ -55,9 +55,11 @@ class _Cell(modules.Leaf, nn.RNNCellBase):
             return functional.map_present(lambda state: state.squeeze(0), *self._step(input.unsqueeze(0), h, c))
         cell = self.mode.lower()
         weights = [self.weight_ih, self.weight_hh]
-        bias_ih = self.bias_ih
-        if bias_ih is not None:
-            weights += [bias_ih, self.bias_hh]
+        if self.bias_ih is not None or self.bias_hh is not None:
+            weights += [self.bias_ih, self.bias_hh]
+        for name, weight in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights, strict=False):
+            if weight is None:
+                raise ValueError(f"{type(self).__name__}: expected a tensor as {name}, got None")
         if backends.use_custom(backends.backend_for(self.backend, weights), input):
             h, c = functional.dense_state(cell, "hx", h), functional.dense_state(cell, "hx", c)
             return ops.cell(input, h, c, weights, cell)

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from rnn_ext import subclasses
-from rnn_ext.backends import check_backend
+from rnn_ext.backends import check_backend, check_module
 from rnn_ext.cells import GRUCell, LSTMCell, RNNCell
 from rnn_ext.modules import GRU, LSTM, OPTIONS, RNN
 
@@ -75,7 +75,7 @@ def to_native(model: ModuleT) -> ModuleT:
             raise ValueError(f"{name or 'model'} has weights of 8 bits, torch.nn has not: rnn_ext.dequantize first")
         if type(module) in TO_NATIVE and isinstance(module, nn.RNNBase):
             for option, default in OPTIONS.items():
-                if option != "recompute" and getattr(module, option) != default:
+                if option != "recompute" and getattr(module, option) not in (default, (default, default)):
                     raise ValueError(f"{name or 'model'} has {option}={getattr(module, option)!r}, torch.nn has not")
     for module in _change_class(model, TO_NATIVE):
         del module.backend
@@ -84,12 +84,6 @@ def to_native(model: ModuleT) -> ModuleT:
                 del module.__dict__[option]
             module._init_flat_weights()
     return model
-
-
-def check_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise TypeError(f"expected a module, got {found}")
 
 
 def _change_class(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[nn.Module]:

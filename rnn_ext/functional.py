@@ -287,8 +287,9 @@ def step(
         with torch.autocast("cpu", enabled=False):
             input, h_0, c_0, *weights = ops.uncast(weights[0], input, h_0, c_0, *weights)
             return step(cell, input, h_0, c_0, weights, *options)
-    plain = num_layers == 1 and not (layer_norm or zoneout)
-    if plain and input.dim() == 2 and input.dtype == weights[0].dtype and backends.use_custom(backend, input):
+    there = all(weight is not None for weight in weights)
+    plain = num_layers == 1 and not (layer_norm or zoneout) and input.dim() == 2 and there
+    if plain and input.dtype == weights[0].dtype and backends.use_custom(backends.backend_for(backend, weights), input):
         output, h_n, c_n, _ = ops.layer(input.unsqueeze(0), h_0, c_0, weights, cell=cell)
         return output.squeeze(0), h_n, c_n if cell == "lstm" else None
     stack = (num_layers, False, False, dropout, training)
@@ -457,7 +458,11 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
             elif isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(f"lengths must be integers, got {value!r}")
             else:
-                _check_length(operator.index(value), i, length)
+                try:
+                    value = operator.index(value)
+                except TypeError:  # of a tensor or an array that holds something else
+                    raise TypeError(f"lengths must be integers, got {value!r}") from None
+                _check_length(value, i, length)
         lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")  # whatever torch's default device
     else:
         raise TypeError(

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from rnn_ext import functional, modules, ops, reference, subclasses
-from rnn_ext.convert import check_module
+from rnn_ext.backends import check_module
 
 __all__ = ["GRU", "LSTM", "RNN", "dequantize", "quantize"]
 
@@ -307,7 +307,8 @@ def dequantize(model: ModuleT) -> ModuleT:
     place, returns `model`.
 
     The layers have the rounded weights, float32 on the CPU, and can be trained, exported, or handed to
-    :func:`rnn_ext.to_native`.
+    :func:`rnn_ext.to_native`. Options that are for training alone, `dropout` aside, `backend` and whether weights
+    require gradients are as of a new layer.
 
     Raises:
         TypeError: `model` is no module.
@@ -346,7 +347,7 @@ def _suffixes(layer: nn.Module) -> list[str]:
 def _buffers(layer: nn.RNNBase, name: str, activations: int) -> dict[str, Tensor]:
     """What the op takes for the weights of a layer, in its order; ValueError with the layer's name where it cannot."""
     for option in ("layer_norm", "zoneout"):
-        if getattr(layer, option, 0):
+        if getattr(layer, option, 0) not in (0, (0, 0)):
             raise ValueError(f"{name} has {option}={getattr(layer, option)!r}, which quantized layers have not")
     parameters = dict(layer.named_parameters())
 

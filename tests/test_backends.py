@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -100,6 +101,19 @@ def test_set_backend_reaches_every_layer_of_a_model_and_nothing_else():
         rnn_ext.set_backend(native, "custom")
     with pytest.warns(UserWarning, match="no layer with a choice in this LSTM: those of 8 bits have none"):
         rnn_ext.set_backend(rnn_ext.quantize(native), "native")
+
+
+def test_set_backend_of_no_module():
+    for wrong, kind in ((None, "NoneType"), (nn.LSTM, "the class LSTM")):
+        with pytest.raises(TypeError, match=f"expected a module, got {kind}"):
+            rnn_ext.set_backend(wrong, "auto")
+
+
+def test_options_that_are_off_are_none():
+    layer = rnn_ext.GRU(3, 4)
+    layer.zoneout = (0.0, 0.0)
+    rnn_ext.quantize(copy.deepcopy(layer))
+    assert type(rnn_ext.to_native(layer)) is nn.GRU
 
 
 @pytest.mark.parametrize("bad", ["fast", "", "Custom", None, 1])

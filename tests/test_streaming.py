@@ -291,15 +291,48 @@ def test_mistakes_with_step():
         module.step(torch.zeros(1, N, I))
     with pytest.raises(ValueError, match=r"float64.*float32"):
         module.step(torch.zeros(N, I).double())
-    with pytest.raises(RuntimeError, match=r"9"):
+    with pytest.raises(RuntimeError, match=rf"must be equal to input_size. Expected {I}, got 9"):
         module.step(torch.zeros(N, 9))
     state = torch.zeros(1, N, H)
-    for bad in ((state,), (state[0], state[0]), (state, state[:, :2]), (state.double(), state)):
-        with pytest.raises(RuntimeError, match=r"1|2|double|Double"):
+    for bad, message in (
+        ((state,), r"the two states \(h_0, c_0\), got tuple of 1"),
+        ((state[0], state[0]), rf"expected h_0 of size \[1, {N}, {H}\], got \[{N}, {H}\]"),
+        ((state, state[:, :2]), rf"expected c_0 of size \[1, {N}, {H}\], got \[1, 2, {H}\]"),
+        ((state.double(), state), r"h_0 is Double but input is Float"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
             module.step(torch.zeros(N, I), bad)
     module.backend = "fast"
     with pytest.raises(ValueError, match="fast"):
         module.step(torch.zeros(N, I))
+
+
+@pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "bias_hh"])
+def test_a_weight_that_is_missing(name):
+    layer, cell = rnn_ext.GRU(I, H), rnn_ext.GRUCell(I, H)
+    setattr(layer, f"{name}_l0", None)
+    setattr(cell, name, None)
+    for call in (layer, layer.step):
+        with pytest.raises(ValueError, match=r"Expected a tensor for each weight, got None for number [0-3] of 4"):
+            call(torch.zeros(N, I))
+    with pytest.raises(ValueError, match=f"GRUCell: expected a tensor as {name}, got None"):
+        cell(torch.zeros(N, I))
+
+
+def test_sparse_weights():
+    """Which torch's kernels take, in one timestep as in many."""
+    layer, x = rnn_ext.GRU(I, H), torch.randn(N, I)
+    expected = layer.step(x)[0]
+    layer.weight_ih_l0 = torch.nn.Parameter(layer.weight_ih_l0.detach().to_sparse())
+    with torch.no_grad():
+        torch.testing.assert_close(layer.step(x)[0], expected)
+
+
+def test_zoneout_in_training():
+    """A step draws, as forward does: some units keep their state, others do not."""
+    layer, state = rnn_ext.GRU(I, 50, zoneout=0.5), torch.randn(1, N, 50)
+    kept = layer.step(torch.randn(N, I), state)[0] == state[0]
+    assert kept.any() and not kept.all()
 
 
 def test_the_binding_and_the_op_are_one():

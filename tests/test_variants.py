@@ -31,9 +31,26 @@ from util import (
 )
 
 import rnn_ext
-from rnn_ext import functional, ops
+from rnn_ext import backends, functional, ops
 
 MODULES = {"rnn_tanh": rnn_ext.RNN, "gru": rnn_ext.GRU, "lstm": rnn_ext.LSTM}
+
+
+def test_weight_dropout_is_drawn_once_for_torchs_kernels(monkeypatch):
+    """Though what runs sequences of lengths on them packs these and begins anew."""
+    layer = rnn_ext.GRU(3, 64, weight_dropout=0.5, backend="native")
+    seen, native = [], backends.native
+    monkeypatch.setattr(backends, "native", lambda *args, **kw: seen.append(args[5][1]) or native(*args, **kw))
+    layer(torch.randn(5, 2, 3), lengths=[5, 2])
+    assert [0.45 < float((weight == 0).float().mean()) < 0.55 for weight in seen] == [True]
+
+
+def test_two_probabilities_of_zoneout():
+    layer = rnn_ext.LSTM(3, 400, zoneout=(0.1, 0.6))
+    state = torch.randn(2, 1, 4, 400)
+    _, found = layer(torch.randn(1, 4, 3), tuple(state))
+    kept = [float((new == old).float().mean()) for new, old in zip(found, state, strict=True)]
+    assert 0.05 < kept[0] < 0.15 and 0.55 < kept[1] < 0.65
 
 
 def run(problem: Problem, masks: Masks) -> dict[str, Tensor]:
