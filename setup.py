@@ -40,7 +40,10 @@ def find_cxx() -> str:
     """The C++ compiler's command line; raises SystemExit where there is none."""
     named = os.environ.get("CXX", "").strip()
     for command in [named] if named else ["c++", "g++", "clang++"]:
-        words, failed = shlex.split(command), False
+        try:
+            words, failed = shlex.split(command), False
+        except ValueError as error:
+            raise SystemExit(f"rnn_ext needs a C++ compiler, and CXX={named} cannot be read: {error}.") from None
         if shutil.which(words[0]):
             with contextlib.suppress(OSError):  # of a file that is none for this machine
                 if subprocess.run([*words, "--version"], capture_output=True).returncode == 0:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rnn_ext._files import InputError, check_output, version
+from rnn_ext._files import InputError, check_output, one_line, version
 from rnn_ext._options import Parser, guarded, positive_int, positive_number, whole_number
 from rnn_ext._version import __version__
 
@@ -103,7 +103,7 @@ def train(options: dict[str, Any]) -> int:
         probe = torch.zeros(1, device=config.device)
         probe.item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = one_line(error)
         raise InputError(f"--device {config.device} cannot be used ({reason})") from None
     supported, reason = backends.can_run_custom(probe)
     if config.backend == "custom" and not supported:
@@ -112,14 +112,15 @@ def train(options: dict[str, Any]) -> int:
     file = options.get("data")
     name = "El Niño" if task_name == "regressor" else "the movie reviews"
     state = checkpoint["task"] if checkpoint else None
-    trained_on = checkpoint.get("data") if checkpoint else None  # older checkpoints do not tell
+    trained_on = checkpoint["data"] if checkpoint else None
+    fraction = options.get("test_fraction", checkpoint["test_fraction"] if checkpoint else 0.2)
     if trained_on and not file and trained_on != name:  # before the reviews are fetched
         raise InputError(f"{path} was trained on {trained_on}, got {name}: name the file with --data")
     if task_name == "regressor":
         series = datasets.read_series(file, options.get("column")) if file else datasets.el_nino()
         if file:
             name = f"{file.name} (column {series.name!r})"  # without the folder: files may be moved
-        task = Forecasting(series, config.window, options.get("test_fraction", 0.2), state, name)
+        task = Forecasting(series, config.window, fraction, state, name)
     else:
         if file:
             columns = options.get("text_column", "text"), options.get("label_column", "label")
@@ -127,7 +128,7 @@ def train(options: dict[str, Any]) -> int:
             name = f"{file.name} (columns {columns[0]!r}, {columns[1]!r})"
         else:
             table = datasets.movie_reviews(note=console.print)
-        task = Sentiment(table, config.vocab_size, options.get("test_fraction", 0.2), state, name)
+        task = Sentiment(table, config.vocab_size, fraction, state, name)
     if trained_on and trained_on != name:
         if not evaluate:
             raise InputError(f"{path} was trained on {trained_on}, got {name}: --resume needs the same data")
@@ -137,9 +138,12 @@ def train(options: dict[str, Any]) -> int:
 
     run = Training(task, config, checkpoint)
     if not evaluate:
-        if checkpoint and checkpoint.get("examples", run.examples) != run.examples:  # tested on before, for instance
+        if checkpoint and checkpoint["examples"] != run.examples:  # tested on before, for instance
             raise InputError(f"{path} was trained on other examples: --resume needs the same data and --test-fraction")
         train_to_the_end(run, path, loaded, console, progress_bars)
+    elif trained_on == name and checkpoint["examples"] != run.examples:
+        was = f"{path} was trained on other examples of {name}"
+        console.print(f"{was}: it may have been trained on some that it is tested on here", soft_wrap=True)
     score = run.evaluate()
     what = f"{len(task.test)} test examples after {run.epoch} epoch{'s'[: run.epoch != 1]}"
     form = ".4f" if task.metric == "accuracy" else ".4g"  # an RMSE is as large or small as the data

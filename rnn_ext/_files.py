@@ -5,11 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+
+def one_line(error: Exception) -> str:
+    """The first sentence of an error that may go on for pages."""
+    return re.split(r"\.\s|\n", str(error).strip())[0] or type(error).__name__
 
 
 class InputError(ValueError):

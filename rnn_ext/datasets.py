@@ -11,6 +11,7 @@ import csv
 import hashlib
 import importlib.util
 import io
+import lzma
 import math
 import os
 import subprocess
@@ -18,12 +19,17 @@ import sys
 import tarfile
 import tempfile
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
-from rnn_ext._files import InputError, replacing
+from rnn_ext._files import InputError, one_line, replacing
+
+_AS_TEXT = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False}
+_BAD_ARCHIVES = (EOFError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 EL_NINO = Path(__file__).parent / "data" / "elnino.csv"
 
@@ -51,7 +57,10 @@ def el_nino() -> pd.Series:
 def cache_folder() -> Path:
     own = os.environ.get("RNN_EXT_CACHE")
     if own:
-        return Path(own).expanduser()
+        try:
+            return Path(own).expanduser()
+        except RuntimeError:
+            raise InputError(f"RNN_EXT_CACHE={own}: there is no such home") from None
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rnn_ext"
 
 
@@ -142,11 +151,15 @@ def movie_reviews(
 
 
 def read_csv(path: str | Path) -> pd.DataFrame:
-    """Every cell as the text it is in the file. Blank lines at the end are dropped, others are rows of empty cells."""
+    """Every cell as the text it is in the file. Blank lines at the end are dropped, others are rows of empty cells.
+
+    Raises:
+        InputError: no such file, or one that is no CSV file with a header row and data.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header lose cells
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False)
+            table = pd.read_csv(path, index_col=False, **_AS_TEXT)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
@@ -161,11 +174,15 @@ def read_csv(path: str | Path) -> pd.DataFrame:
         raise InputError(f"{path} is not UTF-8 text ({error})") from None
     except pd.errors.ParserError as error:
         raise InputError(f"{path} is not a CSV file ({' '.join(str(error).split())})") from None
+    except (*_BAD_ARCHIVES, ImportError, ValueError) as error:  # pandas unpacks what its name says is packed
+        raise InputError(f"{path} cannot be unpacked ({one_line(error)})") from None
     if table.columns.empty:
         raise InputError(f"{path} begins with a blank line, expected a header row")
     table.columns = table.columns.str.strip()
-    if not table.columns.is_unique:
-        raise InputError(f"{path} has two columns {table.columns[table.columns.duplicated()][0]!r}")
+    header = pd.read_csv(path, header=None, nrows=1, **_AS_TEXT).iloc[0].str.strip()  # where equal names are still so
+    twice = header[header.duplicated() & (header != "")]
+    if not twice.empty:
+        raise InputError(f"{path} has two columns {twice.iloc[0]!r}")
     if len(table.columns) == 1 and not table.empty:
         header, first = table.columns[0], table.iloc[0, 0]
         if any(header.count(mark) == first.count(mark) > 0 for mark in ";\t"):

@@ -59,9 +59,9 @@ def check_compiler() -> Check:
     """The C++ compiler; one is missed only where the library is yet to be built."""
     named = os.environ.get("CXX", "").strip()
     for command in [named] if named else ["c++", "g++", "clang++"]:  # as setup.py looks for it
-        words = shlex.split(command)
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run([*words, "--version"], capture_output=True, text=True, timeout=20)
+        # A ValueError is of quotes that are not closed.
+        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
+            done = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, timeout=20)
             if done.returncode == 0:
                 return Check("compiler", (done.stdout.splitlines() or [command])[0])
     found = f"CXX={named} is no program, or fails" if named else "none"

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rnn_ext._files import InputError, replacing
+from rnn_ext._files import InputError, one_line, replacing
 from rnn_ext.models import BiLSTMClassifier, RNNRegressor
 
 CHECKPOINT_FORMAT = "rnn_ext training 1"
@@ -89,6 +89,7 @@ class Task(abc.ABC):
 
     metric: str
     name: str  # of the data
+    test_fraction: float
     train: Examples
     test: Examples
     baselines: dict[str, float]
@@ -145,14 +146,18 @@ class Forecasting(Task):
             seen = values[: window + trained]
             std = float(seen.std(correction=0))
             state = {"mean": float(seen.mean()), "std": std if std > 0 else 1.0}
-        if not (math.isfinite(state["mean"]) and math.isfinite(state["std"])):
+        scaled = ((values - state["mean"]) / state["std"]).float()
+        if not (math.isfinite(state["std"]) and scaled.square().isfinite().all()):
             raise InputError(f"{what} has values too large to be normalised (up to {float(values.abs().max()):g})")
-        self.name, self.state = name, state
+        self.name, self.state, self.test_fraction = name, state, test_fraction
         self.index = series.index[window + trained :]
-        past, future = values.unfold(0, window, 1)[:count], values[window:]
-        self.baselines = _forecasting_baselines(past, future, trained)
-        scaled = [((part - state["mean"]) / state["std"]).float().unsqueeze(-1) for part in (past, future)]
-        examples = Examples((scaled[0],), scaled[1])
+
+        def windows(of: Tensor) -> tuple[Tensor, Tensor]:
+            return of.unfold(0, window, 1)[:count], of[window:]
+
+        self.baselines = _forecasting_baselines(*windows(values), trained)
+        past, future = windows(scaled.unsqueeze(-1))
+        examples = Examples((past.transpose(1, 2),), future)
         self.train, self.test = examples[:trained], examples[trained:]
 
     def build(self, config: Config) -> nn.Module:
@@ -235,7 +240,7 @@ class Sentiment(Task):
             words = collections.Counter(word for i in trained.tolist() for word in texts[i])
             frequent = sorted(words, key=lambda word: (-words[word], word))[: vocab_size - 2]
             state = {"vocabulary": ["<padding>", "<unknown>", *frequent], "labels": labels}
-        self.name, self.state = name, state
+        self.name, self.state, self.test_fraction = name, state, test_fraction
         number = {word: i for i, word in enumerate(state["vocabulary"])}
         rows = [torch.tensor([number.get(word, UNKNOWN) for word in text] or [UNKNOWN]) for text in texts]
         target = [[float(str(label) == state["labels"][1])] for label in table["label"]]
@@ -370,6 +375,7 @@ class Training:
             "task": self.task.state,
             "data": self.task.name,
             "examples": self.examples,
+            "test_fraction": self.task.test_fraction,
             "epoch": self.epoch,
             "losses": self.losses,
             "model": self.model.state_dict(),
@@ -382,11 +388,6 @@ class Training:
         torch.save(self.checkpoint(), content)
         with replacing(path) as file:
             file.write(content.getbuffer())
-
-
-def one_line(error: Exception) -> str:
-    """The first sentence of an error that may go on for pages."""
-    return re.split(r"\.\s|\n", str(error).strip())[0] or type(error).__name__
 
 
 def _is_whole(value: Any, low: int, high: int = 2**31 - 1) -> bool:
@@ -422,8 +423,9 @@ def _values(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Any, bool, str]]:
         labels = state["labels"]
         yield "labels", labels, _are_texts(labels) and len(labels) == 2, "two labels"
     for name in ("data", "examples"):
-        value = checkpoint.get(name, "")
-        yield name, value, isinstance(value, str), "a text"
+        yield name, checkpoint[name], isinstance(checkpoint[name], str), "a text"
+    fraction = checkpoint["test_fraction"]
+    yield "test_fraction", fraction, _is_number(fraction) and 0 < fraction < 1, "a number between 0 and 1"
     epoch, losses = checkpoint["epoch"], checkpoint["losses"]
     yield "epoch", epoch, _is_whole(epoch, 0), "a whole number from 0"
     yield "losses", losses, isinstance(losses, list) and all(map(_is_number, losses)), "a list of numbers"
@@ -448,12 +450,8 @@ def load_checkpoint(path: Path, task: str) -> dict[str, Any]:
     except Exception as error:
         # torch.load has no exception of its own: UnpicklingError, RuntimeError, EOFError, KeyError, ... by the damage
         raise InputError(f"{path} is damaged or not a checkpoint ({one_line(error)})") from None
-    keys = {"format", "config", "task", "epoch", "losses", "model", "optimizer"}
-    if (
-        not isinstance(checkpoint, dict)
-        or set(checkpoint) - {"data", "examples"} != keys
-        or checkpoint["format"] != CHECKPOINT_FORMAT
-    ):
+    keys = {"format", "config", "task", "data", "examples", "test_fraction", "epoch", "losses", "model", "optimizer"}
+    if not isinstance(checkpoint, dict) or set(checkpoint) != keys or checkpoint["format"] != CHECKPOINT_FORMAT:
         raise InputError(f"{path} is not a checkpoint of rnn_ext ({CHECKPOINT_FORMAT!r})")
     held = {"regressor": {"mean", "std"}, "classifier": {"vocabulary", "labels"}}[task]
     config, state = checkpoint["config"], checkpoint["task"]

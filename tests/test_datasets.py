@@ -119,6 +119,9 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert datasets.cache_folder() == tmp_path / "xdg" / "rnn_ext"
     monkeypatch.setenv("RNN_EXT_CACHE", "~/own")
     assert datasets.cache_folder() == tmp_path / "own"
+    monkeypatch.setenv("RNN_EXT_CACHE", "~nobody-of-this-name/own")
+    with pytest.raises(InputError, match="RNN_EXT_CACHE=~nobody-of-this-name/own: there is no such home"):
+        datasets.cache_folder()
 
 
 class FakeRun:
@@ -260,6 +263,7 @@ def test_series(csv):
         ("Jan,1\nFeb,2\n", None, r"my\.csv has the number '1' in its first row, expected a header row"),
         ("1,2\n3,4\n", None, r"my\.csv has the number '1' in its first row, expected a header row"),
         ("a, a\n1,2\n", "a", r"my\.csv has two columns 'a'"),
+        ("a,b,a\n1,2,3\n", "b", r"my\.csv has two columns 'a'"),
         ("a,b\nx,y\n", None, r"has no column of numbers like 1020\.84; its columns are \['a', 'b'\]"),
         ("a\nx\n", None, r"row 2 .* holds 'x'"),
         ("", None, r"my\.csv is empty, expected a CSV file with a header row"),
@@ -274,6 +278,19 @@ def test_bad_series(csv, text, column, message):
     with pytest.raises(InputError, match=message) as caught:
         read_series(csv(text), column)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["gz", "zip", "xz", "bz2", "tar"])
+def test_archives(tmp_path, ending):
+    """As pandas unpacks them; what is none, or only the beginning of one, is refused."""
+    path = tmp_path / f"my.csv.{ending}"
+    pd.DataFrame({"a": range(1000)}).to_csv(path, index=False)
+    whole = path.read_bytes()
+    assert len(read_series(path)) == 1000
+    for content in (b"a\n1\n", whole[:300]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"my\.csv\.{ending}"):
+            read_series(path)
 
 
 def test_no_file(tmp_path):
