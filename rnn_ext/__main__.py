@@ -145,7 +145,7 @@ def train(options: dict[str, Any]) -> int:
         was = f"{path} was trained on other examples of {name}"
         console.print(f"{was}: it may have been trained on some that it is tested on here", soft_wrap=True)
     score = run.evaluate()
-    what = f"{len(task.test)} test examples after {run.epoch} epoch{'s'[: run.epoch != 1]}"
+    what = f"{len(task.test)} test example{'s'[: len(task.test) != 1]} after {run.epoch} epoch{'s'[: run.epoch != 1]}"
     form = ".4f" if task.metric == "accuracy" else ".4g"  # an RMSE is as large or small as the data
     beside = ", ".join(f"{name} {value:{form}}" for name, value in task.baselines.items())
     console.print(f"{task.metric} {score:{form}} on {what} ({beside})", soft_wrap=True)

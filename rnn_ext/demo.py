@@ -197,7 +197,7 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> int:
     found = report["machine"]
     where = f"{found['processor']}, {found['threads']} thread(s), torch {found['versions']['torch']}"
     where += f", kernels for {found['instructions']}" if found["instructions"] else ""
-    where += ", busy: do not rely on these times" * bool(note)
+    where += ",\nbusy: do not rely on these times" * bool(note)  # in one line it is too wide
     plots.epoch_time(out / "epoch_time.png", races, where)
     write(out / "results.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     console.print(f"Written to {out}/: {', '.join(FILES)}", highlight=False, markup=False)

@@ -110,7 +110,7 @@ def check_instructions() -> Check:
 def check_threads() -> Check:
     cores = len(allowed_cores())
     threads = torch.get_num_threads()
-    found = f"{threads} of torch's on {cores} cores"
+    found = f"{threads} of torch's on {cores} core{'s'[: cores != 1]}"
     if threads > cores:
         return Check("threads", found, f"more threads than cores wait for each other: set OMP_NUM_THREADS={cores}")
     return Check("threads", found)

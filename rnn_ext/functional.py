@@ -443,7 +443,11 @@ def _check_lengths(lengths: Sequence[int] | Tensor, input: Tensor, batch_first: 
     """int64 on the input's device. Values of a tensor are for the backend to check: they may still be on their way."""
     batch, length = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
     if hasattr(lengths, "__array__") and not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths.__array__().copy(), device="cpu")  # it may change before backward
+        array = lengths.__array__()
+        try:
+            lengths = torch.as_tensor(array.copy(), device="cpu")  # it may change before backward
+        except TypeError:
+            raise TypeError(f"lengths must be integers, got an array of {array.dtype}") from None
     if isinstance(lengths, Tensor):
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
             raise TypeError(f"lengths must be integers, got a tensor of {lengths.dtype}")

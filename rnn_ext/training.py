@@ -146,6 +146,8 @@ class Forecasting(Task):
             seen = values[: window + trained]
             std = float(seen.std(correction=0))
             state = {"mean": float(seen.mean()), "std": std if std > 0 else 1.0}
+        if state["std"] == 1.0 and 0 < float(values.max() - values.min()) < 1e-150:  # whose squares are zero
+            raise InputError(f"{what} has values too small to be normalised (up to {float(values.abs().max()):g})")
         scaled = ((values - state["mean"]) / state["std"]).float()
         if not (math.isfinite(state["std"]) and scaled.square().isfinite().all()):
             raise InputError(f"{what} has values too large to be normalised (up to {float(values.abs().max()):g})")

@@ -292,6 +292,10 @@ def test_no_cuda(capsys, series):
             "level\n" + "3e301\n-2e301\n" * 30,
             "bad.csv (column 'level') has values too large to be normalised (up to 3e+301)",
         ),
+        (
+            "level\n" + "3e-180\n-2e-180\n" * 30,
+            "bad.csv (column 'level') has values too small to be normalised (up to 3e-180)",
+        ),
         (  # of which only the test's part is
             "level\n" + "1\n2\n" * 30 + "1e300\n",
             "bad.csv (column 'level') has values too large to be normalised (up to 1e+300)",

@@ -275,6 +275,8 @@ def test_lengths_as_a_range_or_an_array():
     assert torch.equal(found, wanted)
     with pytest.raises(TypeError, match=r"lengths must be integers, got a tensor of torch\.float64"):
         module(input, lengths=numpy.array([3.0, 2, 1]))
+    with pytest.raises(TypeError, match=r"lengths must be integers, got an array of object"):
+        module(input, lengths=numpy.array([3, 2, 1], dtype=object))
     with pytest.raises(TypeError, match=r"lengths must be integers, got tensor\(1\.5000\)"):
         module(input, lengths=[torch.tensor(1.5), 2, 3])
     with pytest.raises(ValueError, match=r"expected lengths between 0 and 5, got 6 for batch entry 2"):
