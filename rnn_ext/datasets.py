@@ -179,7 +179,9 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     if table.columns.empty:
         raise InputError(f"{path} begins with a blank line, expected a header row")
     table.columns = table.columns.str.strip()
-    header = pd.read_csv(path, header=None, nrows=1, **_AS_TEXT).iloc[0].str.strip()  # where equal names are still so
+    header = pd.Series(table.columns)
+    if Path(path).is_file():  # not a pipe, which is read only once: where equal names are still so
+        header = pd.read_csv(path, header=None, nrows=1, **_AS_TEXT).iloc[0].str.strip()
     twice = header[header.duplicated() & (header != "")]
     if not twice.empty:
         raise InputError(f"{path} has two columns {twice.iloc[0]!r}")

@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,16 @@ def test_archives(tmp_path, ending):
         path.write_bytes(content)
         with pytest.raises(InputError, match=rf"my\.csv\.{ending}"):
             read_series(path)
+
+
+def test_a_pipe(tmp_path):
+    """Which can be read once."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=("a\n1\n2\n",), daemon=True)
+    writer.start()
+    assert read_series(path).tolist() == [1, 2]
+    writer.join()
 
 
 def test_no_file(tmp_path):

@@ -42,6 +42,7 @@ def gradients(problem, grad_of):
 
 
 CASES = [{}, {"bidirectional": True}, {"layout": "packed"}, {"lengths": True}, {"resets": True}]
+CASES += [{"state": False}, {"bias": False}]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case) or "plain")
