@@ -239,7 +239,7 @@ def _cuda_kernel(module: nn.Module, cell: str, input: Tensor | PackedSequence) -
     if isinstance(module, nn.RNNCellBase):
         length, batch = 1, 1 if input.dim() == 1 else input.shape[0]
     else:
-        variant = 2 if module.layer_norm else 1 if _options_native_lacks(module) else 0  # as ops.variant_of
+        variant = 2 if module.layer_norm else 1 if _options_native_lacks(module) else 0  # as reference.variant_of
         options = {"bidirectional": module.bidirectional, "projected": module.proj_size > 0, "variant": variant}
         if isinstance(input, PackedSequence):
             data, length, batch = input.data, input.batch_sizes.numel(), int(input.batch_sizes[0])

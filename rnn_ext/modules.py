@@ -170,11 +170,23 @@ class _Layer(Leaf, nn.RNNBase):
             if results is not None:
                 return results
         self._check_not_traced(input, "forward")
-        output, h_n, _, _ = functional.recurrent(
+        output, h_n, _, _ = self._run(input, hx, None, lengths, resets)
+        return output, h_n
+
+    def _run(
+        self,
+        input: Tensor | PackedSequence,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        lengths: Sequence[int] | Tensor | None,
+        resets: Tensor | None,
+        return_cell_states: bool = False,
+    ) -> tuple[Tensor | PackedSequence, Tensor, Tensor | None, Tensor | PackedSequence | None]:
+        return functional.recurrent(
             self.mode.lower(),
             input,
-            hx,
-            None,
+            h_0,
+            c_0,
             self._flat_weights,
             self.num_layers,
             self.bidirectional,
@@ -184,13 +196,12 @@ class _Layer(Leaf, nn.RNNBase):
             self.backend,
             lengths,
             resets,
-            False,
+            return_cell_states,
             self.recompute,
             self.zoneout,
             self.recurrent_dropout,
             self.weight_dropout,
         )
-        return output, h_n
 
     def step(self, input: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One timestep of the whole stack, for streaming: ``forward`` with L = 1 and without that dimension.
@@ -475,26 +486,7 @@ class LSTM(_Layer):
                 return results
         self._check_not_traced(input, "forward")
         h_0, c_0 = functional.split_state(hx)
-        output, h_n, c_n, cells = functional.recurrent(
-            "lstm",
-            input,
-            h_0,
-            c_0,
-            self._flat_weights,
-            self.num_layers,
-            self.bidirectional,
-            self.batch_first,
-            self.dropout,
-            self.training,
-            self.backend,
-            lengths,
-            resets,
-            return_cell_states,
-            self.recompute,
-            self.zoneout,
-            self.recurrent_dropout,
-            self.weight_dropout,
-        )
+        output, h_n, c_n, cells = self._run(input, h_0, c_0, lengths, resets, return_cell_states)
         return (output, (h_n, c_n), cells) if return_cell_states else (output, (h_n, c_n))
 
     def step(self, input: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -1,4 +1,5 @@
-"""The layer op from Python: loading it, calling it, and what must be written in Python about it.
+"""The layer op from Python: loading it and calling it. What else is written in Python about it stands in
+:mod:`rnn_ext.derivatives`, :mod:`rnn_ext.batching` and :mod:`rnn_ext.fakes`.
 
 ``rnn_ext::layer`` computes all timesteps of one recurrent layer in up to two directions:
 
@@ -37,19 +38,16 @@ On the CPU subnormal numbers, those below 1.2e-38 (float64: 2.3e-308), count as 
 from __future__ import annotations
 
 import functools
-import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from rnn_ext import _loader, batching, reference
+from rnn_ext import _loader, batching, derivatives, fakes, reference
 
 # As of csrc/ops/cuda_layer.cpp.
 CUDA_KERNELS = ("step", "pointwise", "persistent", "tensor", "cluster", "grid")
@@ -134,7 +132,7 @@ def cuda_kernel(
     multiprocessors: int = 0,
 ) -> tuple[str, str]:
     """The CUDA kernel that the dispatch table (csrc/cuda/dispatch.h) has for a layer, one of :data:`CUDA_KERNELS`, and
-    the reason, under torch's present settings for TF32. `variant` as of :func:`variant_of`.
+    the reason, under torch's present settings for TF32. `variant` as of :func:`rnn_ext.reference.variant_of`.
 
     `device` is asked what a launch on it asks, co-resident clusters included. For one that need not be here tell
     instead what it has: `shared_bytes`, the most shared memory of a block, which stands for the architecture, and
@@ -303,372 +301,9 @@ def _is_traced(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: S
     return torch.compiler.is_compiling() or has_torch_function((input, h_0, c_0, *weights))
 
 
-def _layer_reference(
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    masks: Sequence[Tensor | None],
-    cell: str,
-    bidirectional: bool,
-    batch_first: bool,
-    cell_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    output, h_n, c_n, cells = reference.layer(
-        input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, masks
-    )
-    empty = input.new_empty(0)
-    return output, h_n, empty if c_n is None else c_n, cells if cell_states and cells is not None else empty
-
-
-def _layer_backward_reference(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    grad_cells: Tensor | None,
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    masks: Sequence[Tensor | None],
-    cell: str,
-    bidirectional: bool,
-    batch_first: bool,
-    cell_states: bool,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """The vector-Jacobian product of the reference."""
-    options = (batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states)
-
-    def forward(a: Sequence[Tensor | None]) -> Sequence[Tensor]:
-        return _layer_reference(*a[:3], a[3:], *options)
-
-    grads = (grad_output, grad_h_n, grad_c_n, grad_cells)
-    results = _gradients(forward, [input, h_0, c_0, *weights], output_mask, grads)
-    return results[0], results[1], results[2], results[3:]
-
-
-def _layer_tangent_reference(
-    tangents: Sequence[Tensor | None],
-    tensors: Sequence[Tensor | None],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    masks: Sequence[Tensor | None],
-    cell: str,
-    bidirectional: bool,
-    batch_first: bool,
-    cell_states: bool,
-    output_mask: Sequence[bool],
-) -> list[Tensor]:
-    """What the op layer_tangent returns: for the tangents of the inputs the above's vector-Jacobian product, which is
-    symmetric in them, and of those of the gradients the above itself, which is linear in these."""
-    input, h_0, c_0, *weights = tensors[4:]
-    layout = (batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first)
-    if any(x is None and wanted for x, wanted in zip(tensors[:4], output_mask[:4], strict=True)):
-        with torch.no_grad():
-            outputs = _layer_reference(input, h_0, c_0, weights, *layout, True)
-        grads = [x if x is not None else torch.zeros_like(y) for x, y in zip(tensors[:4], outputs, strict=True)]
-        tensors = [x if wanted else y for x, y, wanted in zip(grads, tensors[:4], output_mask[:4], strict=True)]
-        tensors += [input, h_0, c_0, *weights]
-
-    def backward(a: Sequence[Tensor | None]) -> Sequence[Tensor]:
-        mask = [tangent is not None for tangent in tangents[4:]]
-        *grads, dw = _layer_backward_reference(*a[:7], a[7:], *layout, cell_states, mask)
-        return *grads, *dw
-
-    results = _gradients(backward, tensors, output_mask, tangents[4:])
-    if any(tangent is not None for tangent in tangents[:4]) and any(output_mask[4:]):
-        *linear, dw = _layer_backward_reference(
-            *tangents[:4], input, h_0, c_0, weights, *layout, cell_states, output_mask[4:]
-        )
-        sums = zip(results[4:], (*linear, *dw), output_mask[4:], strict=True)
-        results[4:] = [x + y if wanted else x for x, y, wanted in sums]
-    return results
-
-
-def _layer_tangent_backward_reference(
-    cotangents: Sequence[Tensor | None],
-    tangents: Sequence[Tensor | None],
-    tensors: Sequence[Tensor | None],
-    *options: Any,
-) -> list[Tensor]:
-    """The vector-Jacobian product of the above, whose other arguments are all `options` but the last, in those of
-    tangents and tensors that the last one wants."""
-    *options, wanted = options
-
-    def tangent(a: Sequence[Tensor | None]) -> Sequence[Tensor]:
-        return _layer_tangent_reference(a[: len(tangents)], a[len(tangents) :], *options)
-
-    return _gradients(tangent, [*tangents, *tensors], wanted, cotangents)
-
-
-def _gradients(
-    function: Callable[[Sequence[Tensor | None]], Sequence[Tensor]],
-    inputs: Sequence[Tensor | None],
-    wanted: Sequence[bool],
-    cotangents: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """``torch.func.vjp`` of a function of the whole list, in those of the inputs that are there and wanted, with empty
-    tensors for the others. For code that runs inside an autograd kernel, where no new transform can begin.
-
-    The result is differentiable, forward and backward, in whatever the inputs and cotangents depend on.
-    """
-    from rnn_ext import _C
-
-    places = [i for i, x in enumerate(inputs) if x is not None and wanted[i]]
-    chosen = [inputs[i] for i in places]
-    # Not of what nothing depends on, whose results would require gradients for the sake of the aliases alone.
-    keep_graph = torch.is_grad_enabled() and any(x is not None and _is_followed(x) for x in (*inputs, *cotangents))
-    with torch.enable_grad():
-        # Aliases end the inner graph here. detach() would lose the tangent of forward mode.
-        aliases = [x.view_as(x) if x.requires_grad else x + _C.require_grad(x.new_zeros(())) for x in chosen]
-        pairs = [
-            (output, cotangent)
-            for output, cotangent in zip(function(_replaced(inputs, places, aliases)), cotangents, strict=True)
-            if cotangent is not None and output.requires_grad
-        ]
-        found: Sequence[Tensor | None] = [None] * len(aliases)
-        if pairs and aliases:
-            outputs, given = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outputs, aliases, given, create_graph=keep_graph, allow_unused=True)
-    found = [torch.zeros_like(x) if g is None else g for x, g in zip(chosen, found, strict=True)]
-    empty = next(x for x in inputs if x is not None).new_empty(0)
-    return _replaced([empty] * len(inputs), places, found)
-
-
-def _is_followed(x: Tensor) -> bool:
-    """Whether a derivative by `x`, or along it, may be asked for, be it by a transform of torch.func further out."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return x.requires_grad or wrapped or forward_ad.unpack_dual(x).tangent is not None
-
-
-def _replaced(items: Sequence[Any], places: Sequence[int], new: Sequence[Any]) -> list[Any]:
-    items = list(items)
-    for i, x in zip(places, new, strict=True):
-        items[i] = x
-    return items
-
-
-def variant_of(weights: int, masked: bool) -> int:
-    """Which variant of a cell so many weights a direction and masks make: 0 plain, 1 masked, 2 with layer normalisation
-    (csrc/cpu/layer.h, csrc/cuda/launch.h)."""
-    return 2 if weights > 5 else 1 if masked else 0
-
-
 def hidden_size(cell: str, weights: Sequence[Tensor]) -> int:
     """H, which the weight_hh of a projected layer does not tell."""
     return weights[0].shape[0] // reference.CELLS[cell].gates
-
-
-def _padded(size: int) -> int:
-    """As cpu::Sizes::padded; here because the size may be symbolic."""
-    return (size + 15) // 16 * 16
-
-
-def _packed_batch(batch_sizes: Tensor, *of_entries: Tensor | None) -> int:
-    """N of a packed input. If none of these, [D, N, ..], is there, it may be a number that only the run will tell."""
-    for tensor in of_entries:
-        if tensor is not None:
-            return tensor.shape[1]
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    if isinstance(batch_sizes, FakeTensor):
-        return torch.library.get_ctx().new_dynamic_size()
-    return int(batch_sizes[0])  # beside meta tensors it has values
-
-
-def _check_device(input: Tensor, name: str, tensor: Tensor | None) -> None:
-    if tensor is not None and tensor.device != input.device:
-        raise RuntimeError(f"{name} is on {tensor.device} but input is on {input.device}: expected the same device")
-
-
-def _check_like_input(input: Tensor, name: str, tensor: Tensor | None, *size: int) -> None:
-    if tensor is None:
-        return
-    _check_device(input, name, tensor)
-    if tensor.dim() != len(size) or any(found != expected for found, expected in zip(tensor.shape, size, strict=True)):
-        raise RuntimeError(f"expected {name} of size {list(size)}, got {list(tensor.shape)}")
-
-
-def _layer_fake(
-    input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, save,
-    recompute=False,
-):  # fmt: skip
-    """Shapes of the results. What sizes and devices tell is checked as by the kernels (csrc/ops/layer.cpp): a tensor
-    that was left on the meta device by mistake brings the others here."""
-    from rnn_ext import _C
-
-    directions = 2 if bidirectional else 1
-    named = reference.split_weights(weights, directions)
-    gates = reference.CELLS[cell].gates
-    (rows_of_gates, features), out = named[0].weight_ih.shape, named[0].weight_hh.shape[1]
-    hidden = rows_of_gates // gates
-    expected = reference.LayerWeights(
-        *((rows_of_gates, features), (rows_of_gates, out), (rows_of_gates,), (rows_of_gates,), (out, hidden)),
-        *((rows_of_gates,), (rows_of_gates,), (hidden,), (hidden,)),
-    )
-    for part in named:
-        for name, weight, size in zip(part._fields, part, expected, strict=True):
-            _check_like_input(input, name, weight, *size)
-    mask = masks[0] if masks else None
-    batch, results = _sequences_fake(
-        input, h_0, c_0, batch_sizes, lengths, resets, cell, directions, features, hidden, out, batch_first,
-        cell_states, mask,
-    )  # fmt: skip
-    lead = tuple(input.shape[:-1])
-    if masks:
-        for name, mask, size in (
-            ("hidden_mask", masks[0], (directions, batch, out)),
-            ("zoneout_h", masks[1], (*lead, directions * out)),
-            ("zoneout_c", masks[2], (*lead, directions * hidden)),
-        ):
-            _check_like_input(input, name, mask, *size)
-
-    projected = named[0].weight_hr is not None
-    variant = variant_of(len(weights) // directions, any(m is not None for m in masks))
-    if input.device.type == "cuda":
-        dtype = torch.uint8
-        per_unit, per_row = _C.cuda_saved_bytes(cell, projected, variant, input.dtype.itemsize)
-        values = hidden * per_unit + per_row
-    else:
-        dtype = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
-        values = _C.saved_values(cell, projected, variant) * _padded(hidden)
-    rows = lead[0] if batch_sizes is not None else lead[0] * lead[1]
-    return (*results, input.new_empty(directions * rows * values if save else 0, dtype=dtype))
-
-
-def _sequences_fake(
-    input, h_0, c_0, batch_sizes, lengths, resets, cell, directions, features, hidden, out, batch_first, cell_states,
-    hidden_mask=None,
-):  # fmt: skip
-    """Of a layer whose weights say so: N, and the shapes of output, h_n, c_n and cells."""
-    packed = batch_sizes is not None
-    if input.dim() != (2 if packed else 3):
-        raise RuntimeError(f"expected input with {2 if packed else 3} dimensions, got size {list(input.shape)}")
-    if input.shape[-1] != features:
-        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {features}, got {input.shape[-1]}")
-    lead = tuple(input.shape[:-1])
-    if packed and batch_sizes.device.type != "cpu":
-        raise RuntimeError(f"expected batch_sizes on the CPU, got {batch_sizes.device}")
-    batch = _packed_batch(batch_sizes, h_0, c_0, hidden_mask) if packed else lead[0 if batch_first else 1]
-    _check_like_input(input, "h_0", h_0, directions, batch, out)
-    _check_like_input(input, "c_0", c_0, directions, batch, hidden)
-    if lengths is not None and lengths.device.type != "cpu":  # where they may also be
-        _check_like_input(input, "lengths", lengths, batch)
-    _check_like_input(input, "resets", resets, *lead)
-    return batch, (
-        input.new_empty(*lead, directions * out),
-        input.new_empty(directions, batch, out),
-        input.new_empty(directions, batch, hidden) if reference.CELLS[cell].has_cell_state else input.new_empty(0),
-        input.new_empty(*lead, directions * hidden) if cell_states else input.new_empty(0),
-    )
-
-
-def _layer_backward_fake(
-    grad_output, grad_h_n, grad_c_n, grad_cells, input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, output,
-    saved, cell, bidirectional, batch_first, cell_states, output_mask, groups=0,
-):  # fmt: skip
-    for name, tensor in (
-        ("grad_output", grad_output), ("grad_h_n", grad_h_n), ("grad_c_n", grad_c_n), ("grad_cells", grad_cells),
-        ("h_0", h_0), ("c_0", c_0), *(("a weight", weight) for weight in weights), ("resets", resets),
-        *(("a mask", mask) for mask in masks), ("output", output), ("saved", saved),
-    ):  # fmt: skip
-        _check_device(input, name, tensor)
-    # A gradient is wanted only of states that are there, and the size of a packed batch is known from them alone.
-    states = [() if state is None else state.shape for state in (h_0, c_0)]
-    own = (groups,) if groups else ()
-    sizes = [input.shape, *states, *((*own, *w.shape) for w in weights)]
-    grads = [input.new_empty(size if mask else 0) for size, mask in zip(sizes, output_mask, strict=True)]
-    return grads[0], grads[1], grads[2], grads[3:]
-
-
-def _layer_tangent_fake(
-    tangents, tensors, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, output_mask
-):  # fmt: skip
-    input, h_0, c_0, *weights = tensors[4:]
-    results = _layer_fake(
-        input, h_0, c_0, weights, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, True, False
-    )  # fmt: skip
-    return [
-        input.new_empty(x.shape if wanted and x is not None else 0)
-        for x, wanted in zip((*results[:4], *tensors[4:]), output_mask, strict=True)
-    ]
-
-
-def _quantized_layer_fake(
-    input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, cell_states
-):  # fmt: skip
-    for weight in weights:
-        _check_device(input, "a weight", weight)
-    directions = 2 if bidirectional else 1
-    hidden = weights[2].shape[2]
-    out = weights[4].shape[0] if len(weights) // directions == 5 else hidden
-    features = input.shape[-1]  # which the weights, filled up, do not tell
-    _, results = _sequences_fake(
-        input, h_0, c_0, batch_sizes, lengths, resets, cell, directions, features, hidden, out, batch_first, cell_states
-    )
-    return results
-
-
-def _random_mask_fake(seed, size, p, value, dtype):
-    return seed.new_empty(size, dtype=dtype)
-
-
-def _layer_flops(input_shape, h_0, c_0, weights, batch_sizes, lengths, *args, **kwargs) -> int:
-    """Flops of the products of a layer over all of its rows, for torch.utils.flop_counter; shapes for tensors."""
-    rows = math.prod(input_shape[:-1])
-    return 2 * rows * sum(math.prod(shape) for shape in weights if len(shape) == 2)
-
-
-def _layer_backward_flops(
-    grad_output, grad_h_n, grad_c_n, grad_cells, input_shape, h_0, c_0, weights, batch_sizes, lengths, resets, masks,
-    output, saved, cell, bidirectional, batch_first, cell_states, output_mask, **kwargs
-) -> int:  # fmt: skip
-    """For each product of the layer one by its weight (by W_ih if the input's gradient is wanted) and one for it."""
-    rows, count = math.prod(input_shape[:-1]), len(weights) // (2 if bidirectional else 1)
-    flops = 0
-    for i, shape in enumerate(weights):
-        if len(shape) == 2:
-            products = output_mask[3 + i] + (output_mask[0] if i % count == 0 else 1)
-            flops += 2 * rows * math.prod(shape) * products
-    return flops
-
-
-def _quantized_layer_flops(
-    input_shape, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, *args, **kwargs
-) -> int:
-    """Of the products of a layer, with all units and columns that its weights have room for."""
-    count = len(weights) // (2 if bidirectional else 1)
-    products = [shape for i, shape in enumerate(weights) if i % count in (0, 1, 3)]
-    return 2 * math.prod(input_shape[:-1]) * sum(map(math.prod, products))
-
-
-def _layer_tangent_flops(
-    tangents, tensors, batch_sizes, lengths, resets, masks, cell, bidirectional, batch_first, cell_states, output_mask,
-    **kwargs
-) -> int:  # fmt: skip
-    """The derivative of a product is two, of which those without a tangent are not computed; and values are again."""
-    input_shape, weights, along = tensors[4], tensors[7:], tangents[7:]
-    rows, count = math.prod(input_shape[:-1]), len(weights) // (2 if bidirectional else 1)
-    flops = 0
-    for i, shape in enumerate(weights):
-        if len(shape) != 2:
-            continue
-        moves, is_input = along[i] is not None, i % count == 0
-        products = 1 + moves + (not is_input or tangents[4] is not None)
-        if any(output_mask[4:]):
-            moved = 1 if is_input and tangents[4] is None else 2
-            products += output_mask[7 + i] * moved
-            products += output_mask[4] * (1 + moves) if is_input else 2 + moves
-        flops += 2 * rows * math.prod(shape) * products
-    return flops
 
 
 if is_available():
@@ -683,24 +318,9 @@ if is_available():
     _layer = torch.ops.rnn_ext.layer.default
     _quantized_layer = torch.ops.rnn_ext.quantized_layer.default
     _library = torch.library.Library("rnn_ext", "IMPL")  # kept: dropping it would unregister what follows
-    _library.impl("layer_reference", _layer_reference, "CompositeImplicitAutograd")
-    _library.impl("layer_backward_reference", _layer_backward_reference, "CompositeImplicitAutograd")
-    _library.impl("layer_tangent_reference", _layer_tangent_reference, "CompositeImplicitAutograd")
-    _library.impl("layer_tangent_backward_reference", _layer_tangent_backward_reference, "CompositeImplicitAutograd")
-    torch.library.register_fake("rnn_ext::layer", _layer_fake)
-    torch.library.register_fake("rnn_ext::layer_backward", _layer_backward_fake)
-    torch.library.register_fake("rnn_ext::layer_tangent", _layer_tangent_fake)
-    torch.library.register_fake("rnn_ext::random_mask", _random_mask_fake)
-    torch.library.register_fake("rnn_ext::quantized_layer", _quantized_layer_fake)
+    derivatives.register(_library)
     batching.register(_library)
-    for _op, _formula in (
-        (torch.ops.rnn_ext.layer, _layer_flops),
-        (torch.ops.rnn_ext.layer_backward, _layer_backward_flops),
-        (torch.ops.rnn_ext.layer_tangent, _layer_tangent_flops),
-        (torch.ops.rnn_ext.quantized_layer, _quantized_layer_flops),
-    ):
-        if _op not in flop_registry:  # this module is loaded again
-            register_flop_formula(_op)(_formula)
+    fakes.register()
 else:
 
     def _layer(*args: Any) -> Any:

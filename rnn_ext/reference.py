@@ -117,6 +117,12 @@ def split_weights(weights: Sequence[Tensor], directions: int) -> list[LayerWeigh
     return layers
 
 
+def variant_of(weights: int, masked: bool) -> int:
+    """Which variant of a cell so many weights a direction and masks make: 0 plain, 1 masked, 2 with layer normalisation
+    (csrc/cpu/layer.h, csrc/cuda/launch.h)."""
+    return 2 if weights > 5 else 1 if masked else 0
+
+
 def scan(
     cell: str,
     input: Tensor,

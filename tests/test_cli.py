@@ -18,10 +18,11 @@ import torch
 for package in ("matplotlib", "pandas", "rich"):
     pytest.importorskip(package)
 
+import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 import rnn_ext  # noqa: E402
-from rnn_ext import __main__, _options, by_hand, datasets, demo, ops, training  # noqa: E402
+from rnn_ext import __main__, _options, by_hand, datasets, demo, ops, plots, training  # noqa: E402
 from rnn_ext.__main__ import main  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -321,6 +322,8 @@ def test_bad_checkpoints(capsys, series, reviews):
     expected = "rnn_ext_regressor.pt was trained with --hidden-size 4, not 5"
     assert expected in fails(capsys, [*resume, "--hidden-size", "5"])
     assert "was trained with --cell rnn, not gru" in fails(capsys, [*resume, "--cell", "gru"])
+    assert "was trained with --window 6, not 7" in fails(capsys, [*resume, "--window", "7"])
+    assert "was trained with --num-layers 2, not 1" in fails(capsys, [*resume, "--num-layers", "1"])
     argv = ["train", "classifier", *reviews, "--resume", "--checkpoint", "rnn_ext_regressor.pt"]
     assert "is a checkpoint of a regressor, expected one of a classifier" in fails(capsys, argv)
     checkpoint = torch.load("rnn_ext_regressor.pt", weights_only=True)
@@ -334,6 +337,37 @@ def test_bad_checkpoints(capsys, series, reviews):
     data = Path("rnn_ext_regressor.pt").read_bytes()
     Path("rnn_ext_regressor.pt").write_bytes(data[:-100])
     assert "rnn_ext_regressor.pt is damaged or not a checkpoint" in fails(capsys, resume)
+
+
+def test_a_vocabulary_that_a_checkpoint_lacks(capsys, reviews):
+    assert main([*CLASSIFIER, *reviews, "--epochs", "1", "--vocab-size", "9"]) == 0
+    capsys.readouterr()
+    expected = "rnn_ext_classifier.pt was trained with --vocab-size 9, not 8"
+    assert expected in fails(capsys, ["train", "classifier", *reviews, "--resume", "--vocab-size", "8"])
+
+
+def test_picture_of_a_forecast(monkeypatch, series):
+    """What was measured, what the model said, and what both it and the last month are wrong by."""
+    level = datasets.read_series(Path("level.csv"), "level")
+    config = training.Config("regressor", window=6, hidden_size=4, backend="native")
+    run = training.Training(training.Forecasting(level, 6), config)
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    plots.forecast(Path("forecast.png"), run)
+    top, bottom = drawn[0].axes
+    measured, said = (line.get_ydata() for line in top.lines)
+    count = len(run.task.test)
+    assert len(measured) == count > 5
+    np.testing.assert_allclose(measured, level[-count:], rtol=1e-6)
+    wrong = said - level[-count:].to_numpy()
+    rmse = float(np.sqrt(np.square(wrong).mean()))
+    assert rmse == pytest.approx(run.evaluate(), rel=1e-5)
+    assert top.lines[1].get_label() == f"forecast one month ahead, RMSE {rmse:.2f} °C"
+    np.testing.assert_allclose(bottom.lines[1].get_ydata(), wrong, atol=1e-5)
+    (filled,) = bottom.collections
+    of_last = filled.get_paths()[0].get_extents()
+    change = -level.diff()[-count:].to_numpy()
+    assert (of_last.ymin, of_last.ymax) == pytest.approx((change.min(), change.max()), abs=1e-5)
 
 
 def test_custom_backend_without_kernels(capsys, series, monkeypatch):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+
 import pytest
 import torch
 
@@ -44,6 +47,31 @@ def test_broken_library_ends_with_1_and_the_remedy(broken, capsys):
     out = capsys.readouterr().out
     assert f"! library: {BROKEN}" in out
     assert "The custom backend cannot work" in out
+
+
+def test_sources_newer_than_the_library(monkeypatch, tmp_path):
+    """A checkout that was changed after it was built; of CUDA's sources only if the library has such kernels."""
+    package = tmp_path / "rnn_ext"
+    package.mkdir()
+    (package / "_C.so").touch()
+    for name in ("cells", "cuda"):
+        (tmp_path / "csrc" / name).mkdir(parents=True)
+        (tmp_path / "csrc" / name / "a.h").touch()
+    monkeypatch.setattr(doctor._loader, "FOLDER", package)
+    info = importlib.import_module("rnn_ext._build_info")
+    for changed, with_cuda, found in (
+        ("cells", False, True),
+        ("cuda", True, True),
+        ("cuda", False, False),
+        (None, True, False),
+    ):
+        monkeypatch.setattr(info, "CUDA", with_cuda)
+        os.utime(package / "_C.so", (2000, 2000))
+        for name in ("cells", "cuda"):
+            time = 3000 if name == changed else 1000
+            os.utime(tmp_path / "csrc" / name / "a.h", (time, time))
+        problem = doctor.check_library().problem
+        assert (problem or "").startswith("csrc has changed since the library was built; run") == found
 
 
 def test_no_compiler_matters_where_the_library_is_missing(broken, monkeypatch, tmp_path):

@@ -490,6 +490,16 @@ def test_states_of_more_sequences_than_are_packed(backend):
             rnn_ext.LSTM(I, H, backend=backend)(sequences, tuple(hx))
 
 
+@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"zoneout": 0.1}, {"recompute": True}], ids=str)
+@pytest.mark.parametrize("name", OURS)
+def test_states_of_more_layers_than_there_are(name, options):
+    """Of a stack whose layers are called one after the other, each with its part of the states."""
+    module = OURS[name](I, H, 2, **options)
+    for layers in (1, 3):
+        with pytest.raises(RuntimeError, match=rf"Expected h_0 of size \[2, {N}, {H}\], got \[{layers}, {N}, {H}\]"):
+            module(torch.zeros(L, N, I), states(name, layers, N, H))
+
+
 def test_too_many_weights_and_too_few():
     weights = list(rnn_ext.RNN(I, I, 2).parameters())
     for given, layers, count in (([*weights, weights[0]], 2, 9), (weights[:1], 1, 1)):

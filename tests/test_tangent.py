@@ -421,6 +421,12 @@ def test_flops():
             counts.append(counter.get_total_flops())
     for ours, theirs in zip(counts[:2], counts[2:], strict=True):
         assert 0.5 * theirs < ours < 2 * theirs, counts
+    of_input, of_hidden = (2 * L * N * 3 * H * width for width in (I, H))  # a product by W_ih, and one by W_hh
+    assert counts[0] == (of_input + of_hidden) * (1 + 2)  # the layer; its values once more, and how they move
+    # The layer, and the gradient that is the penalty's input; then values and how they move, how the gradients of gates
+    # do and of both weights, twice as much each.
+    once = (of_input + of_hidden) * (1 + 1)
+    assert counts[1] == once + of_input * (2 + 2) + of_hidden * (2 + 2 + 2)
 
 
 MISTAKES = [

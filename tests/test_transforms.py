@@ -95,8 +95,12 @@ def test_vmap_over_nothing(kind):
     assert vmap(output, (None, 0))(parameters, none).shape == (0, 4, 5, 3)
     sets = {name: p.expand(0, *p.shape) for name, p in parameters.items()}
     assert vmap(output, (0, None))(sets, one).shape == (0, 4, 5, 3)
-    per_sample = vmap(torch.func.grad(lambda p, x: output(p, x).sum()), (None, 0))(parameters, none)
-    assert {name: grad.shape for name, grad in per_sample.items()} == {name: p.shape for name, p in sets.items()}
+    per_sample = vmap(torch.func.grad(lambda p, x: output(p, x).sum()), (None, 0))
+    found = per_sample(parameters, none)
+    assert {name: grad.shape for name, grad in found.items()} == {name: p.shape for name, p in sets.items()}
+    for empty in (torch.randn(3, 0, 5, 2), torch.randn(3, 4, 0, 2)):  # of sequences without timesteps, of no sequences
+        for name, grad in per_sample(parameters, empty).items():
+            assert grad.shape == (3, *parameters[name].shape) and not grad.any()
     for empty in (one[:0], one[:, :0]):
         shape = (*empty.shape[:2], 3, *empty.shape)
         assert torch.func.jacrev(lambda x: output(parameters, x))(empty).shape == shape

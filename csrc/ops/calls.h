@@ -30,7 +30,7 @@ struct TangentInputs {
 };
 std::vector<at::Tensor> layer_tangent_call(const TangentInputs& in, const c10::List<bool>& output_mask);
 
-/// The same written in PyTorch, see rnn_ext/ops.py.
+/// The same written in PyTorch, see rnn_ext/derivatives.py.
 LayerResult layer_reference_call(const LayerInputs& in);
 LayerGrads layer_backward_reference_call(const LayerCotangents& grads, const LayerInputs& in,
                                          const c10::List<bool>& output_mask);
