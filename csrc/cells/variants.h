@@ -32,7 +32,7 @@ struct Masked : Cell {
   static constexpr int kSavedCell = Cell::kSaved;
 };
 
-/// Layer normalisation (Ba, Kiros and Hinton 2016): y = (x - mean) * rstd, before scale and shift.
+/// Layer normalisation (Ba, Kiros and Hinton 2016): y = (x - mean) * rstd, and y * weight + bias.
 struct LayerNorm {
   static constexpr double kEps = 1e-5;
 
@@ -46,13 +46,22 @@ struct LayerNorm {
   RNN_EXT_HD static V backward(V dy, V y, V rstd, V mean_dy, V mean_dy_y) {
     return rstd * (dy - mean_dy - y * mean_dy_y);
   }
+
+  /// The gradients of y and of the weight from d, that of y * weight + bias and of the bias.
+  template <class V>
+  RNN_EXT_HD static V y_backward(V d, V weight) {
+    return d * weight;
+  }
+  template <class V>
+  RNN_EXT_HD static V weight_backward(V d, V y) {
+    return d * y;
+  }
 };
 
 /// The LSTM with layer normalisation (Ba, Kiros and Hinton 2016, equations 20 to 22):
 ///   gates = LN(W_ih x) weight_norm_ih + LN(W_hh h_prev) weight_norm_hh + b_ih + b_hh      c, i f g o as in the LSTM
 ///   h = o tanh(LN(c) weight_norm_c + bias_norm_c)
 struct LayerNormLstm : Lstm {
-  static constexpr const char* kName = "layer_norm_lstm";
   static constexpr bool kDirectCarry = true;  // by zoneout
   // Saved: LN(W_ih x), LN(W_hh h_prev), c after zoneout, and in one row of values those of the whole row.
   static constexpr int kNormIh = 0, kNormHh = 4, kSavedCell = 8, kStatistics = 9, kSaved = 10;

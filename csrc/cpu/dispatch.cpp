@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -21,10 +22,7 @@ namespace {
 
 struct Level {
   const char* name;
-  const Kernels<float>* float_kernels;
-  const Kernels<double>* double_kernels;
-  const Kernels<BFloat16>* bfloat16_kernels;
-  const Kernels<Float16>* float16_kernels;
+  std::tuple<const Kernels<float>*, const Kernels<double>*, const Kernels<BFloat16>*, const Kernels<Float16>*> kernels;
   const QuantizedKernel* quantized;
   void (*digest)(Digest*, const void*, size_t);
   bool (*supported)();
@@ -48,18 +46,25 @@ bool supports_avx_vnni() {
 const Level kLevels[] = {
 // best first
 #if defined(RNN_EXT_X86_KERNELS)
-    {"avx512", &avx512::kFloat, &avx512::kDouble, &avx512::kWidenedBFloat16, &avx512::kWidenedFloat16,
-     &avx512::kQuantized, &avx512::add_to_digest,
+    {"avx512",
+     {&avx512::kFloat, &avx512::kDouble, &avx512::kWidenedBFloat16, &avx512::kWidenedFloat16},
+     &avx512::kQuantized,
+     &avx512::add_to_digest,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {"avx2", &avx2::kFloat, &avx2::kDouble, &avx2::kWidenedBFloat16, &avx2::kWidenedFloat16, &avx2::kQuantized,
+    {"avx2",
+     {&avx2::kFloat, &avx2::kDouble, &avx2::kWidenedBFloat16, &avx2::kWidenedFloat16},
+     &avx2::kQuantized,
      &avx2::add_to_digest,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c(); }},
 #endif
-    {"baseline", &baseline::kFloat, &baseline::kDouble, &baseline::kWidenedBFloat16, &baseline::kWidenedFloat16,
-     &baseline::kQuantized, &baseline::add_to_digest, [] { return true; }},
+    {"baseline",
+     {&baseline::kFloat, &baseline::kDouble, &baseline::kWidenedBFloat16, &baseline::kWidenedFloat16},
+     &baseline::kQuantized,
+     &baseline::add_to_digest,
+     [] { return true; }},
 };
 
 const Level* best() {
@@ -201,18 +206,12 @@ namespace {
 
 template <class S>
 const Kernels<S>& kernels() {
-  if constexpr (std::is_same_v<S, float>) {
-    return *current->float_kernels;
-  } else if constexpr (std::is_same_v<S, double>) {
-    return *current->double_kernels;
-  } else if constexpr (std::is_same_v<S, Float16>) {
-    return *current->float16_kernels;
-  } else {
 #if defined(RNN_EXT_X86_KERNELS)
+  if constexpr (std::is_same_v<S, BFloat16>) {
     if (computes_bfloat16()) return avx512_bf16::kBFloat16;
-#endif
-    return *current->bfloat16_kernels;
   }
+#endif
+  return *std::get<const Kernels<S>*>(current->kernels);
 }
 
 }  // namespace

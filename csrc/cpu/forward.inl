@@ -51,11 +51,11 @@ class ForwardScan {
         out_(args.sizes.output()),
         out_padded_(Sizes::padded(out_)),
         saved_(saved_values(args.cell, args.sizes.proj != 0, args.variant)),
-        short_(weights.packing == Packing::kNone),
+        unpacked_(weights.packing == Packing::kNone),
         by_panels_(weights.packing == Packing::kPanels),
-        tail_(!short_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
+        tail_(!unpacked_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
         keep_(keeps(args)),
-        is_plain_(!short_ && has_plain_steps(layout_, args.sizes, args.resets.data)),
+        is_plain_(!unpacked_ && has_plain_steps(layout_, args.sizes, args.resets.data)),
         has_even_steps_(has_even_steps()),
         panel_(by_panels_ ? larger(elements<S>(args.sizes.input), elements<S>(out_)) * UnpackedB<S>::kMostVectors *
                                 kLanes<Element<S>>
@@ -68,13 +68,13 @@ class ForwardScan {
         gates_(keep_ || chunks_ ? 0 : (1 + projects_ahead_) * chunk_rows_ * gates_stride_),
         input_rows_(chunk_rows_),
         copied_inputs_(copies_inputs() ? chunk_rows_ * Sizes::padded(args.sizes.input) : 0),
-        factor_rows_(kWidens<S> && !short_ ? chunk_rows_ : 0),
-        narrowed_(kWidens<S> && short_ ? slice.size() * larger(padded_, out_padded_) : 0),
+        factor_rows_(kWidens<S> && !unpacked_ ? chunk_rows_ : 0),
+        narrowed_(kWidens<S> && unpacked_ ? slice.size() * larger(padded_, out_padded_) : 0),
         gate_rows_((1 + projects_ahead_) * chunk_rows_),
         c_(Cell::kHasCell ? slice.size() * padded_ : 0, true),
-        hidden_gates_(short_ ? slice.size() * G * padded_ : 0),
-        dot_inputs_(short_ ? larger(slice.size(), chunk_rows_) : 0),
-        dot_outputs_(short_ ? larger(slice.size(), chunk_rows_) : 0),
+        hidden_gates_(unpacked_ ? slice.size() * G * padded_ : 0),
+        dot_inputs_(unpacked_ ? larger(slice.size(), chunk_rows_) : 0),
+        dot_outputs_(unpacked_ ? larger(slice.size(), chunk_rows_) : 0),
         unprojected_(args.sizes.proj ? slice.size() * padded_ : 0),
         projected_(args.sizes.proj && kReduced ? slice.size() * out_padded_ : 0),
         projected_rows_(args.sizes.proj ? slice.size() : 0),
@@ -164,7 +164,7 @@ class ForwardScan {
   using Side = std::conditional_t<kTakesAlong, SideTiles<S, kSideRows<G>>, NoSideTiles>;
 
   /// Rows of an odd number of inputs do not consist of whole pairs, those of 16 bits that are widened not of factors.
-  bool copies_inputs() const { return !short_ && (kWidens<S> || args_.sizes.input % kPack<S> != 0); }
+  bool copies_inputs() const { return !unpacked_ && (kWidens<S> || args_.sizes.input % kPack<S> != 0); }
 
   /// The inputs that are placed, ready to be multiplied.
   const A** input_factors() const {
@@ -193,7 +193,7 @@ class ForwardScan {
   bool projects_ahead() const {
     // Bytes of the recurrent weights (measured).
     constexpr int64_t kWorthwhile = (RNN_EXT_VECTOR_REGISTERS < 32 ? 16 : 12) * 1024;
-    return kTakesAlong && tuning().takes_along && !chunks_ && !short_ && weight_bytes(out_) >= kWorthwhile &&
+    return kTakesAlong && tuning().takes_along && !chunks_ && !unpacked_ && weight_bytes(out_) >= kWorthwhile &&
            args_.sizes.input > 0 && is_one_sequence(layout_) &&
            (copies_inputs() || args_.input.to_next(layout_, reverse_) % kPack<S> == 0);
   }
@@ -307,7 +307,7 @@ class ForwardScan {
                     init, finish, tail, &side_, gates_ahead(t, joined_ ? 1 : chunk_steps_));
     };
     for (;;) {
-      if (short_) {
+      if (unpacked_) {
         const S* rounded = narrowed(at.now, rows, out_padded_, out_);
         run_short(rows, [&](int64_t r) { return rounded + r * out_padded_; }, init, finish);
       } else {
@@ -417,7 +417,7 @@ class ForwardScan {
       S* const* const outputs = at.outputs;
       S* const* const cells = at.cells;
       T* const* const gates = at.gates;
-      const bool keep = keep_, rounds = kWidens<S> && short_;
+      const bool keep = keep_, rounds = kWidens<S> && unpacked_;
       const auto store_state = [=](A* to, const V* h_row) ALWAYS_INLINE_LAMBDA {
         V rounded[B];
 #pragma GCC unroll 4
@@ -483,7 +483,7 @@ class ForwardScan {
         projected_rows_.get()[r] = next + r * out_padded_;
       }
     }
-    if (short_) {
+    if (unpacked_) {
       space_rows(input_rows_.get(), narrowed(unprojected_.get(), rows, padded_, hidden_), padded_, rows);
       dot_rows(rows, projected_rows_.get(), static_cast<const T*>(nullptr), args_.weights[direction_].weight_hr, out_,
                hidden_, input_rows_.get());
@@ -518,7 +518,7 @@ class ForwardScan {
   const UnitBlocks part_;
   const int64_t hidden_, padded_, out_, out_padded_;
   const int saved_;
-  const bool short_;      // the weights are read as they lie
+  const bool unpacked_;   // the weights are read as they lie
   const bool by_panels_;  // or packed by each product as it goes
   const bool tail_;       // this part ends with one
   const bool keep_;

@@ -16,7 +16,7 @@ int64_t ForwardScan<Cell, S>::least_joined() const {
   constexpr int64_t kNear = 256 * 1024, kMostJoined = 20 << 20, kFewInputs = 64;
   const int64_t never = layout_.batch + 1;
   const int64_t most = G > 1 && tuning().joins_far ? kMostJoined : kFarWeights;
-  if (short_ || by_panels_ || kWidens<S> || cells::kIsNormed<Cell> || weight_bytes() > most) return never;
+  if (unpacked_ || by_panels_ || kWidens<S> || cells::kIsNormed<Cell> || weight_bytes() > most) return never;
   // Few registers make a smaller tile of three gates than of the four vectors of a projection alone (measured).
   constexpr bool kSmallTile = G == 3 && RNN_EXT_VECTOR_REGISTERS < 32;
   if (kSmallTile && args_.sizes.input > kFewInputs) return never;
@@ -160,7 +160,7 @@ void ForwardScan<Cell, S>::project_inputs() {
 
 template <class Cell, class S>
 void ForwardScan<Cell, S>::project_rows() {
-  if (short_) {
+  if (unpacked_) {
     dot_gates(
         args_.weights[direction_].weight_ih, args_.sizes.input, planned_, input_bias(),
         [&](int64_t r) { return input_rows_.get()[r]; }, [&](int64_t r) { return gate_rows()[r]; });

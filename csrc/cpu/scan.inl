@@ -139,7 +139,6 @@ inline bool has_plain_steps(const Layout& layout, const Sizes& sizes, const bool
 /// Copy state rows between the caller's [N, width] and a padded buffer whose first row is the slice's.
 template <class To, class From>
 void read_states(To* rows, int64_t stride, const From* states, int64_t width, const Layout& layout, Slice slice) {
-  if (!states) return;
   for (int64_t j = slice.first; j < slice.last; ++j)
     copy_row(rows + (j - slice.first) * stride, states + layout.entry(j) * width, width);
 }
@@ -148,7 +147,6 @@ void read_states(To* rows, int64_t stride, const From* states, int64_t width, co
 template <class To, class From>
 void write_states(To* states, int64_t width, const From* rows, int64_t stride, const Layout& layout, Slice slice,
                   int64_t from, int64_t to, int64_t begin, int64_t end) {
-  if (!states) return;
   for (int64_t j = larger(from, slice.first); j < smaller(to, slice.last); ++j)
     copy_row(states + layout.entry(j) * width + begin, rows + (j - slice.first) * stride + begin, end - begin);
 }

@@ -163,7 +163,7 @@ ALWAYS_INLINE void ForwardScan<Cell, S>::variant_product(const VariantStep& at, 
   if constexpr (!cells::kIsNormed<Cell>) {
     if (joined_) return join_inputs(at.t, at.rows, [](const auto&) {}, init, packed);
   }
-  if (!short_) return packed(part_, init, tail_);
+  if (!unpacked_) return packed(part_, init, tail_);
   run_short(at.rows, [=](int64_t r) { return inputs[r]; }, init, finish);
 }
 
@@ -422,6 +422,7 @@ auto BackwardScan<Cell, S, W>::carried_cell(int64_t t, int64_t r) const -> Carri
 /// One row's cell: the gradients of its gates and of its previous states, from that of the cell's h.
 template <class Cell, class S, class W>
 void BackwardScan<Cell, S, W>::normed_cell(int64_t t, int64_t r, const T* dh_row) {
+  using Norm = cells::LayerNorm;
   constexpr int G = Cell::kGates;
   const int64_t hidden = hidden_, padded = padded_;
   const T* kept = saved(t, r);
@@ -440,7 +441,7 @@ void BackwardScan<Cell, S, W>::normed_cell(int64_t t, int64_t r, const T* dh_row
     for (int g = 0; g < G; ++g)
       gate[g] = norm.gate(g, unit, padded, load(norm_ih + g * padded + unit), load(norm_hh + g * padded + unit));
     const V c = Cell::template next_cell<Math<T>>(gate, load(c_before + unit), active);
-    const V norm_c = cells::LayerNorm::forward(c, mean_c, rstd_c);
+    const V norm_c = Norm::forward(c, mean_c, rstd_c);
     const V weight = load(norm.c.get() + unit);
     const V tanh_c = Cell::template tanh_c<Math<T>>(norm_c, weight, load(norm.c_bias.get() + unit));
     const V dscaled = Cell::output_backward(active[3], tanh_c, load(dh_row + unit), dgates);
@@ -448,24 +449,26 @@ void BackwardScan<Cell, S, W>::normed_cell(int64_t t, int64_t r, const T* dh_row
     store(dgate_row + 3 * padded + unit, dgates[3]);
     store(to + Cell::kGradNorm * padded + unit, dscaled);
     store(to + Cell::kNormC * padded + unit, norm_c);
-    sum += dscaled * weight;
-    sum_y = fma(dscaled * weight, norm_c, sum_y);
+    const V dnorm = Norm::y_backward(dscaled, weight);
+    sum += dnorm;
+    sum_y = fma(dnorm, norm_c, sum_y);
   }
   const V mean_d = broadcast(lane_sum<T>(sum) / T(hidden)), mean_dy = broadcast(lane_sum<T>(sum_y) / T(hidden));
   V ih[G] = {}, ih_y[G] = {}, hh[G] = {}, hh_y[G] = {};
   for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
     V active[G], dgates[G], before;
-    const V dnorm = load(to + Cell::kGradNorm * padded + unit) * load(norm.c.get() + unit);
+    const V dnorm = Norm::y_backward(load(to + Cell::kGradNorm * padded + unit), load(norm.c.get() + unit));
     const V norm_c = load(to + Cell::kNormC * padded + unit);
     V dc = carried.whole(unit, before);
-    dc = only_first<T>(dc + cells::LayerNorm::backward(dnorm, norm_c, rstd_c, mean_d, mean_dy), hidden - unit);
+    dc = only_first<T>(dc + Norm::backward(dnorm, norm_c, rstd_c, mean_d, mean_dy), hidden - unit);
     for (int g = 0; g < 3; ++g) active[g] = load(active_row + g * padded + unit);
     store(carried.dc + unit, before + Cell::cell_backward(active, load(c_before + unit), dc, dgates));
     for (int g = 0; g < 3; ++g) store(dgate_row + g * padded + unit, dgates[g]);
     dgates[3] = load(dgate_row + 3 * padded + unit);
     for (int g = 0; g < G; ++g) {
       const int64_t at = g * padded + unit;
-      const V d_ih = dgates[g] * load(norm.ih.get() + at), d_hh = dgates[g] * load(norm.hh.get() + at);
+      const V d_ih = Norm::y_backward(dgates[g], load(norm.ih.get() + at));
+      const V d_hh = Norm::y_backward(dgates[g], load(norm.hh.get() + at));
       ih[g] += d_ih;
       ih_y[g] = fma(d_ih, load(norm_ih + at), ih_y[g]);
       hh[g] += d_hh;
@@ -480,10 +483,10 @@ void BackwardScan<Cell, S, W>::normed_cell(int64_t t, int64_t r, const T* dh_row
   for (int g = 0; g < G; ++g) {
     for (int64_t at = g * padded; at < g * padded + hidden; at += kLanes<T>) {
       const V d = load(dgate_row + at);
-      store(to + Cell::ih_slot(0) * padded + at,
-            cells::LayerNorm::backward(d * load(norm.ih.get() + at), load(norm_ih + at), rstd_ih, mean_ih, mean_ih_y));
-      store(to + Cell::hh_slot(0) * padded + at,
-            cells::LayerNorm::backward(d * load(norm.hh.get() + at), load(norm_hh + at), rstd_hh, mean_hh, mean_hh_y));
+      const V d_ih = Norm::y_backward(d, load(norm.ih.get() + at)),
+              d_hh = Norm::y_backward(d, load(norm.hh.get() + at));
+      store(to + Cell::ih_slot(0) * padded + at, Norm::backward(d_ih, load(norm_ih + at), rstd_ih, mean_ih, mean_ih_y));
+      store(to + Cell::hh_slot(0) * padded + at, Norm::backward(d_hh, load(norm_hh + at), rstd_hh, mean_hh, mean_hh_y));
     }
   }
 }
@@ -526,6 +529,7 @@ struct NormSums {
 template <class T>
 void norm_sums(const BackwardArgs<T>& args, const ChunkGrads<cells::LayerNormLstm, T>& grads, int direction, T* sums) {
   using Cell = cells::LayerNormLstm;
+  using Norm = cells::LayerNorm;
   using V = Vec<T>;
   const int64_t hidden = args.sizes.hidden, padded = args.sizes.padded();
   const int64_t stride = saved_values(args.cell, args.sizes.proj != 0, args.variant) * padded;
@@ -545,13 +549,13 @@ void norm_sums(const BackwardArgs<T>& args, const ChunkGrads<cells::LayerNormLst
       for (int64_t at = g * padded; at < g * padded + hidden; at += kLanes<T>) {
         const V d = load(from + Cell::kGradGate * padded + at);
         add(NormSums::kBias * padded + at, d);
-        add(NormSums::kWeightIh * padded + at, d * load(kept + Cell::kNormIh * padded + at));
-        add(NormSums::kWeightHh * padded + at, d * load(kept + Cell::kNormHh * padded + at));
+        add(NormSums::kWeightIh * padded + at, Norm::weight_backward(d, load(kept + Cell::kNormIh * padded + at)));
+        add(NormSums::kWeightHh * padded + at, Norm::weight_backward(d, load(kept + Cell::kNormHh * padded + at)));
       }
     }
     for (int64_t unit = 0; unit < hidden; unit += kLanes<T>) {
       const V d = load(from + Cell::kGradNorm * padded + unit);
-      add(NormSums::kWeightC * padded + unit, d * load(from + Cell::kNormC * padded + unit));
+      add(NormSums::kWeightC * padded + unit, Norm::weight_backward(d, load(from + Cell::kNormC * padded + unit)));
       add(NormSums::kBiasC * padded + unit, d);
     }
   }

@@ -230,12 +230,13 @@ __global__ void __launch_bounds__(kMaxNormThreads, kNormBlocks<T>)
 #pragma unroll
     for (int g = 0; g < 3; ++g) scratch[(kActive + g) * hidden + unit] = active[g];
     scratch[kGradO * hidden + unit] = dgates[3];
-    scratch[kGradNorm * hidden + unit] = dscaled * weight;
+    const A dnorm = cells::LayerNorm::y_backward(dscaled, weight);
+    scratch[kGradNorm * hidden + unit] = dnorm;
     scratch[kNormC * hidden + unit] = norm_c;
     dgates_row[NormCell::kGradNorm * hidden + unit] = narrow<T>(dscaled);
     dgates_row[NormCell::kNormC * hidden + unit] = narrow<T>(norm_c);
-    mean_c[0] += dscaled * weight;
-    mean_c[1] += dscaled * weight * norm_c;
+    mean_c[0] += dnorm;
+    mean_c[1] += dnorm * norm_c;
   }
   if (!there) return;
   block_sums(mean_c, places);
@@ -257,7 +258,8 @@ __global__ void __launch_bounds__(kMaxNormThreads, kNormBlocks<T>)
       const int64_t at = g * hidden + unit;
       scratch[(kActive + g) * hidden + unit] = dgates[g];
       dgates_row[NormCell::kGradGate * hidden + at] = narrow<T>(dgates[g]);
-      const A d_ih = dgates[g] * widen(norm.weight_ih[at]), d_hh = dgates[g] * widen(norm.weight_hh[at]);
+      const A d_ih = cells::LayerNorm::y_backward(dgates[g], widen(norm.weight_ih[at]));
+      const A d_hh = cells::LayerNorm::y_backward(dgates[g], widen(norm.weight_hh[at]));
       mean[0] += d_ih;
       mean[1] += d_ih * widen(norm_ih[at]);
       mean[2] += d_hh;
@@ -273,10 +275,12 @@ __global__ void __launch_bounds__(kMaxNormThreads, kNormBlocks<T>)
     for (int g = 0; g < kNormGates; ++g) {
       const int64_t at = g * hidden + unit;
       const A dgate = scratch[(kActive + g) * hidden + unit];
-      dgates_row[NormCell::ih_slot(g) * hidden + unit] = narrow<T>(cells::LayerNorm::backward(
-          dgate * widen(norm.weight_ih[at]), widen(norm_ih[at]), statistics[NormCell::kRstdIh], mean[0], mean[1]));
-      dgates_row[NormCell::hh_slot(g) * hidden + unit] = narrow<T>(cells::LayerNorm::backward(
-          dgate * widen(norm.weight_hh[at]), widen(norm_hh[at]), statistics[NormCell::kRstdHh], mean[2], mean[3]));
+      const A d_ih = cells::LayerNorm::y_backward(dgate, widen(norm.weight_ih[at]));
+      const A d_hh = cells::LayerNorm::y_backward(dgate, widen(norm.weight_hh[at]));
+      dgates_row[NormCell::ih_slot(g) * hidden + unit] = narrow<T>(
+          cells::LayerNorm::backward(d_ih, widen(norm_ih[at]), statistics[NormCell::kRstdIh], mean[0], mean[1]));
+      dgates_row[NormCell::hh_slot(g) * hidden + unit] = narrow<T>(
+          cells::LayerNorm::backward(d_hh, widen(norm_hh[at]), statistics[NormCell::kRstdHh], mean[2], mean[3]));
     }
   }
 }

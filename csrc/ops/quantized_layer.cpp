@@ -136,8 +136,7 @@ QuantizedResult quantized_layer_cpu(const at::Tensor& input, const OptionalTenso
 
 constexpr const char* kNoDerivative =
     "rnn_ext::quantized_layer has no derivative: call quantized layers under torch.no_grad(), when torch.compile "
-    "compiles "
-    "them, too, or differentiate what rnn_ext.dequantize makes of them";
+    "compiles them, too, or differentiate what rnn_ext.dequantize makes of them";
 
 /// Backward through what this returns raises an error.
 QuantizedResult quantized_layer_autograd(const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
