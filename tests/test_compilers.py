@@ -33,9 +33,9 @@ def test_clang(source):
 def test_aarch64(tmp_path):
     """The kernels for NEON, run by an emulator (tests/cpu_sanitize/main.cpp without sanitizers), against those for SSE2
     on this machine: without and with fused multiply-adds, so to rounding."""
-    flags = ["-Og", "-ffp-contract=off", "-DRNN_EXT_BASELINE_ONLY"]
-    test_cpu_sanitize.build(tmp_path / "write", test_cpu_sanitize.compiler(), flags)
-    test_cpu_sanitize.build(tmp_path / "compare", f"{AARCH64} -static", flags)
+    flags = ["-ffp-contract=off", "-DRNN_EXT_BASELINE_ONLY"]
+    test_cpu_sanitize.build(tmp_path / "write", test_cpu_sanitize.compiler(), flags, "-Og")
+    test_cpu_sanitize.build(tmp_path / "compare", f"{AARCH64} -static", flags, "-Og")
     results = tmp_path / "results"  # most of a gigabyte, so it goes from one to the other
     os.mkfifo(results)
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -5,6 +5,7 @@ Objects are cached by the content of everything they could include, so a second 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -107,6 +108,12 @@ def build(
         RuntimeError: with the compiler's words.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be compiling the same
+        return _build(sources, flavour, compiler, folder, jobs, link)
+
+
+def _build(sources: Sequence[Path], flavour: str, compiler: str, folder: Path, jobs: int, link: Sequence[str]) -> Path:
     all_sources = [*sources, *sorted(EMULATOR.glob("*.cpp"))]
     objects, commands = [], []
     for source in all_sources:
@@ -143,11 +150,13 @@ def build(
     return program
 
 
+@functools.cache
 def driver(flavour: str = "plain", compiler: str = "g++") -> Path:
     """The program that runs layer calls: every kernel source and driver.cpp."""
     return build([*kernel_sources(), HERE / "driver.cpp"], flavour, compiler)
 
 
+@functools.cache
 def torch_library() -> Path:
     """The library of torch_layer.cpp: the torch boundary of the CUDA kernels, over the emulator."""
     import torch
