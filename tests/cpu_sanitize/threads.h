@@ -212,6 +212,14 @@ void shared_inputs() {
   }
 }
 
+/// Products of so many inputs that these are multiplied piece by piece, for more tiles of rows than go through a piece
+/// together.
+inline void deep_products() {
+  const Config config{CellKind::kRnnTanh, 2,    200,   2100,  100,  0,     1,
+                      Config::kTimeMajor, true, false, false, true, false, 0xffff};
+  run<float>(config, Executor{});
+}
+
 /// Sequences of all lengths are dealt out to slices whole and in order, and none has much more to do than another.
 inline void slices() {
   Random random{7};
@@ -281,6 +289,7 @@ inline int threads() {
   shared_inputs<Float16>();
   batch_parts<float>();
   batch_parts<BFloat16>();
+  deep_products();
   for (int kind = 0; kind < 5; ++kind) {
     for (int directions : {1, 2}) {
       const CellKind cell = kind < 4 ? CellKind(kind) : CellKind::kLstm;
