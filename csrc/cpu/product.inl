@@ -326,6 +326,9 @@ constexpr int tile_rows(int vectors) {
   return rows;
 }
 
+/// The height of the next of so many tiles, for so many rows that are left: as equal as can be.
+inline int64_t next_height(int64_t rows, int64_t tiles) { return (rows + tiles - 1) / tiles; }
+
 /// All of a product's k.
 struct Whole {};
 
@@ -423,7 +426,7 @@ NO_INLINE void run_deep_panel(int64_t rows, int64_t tiles, int64_t block, const 
         const Element<S>* const then = !is_last ? of.b + length * kStep : last < tiles ? panel.b : next;
         row = first_row;
         for (int64_t tile = first; tile < last; ++tile) {
-          const int64_t height = (rows - row + tiles - tile - 1) / (tiles - tile);
+          const int64_t height = next_height(rows - row, tiles - tile);
           T* const at = sums + (row - first_row) * kSums;
           const Piece<T> piece = {done > 0 ? at : nullptr, is_last ? nullptr : at, segments.offset[s] + k};
           Fetch fetch = {reinterpret_cast<const char*>(of.b), 0};
@@ -477,6 +480,7 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
       return block + panels * NB;
     }
   }
+  const std::conditional_t<kMayBeDeep, Piece<Compute<S>>, Whole> all_k = {};  // the same tiles as of a deep panel
   Fetcher fetcher(ahead, panels * tiles * depth);
   ahead = {};
   if constexpr (kIsInitProduct<Init>) init.start(panels * tiles);
@@ -484,16 +488,11 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
     const int64_t at = block + NB * (backwards ? panels - 1 - i : i);
     const auto panel = b.template panel<G, NB>(at, depth);
     for (int64_t row = 0, tile = 0; tile < tiles; ++tile) {
-      const int64_t left = tiles - tile, height = (rows - row + left - 1) / left;  // as equal as can be
+      const int64_t height = next_height(rows - row, tiles - tile);
       Fetch fetch = {nullptr, 0};
       if (far && i + 1 < panels) fetch = b.template ahead<G, NB>(backwards ? at - NB : at + NB, depth, tile);
       if (fetch.step == 0) fetch = fetcher.take(depth, panel.b);
-      if constexpr (kMayBeDeep) {
-        run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, at, panel, segments, fetch, init, finish,
-                                               Piece<Compute<S>>());
-      } else {
-        run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, at, panel, segments, fetch, init, finish, Whole());
-      }
+      run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, at, panel, segments, fetch, init, finish, all_k);
       row += height;
     }
   }
