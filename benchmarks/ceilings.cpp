@@ -12,6 +12,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -59,6 +61,34 @@ DEFINE_SUMS(dot_bfloat16, __m512, 1, __attribute__((target("avx512bf16,avx512vl"
             const __m512bh x = __m512bh(_mm512_set1_epi32(int(0x3e803e80 + int(sink))));
             , acc[c] = _mm512_dpbf16_ps(acc[c], x, x);)
 
+// Tiles of 16 rows of 16 pairs times 16 columns of them, four sums in turns.
+constexpr int kTiles = 4;
+void dot_tiles() {
+  alignas(64) unsigned char config[64] = {1}, pairs[1024] = {};
+  for (int i = 0; i < kTiles + 2; ++i) {
+    config[16 + 2 * i] = 64;  // bytes of a row
+    config[48 + i] = 16;      // rows
+  }
+  asm volatile("ldtilecfg %0" : : "m"(config));
+  asm volatile("tileloadd (%0,%1,1), %%tmm4\n\ttileloadd (%0,%1,1), %%tmm5" : : "r"(pairs), "r"(64l) : "memory");
+  asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
+  for (int64_t i = 0; i < kRounds; ++i)
+    asm volatile(
+        "tdpbf16ps %tmm5, %tmm4, %tmm0\n\ttdpbf16ps %tmm5, %tmm4, %tmm1\n\t"
+        "tdpbf16ps %tmm5, %tmm4, %tmm2\n\ttdpbf16ps %tmm5, %tmm4, %tmm3");
+  asm volatile("tilerelease");
+}
+
+/// Whether there are such tiles, and Linux lets this process use them. (Virtual machines take long to say.)
+bool has_tiles() {
+  static const bool has = [] {
+    unsigned eax = 7, ebx, ecx = 0, edx;
+    asm("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+    return (edx >> 22 & 1) && (edx >> 24 & 1) && syscall(SYS_arch_prctl, 0x1023l, 18l) == 0;
+  }();
+  return has;
+}
+
 // As many multiply-adds, of numbers that are widened for each: two of bfloat16 by a shift and a mask, one vector of
 // float16 by a conversion. The asm keeps the compiler from widening them once for all.
 #define DEFINE_WIDENED(name, Vec, Bits, step, attributes, ...)                                     \
@@ -78,29 +108,34 @@ struct Kernels {
   void (*read)(const char*, const char*);
   int lanes;
   void (*dot)();              // of bfloat16, or null
+  double dot_flops;           // of a call
   void (*widened[2])() = {};  // of bfloat16 and float16, or null
 
-  double flops() const { return 2.0 * lanes * kChains * double(kRounds); }  // of a call of fma; of dot twice as many
+  double flops() const { return 2.0 * lanes * kChains * double(kRounds); }  // of a call of fma
 };
 
 /// Whether RNN_EXT_CPU_CAPABILITY, which holds our kernels to fewer instructions than there are, allows these.
 bool allowed(const char* name) {
   const char* held = std::getenv("RNN_EXT_CPU_CAPABILITY");
-  return !held || !*held || !std::strcmp(held, "avx512") || !std::strcmp(held, name);
+  if (!held || !*held || !std::strcmp(held, "amx") || !std::strcmp(held, name)) return true;
+  return !std::strcmp(held, "avx512") && std::strcmp(name, "amx");
 }
 
 Kernels kernels() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && allowed("avx512"))
+  if (__builtin_cpu_supports("avx512f") && allowed("avx512")) {
+    const bool pairs = __builtin_cpu_supports("avx512bf16"), tiles = pairs && allowed("amx") && has_tiles();
     return {fma_avx512,
             read_avx512,
             16,
-            __builtin_cpu_supports("avx512bf16") ? dot_bfloat16 : nullptr,
+            tiles ? dot_tiles : pairs ? dot_bfloat16 : nullptr,
+            tiles ? 2.0 * 16 * 16 * 32 * kTiles * kRounds : 2.0 * 32 * kChains * kRounds,
             {widened_bfloat16_avx512, widened_float16_avx512}};
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && allowed("avx2"))
-    return {fma_avx2, read_avx2, 8, nullptr, {widened_bfloat16_avx2, widened_float16_avx2}};
+    return {fma_avx2, read_avx2, 8, nullptr, 0, {widened_bfloat16_avx2, widened_float16_avx2}};
 #endif
-  return {fma_baseline, read_baseline, 4, nullptr};
+  return {fma_baseline, read_baseline, 4, nullptr, 0};
 }
 
 /// data: `bytes` bytes, a multiple of 4096, aligned to a cache line; from its end to its start a page at a time, so
@@ -129,7 +164,7 @@ extern "C" double fma_rate(double seconds) {
 /// The same where products are of bfloat16 and summed in float32; 0 where the processor has no instruction for it.
 extern "C" double bfloat16_rate(double seconds) {
   const Kernels k = kernels();
-  return k.dot ? best_rate(seconds, 2 * k.flops(), k.dot) : 0.;
+  return k.dot ? best_rate(seconds, k.dot_flops, k.dot) : 0.;
 }
 
 /// The same of float32 and a number of 16 bits that is widened for it, bfloat16 or float16; 0 where there are no such
@@ -147,7 +182,7 @@ extern "C" double multiply_add(int bfloat16, int64_t times, int threads) {
   on_threads(threads, [&](int) {
     for (int64_t i = 0; i < times; ++i) work();
   });
-  return k.flops() * (bfloat16 ? 2 : 1) * double(times);
+  return (bfloat16 ? k.dot_flops : k.flops()) * double(times);
 }
 
 extern "C" double read_rate(const char* data, int64_t bytes, int zigzag, double seconds) {

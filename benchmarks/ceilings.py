@@ -90,6 +90,8 @@ CELL_FLAGS = {
     ("avx2", "float32"): (32, 16, AVX2),
     ("avx512", "float32"): (64, 32, AVX512),
     ("avx512", "bfloat16"): (64, 32, f"{AVX512} -mavx512bf16 -DRNN_EXT_BFLOAT16"),
+    ("amx", "float32"): (64, 32, AVX512),
+    ("amx", "bfloat16"): (64, 32, f"{AVX512} -mavx512bf16 -DRNN_EXT_BFLOAT16"),
 }
 
 

@@ -32,9 +32,8 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -419,16 +418,43 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+class ProcessDied(Exception):
+    """A fresh process ended without a result."""
+
+
+def _send_result(sender: multiprocessing.connection.Connection, function: Callable[..., Any], arguments: Any) -> None:
+    _end_with_parent()
+    try:
+        result = function(*arguments), None
+    except Exception as error:
+        traceback.print_exc()
+        result = None, error
+    sender.send(result)
+
+
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a fresh process, which does not go on measuring when this one is interrupted or killed."""
+    """Call a function in a fresh process, which does not go on measuring when this one is interrupted or killed.
+
+    Raises:
+        ProcessDied: instead of what the function may raise.
+    """
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_parent) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except KeyboardInterrupt:
-            for child in multiprocessing.active_children():
-                child.kill()
-            raise
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_send_result, args=(sender, function, arguments))
+    try:
+        process.start()
+        sender.close()
+        result, error = receiver.recv()
+        process.join()
+    except EOFError:
+        raise ProcessDied from None
+    finally:
+        if process.pid:
+            process.kill()
+            process.join()
+    if error:
+        raise error
+    return result
 
 
 def slug(about: Mapping[str, Any]) -> str:
@@ -510,7 +536,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         try:
             part = in_fresh_process(measure, chosen, threads, options.seconds)
-        except BrokenProcessPool:
+        except ProcessDied:
             print(f"error: the process that measured with {threads} thread(s) died", file=sys.stderr)
             return 1
         result["ceilings"][str(threads)], result["pinned"][str(threads)] = part["ceilings"], part["cores"]

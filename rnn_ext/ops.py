@@ -57,7 +57,8 @@ if _held and not _load_error:
     from rnn_ext import _C
 
     if not _C.set_cpu_capability(_held):
-        _load_error = f"RNN_EXT_CPU_CAPABILITY={_held} cannot be met here: unset it, or name baseline, avx2 or avx512"
+        known = "baseline, avx2, avx512 or amx"
+        _load_error = f"RNN_EXT_CPU_CAPABILITY={_held} cannot be met here: unset it, or name {known}"
 if _load_error:
     warnings.warn(f"only torch's own kernels can run: {_load_error}", stacklevel=2)
 
@@ -73,7 +74,8 @@ def load_error() -> str | None:
 
 
 def cpu_capability() -> str:
-    """The instruction set of the CPU kernels in use: "baseline", "avx2" or "avx512"."""
+    """The instruction set of the CPU kernels in use: "baseline", "avx2", "avx512" or "amx", AVX-512 with tiles for
+    bfloat16."""
     from rnn_ext import _C
 
     return _C.cpu_capability()
@@ -88,7 +90,7 @@ def set_cpu_capability(name: str) -> None:
     from rnn_ext import _C
 
     if not _C.set_cpu_capability(name):
-        raise ValueError(f"CPU capability {name!r} is not available here: expected baseline, avx2 or avx512")
+        raise ValueError(f"CPU capability {name!r} is not available here: expected baseline, avx2, avx512 or amx")
 
 
 def with_cuda() -> bool:

@@ -73,6 +73,16 @@ def test_an_interrupt_ends_what_measures(tmp_path):
     assert parent.returncode == 130
 
 
+def test_what_a_fresh_process_comes_to():
+    import run
+
+    assert run.in_fresh_process(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        run.in_fresh_process(divmod, 7, 0)
+    with pytest.raises(run.ProcessDied):
+        run.in_fresh_process(os._exit, 3)
+
+
 def torch_only(monkeypatch):
     import peers
 

@@ -30,6 +30,7 @@ from util import (
 )
 
 from rnn_ext import _C, ops
+from rnn_ext.doctor import cpu_features
 
 # L, N, I, H: each in turn through sizes that end inside and on the edge of vectors and tiles, then together.
 SWEEP = [
@@ -95,14 +96,15 @@ def test_many_units(cell):
 def test_every_instruction_set_is_there():
     """What torch finds in this processor our kernels use: the other tests here run on each of them in turn."""
     found = {"DEFAULT": 1, "AVX2": 2, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capability(), 1)
-    assert list(instruction_sets()) == ["baseline", "avx2", "avx512"][:found]
+    amx = ["amx"] if found == 3 and {"amx_tile", "amx_bf16", "avx512_bf16"} <= cpu_features()[1] else []
+    assert list(instruction_sets()) == ["baseline", "avx2", "avx512"][:found] + amx
     with pytest.raises(ValueError, match=r"sse9.*baseline"):
         ops.set_cpu_capability("sse9")
 
 
 def test_instruction_set_from_the_environment():
     """One that is not there is why our kernels cannot run; an empty variable is none."""
-    unmet = "RNN_EXT_CPU_CAPABILITY=sse9 cannot be met here: unset it, or name baseline, avx2 or avx512"
+    unmet = "RNN_EXT_CPU_CAPABILITY=sse9 cannot be met here: unset it, or name baseline, avx2, avx512 or amx"
     probe = [sys.executable, "-c", "from rnn_ext import ops; print(ops.load_error() or ops.cpu_capability())"]
 
     def found(**held: str) -> subprocess.CompletedProcess:
@@ -259,7 +261,7 @@ def test_steps_in_one_go_and_one_by_one(cell, dtype):
 
     Resets that reset nothing make them do that. Rows of one batch lie differently in the three layouts.
     """
-    for size in ((9, 3, 5, 18), (9, 8, 40, 64), (4, 13, 64, 130), (70, 2, 16, 32)):
+    for size in ((9, 3, 5, 18), (9, 8, 40, 64), (4, 13, 64, 130), (70, 2, 16, 32), (40, 1, 20, 32)):
         length, batch, inputs, _ = size
         problem = build(Case(cell, bidirectional=True, size=size)).to(dtype)
         transposed = dataclasses.replace(

@@ -152,7 +152,7 @@ def test_rows_of_a_step_one_by_one(dtype):
     for name in instruction_sets():
         if not widens(dtype) or (dtype == torch.bfloat16 and _C.computes_bfloat16()):
             continue
-        rows = 24 if name == "avx512" else 11
+        rows = 24 if name in ("avx512", "amx") else 11
         problem = build(Case("lstm", size=(1, rows, 350, 350), proj=340)).to(dtype)
         weights = list(problem.weights.values())
         outputs = ops.layer(problem.input, problem.h_0, problem.c_0, weights, cell="lstm")[0].split(1, 1)

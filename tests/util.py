@@ -263,7 +263,7 @@ class Calls(TorchDispatchMode):
 def instruction_sets() -> Iterator[str]:
     """Switch the kernels to each instruction set that this processor has, in turn, and back."""
     best = ops.cpu_capability()
-    for name in ("baseline", "avx2", "avx512"):
+    for name in ("baseline", "avx2", "avx512", "amx"):
         try:
             ops.set_cpu_capability(name)
         except ValueError:

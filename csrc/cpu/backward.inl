@@ -74,6 +74,7 @@ class BackwardScan {
   /// them. `inputs`: what plain steps call beside() of, if not null.
   static void run(BackwardScan* const* scans, int count, const ChunkGrads<Cell, S>& now, InputGradient<Cell, S>* inputs,
                   Team& team, int thread, int threads) {
+    const TileScope scope;
     const BackwardScan& any = *scans[0];
     const int64_t steps = now.chunk.last - now.chunk.first;
     for (int64_t s = 0; s < steps; ++s) {
@@ -120,7 +121,7 @@ class BackwardScan {
       variant_step(t, chained, rows, after, false);
     } else {
       place(t, rows, after, chained);
-      next_saved_ = rows >= kFetchingRows ? saved_ahead(t) : Ahead();
+      next_saved_ = rows >= kFetchingRows && !kHasAmx ? saved_ahead(t) : Ahead();
       const Order order = step_order(layout_.batch_sizes[t], t);
       if (chained > 0) step(0, chained, order, true);
       if (chained < rows) step(chained, rows, order, false);

@@ -436,6 +436,7 @@ class BackwardPass {
   int64_t product_tasks() const { return parameter_tasks() + input_.tasks(); }
 
   void run_product(int64_t task) {
+    const TileScope scope;
     if (task >= parameter_tasks()) return input_.run(task - parameter_tasks());
     parameters_ ? parameters_->run(task) : run_group(task, Executor());
   }
@@ -456,7 +457,10 @@ class BackwardPass {
   void run_group(int64_t group, const Executor& executor) {
     const int64_t* rows = group_rows_.get() + args_.layout.batch / args_.groups * group;
     GroupGradients<Cell, S> gradients(args_, grads_, direction_, group, rows);
-    parallel(executor, gradients.tasks(), [&](int64_t task) { gradients.run(task); });
+    parallel(executor, gradients.tasks(), [&](int64_t task) {
+      const TileScope scope;
+      gradients.run(task);
+    });
     gradients.finish();
   }
 

@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -41,19 +43,58 @@ bool supports_avx_vnni() {
   unsigned eax = 0, ebx, ecx, edx;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvxVnni);
 }
+
+bool supports_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+constexpr int kTileData = 18;  // Linux's number of what a process may ask for
+
+/// Whether the processor multiplies tiles of bfloat16, and pairs of them, and Linux (5.16 and later) saves tiles.
+bool supports_amx() {
+#if defined(RNN_EXT_EMULATED_TILES)
+  static const bool supports = supports_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  static const bool supports = [] {
+    constexpr unsigned kAmxBf16 = 1 << 22, kAmxTile = 1 << 24;
+    constexpr long kGetSupported = 0x1021;
+    unsigned eax = 0, ebx, ecx, edx;
+    uint64_t saved = 0;
+    return supports_avx512() && __builtin_cpu_supports("avx512bf16") &&
+           __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmxBf16) && (edx & kAmxTile) &&
+           syscall(SYS_arch_prctl, kGetSupported, &saved) == 0 && (saved >> kTileData & 1);
+  }();
+#endif
+  return supports;
+}
+
+/// Asks Linux for the tiles, which it saves only of processes that have asked: their signals have larger frames, so
+/// that none asks before it computes with tiles. Linux refuses where a thread has too small a stack for such signals.
+bool may_use_amx() {
+#if defined(RNN_EXT_EMULATED_TILES)
+  return true;
+#else
+  constexpr long kRequest = 0x1023;
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, long(kTileData)) == 0;
+  return granted;
+#endif
+}
 #endif
 
 const Level kLevels[] = {
 // best first
 #if defined(RNN_EXT_X86_KERNELS)
+    {"amx",  // of bfloat16, see kernels(); the others as avx512
+     {&avx512::kFloat, &avx512::kDouble, &avx512::kWidenedBFloat16, &avx512::kWidenedFloat16},
+     &avx512::kQuantized,
+     &avx512::add_to_digest,
+     supports_amx},
     {"avx512",
      {&avx512::kFloat, &avx512::kDouble, &avx512::kWidenedBFloat16, &avx512::kWidenedFloat16},
      &avx512::kQuantized,
      &avx512::add_to_digest,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     }},
+     supports_avx512},
     {"avx2",
      {&avx2::kFloat, &avx2::kDouble, &avx2::kWidenedBFloat16, &avx2::kWidenedFloat16},
      &avx2::kQuantized,
@@ -168,7 +209,12 @@ const char* capability() { return current->name; }
 
 namespace {
 
-bool uses_avx512() { return std::strcmp(capability(), "avx512") == 0; }
+#if defined(RNN_EXT_X86_KERNELS)
+bool uses_amx() { return std::strcmp(capability(), "amx") == 0; }
+bool uses_avx512() { return uses_amx() || std::strcmp(capability(), "avx512") == 0; }
+#else
+constexpr bool uses_avx512() { return false; }
+#endif
 
 }  // namespace
 
@@ -208,6 +254,7 @@ template <class S>
 const Kernels<S>& kernels() {
 #if defined(RNN_EXT_X86_KERNELS)
   if constexpr (std::is_same_v<S, BFloat16>) {
+    if (uses_amx() && may_use_amx()) return avx512_amx::kBFloat16;
     if (computes_bfloat16()) return avx512_bf16::kBFloat16;
   }
 #endif

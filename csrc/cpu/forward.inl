@@ -80,9 +80,12 @@ class ForwardScan {
         projected_rows_(args.sizes.proj ? slice.size() : 0),
         output_rows_(slice.size()),
         cell_rows_(args.cells.data ? slice.size() : 0),
+        tile_room_size_(unpacked_ ? 0 : room_for_tiles()),
+        tile_room_(tile_room_size_),
         variant_(args, direction, slice) {}
 
   void run() {
+    const TileScope scope(tile_room_, tile_room_size_);
     const int64_t states = layout_.batch * direction_;
     if (Cell::kHasCell && args_.c_0)
       read_states(c_.get(), padded_, args_.c_0 + states * hidden_, hidden_, layout_, slice_);
@@ -142,6 +145,7 @@ class ForwardScan {
 
   /// Instead of run(): the input gates of those shared chunks that the thread which runs the steps has not come to.
   void run_ahead() {
+    const TileScope scope(tile_room_, tile_room_size_);
     for (int64_t chunk; (chunk = chunks_->take_next()) * chunk_rows_ < layout_.steps; chunks_->give(chunk)) {
       chunks_->wait_for_room(chunk);
       plan_chunk(chunk * chunk_rows_);
@@ -186,6 +190,12 @@ class ForwardScan {
   }
 
   int64_t time(int64_t s) const { return time_of(layout_, reverse_, s); }
+
+  int64_t room_for_tiles() const {
+    const int64_t of_inputs = tile_room(chunk_rows_, elements<S>(args_.sizes.input));
+    const int64_t projected = args_.sizes.proj ? tile_room(slice_.size(), elements<S>(hidden_)) : 0;
+    return of_inputs + larger(tile_room(slice_.size(), elements<S>(out_)), projected);
+  }
 
   T** gate_rows() const { return gate_rows_.get() + turn_ * chunk_rows_; }
 
@@ -546,12 +556,14 @@ class ForwardScan {
   Buffer<T*> projected_rows_;     // [slice]
   Buffer<S*> output_rows_;        // [slice], where a step goes
   Buffer<S*> cell_rows_;          // [slice], where its cell states go, if anywhere
-  int64_t planned_first_ = 0;     // step of the chunk that is planned
-  int64_t planned_ = 0;           // rows of the chunk that the input gates are computed of
-  int64_t chunk_steps_ = 0;       // of the chunk whose steps run
-  int turn_ = 0;                  // of two such chunks
-  bool joined_ = false;           // the steps of the chunk compute their input gates themselves
-  bool started_ = false;          // of which side_ is in charge
+  const int64_t tile_room_size_;  // of what products copy
+  Buffer<Pair> tile_room_;
+  int64_t planned_first_ = 0;  // step of the chunk that is planned
+  int64_t planned_ = 0;        // rows of the chunk that the input gates are computed of
+  int64_t chunk_steps_ = 0;    // of the chunk whose steps run
+  int turn_ = 0;               // of two such chunks
+  bool joined_ = false;        // the steps of the chunk compute their input gates themselves
+  bool started_ = false;       // of which side_ is in charge
   Side side_;
   VariantForward<Cell, S> variant_;
 };

@@ -113,6 +113,7 @@ class InputGradient {
     p.segments.count = Cell::kGates;
     p.segments.length = elements<S>(args_.sizes.hidden);
     for (int g = 0; g < Cell::kGates; ++g) p.segments.offset[g] = Cell::ih_slot(g) * args_.sizes.padded() / kPack<S>;
+    if constexpr (kHasAmx) p.segments.join();  // one stretch need not be copied
     p.accumulate = accumulate_;
     p.fetch_c = !rounds;
     weight_.multiply(p);

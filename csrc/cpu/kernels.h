@@ -91,6 +91,9 @@ void add_to_digest(Digest* digest, const void* data, size_t bytes);
 namespace avx512_bf16 {
 extern const Kernels<BFloat16> kBFloat16;
 }
+namespace avx512_amx {
+extern const Kernels<BFloat16> kBFloat16;
+}
 namespace avx512_vnni {
 extern const QuantizedKernel kQuantized;
 }

@@ -4,6 +4,7 @@
 //   RNN_EXT_VECTOR_REGISTERS  how many there are
 //   RNN_EXT_WIDENS_FLOAT16    defined: the instruction set turns Float16 into float and back
 //   RNN_EXT_BFLOAT16          defined: only the kernels for BFloat16, which the instruction set multiplies in pairs
+//   RNN_EXT_AMX               defined: the same by tiles of AMX
 //   RNN_EXT_WIDENED           defined: only the kernels for 16 bits that are widened
 //   RNN_EXT_FLOAT64           defined: only the kernels for double
 //   RNN_EXT_QUANTIZED         defined: only the kernel for weights of 8 bits
@@ -30,19 +31,32 @@ namespace {
 #endif
 #define NO_INLINE __attribute__((noinline))
 
+#if defined(RNN_EXT_AMX)
+constexpr bool kHasAmx = true;
+#else
+constexpr bool kHasAmx = false;
+#endif
+
 // GCC warns of vectors that lambdas in templates return, as if these were functions for others to call.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #if defined(__clang__)  // which does not know all warnings that are switched off below
 #pragma GCC diagnostic ignored "-Wunknown-warning-option"
 #endif
 
+#include "cpu/buffer.inl"
 #include "cpu/vec.inl"
 #include "cpu/operand.inl"
 #include "cpu/math.inl"
 #include "cpu/tile.inl"
 #include "cpu/side.inl"
 #include "cpu/row.inl"
+#include "cpu/panels.inl"
+#if defined(RNN_EXT_AMX)
+#include "cpu/amx.inl"
+#include "cpu/amx_product.inl"
+#else
 #include "cpu/product.inl"
+#endif
 #include "cpu/dot.inl"
 #include "cpu/plain_product.inl"
 #include "cpu/scan.inl"

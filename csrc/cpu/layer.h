@@ -239,7 +239,8 @@ struct TangentArgs {
   bool backward = false;  // whether a gradient's tangent is wanted
 };
 
-/// The instruction set whose kernels run: "baseline", "avx2" or "avx512"; the best the processor has.
+/// The instruction set whose kernels run: "baseline", "avx2", "avx512" or "amx", which is avx512 with tiles for
+/// bfloat16; the best the processor has.
 const char* capability();
 
 /// Choose another; false where the processor or the build lacks it.

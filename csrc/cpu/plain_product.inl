@@ -82,14 +82,13 @@ NO_INLINE void plain_product(const PlainProduct<S>& p) {
   if constexpr (kStrided) {
     if (p.b_stride > 0) {
       const PlainB<Element<S>> b = {p.b, p.b_stride, p.room, p.b_gap};
-      Ahead nothing;
       if constexpr (kMayLie<S>) {
         if (p.b_group > 0) {
           const EvenSegments groups = {int(p.segments.length / p.b_group), p.b_group, p.segments.stride};
-          return run_panels<true, S>(p.rows, p.first, last, false, a_row, b, groups, init, finish, nothing);
+          return product_as_it_lies<S>(p.rows, p.first, last, a_row, b, groups, init, finish);
         }
       }
-      return run_panels<true, S>(p.rows, p.first, last, false, a_row, b, p.segments, init, finish, nothing);
+      return product_as_it_lies<S>(p.rows, p.first, last, a_row, b, p.segments, init, finish);
     }
   }
   const auto multiply = [&](const auto& finish) ALWAYS_INLINE_LAMBDA {

@@ -22,7 +22,7 @@ template <int G>
 constexpr bool kSparseSide = 2 * kRowBlocks<G> * G <= kSideRows<G>;
 /// Tiles of fewer rows read too many weights for what they compute (measured).
 template <int G>
-constexpr bool kSidePays = kSideRows<G> >= 6;
+constexpr bool kSidePays = kSideRows<G> >= 6 && !kHasAmx;
 
 /// The same pointer, but the compiler does not know that: else it would rather keep the distances of a dozen places
 /// from each other in registers than add to one pointer, and there are not so many registers.

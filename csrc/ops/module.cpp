@@ -126,7 +126,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", [] { return rnn_ext::cpu::capability(); }, "Instruction set in use.");
   m.def(
       "set_cpu_capability", [](const char* name) { return rnn_ext::cpu::set_capability(name); },
-      "Choose baseline, avx2 or avx512, while nothing computes; False where this processor or build lacks it.");
+      "Choose baseline, avx2, avx512 or amx, while nothing computes; False where this processor or build lacks it.");
   m.def(
       "tuning",
       [] {

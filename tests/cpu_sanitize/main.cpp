@@ -62,6 +62,7 @@ template <class T>
 void compare(const Config& config, double allowed) {
   widen_always(config.widens);
   Results baseline;
+  const bool tiles = set_capability("amx") && config.variant == Variant::kPlain && std::is_same_v<T, float>;
   for (const char* name : {"baseline", "avx2", "avx512"}) {
     if (!set_capability(name)) continue;
     Results results = run<T>(config, Executor{});
@@ -77,6 +78,7 @@ void compare(const Config& config, double allowed) {
       compare_16_bits<Float16>(config, baseline, 0.02);
     }
   }
+  if (tiles && config.with_bfloat16 && set_capability("amx")) compare_16_bits<BFloat16>(config, baseline, 0.2);
 }
 
 void random_masks() {
@@ -102,7 +104,7 @@ int every_configuration() {
                                {1, 5, 65, 31},  {5, 2, 3, 65},  {3, 7, 17, 15},  {2, 140, 2, 3},  {290, 1, 2, 5},
                                {45, 8, 3, 9},   {9, 1, 3, 18},  {1, 1, 129, 64}, {35, 1, 5, 66},  {0, 3, 2, 3},
                                {3, 0, 2, 3},    {0, 0, 1, 1},   {1, 4, 41, 34},  {1, 5, 300, 66}, {1, 6, 70, 150},
-                               {1, 2, 70, 150}, {6, 2, 16, 32}, {130, 3, 32, 16}};
+                               {1, 2, 70, 150}, {6, 2, 16, 32}, {130, 3, 32, 16}, {3, 40, 70, 37}};
   int count = 0;
   Random chance{1};
   for (const auto& [L, N, I, H] : shapes) {
