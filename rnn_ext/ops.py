@@ -75,7 +75,7 @@ def load_error() -> str | None:
 
 def cpu_capability() -> str:
     """The instruction set of the CPU kernels in use: "baseline", "avx2", "avx512" or "amx", AVX-512 with tiles for
-    bfloat16."""
+    bfloat16 and 8 bits."""
     from rnn_ext import _C
 
     return _C.cpu_capability()

@@ -1,5 +1,5 @@
-"""bfloat16 by AMX's tiles (csrc/cpu/amx_product.inl); the numbers are compared in test_reduced_precision.py, and by an
-emulation, on any processor with AVX-512, in test_cpu_sanitize.py."""
+"""Products by AMX's tiles (csrc/cpu/amx_product.inl); numbers are compared in test_reduced_precision.py and, by an
+emulation on any processor with AVX512_BF16, in test_cpu_sanitize.py."""
 
 from __future__ import annotations
 
@@ -78,3 +78,16 @@ def test_threads_have_tiles_of_their_own():
         for _ in range(10):
             for found, wanted in zip(pool.map(results, layers, inputs), expected, strict=True):
                 same_bits(found, wanted)
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+def test_integers_of_8_bits(cell):
+    """Sums of integers are exact: what vectors compute, to the bit."""
+    for inputs, hidden in ((300, 280), (130, 140), (264, 513)):
+        layer = rnn_ext.quantize(getattr(rnn_ext, cell)(inputs, hidden, backend="custom"), activations=8)
+        for batch in (1, 3, 7, 16, 40):
+            x = torch.randn(5, batch, inputs)
+            ops.set_cpu_capability("avx512")
+            expected = layer(x)[0]
+            ops.set_cpu_capability("amx")
+            same_bits({"output": layer(x)[0]}, {"output": expected})

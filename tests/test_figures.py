@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ZEN_5, ZEN_4 = "amd-epyc-family-26-model-2-2-cores", "amd-epyc-family-25-model-17-2-cores"
 XEON = "intel-r-xeon-r-processor-family-6-model-207-2-cores"
+AMX = "intel-r-xeon-r-processor-family-6-model-167-2-cores"
 ICE_LAKE = "intel-r-xeon-r-processor-2-80ghz-family-6-model-106-2-cores"
 README, BENCHMARKS = "README.md", "benchmarks/README.md"
 FLOAT32 = "rnn_ext float32"
@@ -226,13 +227,18 @@ CLAIMS: list[tuple[str, str, Callable[[], list[Range]]]] = [
     ),
     (
         README,
+        "on a Xeon with AMX in # of #, by # to # %, four of them",
+        lambda: comparisons(AMX) + lost_by(AMX),
+    ),
+    (
+        README,
         "on a Zen 4 and another Xeon, with earlier kernels, in # of # and # of #, by 4 %",
         lambda: comparisons(ZEN_4) + comparisons(XEON),
     ),
     (
         README,
-        "bfloat16 is # to # times as fast as our float32 where the processor multiplies it",
-        lambda: ends(speed_ups(ZEN_5, "rnn_ext float32", in_bfloat16)),
+        "bfloat16 is # to # times as fast as our float32 where the processor multiplies it by pairs, and # to # times",
+        lambda: ends(speed_ups(ZEN_5, FLOAT32, in_bfloat16)) + ends(speed_ups(AMX, FLOAT32, in_bfloat16)),
     ),
     (
         README,
@@ -269,6 +275,8 @@ CLAIMS: list[tuple[str, str, Callable[[], list[Range]]]] = [
     (BENCHMARKS, r"\[# of #\]\(results/amd-epyc-family-26-model-2-2-cores-avx2", lambda: comparisons(f"{ZEN_5}-avx2")),
     (BENCHMARKS, r"\[# of #\]\(results/amd-epyc-family-25-model-17-2-cores.md", lambda: comparisons(ZEN_4)),
     (BENCHMARKS, r"\[# of #\]\(results/amd-epyc-family-25-model-17-2-cores-avx2", lambda: comparisons(f"{ZEN_4}-avx2")),
+    (BENCHMARKS, r"\[# of #\]\(results/intel-[^)]*-167-2-cores.md", lambda: comparisons(AMX)),
+    (BENCHMARKS, "-167-2-cores.md\\), by # to # %", lambda: lost_by(AMX)),
     (BENCHMARKS, r"\[# of #\]\(results/intel-[^)]*-207-2-cores.md", lambda: comparisons(XEON)),
     (BENCHMARKS, r"\[# of #\]\(results/intel-[^)]*-207-2-cores-avx2", lambda: comparisons(f"{XEON}-avx2")),
     (BENCHMARKS, r"\[# of #\]\(results/intel-[^)]*-106-2-cores.md", lambda: comparisons(ICE_LAKE)),
@@ -331,8 +339,8 @@ CLAIMS: list[tuple[str, str, Callable[[], list[Range]]]] = [
     ),
     (
         BENCHMARKS,
-        "bfloat16 is # to # times as fast as our float32 where the processor multiplies it \\(training of one timestep "
-        "# to #\\)",
+        "bfloat16 is # to # times as fast as our float32 where the processor multiplies it by pairs \\(training "
+        "of one timestep # to #\\)",
         lambda: [
             *ends(
                 speed_ups(ZEN_5, FLOAT32, lambda row, case: in_bfloat16(row, case) and not trains_one_step(row, case))
@@ -342,7 +350,16 @@ CLAIMS: list[tuple[str, str, Callable[[], list[Range]]]] = [
     ),
     (
         BENCHMARKS,
-        "on the Xeons, which did not, # to #: there it can be slower",
+        "by AMX's tiles # to # times \\(one timestep # to #\\), and # to # times as fast as torch's",
+        lambda: [
+            *ends(speed_ups(AMX, FLOAT32, lambda row, case: in_bfloat16(row, case) and case["length"] > 1)),
+            *ends(speed_ups(AMX, FLOAT32, lambda row, case: in_bfloat16(row, case) and case["length"] == 1)),
+            *ends(speed_ups(AMX, "torch.nn", in_bfloat16)),
+        ],
+    ),
+    (
+        BENCHMARKS,
+        "on the other Xeons, which did neither any faster, # to #: there it can be slower",
         lambda: ends([*speed_ups(XEON, FLOAT32, in_bfloat16), *speed_ups(ICE_LAKE, FLOAT32, in_bfloat16)]),
     ),
     (
@@ -350,7 +367,7 @@ CLAIMS: list[tuple[str, str, Callable[[], list[Range]]]] = [
         r"\bfloat16 is # to # times as fast",
         lambda: ends(
             ratio
-            for name in (ZEN_5, ZEN_4, XEON, ICE_LAKE)
+            for name in (ZEN_5, ZEN_4, XEON, ICE_LAKE, AMX)
             for ratio in speed_ups(name, FLOAT32, lambda row, case: case["dtype"] == "float16")
         ),
     ),

@@ -1,11 +1,18 @@
-// Tiles of AMX: eight registers of up to 16 rows of 64 bytes, and their products of pairs of bfloat16.
+// Tiles of AMX: eight registers of up to 16 rows of 64 bytes, and their products of pairs of bfloat16 or fours of 8
+// bits.
 //
 // Intel, "Architecture Instruction Set Extensions Programming Reference", chapter 3. In C += A B row m of C is 16 sums,
 // row m of A 16 pairs, and row k of B the k-th pair of each of the 16 columns, as elements of weights are packed. Every
 // product sums its even and its odd numbers apart, from zero, and adds the sum of both to C: so the bits of a sum do
-// not depend on how many rows a tile has. Subnormal numbers are zeros.
+// not depend on how many rows a tile has. Subnormal numbers are zeros. The same with fours of integers, whose sums are
+// exact.
 
 constexpr int kTileRows = 16, kTilePairs = 16;
+
+/// Numbers of 8 bits that follow each other in k.
+struct FourInt8 {
+  int8_t numbers[4];
+};
 
 /// Tiles 0 to 3 are sums, 4 and 5 A and B of 16 pairs, 6 and 7 of as many as are left.
 constexpr int kTileA = 4, kTileB = 5, kLastTileA = 6, kLastTileB = 7, kTileCount = 8;
@@ -40,20 +47,30 @@ template <int Tile>
 void zero_tile() {
   std::memset(tiles[Tile], 0, sizeof(tiles[Tile]));
 }
-template <int C, int A, int B>
+template <class E, int C, int A, int B>
 void multiply_tiles() {
-  const auto low = [](Bits32 pairs) { return (Vec<float>)(pairs << 16); };
-  const auto high = [](Bits32 pairs) { return (Vec<float>)(pairs & 0xffff0000); };
+  const auto byte = [](Int32s fours, int i) { return (fours << (24 - 8 * i)) >> 24; };
+  const auto low = [](Int32s pairs) { return (Vec<float>)(pairs << 16); };
+  const auto high = [](Int32s pairs) { return (Vec<float>)(pairs & int(0xffff0000)); };
   for (int m = 0; m < tile_config.rows[C]; ++m) {
     Vec<float> even = {}, odd = {};
+    Int32s sum = {};
     for (int k = 0; k < tile_config.row_bytes[A] / 4; ++k) {
-      uint32_t pair;
-      std::memcpy(&pair, tiles[A][m] + 4 * k, sizeof(pair));
-      const Bits32 a = pair - Bits32{}, b = *reinterpret_cast<const Bits32*>(tiles[B][k]);
-      even = fma(low(a), low(b), even);
-      odd = fma(high(a), high(b), odd);
+      int32_t element;
+      std::memcpy(&element, tiles[A][m] + 4 * k, sizeof(element));
+      const Int32s a = element - Int32s{}, b = *reinterpret_cast<const Int32s*>(tiles[B][k]);
+      if constexpr (std::is_same_v<E, Pair>) {
+        even = fma(low(a), low(b), even);
+        odd = fma(high(a), high(b), odd);
+      } else {
+        for (int i = 0; i < 4; ++i) sum += byte(a, i) * byte(b, i);
+      }
     }
-    *reinterpret_cast<Vec<float>*>(tiles[C][m]) += even + odd;
+    if constexpr (std::is_same_v<E, Pair>) {
+      *reinterpret_cast<Vec<float>*>(tiles[C][m]) += even + odd;
+    } else {
+      *reinterpret_cast<Int32s*>(tiles[C][m]) += sum;
+    }
   }
 }
 #else
@@ -72,9 +89,13 @@ template <int Tile>
 ALWAYS_INLINE void zero_tile() {
   asm volatile("tilezero %%tmm%c0" : : "i"(Tile));
 }
-template <int C, int A, int B>
+template <class E, int C, int A, int B>
 ALWAYS_INLINE void multiply_tiles() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+  if constexpr (std::is_same_v<E, Pair>) {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+  } else {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+  }
 }
 #endif
 

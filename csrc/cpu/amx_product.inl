@@ -138,38 +138,38 @@ ALWAYS_INLINE void multiply_add_tiles(const ATiles& a, const E* const (&b)[V], i
   const int64_t of_a = k * int64_t(sizeof(E));
   load_tile<A>(a[0].at + of_a, a[0].stride);
   load_b(0);
-  multiply_tiles<0, A, B>();
+  multiply_tiles<E, 0, A, B>();
   if constexpr (Rows == 1) {
     if constexpr (V > 1) {
       load_b(1);
-      multiply_tiles<1, A, B>();
+      multiply_tiles<E, 1, A, B>();
     }
     if constexpr (V > 2) {
       load_b(2);
-      multiply_tiles<2, A, B>();
+      multiply_tiles<E, 2, A, B>();
     }
     if constexpr (V > 3) {
       load_b(3);
-      multiply_tiles<3, A, B>();
+      multiply_tiles<E, 3, A, B>();
     }
   } else {  // what is loaded last is multiplied twice
     static_assert(V <= 2);
     load_tile<A>(a[1].at + of_a, a[1].stride);
-    multiply_tiles<V, A, B>();
+    multiply_tiles<E, V, A, B>();
     if constexpr (V > 1) {
       load_b(1);
-      multiply_tiles<3, A, B>();
+      multiply_tiles<E, 3, A, B>();
       load_tile<A>(a[0].at + of_a, a[0].stride);
-      multiply_tiles<1, A, B>();
+      multiply_tiles<E, 1, A, B>();
     }
   }
 }
 
 /// Rows tiles of A times V vectors of a panel, whose sums lie `distance` apart from row to row.
-template <int Rows, int V, class ATiles, class AnyPanel>
-ALWAYS_INLINE void multiply_vectors(float* sums, int64_t distance, const ATiles& a, const AnyPanel& panel, int first,
+template <int Rows, int V, class Sum, class ATiles, class AnyPanel>
+ALWAYS_INLINE void multiply_vectors(Sum* sums, int64_t distance, const ATiles& a, const AnyPanel& panel, int first,
                                     int64_t depth, Fetch& fetch) {
-  const int64_t stride = distance * int64_t(sizeof(float)), b_stride = tile_stride(panel);
+  const int64_t stride = distance * int64_t(sizeof(Sum)), b_stride = tile_stride(panel);
   std::remove_cvref_t<decltype(panel.vector(0))> b[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) b[v] = panel.vector(first + v);
@@ -184,7 +184,7 @@ ALWAYS_INLINE void multiply_vectors(float* sums, int64_t distance, const ATiles&
     multiply_add_tiles<Rows, V, kTileA, kTileB>(a, b, k, b_stride);
   }
   if (k < depth) multiply_add_tiles<Rows, V, kLastTileA, kLastTileB>(a, b, k, b_stride);
-  const auto store_row = [&]<int Row>(float* to) ALWAYS_INLINE_LAMBDA {
+  const auto store_row = [&]<int Row>(Sum* to) ALWAYS_INLINE_LAMBDA {
     store_tile<Row * V>(to, stride);
     if constexpr (V > 1) store_tile<Row * V + 1>(to + kLanes<float>, stride);
     if constexpr (V > 2) store_tile<Row * V + 2>(to + 2 * kLanes<float>, stride);
@@ -195,8 +195,8 @@ ALWAYS_INLINE void multiply_vectors(float* sums, int64_t distance, const ATiles&
 }
 
 /// The same for all vectors of a panel.
-template <int Rows, int Vectors, int First = 0, class ATiles, class AnyPanel>
-NO_INLINE void multiply_panel(float* sums, int64_t distance, const ATiles& a, const AnyPanel& panel, int64_t depth,
+template <int Rows, int Vectors, int First = 0, class Sum, class ATiles, class AnyPanel>
+NO_INLINE void multiply_panel(Sum* sums, int64_t distance, const ATiles& a, const AnyPanel& panel, int64_t depth,
                               Fetch& fetch) {
   constexpr int kMost = 4 / Rows, V = Vectors - First < kMost ? Vectors - First : kMost;
   multiply_vectors<Rows, V>(sums + First * kLanes<float>, distance, a, panel, First, depth, fetch);

@@ -94,6 +94,9 @@ extern const Kernels<BFloat16> kBFloat16;
 namespace avx512_amx {
 extern const Kernels<BFloat16> kBFloat16;
 }
+namespace avx512_amx_int8 {
+extern const QuantizedKernel kQuantized;
+}
 namespace avx512_vnni {
 extern const QuantizedKernel kQuantized;
 }

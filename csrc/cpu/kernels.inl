@@ -4,7 +4,7 @@
 //   RNN_EXT_VECTOR_REGISTERS  how many there are
 //   RNN_EXT_WIDENS_FLOAT16    defined: the instruction set turns Float16 into float and back
 //   RNN_EXT_BFLOAT16          defined: only the kernels for BFloat16, which the instruction set multiplies in pairs
-//   RNN_EXT_AMX               defined: the same by tiles of AMX
+//   RNN_EXT_AMX               defined: by tiles of AMX, bfloat16 or weights of 8 bits
 //   RNN_EXT_WIDENED           defined: only the kernels for 16 bits that are widened
 //   RNN_EXT_FLOAT64           defined: only the kernels for double
 //   RNN_EXT_QUANTIZED         defined: only the kernel for weights of 8 bits

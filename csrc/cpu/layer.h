@@ -240,7 +240,7 @@ struct TangentArgs {
 };
 
 /// The instruction set whose kernels run: "baseline", "avx2", "avx512" or "amx", which is avx512 with tiles for
-/// bfloat16; the best the processor has.
+/// bfloat16 and 8 bits; the best the processor has.
 const char* capability();
 
 /// Choose another; false where the processor or the build lacks it.

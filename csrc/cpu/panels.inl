@@ -1,12 +1,12 @@
-// What matrix products read: B in panels of a few vectors for each k, packed from weights or as it lies, and what is to
-// be multiplied first.
+// What matrix products by vectors and by tiles of AMX have in common: what they read, which is B in panels of a few
+// vectors for each k, packed from weights or as it lies, and what is to be multiplied first; the tail; and one row.
 //
 // B is packed in blocks of G vectors: [block][k][G][lanes], but for a tail; k counts elements, see Element.
 
-/// What a tile fetches for later: a line, or part of one, with each k.
+/// What a tile fetches for later: a line, or part of one, with each k; by amx_product.inl lines with each 16.
 struct Fetch {
   const char* at;
-  int64_t step;  // 0: the same line again and again, which costs nothing that could be measured on a Xeon
+  int64_t step;  // 0: the same line again and again, which costs nothing that could be measured on a Xeon (there none)
 };
 
 template <class S>

@@ -4,8 +4,7 @@
 // So all sums are of integers: exact in any order, whence the same with any number of rows and threads and on every
 // processor.
 
-/// Integers in the lanes of a vector, and those of 16 and 8 bits that as many groups of Pack of them fill.
-typedef int32_t Int32s __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
+/// Integers of 16 bits that fill a vector.
 typedef int16_t Int16s __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
 
 /// acc + the sums of the products of pairs.
@@ -123,7 +122,7 @@ class QuantizedRows {
         stride_(Sizes::padded(depth)),
         // The largest that a sum of so many products with weights of 8 bits can hold.
         most_(float(smaller(Pack == 2 ? INT16_MAX : INT8_MAX, INT32_MAX / (INT8_MAX * larger(depth, 1))))),
-        numbers_(rows * stride_),
+        numbers_((rows + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce * stride_),
         scales_(rows),
         offsets_(rows) {}
 
@@ -160,12 +159,15 @@ class QuantizedRows {
   }
 
   int64_t groups() const { return in_units_of<Pack>(depth_ + Pack - 1); }
+  int64_t stride() const { return stride_; }
   const Number* row(int64_t r) const { return numbers_.get() + r * stride_; }
   float scale(int64_t r) const { return scales_.get()[r]; }
   /// How much larger a row's sums are with weights that have an offset.
   uint32_t offset(int64_t r) const { return offsets_.get()[r]; }
 
  private:
+  static constexpr int kRowsAtOnce = kHasAmx ? 16 : 1;  // whole tiles are read
+
   const int64_t depth_, stride_;
   const float most_;
   Buffer<Number> numbers_;
@@ -267,10 +269,19 @@ NO_INLINE void run_quantized_tile(const QuantizedRows<Pack>& a, int64_t row, con
   finish_tile<R, B, G>(row, first, sums, finish);
 }
 
+#if defined(RNN_EXT_AMX)
+#include "cpu/amx_quantized.inl"
+#endif
+
 /// The first `rows` of A times the blocks of a weight; init and finish as those of product(). Backwards as in Order.
 template <int G, int Pack, class Init, class Finish>
 void quantized_product(int64_t rows, UnitBlocks blocks, const QuantizedRows<Pack>& a, const QuantizedWeight& weight,
                        bool backwards, const Init& init, const Finish& finish) {
+#if defined(RNN_EXT_AMX)
+  if constexpr (Pack == 4) {
+    if (tiles_pay(rows, a.groups())) return multiply_by_tiles<G>(rows, blocks, a, weight, backwards, init, finish);
+  }
+#endif
   constexpr int kParts = kQuantizedBlock / kLanes<float>, kMost = kQuantizedRows<G>;
   // Vectors of one row alone, for which a cell is run at once (measured on Zen 4, 40 to 128 units: with a function for
   // each tile 4 to 12 % faster than one at a time; GRUs and LSTMs by fours are slower).
@@ -332,6 +343,7 @@ class QuantizedScan {
         cell_rows_(slice.size()) {}
 
   void run() {
+    const TileScope scope;
     const int64_t steps = layout_.steps, first_state = layout_.batch * direction_;
     if (Cell::kHasCell && args_.c_0)
       read_states(c_.get(), padded_, args_.c_0 + first_state * hidden_, hidden_, layout_, slice_);
@@ -365,7 +377,7 @@ class QuantizedScan {
   }
 
  private:
-  static constexpr int64_t kChunkRows = 24;  // some tiles of them
+  static constexpr int64_t kChunkRows = kHasAmx ? 32 : 24;  // some tiles of them
 
   int64_t time(int64_t s) const { return time_of(layout_, reverse_, s); }
   int64_t blocks() const { return in_units_of<kQuantizedBlock>(padded_); }

@@ -20,7 +20,7 @@ constexpr int kSideRows = RNN_EXT_VECTOR_REGISTERS < 32 ? kRowBlocks<G> * G : 8;
 /// much along, and others nothing.)
 template <int G>
 constexpr bool kSparseSide = 2 * kRowBlocks<G> * G <= kSideRows<G>;
-/// Tiles of fewer rows read too many weights for what they compute (measured).
+/// Tiles of fewer rows read too many weights for what they compute (measured), and none goes beside AMX's.
 template <int G>
 constexpr bool kSidePays = kSideRows<G> >= 6 && !kHasAmx;
 

@@ -100,6 +100,7 @@ ALWAYS_INLINE Vec<T> broadcast(T x) {
 /// The bits of as many 16-bit numbers as there are floats in a vector.
 typedef uint16_t Bits16 __attribute__((vector_size(RNN_EXT_VECTOR_BYTES / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
+typedef int32_t Int32s __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
 
 #if RNN_EXT_VECTOR_BYTES == 64  // GCC makes halves and quarters of a general conversion
 ALWAYS_INLINE Bits32 as_words(Bits16 v) { return (Bits32)_mm512_cvtepu16_epi32((__m256i)v); }
