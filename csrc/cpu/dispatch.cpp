@@ -287,8 +287,9 @@ bool uses_packed_weights(const Sizes& sizes, const Layout& layout) {
   int64_t most = 4;
   if (layout.steps == 1 && !(std::is_same_v<S, BFloat16> && computes_bfloat16())) {
     // Of 16 bits that are widened in every pass no more than converting them would have made up for (Zen 4, 512 units:
-    // 8 rows take 0.65 to 0.85 of the time, 24 rows 0.9 to 0.97).
-    const int64_t limit = !uses_avx512() ? 16 : sizeof(S) > 2 ? 64 : 24;
+    // 8 rows take 0.65 to 0.85 of the time, 24 rows 0.9 to 0.97; a Xeon with AMX, float16, 32 rows 0.89 to 0.93,
+    // 48 1.0).
+    const int64_t limit = !uses_avx512() ? 16 : sizeof(S) > 2 ? 64 : 32;
     const int64_t depth = std::min(sizes.input, sizes.output()) - 32;
     most = std::max(most, std::min(limit, depth / (uses_avx512() ? 8 : 28)));
   }
