@@ -203,7 +203,7 @@ NO_INLINE void multiply_panel(Sum* sums, int64_t distance, const ATiles& a, cons
   if constexpr (First + V < Vectors) multiply_panel<Rows, Vectors, First + V>(sums, distance, a, panel, depth, fetch);
 }
 
-/// Calls finish_row(row) for the rows [row, rows), R at a time as far as that goes.
+/// Calls fn.operator()<R>(row) for the rows [row, rows), R of them at a time, then half as many.
 template <int R, class Fn>
 ALWAYS_INLINE void in_rows_of(int64_t row, int64_t rows, const Fn& fn) {
 #pragma GCC unroll 1
