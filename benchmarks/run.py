@@ -436,7 +436,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a fresh process, which does not go on measuring when this one is interrupted or killed.
 
     Raises:
-        ProcessDied: instead of what the function may raise.
+        ProcessDied: it ended without a result. (What the function raises is raised here, too.)
     """
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)

@@ -409,8 +409,8 @@ class WeightGradient {
     plain_product<S, true>(p);
   }
 
-  static constexpr int64_t kColumns =
-      (kHasAmx ? 16 : 4) * kLanes<T>;  // of one task: a register tile wide, or A copied for four of them
+  // Of one task: the width of a register tile or, where A is copied for each task, of four.
+  static constexpr int64_t kColumns = (kHasAmx ? 16 : 4) * kLanes<T>;
 
   /// How many of the last columns, past whole pairs of blocks, are computed transposed, the height along the vectors:
   /// where that is less than they would be. One block alone costs as much as two (measured), a third beside two does
