@@ -128,7 +128,9 @@ Kernels kernels() {
     return {fma_avx512,
             read_avx512,
             16,
-            tiles ? dot_tiles : pairs ? dot_bfloat16 : nullptr,
+            tiles   ? dot_tiles
+            : pairs ? dot_bfloat16
+                    : nullptr,
             tiles ? 2.0 * 16 * 16 * 32 * kTiles * kRounds : 2.0 * 32 * kChains * kRounds,
             {widened_bfloat16_avx512, widened_float16_avx512}};
   }
