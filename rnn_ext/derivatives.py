@@ -39,9 +39,14 @@ def _layer(
     batch_first: bool,
     cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    output, h_n, c_n, cells = reference.layer(
-        input, h_0, c_0, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, masks
-    )
+    # As in the kernels 16 bits are storage: of what is in between, the reciprocal of a small deviation exceeds float16.
+    wide = torch.promote_types(input.dtype, torch.float32)
+    x, h, c, *weights = [None if t is None else t.to(wide) for t in (input, h_0, c_0, *weights)]
+    with torch.autocast(input.device.type, enabled=False):
+        results = reference.layer(
+            x, h, c, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, masks
+        )
+    output, h_n, c_n, cells = [None if t is None else t.to(input.dtype).contiguous() for t in results]
     empty = input.new_empty(0)
     return output, h_n, empty if c_n is None else c_n, cells if cell_states and cells is not None else empty
 

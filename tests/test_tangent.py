@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 
@@ -484,3 +485,26 @@ def test_what_has_no_kernel_is_differentiated_all_the_same():
         with torch.no_grad():
             expected = (output(x + step * direction) - output(x - step * direction)) / (2 * step)
         torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{"layer_norm": True}, {"proj_size": 3}, {"zoneout": 0.2}], ids=str)
+def test_options_in_16_bits_are_differentiated_in_float32(options, dtype):
+    """Inputs whose variance is 1e-3: to the power of -3/2 it would be infinite in float16. Results are contiguous."""
+    layer = rnn_ext.LSTM(4, 8, batch_first=True, **options).eval().to(dtype)
+    oracle = copy.deepcopy(layer).double()
+    x, direction = (torch.randn(3, 5, 4) * 0.03).to(dtype), torch.randn(3, 5, 4).to(dtype)
+
+    def derivatives(layer, x, direction):
+        output, tangent = torch.func.jvp(lambda x: layer(x)[0], (x,), (direction,))
+        assert output.is_contiguous() and tangent.is_contiguous()
+        x = x.clone().requires_grad_()
+        grad = torch.autograd.grad(layer(x)[0], x, torch.ones_like(output), create_graph=True)[0]
+        second = torch.autograd.grad(grad, x, direction)[0]
+        return {"output": output, "tangent": tangent, "grad": grad.detach(), "second": second}
+
+    expected = derivatives(oracle, x.double(), direction.double())
+    # Each is rounded once more than what it is made of, by half of eps.
+    for name, found in derivatives(layer, x, direction).items():
+        error = (found.double() - expected[name]).abs().max() / expected[name].abs().max()
+        assert error < (2 if name == "second" else 1) * torch.finfo(dtype).eps, name
