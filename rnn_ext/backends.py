@@ -184,7 +184,8 @@ def explain(
     cell = module.mode.lower()
     if quantized:
         check_quantized(data)
-        kernel = f"rnn_ext::quantized_layer {cell}, {ops.cpu_capability()}"
+        numbers = torch.int8 if module.activations == 8 else torch.int16
+        kernel = f"rnn_ext::quantized_layer {cell}, {ops.cpu_capability(numbers)}"
         return Explanation("custom", kernel, "its weights have 8 bits, which native has no kernels for")
     if isinstance(module, nn.RNNBase):
         check_layout(cell, data)
@@ -205,7 +206,7 @@ def explain(
         kernel, why = _cuda_kernel(module, cell, input)
         return Explanation("custom", f"rnn_ext::layer {cell}, cuda {kernel}", f"{reason}; {why}")
     if custom:
-        return Explanation("custom", f"rnn_ext::layer {cell}, {ops.cpu_capability()}", reason)
+        return Explanation("custom", f"rnn_ext::layer {cell}, {ops.cpu_capability(data.dtype)}", reason)
     return Explanation("native", f"torch.{cell}{'_cell' if isinstance(module, nn.RNNCellBase) else ''}", reason)
 
 

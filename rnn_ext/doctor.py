@@ -101,6 +101,10 @@ def check_instructions() -> Check:
     wanted = os.environ.get("RNN_EXT_CPU_CAPABILITY")
     if wanted:
         return Check("instructions", f"{used} (RNN_EXT_CPU_CAPABILITY={wanted})")
+    granted = ops.cpu_capability(torch.bfloat16)
+    if granted != used:
+        problem = "Linux refuses the tiles of AMX, as where a thread has too small a stack for signals"
+        return Check("instructions", granted, problem)
     features = cpu_features()[1]
     if used == "baseline" and features >= AVX2:
         return Check("instructions", used, f"the processor has AVX2, the library does not use it; {_loader.remedy()}")

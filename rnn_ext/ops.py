@@ -31,7 +31,7 @@ groups         of backward: the batch is so many groups of equally many entries,
 All floating-point tensors share one dtype out of float32, float64, bfloat16 and float16 and one device. Reduced
 precision is storage: sums, gates and cell states are float32, and so is h from one timestep to the next. On CPUs,
 without masks and layer normalisation, h goes on rounded, as the output shows it, in bfloat16 where the processor
-multiplies it (AVX512_BF16) and in calls of up to four rows, or 24 of one timestep, whose weights are read as they lie.
+multiplies it (AVX512_BF16) and in calls of up to four rows, or 32 of one timestep, whose weights are read as they lie.
 On the CPU subnormal numbers, those below 1.2e-38 (float64: 2.3e-308), count as zero.
 """
 
@@ -73,12 +73,15 @@ def load_error() -> str | None:
     return _load_error
 
 
-def cpu_capability() -> str:
+def cpu_capability(dtype: torch.dtype | None = None) -> str:
     """The instruction set of the CPU kernels in use: "baseline", "avx2", "avx512" or "amx", AVX-512 with tiles for
-    bfloat16 and 8 bits."""
+    bfloat16 and 8 bits. Of a dtype: "avx512" where "amx" does not multiply it by tiles, or Linux grants none."""
     from rnn_ext import _C
 
-    return _C.cpu_capability()
+    level = _C.cpu_capability()
+    if level == "amx" and dtype is not None and not (dtype in (torch.bfloat16, torch.int8) and _C.multiplies_tiles()):
+        return "avx512"
+    return level
 
 
 def set_cpu_capability(name: str) -> None:

@@ -1,5 +1,5 @@
 """Products by AMX's tiles (csrc/cpu/amx_product.inl); numbers are compared in test_reduced_precision.py and, by an
-emulation on any processor with AVX512_BF16, in test_cpu_sanitize.py."""
+emulation on any processor with AVX512_BF16 and AVX512_VNNI, in test_cpu_sanitize.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from util import same_bits
 
 import rnn_ext
-from rnn_ext import ops
+from rnn_ext import _C, ops
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +19,7 @@ def amx() -> None:
         ops.set_cpu_capability("amx")
     except ValueError:
         pytest.skip("this processor or its Linux has no AMX")
+    assert _C.multiplies_tiles()
 
 
 def results(layer: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -191,7 +191,7 @@ def test_explanation():
     module, input = rnn_ext.LSTM(3, 4), torch.randn(5, 2, 3)
     explanation = rnn_ext.explain(module, input, (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)))
     assert str(explanation) == f"custom ({explanation.kernel}): {explanation.reason}"
-    assert "lstm" in explanation.kernel and ops.cpu_capability() in explanation.kernel
+    assert explanation.kernel == f"rnn_ext::layer lstm, {ops.cpu_capability(torch.float32)}"
     with pytest.raises(dataclasses.FrozenInstanceError):
         explanation.backend = "native"
     assert rnn_ext.explain(module, pack_sequence([input[:, 0]])) == explanation
@@ -202,6 +202,19 @@ def test_explanation():
     for other in (nn.LSTM(3, 4), nn.Linear(3, 4), nn.Sequential(module)):
         with pytest.raises(TypeError, match=type(other).__name__):
             rnn_ext.explain(other, input)
+
+
+@pytest.mark.parametrize("granted", [True, False])
+def test_explanation_names_tiles_only_where_they_multiply(monkeypatch, granted):
+    monkeypatch.setattr("rnn_ext._C.cpu_capability", lambda: "amx")
+    monkeypatch.setattr("rnn_ext._C.multiplies_tiles", lambda: granted)
+    layer, x = rnn_ext.GRU(4, 4), torch.randn(5, 2, 4)
+    tiles = "amx" if granted else "avx512"
+    for dtype, level in ((torch.float32, "avx512"), (torch.float16, "avx512"), (torch.bfloat16, tiles)):
+        assert rnn_ext.explain(layer.to(dtype), x.to(dtype)).kernel == f"rnn_ext::layer gru, {level}"
+    for activations, level in ((16, "avx512"), (8, tiles)):
+        quantized = rnn_ext.quantize(rnn_ext.GRU(4, 4), activations)
+        assert rnn_ext.explain(quantized, x).kernel == f"rnn_ext::quantized_layer gru, {level}"
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

@@ -36,6 +36,16 @@ def test_report_when_all_is_well(capsys):
     assert checks["custom"].found.split(";")[0] in capsys.readouterr().out
 
 
+def test_refused_tiles_are_a_problem(monkeypatch):
+    monkeypatch.delenv("RNN_EXT_CPU_CAPABILITY", raising=False)
+    monkeypatch.setattr("rnn_ext._C.cpu_capability", lambda: "amx")
+    for granted, found in ((True, "amx"), (False, "avx512")):
+        monkeypatch.setattr("rnn_ext._C.multiplies_tiles", lambda granted=granted: granted)
+        check = doctor.check_instructions()
+        assert check.found == found
+        assert ("Linux refuses the tiles" in (check.problem or "")) is not granted
+
+
 def test_unknown_option(capsys):
     with pytest.raises(SystemExit, match="2"):
         doctor.main(["foo"])

@@ -96,7 +96,8 @@ def test_many_units(cell):
 def test_every_instruction_set_is_there():
     """What torch finds in this processor our kernels use: the other tests here run on each of them in turn."""
     found = {"DEFAULT": 1, "AVX2": 2, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capability(), 1)
-    amx = ["amx"] if found == 3 and {"amx_tile", "amx_bf16", "avx512_bf16"} <= cpu_features()[1] else []
+    needs = {"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni"}
+    amx = ["amx"] if found == 3 and needs <= cpu_features()[1] else []
     assert list(instruction_sets()) == ["baseline", "avx2", "avx512"][:found] + amx
     with pytest.raises(ValueError, match=r"sse9.*baseline"):
         ops.set_cpu_capability("sse9")

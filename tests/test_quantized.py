@@ -517,7 +517,7 @@ def test_explain():
     layer = rnn_ext.quantize(layer_of("GRU", {}))
     explanation = rnn_ext.explain(layer, torch.randn(4, 3, 12))
     assert explanation.backend == "custom" and "8 bits" in explanation.reason
-    assert explanation.kernel == f"rnn_ext::quantized_layer gru, {ops.cpu_capability()}"
+    assert explanation.kernel == f"rnn_ext::quantized_layer gru, {ops.cpu_capability(torch.int16)}"
     with pytest.raises(TypeError, match="expected input as a tensor"):
         rnn_ext.explain(layer, 3)
     with pytest.raises(RuntimeError, match=r"expected float32, bfloat16 or float16, got torch\.float64"):

@@ -203,13 +203,13 @@ def check(actual, expected, roundings=1):
 
 
 # L, N, I, H of at most four rows: 1, less and more than one vector or two of every width, with and without a rest. Of
-# one timestep up to 24, where units are many, and one row more.
+# one timestep up to 32, where units are many, and one row more.
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     "size",
     [
         *((1, 1, 1, 1), (1, 1, 129, 65), (1, 3, 33, 16), (2, 2, 31, 33), (4, 1, 64, 40), (1, 4, 7, 130), (3, 1, 9, 7)),
-        *((1, 7, 130, 129), (1, 24, 250, 257), (1, 25, 250, 257)),
+        *((1, 7, 130, 129), (1, 32, 290, 289), (1, 33, 290, 289)),
     ],
     ids=lambda size: "x".join(map(str, size)),
 )

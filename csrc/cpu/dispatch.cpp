@@ -73,7 +73,8 @@ bool supports_amx() {
 }
 
 /// Asks Linux for the tiles, which it saves only of processes that have asked: their signals have larger frames, so
-/// that none asks before it computes with tiles. Linux refuses where a thread has too small a stack for such signals.
+/// that none asks before it computes in bfloat16, or with activations of 8 bits. Linux refuses where a thread has too
+/// small a stack for such signals.
 bool may_use_amx() {
 #if defined(RNN_EXT_EMULATED_TILES)
   return true;
@@ -215,11 +216,21 @@ namespace {
 #if defined(RNN_EXT_X86_KERNELS)
 bool uses_amx() { return std::strcmp(capability(), "amx") == 0; }
 bool uses_avx512() { return uses_amx() || std::strcmp(capability(), "avx512") == 0; }
-bool multiplies_tiles() { return uses_amx() && may_use_amx(); }
 #else
 constexpr bool uses_avx512() { return false; }
-constexpr bool multiplies_tiles() { return false; }
 #endif
+
+}  // namespace
+
+bool multiplies_tiles() {
+#if defined(RNN_EXT_X86_KERNELS)
+  return uses_amx() && may_use_amx();
+#else
+  return false;
+#endif
+}
+
+namespace {
 
 /// How many times as fast as float a layer of S is.
 template <class S>
@@ -530,10 +541,10 @@ namespace {
 
 bool multiplies_integers = true;
 
-QuantizedKernel quantized_kernel() {
+QuantizedKernel quantized_kernel(int pack) {
   if (!multiplies_integers) return *current->quantized;
 #if defined(RNN_EXT_X86_KERNELS)
-  if (multiplies_tiles()) return avx512_amx_int8::kQuantized;
+  if (pack == 4 && multiplies_tiles()) return avx512_amx_int8::kQuantized;
   if (uses_avx512() && __builtin_cpu_supports("avx512vnni")) return avx512_vnni::kQuantized;
   if (current->quantized == &avx2::kQuantized && supports_avx_vnni()) return avx2_vnni::kQuantized;
 #elif defined(__aarch64__)
@@ -549,7 +560,7 @@ void multiply_integers(bool allowed) { multiplies_integers = allowed; }
 void quantized_forward(const QuantizedArgs& args, const Executor& executor) {
   const FlushSubnormals flush;
   const ForwardArgs<float>& call = args.call;
-  const QuantizedKernel kernel = quantized_kernel();
+  const QuantizedKernel kernel = quantized_kernel(args.pack);
   // (Zen 4: 2 and 3.5 times; with AVX2 1.3 times, where more would gain little.)
   with_threads(executor, call.cell, call.sizes, call.layout, {.times_float = args.pack == 4 ? 4. : 2.},
                [&](const Executor& threads) { kernel(args, threads); });

@@ -120,7 +120,8 @@ void tangent_any(const TangentArgs<T>& args, const Executor& executor) {
 #if defined(RNN_EXT_QUANTIZED)
 const QuantizedKernel kQuantized = [](const QuantizedArgs& args, const Executor& executor) {
   with_cell(args.call.cell, [&]<class Cell>() {
-    args.pack == 4 ? quantized_forward<Cell, 4>(args, executor) : quantized_forward<Cell, 2>(args, executor);
+    if (kHasAmx || args.pack == 4) return quantized_forward<Cell, 4>(args, executor);  // whose tiles are of 8 bits
+    if constexpr (!kHasAmx) quantized_forward<Cell, 2>(args, executor);
   });
 };
 #elif defined(RNN_EXT_BFLOAT16)

@@ -243,6 +243,9 @@ struct TangentArgs {
 /// bfloat16 and 8 bits; the best the processor has.
 const char* capability();
 
+/// Whether those are "amx" and Linux grants this process the tiles, which it is asked for the first time.
+bool multiplies_tiles();
+
 /// Choose another; false where the processor or the build lacks it.
 bool set_capability(const char* name);
 

@@ -6,7 +6,8 @@
 /// What a tile fetches for later: a line, or part of one, with each k; by amx_product.inl lines with each 16.
 struct Fetch {
   const char* at;
-  int64_t step;  // 0: the same line again and again, which costs nothing that could be measured on a Xeon (there none)
+  int64_t step;  // 0: the same line again and again, which costs nothing that could be measured on a Xeon; by
+                 // amx_product.inl none
 };
 
 template <class S>

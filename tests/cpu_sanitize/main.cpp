@@ -152,7 +152,7 @@ int every_configuration() {
   }
   random_masks();
   record.close();
-  std::printf("%d configurations\n", count);
+  std::printf("%d configurations, %s\n", count, set_capability("amx") ? "tiles too" : "no tiles");
   return 0;
 }
 
