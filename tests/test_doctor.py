@@ -176,7 +176,7 @@ def test_gpu_that_our_kernels_cannot_use(monkeypatch):
 
 
 def test_override_of_the_instruction_set(monkeypatch):
-    monkeypatch.setattr(ops, "cpu_capability", lambda: "baseline")
+    monkeypatch.setattr(ops, "cpu_capability", lambda dtype=None: "baseline")
     monkeypatch.setenv("RNN_EXT_CPU_CAPABILITY", "baseline")
     assert doctor.check_instructions().problem is None
     monkeypatch.delenv("RNN_EXT_CPU_CAPABILITY")
