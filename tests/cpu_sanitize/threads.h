@@ -194,12 +194,13 @@ inline void count_teams(int members, void (*fn)(void*, int, int), void* context)
 }
 
 /// One sequence whose input gates a second thread computes ahead of its steps: as far as it likes where they are kept,
-/// else as far as there is room. A tail, an odd number of inputs, a last chunk that is no whole one.
+/// else as far as there is room. A tail, an odd number of inputs, a last chunk that is no whole one; so many steps that
+/// threads are woken for bfloat16 by tiles, too.
 template <class S>
 void shared_inputs() {
   for (const CellKind cell : {CellKind::kRnnTanh, CellKind::kGru, CellKind::kLstm}) {
     const int directions = cell == CellKind::kGru ? 2 : 1;
-    Config config{cell, 803, 1, 61, 67, 0, directions, Config::kTimeMajor, true, false, false, true, false, 0xffff};
+    Config config{cell, 1203, 1, 61, 67, 0, directions, Config::kTimeMajor, true, false, false, true, false, 0xffff};
     config.cells = config.has_cell();
     const Results alone = run<S>(config, Executor{});
     if (alone.values.empty()) continue;  // which are not computed
