@@ -232,8 +232,13 @@ CLAIMS: list[tuple[str, str, Callable[[], list[Range]]]] = [
     ),
     (
         README,
-        "on a Zen 4 and another Xeon, with earlier kernels, in # of # and # of #, by 4 %",
-        lambda: comparisons(ZEN_4) + comparisons(XEON),
+        "on a busy Zen 4 in # of #, by # to # %, of which",
+        lambda: comparisons(ZEN_4) + lost_by(ZEN_4),
+    ),
+    (
+        README,
+        "on another Xeon, with earlier kernels, in # of #, by 4 %",
+        lambda: comparisons(XEON),
     ),
     (
         README,
