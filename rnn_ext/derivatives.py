@@ -5,6 +5,7 @@ not differentiate. All of it is differentiable any number of times, in forward m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -42,7 +43,9 @@ def _layer(
     # As in the kernels 16 bits are storage: of what is in between, the reciprocal of a small deviation exceeds float16.
     wide = torch.promote_types(input.dtype, torch.float32)
     x, h, c, *weights = [None if t is None else t.to(wide) for t in (input, h_0, c_0, *weights)]
-    with torch.autocast(input.device.type, enabled=False):
+    device = input.device.type  # of meta tensors torch knows no autocast
+    is_cast = not input.is_meta and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if is_cast else nullcontext():
         results = reference.layer(
             x, h, c, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, masks
         )

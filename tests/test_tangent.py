@@ -508,3 +508,22 @@ def test_options_in_16_bits_are_differentiated_in_float32(options, dtype):
     for name, found in derivatives(layer, x, direction).items():
         error = (found.double() - expected[name]).abs().max() / expected[name].abs().max()
         assert error < (2 if name == "second" else 1) * torch.finfo(dtype).eps, name
+
+
+def test_options_are_differentiated_on_meta_and_under_autocast():
+    layer, x, direction = rnn_ext.LSTM(4, 8, layer_norm=True), torch.randn(5, 3, 4), torch.randn(5, 3, 4)
+
+    def derivatives(layer, x):
+        x = x.requires_grad_()
+        grad = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)[0]
+        tangent = torch.func.jvp(lambda x: layer(x)[0], (x.detach(),), (direction.to(x.device),))[1]
+        return tangent, torch.autograd.grad(grad.square().sum(), x)[0]
+
+    expected = derivatives(layer, x)
+    with torch.autocast("cpu"):
+        found = derivatives(layer, x.detach())
+    assert [t.dtype for t in found] == [torch.bfloat16, torch.float32]
+    for t in found:
+        assert t.isfinite().all()
+    on_meta = derivatives(layer.to("meta"), x.detach().to("meta"))
+    assert [t.shape for t in on_meta] == [t.shape for t in found] == [t.shape for t in expected]
