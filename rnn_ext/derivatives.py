@@ -5,7 +5,6 @@ not differentiate. All of it is differentiable any number of times, in forward m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -43,12 +42,7 @@ def _layer(
     # As in the kernels 16 bits are storage: of what is in between, the reciprocal of a small deviation exceeds float16.
     wide = torch.promote_types(input.dtype, torch.float32)
     x, h, c, *weights = [None if t is None else t.to(wide) for t in (input, h_0, c_0, *weights)]
-    device = input.device.type  # of meta tensors torch knows no autocast
-    is_cast = not input.is_meta and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if is_cast else nullcontext():
-        results = reference.layer(
-            x, h, c, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, masks
-        )
+    results = reference.layer(x, h, c, weights, batch_sizes, lengths, resets, cell, bidirectional, batch_first, masks)
     output, h_n, c_n, cells = [None if t is None else t.to(input.dtype).contiguous() for t in results]
     empty = input.new_empty(0)
     return output, h_n, empty if c_n is None else c_n, cells if cell_states and cells is not None else empty
