@@ -147,7 +147,8 @@ def test_weights_beyond_the_second_level_cache(cell, batch, hidden, set_tuning):
     expected, expected_grads = gradients(oracle, problem.to(torch.float64))
     check_values(values, expected, torch.float32)
     check_gradients(grads, expected_grads, torch.float32)
-    for other in ({"fetch_panels": True}, {"joins_far": True}):
+    fetches, joins = {"fetched_bytes": 400 << 10}, {"joins_far": True}
+    for other in (fetches, joins, {**fetches, **joins}, {**fetches, **joins, "vectors_a_cycle": 2}):
         set_tuning(**other)
         again, again_grads = gradients(run, problem)
         same_bits(again, values)
@@ -170,16 +171,17 @@ def test_steps_of_up_to_24_rows(cell, set_tuning):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_large_weights_of_one_timestep_are_packed_as_they_are_read(dtype, set_tuning):
     """Where they come slowly, no call looks for those of the call before: the same bits, and nothing kept."""
-    for hidden, length, fetches, kept in (
-        (320, 1, True, 0),
-        (320, 1, False, 1),
-        (320, 2, True, 1),
-        (321, 1, True, 1),
-        (327, 1, True, 0),
+    fetches = {"fetched_bytes": 400 << 10}
+    for hidden, length, tuning, kept in (
+        (320, 1, fetches, 0),
+        (320, 1, {}, 1),
+        (320, 2, fetches, 1),
+        (321, 1, fetches, 1),
+        (327, 1, fetches, 0),
     ):
         layer, input = rnn_ext.LSTM(330, hidden, dtype=dtype), torch.randn(length, 75, 330, dtype=dtype)
         _C.clear_cached_weights()
-        set_tuning(fetch_panels=fetches)
+        set_tuning(**tuning)
         with torch.no_grad():
             results = [layer(input)[0] for _ in range(3)]
         assert _C.cached_weights_count() == kept

@@ -203,6 +203,17 @@ NO_INLINE void multiply_panel(Sum* sums, int64_t distance, const ATiles& a, cons
   if constexpr (First + V < Vectors) multiply_panel<Rows, Vectors, First + V>(sums, distance, a, panel, depth, fetch);
 }
 
+/// Calls fn.operator()<Tiles>(row, count) for the rows of two tiles at a time, then of one: `count` from `row` on.
+/// `kByPairs`: else there are no more than one tile's.
+template <bool kByPairs, class Fn>
+ALWAYS_INLINE void in_row_tiles(int64_t rows, const Fn& fn) {
+  int64_t row = 0;
+  if constexpr (kByPairs)
+    for (; row + kTileRows < rows; row += 2 * kTileRows)
+      fn.template operator()<2>(row, smaller(rows - row, 2 * kTileRows));
+  if (row < rows) fn.template operator()<1>(row, rows - row);
+}
+
 /// Calls fn.operator()<R>(row) for the rows [row, rows), R of them at a time, then half as many.
 template <int R, class Fn>
 ALWAYS_INLINE void in_rows_of(int64_t row, int64_t rows, const Fn& fn) {
@@ -261,7 +272,7 @@ template <int NB, int G, class S>
 Fetch next_panel(int64_t rows, int64_t block, int64_t panels, int64_t depth, const PackedB<S>& b) {
   constexpr int64_t kFar = 1536 * 1024, kLine = 64;
   const int64_t bytes = NB * G * depth * kLanes<Element<S>> * int64_t(sizeof(Element<S>));
-  if (rows <= kTileRows || panels * bytes <= kFar || b.unpacked || !tuning().fetch_panels) return {nullptr, 0};
+  if (rows <= kTileRows || panels * bytes <= larger(kFar, tuning().fetched_bytes) || b.unpacked) return {nullptr, 0};
   const int64_t times = (rows + 2 * kTileRows - 1) / (2 * kTileRows) * ((NB * G + 1) / 2) * (depth / kTilePairs);
   const Element<S>* from = b.b + block * depth * G * kLanes<Element<S>>;
   return {reinterpret_cast<const char*>(from), (bytes / larger(times, 1) + kLine - 1) / kLine * kLine};
@@ -281,11 +292,9 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
     const auto panel = b.template panel<G, NB>(at, depth);
     Fetch fetch = {nullptr, 0};
     if (i + 1 < panels) fetch = next_panel<NB, G, S>(rows, backwards ? at - NB : at + NB, panels, depth, b);
-    int64_t row = 0;
-    if constexpr (G == 1 || NB == 1)  // others have few rows
-      for (; row + kTileRows < rows; row += 2 * kTileRows)
-        run_tiles<2, NB, G, S>(row, smaller(rows - row, 2 * kTileRows), at, a, first_a, panel, fetch, init, finish);
-    if (row < rows) run_tiles<1, NB, G, S>(row, rows - row, at, a, first_a, panel, fetch, init, finish);
+    in_row_tiles<G == 1 || NB == 1>(rows, [&]<int Tiles>(int64_t row, int64_t count) ALWAYS_INLINE_LAMBDA {
+      run_tiles<Tiles, NB, G, S>(row, count, at, a, first_a, panel, fetch, init, finish);
+    });
   }
   return block + panels * NB;
 }

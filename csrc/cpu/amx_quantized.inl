@@ -20,20 +20,15 @@ ALWAYS_INLINE void run_quantized_tiles(int64_t row, int64_t rows, int64_t block,
   in_rows_of<kMostCells / NB>(0, rows, [&]<int R>(int64_t first) ALWAYS_INLINE_LAMBDA {
     V of_rows[R * NB][G];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const V scale = broadcast(a.scale(row + first + r));
+    for (int b = 0; b < NB; ++b) {
+      const UnitScales<G> scales(weight, (block + b) * n);
 #pragma GCC unroll 4
-      for (int b = 0; b < NB; ++b) {
-        const int64_t unit = (block + b) * n;
+      for (int r = 0; r < R; ++r) {
+        Int32s exact[G];
+        std::memcpy(exact, sums + ((first + r) * kVectors + b * G) * n, sizeof(exact));
         V* sum = of_rows[r * NB + b];
         init(Patch<1, 1>{row + first + r, block + b}, sum);
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) {
-          Int32s exact;
-          std::memcpy(&exact, sums + ((first + r) * kVectors + b * G + g) * n, sizeof(exact));
-          const V scales = load_part(weight.scales + g * weight.units + unit, weight.units - unit);
-          sum[g] = fma(__builtin_convertvector(exact, V), scale * scales, sum[g]);
-        }
+        scales.add(sum, exact, a.scale(row + first + r));
       }
     }
     finish_tile<R, NB, G>(row + first, block, of_rows, finish);
@@ -57,12 +52,9 @@ void multiply_by_tiles(int64_t rows, UnitBlocks blocks, const QuantizedRows<4>& 
     const int64_t count = (end - block) / NB;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = block + NB * (backwards ? count - 1 - i : i);
-      int64_t row = 0;
-      if constexpr (NB == 1) {  // others have few rows
-        for (; row + kTileRows < rows; row += 2 * kTileRows)
-          run_quantized_tiles<2, NB, G>(row, smaller(rows - row, 2 * kTileRows), at, a, weight, init, finish);
-      }
-      if (row < rows) run_quantized_tiles<1, NB, G>(row, rows - row, at, a, weight, init, finish);
+      in_row_tiles<NB == 1>(rows, [&]<int Tiles>(int64_t row, int64_t count) ALWAYS_INLINE_LAMBDA {
+        run_quantized_tiles<Tiles, NB, G>(row, count, at, a, weight, init, finish);
+      });
     }
     block += count * NB;
   };

@@ -10,6 +10,7 @@
 ///   to near_bytes               8        Zen 4, 2 MiB: two 0.91 to 0.98
 ///   to 2 MiB (kFarWeights)      20       Ice Lake, 1.2 to 2 MiB: 8 0.83 to 0.94, 12 0.90 to 0.97, 16 0.96 to 1.02
 ///   to 20 MiB, if joins_far     12       Zen 5, 4 to 19 MiB: GRU and LSTM 1.02 to 1.08, RNN 0.99
+///                               24       Zen 4, as large: inference 1.00 to 1.04, training 0.99; twelve 0.94 to 1.00
 ///   more                        never    Zen 5: 1.00 to 0.81; Zen 4, 32 MiB: four 0.72
 template <class Cell, class S>
 int64_t ForwardScan<Cell, S>::least_joined() const {
@@ -26,7 +27,7 @@ int64_t ForwardScan<Cell, S>::least_joined() const {
   // Few registers make a smaller tile of three gates than of the four vectors of a projection alone (measured).
   constexpr bool kSmallTile = G == 3 && RNN_EXT_VECTOR_REGISTERS < 32;
   if (kSmallTile && args_.sizes.input > kFewInputs) return never;
-  if (weight_bytes() > kFarWeights) return 12;
+  if (weight_bytes() > kFarWeights) return tuning().vectors_a_cycle == 1 ? 24 : 12;
   if (weight_bytes() > tuning().near_bytes) return 20;
   if (weight_bytes() > kNear || kSmallTile) return 8;
   // A tile of few rows has few sums, which wait for each other where two could be begun a cycle. Those of a chunk's

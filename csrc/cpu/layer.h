@@ -254,10 +254,10 @@ struct Tuning {
   // 1 or 2 multiply-adds that begin in a cycle: how wide tiles of side.inl are, which steps join, which take gradients
   // of inputs along
   int vectors_a_cycle;
-  bool takes_along;   // steps of one sequence compute tiles of other products meanwhile, see row.inl
-  bool fetch_panels;  // product.inl asks for weights beyond the second-level cache before it needs them
-  bool joins_far;     // steps of an LSTM or GRU compute their input gates themselves, see inputs.inl, with such weights
-  int64_t far_bytes;  // of weights, from which the input gates of one sequence are computed for more steps at a time
+  bool takes_along;       // steps of one sequence compute tiles of other products meanwhile, see row.inl
+  int64_t fetched_bytes;  // of a product's weights, beyond which it asks for each panel before it needs it
+  bool joins_far;         // steps of an LSTM or GRU with weights of more than 2 MiB may join, see inputs.inl
+  int64_t far_bytes;   // of weights, from which the input gates of one sequence are computed for more steps at a time
   int64_t near_bytes;  // of weights, up to which steps of 8 rows compute their input gates themselves
 };
 

@@ -170,27 +170,43 @@ struct PlainB {
 };
 
 /// An `init` of product() that is a product itself: acc = begin(patch), acc += row(row) . blocks of its own B, and
-/// between(patch, acc) before the other product is added. Fetches what is `ahead`.
+/// between(patch, acc) before the other product is added. Fetches what is `ahead`, and panels as the other one does.
 template <class S, class Begin, class Row, class Between>
 struct InitProduct {
+  using E = Element<S>;
   const Begin& begin;
   const Row& row;
   const Between& between;
-  const Element<S>* b;  // [gate][block][k][lanes]
+  const E* b;  // [gate][block][k][lanes]
   int64_t gate_stride;
   OneSegment segments;
   mutable Ahead ahead;
   mutable Fetcher fetcher = {};
+  mutable Fetch fetch = {nullptr, 0};  // of the tile that runs next
 
+  int64_t block_stride() const { return segments.length * kLanes<E>; }
+
+  /// Before so many tiles fetch what is ahead.
   void start(int64_t tiles) const {
     fetcher = Fetcher(ahead, tiles * segments.length);
     ahead = {};
   }
 
+  /// What tile number `tile` of the panel at `block` is to fetch: of the panel at `next`, if it is one of the first;
+  /// next < 0: none is fetched.
+  template <int NB, int G>
+  ALWAYS_INLINE void plan(int64_t block, int64_t next, int64_t tile) const {
+    if (next >= 0 && tile < NB * G) {
+      const E* from = b + tile % G * gate_stride + (next + tile / G) * block_stride();
+      fetch = {reinterpret_cast<const char*>(from), kLanes<E> * int64_t(sizeof(E))};
+    } else {
+      fetch = fetcher.take(segments.length, b + block * block_stride());
+    }
+  }
+
   template <int G>
-  ALWAYS_INLINE PanelByGate<G, Element<S>> panel(int64_t block) const {
-    const int64_t block_stride = segments.length * kLanes<Element<S>>;
-    return {b + block * block_stride, block_stride, gate_stride};
+  ALWAYS_INLINE PanelByGate<G, E> panel(int64_t block) const {
+    return {b + block * block_stride(), block_stride(), gate_stride};
   }
 
   template <int B>

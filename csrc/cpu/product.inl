@@ -123,7 +123,7 @@ ALWAYS_INLINE void add_first(Vec<Compute<S>> (&acc)[MR][NB * G], int64_t first_r
   const Factor<S>* a[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) a[m] = init.row(first_row + m);
-  multiply_add<MR, NB, G, false, S>(acc, a, panel, init.segments, init.fetcher.take(init.segments.length, panel.b));
+  multiply_add<MR, NB, G, false, S>(acc, a, panel, init.segments, init.fetch);
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) init.between(Patch<1, NB>{first_row + m, first_block}, acc[m]);
 }
@@ -212,12 +212,12 @@ ALWAYS_INLINE void run_rows(int64_t rows, const Row& a_row, int64_t first_row, i
 
 /// A panel of one gate that is so deep that the second-level cache would not keep it, beside A, from one tile to the
 /// next: some of its k after the others, for as many tiles at a time as have their sums beside them. Cut where chains
-/// of sums are, see Chain: the bits are those of tiles that sum all k in one go. `next`: the panel after this one, if
-/// it is there.
+/// of sums are, see Chain: the bits are those of tiles that sum all k in one go. `far`: what is next is fetched;
+/// after this panel that is `next`, if not null.
 template <int NB, class S, int kMaxRows, class Row, class AnySegments, class Init, class Finish>
 NO_INLINE void run_deep_panel(int64_t rows, int64_t tiles, int64_t block, const Row& a_row,
-                              const Panel<1, Element<S>>& panel, const Element<S>* next, const AnySegments& segments,
-                              const Init& init, const Finish& finish) {
+                              const Panel<1, Element<S>>& panel, bool far, const Element<S>* next,
+                              const AnySegments& segments, const Init& init, const Finish& finish) {
   using T = Compute<S>;
   constexpr int64_t kTiles = 32, kPiece = 4 * kLongestChain<S>, kSums = NB * kLanes<T>, kStep = kLanes<Element<S>>;
   alignas(64) T sums[kTiles * kMaxRows * kSums];
@@ -246,7 +246,7 @@ NO_INLINE void run_deep_panel(int64_t rows, int64_t tiles, int64_t block, const 
           T* const at = sums + (row - first_row) * kSums;
           const Piece<T> piece = {done > 0 ? at : nullptr, is_last ? nullptr : at, segments.offset[s] + k};
           Fetch fetch = {reinterpret_cast<const char*>(of.b), 0};
-          if (then && tile - first < NB && tuning().fetch_panels)
+          if (far && then && tile - first < NB)
             fetch = {reinterpret_cast<const char*>(then + (tile - first) * of.block_stride), 64};
           run_rows<kMaxRows, NB, 1, false, S>(height, a_row, row, block, of, part, fetch, init, finish, piece);
           row += height;
@@ -259,7 +259,7 @@ NO_INLINE void run_deep_panel(int64_t rows, int64_t tiles, int64_t block, const 
 
 /// Whether a panel of so many bytes, for so many tiles, is so deep and may be cut. (Ice Lake, 64 to 256 rows, training:
 /// GRU and LSTM of 512 and 1,024 units 1.02 to 1.07 times as fast, RNN of 2,048 1.00 to 1.03; the step forward of four
-/// gates of 2,048 units gained nothing. Not measured: other processors.)
+/// gates of 2,048 units gained nothing. Zen 4: 0.98 to 1.03.)
 template <class S, class AnySegments>
 ALWAYS_INLINE bool is_deep(int64_t bytes, int64_t tiles, const AnySegments& segments) {
   constexpr int64_t kDeep = 512 * 1024, kTiles = 8;
@@ -279,10 +279,8 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
   const int64_t bytes = NB * G * depth * kLanes<Element<S>> * int64_t(sizeof(Element<S>));
   // Weights that the second-level cache does not keep from one step to the next would be waited for by each panel's
   // first tile, or when it is packed: while a panel is multiplied, its first tiles fetch the next (those of too few
-  // rows in name only). That is also so of a good part of the cache, beside the input weights (Xeon, 2 MiB: 0 to 3 %
-  // less time for 560 to 770 KiB).
-  constexpr int64_t kFar = 400 * 1024;
-  const bool far = panels * bytes > kFar && tuning().fetch_panels;
+  // rows in name only).
+  const bool far = panels * bytes > tuning().fetched_bytes;
   constexpr bool kMayBeDeep = NB == 4 && G == 1 && !kStrided && !kIsInitProduct<Init>;
   if constexpr (kMayBeDeep) {
     if (is_deep<S>(bytes, tiles, segments)) {
@@ -291,7 +289,7 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
         const auto panel = b.template panel<G, NB>(at, depth);
         const bool is_there = !b.unpacked && i + 1 < panels;
         const Element<S>* next = is_there ? panel.b + (backwards ? -NB : NB) * panel.block_stride : nullptr;
-        run_deep_panel<NB, S, kMaxRows>(rows, tiles, at, a_row, panel, next, segments, init, finish);
+        run_deep_panel<NB, S, kMaxRows>(rows, tiles, at, a_row, panel, far, next, segments, init, finish);
       }
       return block + panels * NB;
     }
@@ -299,15 +297,25 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
   const std::conditional_t<kMayBeDeep, Piece<Compute<S>>, Whole> all_k = {};  // the same tiles as of a deep panel
   Fetcher fetcher(ahead, panels * tiles * depth);
   ahead = {};
-  if constexpr (kIsInitProduct<Init>) init.start(panels * tiles);
+  // So are those of an InitProduct (measured on Zen 4: an LSTM of 64 rows and 512 units 1.03 times as fast, of fewer
+  // the same).
+  bool far_first = false;
+  if constexpr (kIsInitProduct<Init>) {
+    constexpr int64_t kLeast = 3 << 19;
+    const int64_t first_bytes = panels * NB * G * init.block_stride() * int64_t(sizeof(Element<S>));
+    far_first = first_bytes > larger(kLeast, tuning().fetched_bytes);
+    init.start(panels * tiles - (far_first ? (panels - 1) * smaller(NB * G, tiles) : 0));
+  }
   for (int64_t i = 0; i < panels; ++i) {
     const int64_t at = block + NB * (backwards ? panels - 1 - i : i);
+    const int64_t next = i + 1 == panels ? -1 : backwards ? at - NB : at + NB;
     const auto panel = b.template panel<G, NB>(at, depth);
     for (int64_t row = 0, tile = 0; tile < tiles; ++tile) {
       const int64_t height = next_height(rows - row, tiles - tile);
       Fetch fetch = {nullptr, 0};
-      if (far && i + 1 < panels) fetch = b.template ahead<G, NB>(backwards ? at - NB : at + NB, depth, tile);
+      if (far && next >= 0) fetch = b.template ahead<G, NB>(next, depth, tile);
       if (fetch.step == 0) fetch = fetcher.take(depth, panel.b);
+      if constexpr (kIsInitProduct<Init>) init.template plan<NB, G>(at, far_first ? next : -1, tile);
       run_rows<kMaxRows, NB, G, kStrided, S>(height, a_row, row, at, panel, segments, fetch, init, finish, all_k);
       row += height;
     }

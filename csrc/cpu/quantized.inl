@@ -182,6 +182,25 @@ struct QuantizedWeight {
   int64_t units;
 };
 
+/// The scales of a vector's units in each gate of a weight.
+template <int G>
+struct UnitScales {
+  ALWAYS_INLINE UnitScales(const QuantizedWeight& weight, int64_t unit) {
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) of_gates[g] = load_part(weight.scales + g * weight.units + unit, weight.units - unit);
+  }
+
+  /// What exact sums of a row with this scale come to.
+  ALWAYS_INLINE void add(Vec<float>* sums, const Int32s (&exact)[G], float of_row) const {
+    const Vec<float> scale = broadcast(of_row);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g)
+      sums[g] = fma(__builtin_convertvector(exact[g], Vec<float>), scale * of_gates[g], sums[g]);
+  }
+
+  Vec<float> of_gates[G];
+};
+
 /// The most rows of a tile.
 template <int G>
 constexpr int kQuantizedRows = RNN_EXT_VECTOR_REGISTERS >= 32 ? (G == 1 ? 8 : 24 / G) : (G == 1 ? 8 : 12 / G);
@@ -254,16 +273,12 @@ NO_INLINE void run_quantized_tile(const QuantizedRows<Pack>& a, int64_t row, con
     const int64_t at = first + b, unit = at * n, block = at / kParts * kQuantizedBlock;
     Int32s acc[R][G];
     quantized_tile(a, row, weight.numbers + (block * G * a.groups() + unit - block) * Pack, acc);
-    V scales[G];
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) scales[g] = load_part(weight.scales + g * weight.units + unit, weight.units - unit);
+    const UnitScales<G> scales(weight, unit);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const V scale = broadcast(a.scale(row + r));
       V* sum = sums[r * B + b];
       init(Patch<1, 1>{row + r, at}, sum);
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sum[g] = fma(__builtin_convertvector(acc[r][g], V), scale * scales[g], sum[g]);
+      scales.add(sum, acc[r], a.scale(row + r));
     }
   }
   finish_tile<R, B, G>(row, first, sums, finish);

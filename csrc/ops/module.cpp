@@ -132,18 +132,19 @@ PYBIND11_MODULE(_C, m) {
       "tuning",
       [] {
         const rnn_ext::cpu::Tuning& chosen = rnn_ext::cpu::tuning();
-        return std::make_tuple(chosen.vectors_a_cycle, chosen.takes_along, chosen.fetch_panels, chosen.joins_far,
+        return std::make_tuple(chosen.vectors_a_cycle, chosen.takes_along, chosen.fetched_bytes, chosen.joins_far,
                                chosen.far_bytes, chosen.near_bytes);
       },
       "The Tuning of csrc/cpu/layer.h.");
   m.def(
       "set_tuning",
-      [](int vectors_a_cycle, bool takes_along, bool fetch_panels, bool joins_far, int64_t far_bytes,
+      [](int vectors_a_cycle, bool takes_along, int64_t fetched_bytes, bool joins_far, int64_t far_bytes,
          int64_t near_bytes) {
-        rnn_ext::cpu::set_tuning({vectors_a_cycle, takes_along, fetch_panels, joins_far, far_bytes, near_bytes});
+        rnn_ext::cpu::set_tuning({vectors_a_cycle, takes_along, fetched_bytes, joins_far, far_bytes, near_bytes});
       },
-      pybind11::arg("vectors_a_cycle") = 1, pybind11::arg("takes_along") = true, pybind11::arg("fetch_panels") = false,
-      pybind11::arg("joins_far") = false, pybind11::arg("far_bytes") = 1 << 20, pybind11::arg("near_bytes") = 2 << 20,
+      pybind11::arg("vectors_a_cycle") = 1, pybind11::arg("takes_along") = true,
+      pybind11::arg("fetched_bytes") = INT64_MAX, pybind11::arg("joins_far") = false,
+      pybind11::arg("far_bytes") = 1 << 20, pybind11::arg("near_bytes") = 2 << 20,
       "Choose otherwise, for tests; while nothing computes.");
   m.def("widen_always", &rnn_ext::cpu::widen_always, "See csrc/cpu/layer.h; for tests.");
   m.def("thread_distance", &rnn_ext::ops::thread_distance, py::call_guard<py::gil_scoped_release>(),
