@@ -10,7 +10,7 @@
 ///   to near_bytes               8        Zen 4, 2 MiB: two 0.91 to 0.98
 ///   to 2 MiB (kFarWeights)      20       Ice Lake, 1.2 to 2 MiB: 8 0.83 to 0.94, 12 0.90 to 0.97, 16 0.96 to 1.02
 ///   to 20 MiB, if joins_far     12       Zen 5, 4 to 19 MiB: GRU and LSTM 1.02 to 1.08, RNN 0.99
-///                               24       Zen 4, as large: inference 1.00 to 1.04, training 0.99; twelve 0.94 to 1.00
+///                               24       Zen 4, as large: inference 1.00 to 1.04, training 0.99; twelve 0.92 to 1.00
 ///   more                        never    Zen 5: 1.00 to 0.81; Zen 4, 32 MiB: four 0.72
 template <class Cell, class S>
 int64_t ForwardScan<Cell, S>::least_joined() const {
