@@ -203,8 +203,8 @@ NO_INLINE void multiply_panel(Sum* sums, int64_t distance, const ATiles& a, cons
   if constexpr (First + V < Vectors) multiply_panel<Rows, Vectors, First + V>(sums, distance, a, panel, depth, fetch);
 }
 
-/// Calls fn.operator()<Tiles>(row, count) for the rows of two tiles at a time, then of one: `count` from `row` on.
-/// `kByPairs`: else there are no more than one tile's.
+/// Calls fn.operator()<Tiles>(row, height) for the rows of two tiles at a time, then of one: `height` from `row` on.
+/// Not `kByPairs`: there are no more than one tile's.
 template <bool kByPairs, class Fn>
 ALWAYS_INLINE void in_row_tiles(int64_t rows, const Fn& fn) {
   int64_t row = 0;
@@ -292,8 +292,8 @@ ALWAYS_INLINE int64_t run_blocks(int64_t rows, int64_t block, int64_t blocks, bo
     const auto panel = b.template panel<G, NB>(at, depth);
     Fetch fetch = {nullptr, 0};
     if (i + 1 < panels) fetch = next_panel<NB, G, S>(rows, backwards ? at - NB : at + NB, panels, depth, b);
-    in_row_tiles<G == 1 || NB == 1>(rows, [&]<int Tiles>(int64_t row, int64_t count) ALWAYS_INLINE_LAMBDA {
-      run_tiles<Tiles, NB, G, S>(row, count, at, a, first_a, panel, fetch, init, finish);
+    in_row_tiles<G == 1 || NB == 1>(rows, [&]<int Tiles>(int64_t row, int64_t height) ALWAYS_INLINE_LAMBDA {
+      run_tiles<Tiles, NB, G, S>(row, height, at, a, first_a, panel, fetch, init, finish);
     });
   }
   return block + panels * NB;

@@ -52,8 +52,8 @@ void multiply_by_tiles(int64_t rows, UnitBlocks blocks, const QuantizedRows<4>& 
     const int64_t count = (end - block) / NB;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = block + NB * (backwards ? count - 1 - i : i);
-      in_row_tiles<NB == 1>(rows, [&]<int Tiles>(int64_t row, int64_t count) ALWAYS_INLINE_LAMBDA {
-        run_quantized_tiles<Tiles, NB, G>(row, count, at, a, weight, init, finish);
+      in_row_tiles<NB == 1>(rows, [&]<int Tiles>(int64_t row, int64_t height) ALWAYS_INLINE_LAMBDA {
+        run_quantized_tiles<Tiles, NB, G>(row, height, at, a, weight, init, finish);
       });
     }
     block += count * NB;
