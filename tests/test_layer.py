@@ -15,6 +15,7 @@ from util import (
     LAYOUTS,
     SIZES,
     Case,
+    Problem,
     agree,
     build,
     check_gradients,
@@ -255,16 +256,29 @@ def test_rows_of_one_timestep_do_not_depend_on_more(cell, dtype):
                 same_bits(run(problem.first_entries(n)), {name: t[:, :n] for name, t in together.items()})
 
 
+def one_by_one(more: Problem, resets: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """The results of all entries but the last, by steps that find their rows anew each time.
+
+    A sequence without a timestep, which the last one is made, has them do that: it is missing in every step.
+    """
+    length, count = more.input.shape[:2]
+    if resets is not None:
+        resets = torch.cat([resets, resets[:, :1]], 1)
+    lengths = torch.tensor([length] * (count - 1) + [0])
+    return {name: t[:, :-1] for name, t in run(dataclasses.replace(more, lengths=lengths, resets=resets)).items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_steps_in_one_go_and_one_by_one(cell, dtype):
     """To the bit: those whose rows all move on by the same distance, and those that find their rows anew each time.
 
-    Resets that reset nothing make them do that. Rows of one batch lie differently in the three layouts.
+    Rows of one batch lie differently in the three layouts.
     """
     for size in ((9, 3, 5, 18), (9, 8, 40, 64), (4, 13, 64, 130), (70, 2, 16, 32), (40, 1, 20, 32)):
-        length, batch, inputs, _ = size
-        problem = build(Case(cell, bidirectional=True, size=size)).to(dtype)
+        length, batch, inputs, hidden = size
+        more = build(Case(cell, bidirectional=True, size=(length, batch + 1, inputs, hidden))).to(dtype)
+        problem = more.first_entries(batch)
         transposed = dataclasses.replace(
             problem, case=problem.case.but(layout="batch_first"), input=problem.input.transpose(0, 1).contiguous()
         )
@@ -275,14 +289,44 @@ def test_steps_in_one_go_and_one_by_one(cell, dtype):
             batch_sizes=torch.full((length,), batch),
         )
         for _ in instruction_sets():
-            one_by_one = run(dataclasses.replace(problem, resets=torch.zeros(length, batch, dtype=torch.bool)))
+            expected = one_by_one(more)
             for other, time_first in ((problem, lambda t: t), (transposed, lambda t: t.transpose(0, 1))):
                 with torch.no_grad():
                     inferred = run(other)
                 for results in (inferred, run(other.requiring())):
                     sequences = ("output", "cells")
-                    same_bits({k: time_first(t) if k in sequences else t for k, t in results.items()}, one_by_one)
-            same_bits({k: t.view_as(one_by_one[k]) for k, t in run(packed).items()}, one_by_one)
+                    same_bits({k: time_first(t) if k in sequences else t for k, t in results.items()}, expected)
+            same_bits({k: t.view_as(expected[k]) for k, t in run(packed).items()}, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_resets_between_steps_in_one_go(cell, dtype):
+    """The bits of steps that run one by one, and resets that reset nothing change none."""
+    for size in ((9, 3, 5, 18), (30, 8, 40, 64), (70, 2, 16, 32), (40, 1, 20, 32), (150, 1, 64, 64), (90, 1, 33, 129)):
+        length, batch, inputs, hidden = size
+        more = build(Case(cell, bidirectional=True, size=(length, batch + 1, inputs, hidden))).to(dtype)
+        problem = more.first_entries(batch)
+        rare = torch.rand(length, batch, generator=torch.Generator().manual_seed(0)) < 0.1
+        rare[[0, 5, 6, -1]] = True
+        nowhere = torch.zeros_like(rare)
+        for _ in instruction_sets():
+            for resets, expected in ((rare, one_by_one(more, rare)), (nowhere, run(problem))):
+                given = dataclasses.replace(problem, resets=resets)
+                with torch.no_grad():
+                    same_bits(run(given), expected)
+                same_bits(run(given.requiring()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_of_one_sequence_with_few_resets(cell, dtype):
+    """Steps at resets and right before them, in backward's order, among many that are plain; side by side, too."""
+    for size in ((70, 1, 5, 18), (150, 1, 64, 64), (60, 1, 20, 130)):
+        problem = build(Case(cell, bidirectional=True, size=size))
+        resets = torch.zeros(size[:2], dtype=torch.bool)
+        resets[[0, 7, 8, 11, 40, -2, -1]] = True
+        agree(dataclasses.replace(problem, resets=resets).to(dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

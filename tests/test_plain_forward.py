@@ -31,8 +31,8 @@ def flat(results):
     return [output, *(state if isinstance(state, tuple) else [state])]
 
 
-def short(module, input, hx=None):
-    return ops.plain_forward(vars(module), input, hx)
+def short(module, input, hx=None, resets=None, return_cell_states=False):
+    return ops.plain_forward(vars(module), input, hx, resets, return_cell_states)
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -59,6 +59,58 @@ def test_plain_calls_take_it(mode, options, given):
         grads = torch.autograd.grad(results[0].sum(), list(module.parameters()))
         wanted = torch.autograd.grad(expected[0].sum(), list(module.parameters()), retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False, "bidirectional": True}, {"num_layers": 3, "batch_first": True}], ids=str
+)
+@pytest.mark.parametrize(("mode", "return_cell_states"), [*((mode, False) for mode in FUNCTIONS), ("LSTM", True)])
+def test_so_do_resets_and_cell_states(mode, return_cell_states, options):
+    module, input = make(mode, **options), torch.randn(4, 3, 5, requires_grad=True)
+    resets = torch.tensor([[0, 0, 1], [0, 1, 0], [0, 1, 0], [1, 0, 0]]).bool()
+    arguments = {k: v for k, v in options.items() if k != "bias"}
+    extra = {"return_cell_states": True} if return_cell_states else {}
+    parameters = list(module.parameters())
+    for given in (resets, None) if return_cell_states else (resets,):
+        expected = FUNCTIONS[mode](input, None, parameters, resets=given, **extra, **arguments)
+        found = short(module, input, None, given, return_cell_states)
+        assert found is not None
+        for results in (found, module(input, resets=given, **extra)):
+            assert len(results) == 2 + return_cell_states
+            last = results[-1] if return_cell_states else results[0]
+            wanted = expected[-1] if return_cell_states else expected[0]
+            for a, b in zip([*flat(results[:2]), last], [*flat(expected[:2]), wanted], strict=True):
+                assert torch.equal(a, b)
+            grads, wanted_grads = (
+                torch.autograd.grad(of.sum(), [input, *parameters], retain_graph=True) for of in (last, wanted)
+            )
+            assert all(torch.equal(a, b) for a, b in zip(grads, wanted_grads, strict=True))
+
+
+def test_other_resets_take_the_long_way():
+    module, input, resets = make(), torch.randn(4, 3, 5), torch.zeros(4, 3, dtype=torch.bool)
+    assert short(module, input, None, resets) is not None
+    for other in (
+        resets.int(),
+        resets.tolist(),
+        resets[:3],
+        resets.T,
+        resets[..., None],
+        resets.to_sparse(),
+        resets.to("meta"),
+        resets.as_subclass(Subclass),
+        False,
+    ):
+        assert short(module, input, None, other) is None, other
+    assert short(module, input, None, resets, 1) is None
+    assert short(make("GRU"), input, None, None, True) is None
+    for other, error, message in (
+        (resets.int(), TypeError, "bool"),
+        (resets.tolist(), TypeError, "list"),
+        (resets.T, ValueError, r"\[4, 3\].*\[3, 4\]"),
+    ):
+        with pytest.raises(error, match=message):
+            module(input, resets=other)
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -45,7 +45,7 @@ class BackwardScan {
         sums_stride_(larger(padded_, out_padded_)),
         sums_(Cell::kHasCell && !cells::kIsVariant<Cell> && args.sizes.proj ? slice.size() * sums_stride_ : 0, true),
         sum_rows_(sums_.get() ? slice.size() : 0),
-        is_plain_(has_plain_steps(layout_, args.sizes, args.resets.data)),
+        is_plain_(has_plain_steps(layout_, args.sizes)),
         saved_rows_(Cell::kSaved > 0 ? slice.size() : 0),
         h_rows_(Cell::kSaved > 0 ? 0 : slice.size()),
         h_before_(slice.size()),
@@ -81,11 +81,13 @@ class BackwardScan {
       const int64_t t = any.time(now, s);
       if constexpr (!cells::kIsVariant<Cell>) {
         // A thread with the shares of several members goes step by step, to the same bits.
-        const int64_t plain = smaller(steps - s, any.steps_before(t));
-        if (s > 0 && plain > 0 && any.is_plain_ && count == 1) {
-          scans[0]->run_plain_steps(s, plain, now, inputs, team, thread, threads);
-          s += plain - 1;
-          continue;
+        if (s > 0 && any.is_plain_ && count == 1) {
+          const int64_t plain = any.plain_steps(t, steps - s);
+          if (plain > 0) {
+            scans[0]->run_plain_steps(s, plain, now, inputs, team, thread, threads);
+            s += plain - 1;
+            continue;
+          }
         }
       }
       const int64_t rows = any.slice_.active(any.layout_, t);
@@ -133,11 +135,21 @@ class BackwardScan {
     return reverse_ ? now.chunk.first + s : now.chunk.last - 1 - s;
   }
 
-  /// In this direction's order.
-  int64_t steps_before(int64_t t) const { return time_of(layout_, reverse_, t); }
+  /// How many of `most` steps of one sequence, from step t on, are plain: before the first at a reset, or that ran
+  /// right before one, and without the sequence's first.
+  int64_t plain_steps(int64_t t, int64_t most) const {
+    const int64_t before = time_of(layout_, reverse_, t), count = smaller(most, before);
+    if (!args_.resets.data) return count;
+    const auto is_cut = [&](int64_t number) {
+      return number < layout_.steps && begins(args_.resets, layout_, reverse_, time_of(layout_, reverse_, number), 0);
+    };
+    int64_t plain = 0;
+    while (plain < count && !is_cut(before - plain) && !is_cut(before - plain + 1)) ++plain;
+    return plain;
+  }
 
-  /// Steps of one sequence from number `s` of its chunk on, none of which is the first of that or, in this direction's
-  /// order, the sequence's first: all that a row needs lies one step before what the last one needed.
+  /// Steps of one sequence from number `s` of its chunk on, which are plain, and none of which is the first of the
+  /// chunk: all that a row needs lies one step before what the last one needed.
   void run_plain_steps(int64_t s, int64_t count, const ChunkGrads<Cell, S>& now, InputGradient<Cell, S>* inputs,
                        Team& team, int thread, int threads) {
     using Side = std::conditional_t<std::is_same_v<S, W>, typename InputGradient<Cell, S>::Tiles, NoSideTiles>;

@@ -55,7 +55,7 @@ class ForwardScan {
         by_panels_(weights.packing == Packing::kPanels),
         tail_(!unpacked_ && has_tail<T>(G, hidden_) && part_.last == blocks_of<T>(hidden_)),
         keep_(keeps(args)),
-        is_plain_(!unpacked_ && has_plain_steps(layout_, args.sizes, args.resets.data)),
+        is_plain_(!unpacked_ && has_plain_steps(layout_, args.sizes)),
         has_even_steps_(has_even_steps()),
         panel_(by_panels_ ? larger(elements<S>(args.sizes.input), elements<S>(out_)) * UnpackedB<S>::kMostVectors *
                                 kLanes<Element<S>>
@@ -105,12 +105,6 @@ class ForwardScan {
         next_end = plan_chunk(end);
         start_ahead();
       }
-      if constexpr (!cells::kIsVariant<Cell>) {
-        if (is_plain_) {
-          s = run_plain_steps(s, end, gates, now, next);
-          if (s == steps) write_h_n(now, 0, 1);
-        }
-      }
       for (; s < end; ++s) {
         const int64_t t = time(s);
         const int64_t rows = slice_.active(layout_, t);
@@ -120,13 +114,22 @@ class ForwardScan {
                        hidden_);
           team_.meet(member_, members_);
         }
+        if constexpr (!cells::kIsVariant<Cell>) {
+          if (is_plain_) {
+            const int64_t stop = uncut_until(s, end);
+            run_plain_steps(s, stop, gates, now, next);
+            s = stop - 1;
+            if (stop == steps) write_h_n(now, 0, 1);
+            continue;
+          }
+        }
         if (joined_) copy_inputs(place_rows(t, 0));
         if constexpr (cells::kIsVariant<Cell>) {
           variant_step({t, rows, gates, now, next});
           team_.meet(member_, members_);
           if (!joined_) gates += rows;
         } else {
-          const int64_t stop = has_even_steps_ ? end : s + 1;
+          const int64_t stop = has_even_steps_ ? uncut_until(s, end) : s + 1;
           run_steps(s, stop, rows, gates, now, next);
           s = stop - 1;
         }
@@ -214,8 +217,11 @@ class ForwardScan {
 
   /// Whether each step has all rows, at a distance from those of the step before. (Those of its inputs must stay where
   /// they are placed: what copies them, and project(), place others there.)
-  bool has_even_steps() const {
-    return layout_.has_all_rows() && !args_.resets.data && !args_.sizes.proj && !copies_inputs();
+  bool has_even_steps() const { return layout_.has_all_rows() && !args_.sizes.proj && !copies_inputs(); }
+
+  /// Up to which step, at most `end`, there are no resets after those of step s.
+  int64_t uncut_until(int64_t s, int64_t end) const {
+    return next_reset(args_.resets, layout_, reverse_, slice_, s + 1, end);
   }
 
   /// Whether step t computes its input gates itself, in one go with the recurrent product: they stay in the registers,
@@ -359,7 +365,9 @@ class ForwardScan {
             slice_.active(layout_, later) * gates_stride_ * int64_t(sizeof(T))};
   }
 
-  int64_t run_plain_steps(int64_t s, int64_t end, T* const* gates, A*& now, A*& next) {
+  /// The steps [s, end), if they are plain. Leaves gates after those of the last one, and what that has written as the
+  /// next one's to read.
+  void run_plain_steps(int64_t s, int64_t end, T* const*& gates, A*& now, A*& next) {
     const bool with_cells = Cell::kHasCell && args_.cells.data;
     S* output = args_.output.at(layout_, time(s), 0) + direction_ * out_;
     S* cells = with_cells ? args_.cells.at(layout_, time(s), 0) + direction_ * hidden_ : nullptr;
@@ -383,9 +391,9 @@ class ForwardScan {
       cells += to_next_cells;
       std::swap(at.now, at.next);
     }
+    gates = at.gates;
     now = at.now;
     next = at.next;
-    return s;
   }
 
   /// What the sums of a step begin with. Reads `at` anew whenever it is called, as cell() does.

@@ -12,8 +12,7 @@ bool shares_inputs(const ForwardArgs<S>& args, const Executor& executor) {
   const double work = double(Cell::kGates) * double(s.hidden) * double(s.input) * double(args.layout.steps);
   return executor.run_team && executor.waits_actively && executor.threads >= 2 * s.directions &&
          work >= kWorthwhile * executor.threads &&
-         args.layout.steps >= kLeastChunks * SharedChunks<Compute<S>>::kSteps &&
-         has_plain_steps(args.layout, s, args.resets.data);
+         args.layout.steps >= kLeastChunks * SharedChunks<Compute<S>>::kSteps && has_plain_steps(args.layout, s);
 }
 
 template <class Cell, class S>

@@ -44,9 +44,9 @@ class InputGradient {
   void begin_chunk() { begun_ = claimed_ = scanned_ = 0; }
 
   /// What the step may take along that is number `step` of the chunk, in the order in which they run. Of the second and
-  /// those after it, one after the other, before they run; not of a sequence's last.
+  /// those after it, before they run; not of a sequence's last, and of those at resets it need not be asked.
   ALWAYS_INLINE Tiles* beside(int64_t step) {
-    if (step == begun_ + kRows) go_on();
+    if (step >= begun_ + kRows) go_on();
     return tiles_.get();
   }
 
@@ -84,7 +84,7 @@ class InputGradient {
   static bool has_long_scan(const BackwardArgs<S>& args) {
     constexpr int64_t kFewestSteps = 32;
     return !cells::kIsVariant<Cell> && args.grad_input.data && args.layout.steps >= kFewestSteps &&
-           has_plain_steps(args.layout, args.sizes, args.resets.data);
+           has_plain_steps(args.layout, args.sizes);
   }
 
   /// Rows of the chunk.

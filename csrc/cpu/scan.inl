@@ -74,6 +74,19 @@ inline int64_t first_ending(const Layout& layout, bool reverse, int64_t t) {
   return after < 0 ? 0 : smaller(layout.batch_sizes[t], layout.batch_sizes[after]);
 }
 
+/// The first of the steps [s, end) at which one of a slice's rows begins an independent sequence, or `end`; steps are
+/// numbers of this direction.
+inline int64_t next_reset(const Sequence<const bool>& resets, const Layout& layout, bool reverse, Slice slice,
+                          int64_t s, int64_t end) {
+  if (!resets.data) return end;
+  for (; s < end; ++s) {
+    const int64_t t = time_of(layout, reverse, s);
+    for (int64_t r = 0; r < slice.active(layout, t); ++r)
+      if (begins(resets, layout, reverse, t, slice.first + r)) return s;
+  }
+  return end;
+}
+
 /// Zeros the states, [rows, padded size], of those of a slice's rows where an independent sequence begins before step
 /// t. Null: none, or another member's.
 template <class A, class T>
@@ -95,10 +108,9 @@ inline bool is_one_sequence(const Layout& layout) {
   return layout.batch == 1 && layout.has_all_rows() && !layout.stored;
 }
 
-/// One sequence, whose steps all have the same to do: of small layers the time is in finding out what.
-inline bool has_plain_steps(const Layout& layout, const Sizes& sizes, const bool* resets) {
-  return is_one_sequence(layout) && !resets && !sizes.proj;
-}
+/// One sequence, whose steps, but for those at resets, all have the same to do: of small layers the time is in finding
+/// out what.
+inline bool has_plain_steps(const Layout& layout, const Sizes& sizes) { return is_one_sequence(layout) && !sizes.proj; }
 
 /// Copy state rows between the caller's [N, width] and a padded buffer whose first row is the slice's.
 template <class To, class From>

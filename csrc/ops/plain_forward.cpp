@@ -145,6 +145,17 @@ std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, PyO
   return call;
 }
 
+/// Those of a padded input, None or a tensor of the timesteps' shape; false: Python is to look at them.
+bool read_resets(PyObject* object, const at::Tensor& input, OptionalTensor& resets) {
+  if (object == Py_None) return true;
+  const at::Tensor* given = tensor(object);
+  if (!given || !given->is_cpu() || !is_dense(*given) || given->scalar_type() != at::kBool ||
+      given->sizes() != input.sizes().slice(0, 2))
+    return false;
+  resets = *given;
+  return true;
+}
+
 using Weights = c10::SmallVector<at::Tensor, 10>;
 
 /// Those of _flat_weights_names; none where one is no ordinary tensor.
@@ -159,22 +170,29 @@ Weights read_weights(PyObject* tensors, PyObject* names) {
   return weights;
 }
 
-PyObject* wrap(bool has_cell, at::Tensor output, at::Tensor h_n, at::Tensor c_n) {
+/// `cells`: undefined where they are not asked for.
+PyObject* wrap(bool has_cell, at::Tensor output, at::Tensor h_n, at::Tensor c_n, at::Tensor cells = {}) {
   PyObject* state = THPVariable_Wrap(std::move(h_n));
   if (has_cell) state = Py_BuildValue("NN", state, THPVariable_Wrap(std::move(c_n)));
-  return Py_BuildValue("NN", THPVariable_Wrap(std::move(output)), state);
+  PyObject* out = THPVariable_Wrap(std::move(output));
+  return cells.defined() ? Py_BuildValue("NNN", out, state, THPVariable_Wrap(std::move(cells)))
+                         : Py_BuildValue("NN", out, state);
 }
 
 /// Nothing: not a plain call.
 template <bool kStep>
-std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, PyObject* input, PyObject* hx) {
+std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, PyObject* input, PyObject* hx,
+                                   PyObject* given_resets = Py_None, PyObject* return_cell_states = Py_False) {
   PyObject* backend = own.get(keys.backend);
   if (!(keys.auto_ == backend || keys.custom == backend)) return std::nullopt;
   for (const Key& option : keys.options) {
     if (!own.is_off(option)) return std::nullopt;
   }
   const std::optional<ModuleCall> call = read_call(keys, own, input, hx, kStep);
-  if (!call) return std::nullopt;
+  OptionalTensor resets;
+  if (!call || !read_resets(given_resets, call->input, resets)) return std::nullopt;
+  const bool cell_states = return_cell_states == Py_True;
+  if (cell_states ? !call->has_cell : return_cell_states != Py_False) return std::nullopt;
   const bool drops = !own.is_off(keys.training) && !own.is_off(keys.dropout);
   if (call->layers > 1 && drops) return std::nullopt;
   const Weights weights = read_weights(own.get(keys.parameters), own.get(keys.names));
@@ -182,28 +200,22 @@ std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, PyOb
   if (!is_computed(type) || weights.empty() || weights[0].scalar_type() != type || PyErr_Occurred())
     return std::nullopt;
   const auto& [x, cell, states, layers, has_cell, bidirectional, batch_first] = *call;
-  at::Tensor output, h_n, c_n;
+  at::Tensor output, h_n, c_n, cells;
   {
     const pybind11::gil_scoped_release no_gil;
     if (layers == 1) {
-      std::tie(output, h_n, c_n, std::ignore, std::ignore) = layer_call({x,
-                                                                         states[0],
-                                                                         states[1],
-                                                                         weights,
-                                                                         std::nullopt,
-                                                                         std::nullopt,
-                                                                         std::nullopt,
-                                                                         OptionalTensors(),
-                                                                         {cell, bidirectional, batch_first, false}},
-                                                                        false, false);
+      const LayerOptions options = {cell, bidirectional, batch_first, cell_states};
+      std::tie(output, h_n, c_n, cells, std::ignore) =
+          layer_call({x, states[0], states[1], weights, std::nullopt, std::nullopt, resets, OptionalTensors(), options},
+                     false, false);
     } else {
-      std::tie(output, h_n, c_n, std::ignore) =
-          stack(x, states[0], states[1], {weights.begin(), weights.end()}, std::nullopt, std::nullopt, std::nullopt,
-                cell, layers, bidirectional, batch_first, false);
+      std::tie(output, h_n, c_n, cells) =
+          stack(x, states[0], states[1], {weights.begin(), weights.end()}, std::nullopt, std::nullopt, resets, cell,
+                layers, bidirectional, batch_first, cell_states);
     }
     if constexpr (kStep) output = output.squeeze(0);
   }
-  return wrap(has_cell, std::move(output), std::move(h_n), std::move(c_n));
+  return wrap(has_cell, std::move(output), std::move(h_n), std::move(c_n), cell_states ? cells : at::Tensor());
 }
 
 /// The same of a module of rnn_ext.quantized.
@@ -285,14 +297,31 @@ PyObject* cell_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-template <auto Run>
-PyObject* forward_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 3 && PyDict_Check(args[0]), "expected vars(module), input and hx");
-  const std::optional<PyObject*> result = Run(known_keys(), Attributes(args[0]), args[1], args[2]);
+PyObject* or_none(std::optional<PyObject*> result) {
   if (result) return *result;
   PyErr_Clear();
   Py_RETURN_NONE;
+}
+
+PyObject* forward_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 5 && PyDict_Check(args[0]),
+                   "expected vars(module), input, hx, resets and return_cell_states");
+  return or_none(run_plain<false>(known_keys(), Attributes(args[0]), args[1], args[2], args[3], args[4]));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* step_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 3 && PyDict_Check(args[0]), "expected vars(module), input and state");
+  return or_none(run_plain<true>(known_keys(), Attributes(args[0]), args[1], args[2]));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* quantized_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 3 && PyDict_Check(args[0]), "expected vars(module), input and hx");
+  return or_none(run_quantized(known_keys(), Attributes(args[0]), args[1], args[2]));
   END_HANDLE_TH_ERRORS
 }
 
@@ -304,11 +333,11 @@ PyCFunction as_method(FastMethod* method) {
 }
 
 PyMethodDef plain_forward[] = {
-    {"plain_forward", as_method(forward_method<run_plain<false>>), METH_FASTCALL,
+    {"plain_forward", as_method(forward_method), METH_FASTCALL,
      "forward of a module without options on the CPU, or None: see csrc/ops/plain_forward.h."},
-    {"plain_step", as_method(forward_method<run_plain<true>>), METH_FASTCALL, "The same of step."},
+    {"plain_step", as_method(step_method), METH_FASTCALL, "The same of step."},
     {"plain_cell", as_method(cell_method), METH_FASTCALL, "The same of a cell."},
-    {"quantized_forward", as_method(forward_method<run_quantized>), METH_FASTCALL,
+    {"quantized_forward", as_method(quantized_method), METH_FASTCALL,
      "forward of a layer of rnn_ext.quantized, or None: see csrc/ops/plain_forward.h."},
     {nullptr, nullptr, 0, nullptr},
 };
