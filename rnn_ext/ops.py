@@ -337,10 +337,10 @@ else:
     def plain_forward(attributes: dict[str, Any], input: Any, hx: Any, resets: Any, return_cell_states: Any) -> None:
         return None  # what it says of every call that is not plain
 
+    quantized_forward = plain_forward
+
     def plain_step(attributes: dict[str, Any], input: Any, hx: Any) -> None:
         return None
-
-    quantized_forward = plain_step
 
     def plain_cell(attributes: dict[str, Any], mode: str, input: Any, hx: Any) -> None:
         return None

@@ -87,6 +87,23 @@ def test_so_do_resets_and_cell_states(mode, return_cell_states, options):
             assert all(torch.equal(a, b) for a, b in zip(grads, wanted_grads, strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
+@pytest.mark.parametrize("mode", FUNCTIONS)
+def test_so_do_layers_of_8_bits(mode, options):
+    module, input = rnn_ext.quantize(make(mode, **options)), torch.randn(4, 3, 5)
+    resets = torch.rand(4, 3) < 0.4
+    for given in (None, resets):
+        for cells in (False, True) if mode == "LSTM" else (False,):
+            output, h_n, c_n, all_cells = module._run(input, None, None, None, given, cells)
+            expected = [output, h_n, *([c_n] if mode == "LSTM" else []), *([all_cells] if cells else [])]
+            found = ops.quantized_forward(vars(module), input, None, given, cells)
+            assert found is not None
+            for a, b in zip([*flat(found[:2]), *found[2:]], expected, strict=True):
+                assert torch.equal(a, b)
+    assert ops.quantized_forward(vars(module), input, None, resets.int(), False) is None
+    assert ops.quantized_forward(vars(module), input, None, None, 1) is None
+
+
 def test_other_resets_take_the_long_way():
     module, input, resets = make(), torch.randn(4, 3, 5), torch.zeros(4, 3, dtype=torch.bool)
     assert short(module, input, None, resets) is not None

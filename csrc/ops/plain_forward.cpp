@@ -90,13 +90,18 @@ std::string_view cell_of(const Keys& keys, PyObject* mode) {
   return {};
 }
 
-/// What a call of a module's forward is given, of a padded batch on the CPU.
+/// The arguments of a module's forward, or of its step.
+struct Given {
+  PyObject *input, *hx, *resets = Py_None, *return_cell_states = Py_False;
+};
+
+/// What that is to do, of a padded batch on the CPU.
 struct ModuleCall {
   at::Tensor input;
   std::string_view cell;
-  OptionalTensor states[2];
+  OptionalTensor states[2], resets;
   int64_t layers;
-  bool has_cell, bidirectional, batch_first;
+  bool has_cell, bidirectional, batch_first, cell_states;
 };
 
 /// Whether it is a tensor that calls without more ado can take.
@@ -121,10 +126,20 @@ bool read_hx(PyObject* hx, bool has_cell, int64_t dims, OptionalTensor (&states)
   return true;
 }
 
+/// Those of a padded input, None or a tensor of the timesteps' shape; false: Python is to look at them.
+bool read_resets(PyObject* object, const at::Tensor& input, OptionalTensor& resets) {
+  if (object == Py_None) return true;
+  const at::Tensor* given = tensor(object);
+  if (!given || !given->is_cpu() || !is_dense(*given) || given->scalar_type() != at::kBool ||
+      given->sizes() != input.sizes().slice(0, 2))
+    return false;
+  resets = *given;
+  return true;
+}
+
 /// Of one timestep, without that dimension, the call with it. Nothing: Python is to look at it.
-std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, PyObject* input_object, PyObject* hx,
-                                    bool step) {
-  const at::Tensor* input = tensor(input_object);
+std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, const Given& given, bool step) {
+  const at::Tensor* input = tensor(given.input);
   if (!is_plain(input, 3 - step)) return std::nullopt;
   PyObject* num_layers = own.get(keys.num_layers);
   if (!num_layers || !PyLong_Check(num_layers)) return std::nullopt;
@@ -137,23 +152,15 @@ std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, PyO
   ModuleCall call{step ? input->unsqueeze(0) : *input,
                   cell,
                   {},
+                  {},
                   PyLong_AsLongLong(num_layers),
                   cell_info(cell).has_cell,
                   *bidirectional,
-                  *batch_first && !step};
-  if (call.layers < 1 || !read_hx(hx, call.has_cell, 3, call.states)) return std::nullopt;
-  return call;
-}
-
-/// Those of a padded input, None or a tensor of the timesteps' shape; false: Python is to look at them.
-bool read_resets(PyObject* object, const at::Tensor& input, OptionalTensor& resets) {
-  if (object == Py_None) return true;
-  const at::Tensor* given = tensor(object);
-  if (!given || !given->is_cpu() || !is_dense(*given) || given->scalar_type() != at::kBool ||
-      given->sizes() != input.sizes().slice(0, 2))
-    return false;
-  resets = *given;
-  return true;
+                  *batch_first && !step,
+                  given.return_cell_states == Py_True};
+  if (call.cell_states ? !call.has_cell : given.return_cell_states != Py_False) return std::nullopt;
+  if (call.layers < 1 || !read_hx(given.hx, call.has_cell, 3, call.states)) return std::nullopt;
+  return read_resets(given.resets, *input, call.resets) ? std::optional(call) : std::nullopt;
 }
 
 using Weights = c10::SmallVector<at::Tensor, 10>;
@@ -181,25 +188,21 @@ PyObject* wrap(bool has_cell, at::Tensor output, at::Tensor h_n, at::Tensor c_n,
 
 /// Nothing: not a plain call.
 template <bool kStep>
-std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, PyObject* input, PyObject* hx,
-                                   PyObject* given_resets = Py_None, PyObject* return_cell_states = Py_False) {
+std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, const Given& given) {
   PyObject* backend = own.get(keys.backend);
   if (!(keys.auto_ == backend || keys.custom == backend)) return std::nullopt;
   for (const Key& option : keys.options) {
     if (!own.is_off(option)) return std::nullopt;
   }
-  const std::optional<ModuleCall> call = read_call(keys, own, input, hx, kStep);
-  OptionalTensor resets;
-  if (!call || !read_resets(given_resets, call->input, resets)) return std::nullopt;
-  const bool cell_states = return_cell_states == Py_True;
-  if (cell_states ? !call->has_cell : return_cell_states != Py_False) return std::nullopt;
+  const std::optional<ModuleCall> call = read_call(keys, own, given, kStep);
+  if (!call) return std::nullopt;
   const bool drops = !own.is_off(keys.training) && !own.is_off(keys.dropout);
   if (call->layers > 1 && drops) return std::nullopt;
   const Weights weights = read_weights(own.get(keys.parameters), own.get(keys.names));
   const at::ScalarType type = call->input.scalar_type();
   if (!is_computed(type) || weights.empty() || weights[0].scalar_type() != type || PyErr_Occurred())
     return std::nullopt;
-  const auto& [x, cell, states, layers, has_cell, bidirectional, batch_first] = *call;
+  const auto& [x, cell, states, resets, layers, has_cell, bidirectional, batch_first, cell_states] = *call;
   at::Tensor output, h_n, c_n, cells;
   {
     const pybind11::gil_scoped_release no_gil;
@@ -219,10 +222,10 @@ std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, PyOb
 }
 
 /// The same of a module of rnn_ext.quantized.
-std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, PyObject* input, PyObject* hx) {
-  const std::optional<ModuleCall> call = read_call(keys, own, input, hx, false);
+std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, const Given& given) {
+  const std::optional<ModuleCall> call = read_call(keys, own, given, false);
   if (!call) return std::nullopt;
-  const auto& [x, cell, states, layers, has_cell, bidirectional, batch_first] = *call;
+  const auto& [x, cell, states, resets, layers, has_cell, bidirectional, batch_first, cell_states] = *call;
   const int64_t directions = bidirectional ? 2 : 1;
   for (const OptionalTensor& state : states) {  // another type Python may cast
     if (state.has_value() && (state->scalar_type() != x.scalar_type() || state->size(0) != layers * directions))
@@ -233,7 +236,7 @@ std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, 
   const Weights weights = read_weights(own.get(keys.buffers), own.get(keys.names));
   const size_t count = weights.size() / size_t(layers);
   if (count == 0 || count * size_t(layers) != weights.size() || PyErr_Occurred()) return std::nullopt;
-  at::Tensor output = x, h_n, c_n;
+  at::Tensor output = x, h_n, c_n, cells;
   {
     const pybind11::gil_scoped_release no_gil;
     std::vector<at::Tensor> h_ns, c_ns;
@@ -242,16 +245,16 @@ std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, 
         const bool all = !state.has_value() || call->layers == 1;
         return all ? state : OptionalTensor(state->narrow(0, k * directions, directions));
       };
-      std::tie(output, h_n, c_n, std::ignore) = quantized_layer_call(
+      std::tie(output, h_n, c_n, cells) = quantized_layer_call(
           output, part(states[0]), part(states[1]), at::TensorList(weights).slice(size_t(k) * count, count),
-          std::nullopt, std::nullopt, std::nullopt, cell, bidirectional, batch_first, false);
+          std::nullopt, std::nullopt, resets, cell, bidirectional, batch_first, cell_states && k == layers - 1);
       h_ns.push_back(h_n);
       c_ns.push_back(c_n);
     }
     if (layers > 1) h_n = at::cat(h_ns);
     if (layers > 1 && has_cell) c_n = at::cat(c_ns);
   }
-  return wrap(has_cell, std::move(output), std::move(h_n), std::move(c_n));
+  return wrap(has_cell, std::move(output), std::move(h_n), std::move(c_n), cell_states ? cells : at::Tensor());
 }
 
 /// The next state of one of rnn_ext's cells, for an LSTMCell the two of them; null: Python is to look at it.
@@ -303,25 +306,19 @@ PyObject* or_none(std::optional<PyObject*> result) {
   Py_RETURN_NONE;
 }
 
+template <auto Run>
 PyObject* forward_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 5 && PyDict_Check(args[0]),
                    "expected vars(module), input, hx, resets and return_cell_states");
-  return or_none(run_plain<false>(known_keys(), Attributes(args[0]), args[1], args[2], args[3], args[4]));
+  return or_none(Run(known_keys(), Attributes(args[0]), {args[1], args[2], args[3], args[4]}));
   END_HANDLE_TH_ERRORS
 }
 
 PyObject* step_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 3 && PyDict_Check(args[0]), "expected vars(module), input and state");
-  return or_none(run_plain<true>(known_keys(), Attributes(args[0]), args[1], args[2]));
-  END_HANDLE_TH_ERRORS
-}
-
-PyObject* quantized_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 3 && PyDict_Check(args[0]), "expected vars(module), input and hx");
-  return or_none(run_quantized(known_keys(), Attributes(args[0]), args[1], args[2]));
+  return or_none(run_plain<true>(known_keys(), Attributes(args[0]), {args[1], args[2]}));
   END_HANDLE_TH_ERRORS
 }
 
@@ -333,11 +330,11 @@ PyCFunction as_method(FastMethod* method) {
 }
 
 PyMethodDef plain_forward[] = {
-    {"plain_forward", as_method(forward_method), METH_FASTCALL,
+    {"plain_forward", as_method(forward_method<run_plain<false>>), METH_FASTCALL,
      "forward of a module without options on the CPU, or None: see csrc/ops/plain_forward.h."},
     {"plain_step", as_method(step_method), METH_FASTCALL, "The same of step."},
     {"plain_cell", as_method(cell_method), METH_FASTCALL, "The same of a cell."},
-    {"quantized_forward", as_method(quantized_method), METH_FASTCALL,
+    {"quantized_forward", as_method(forward_method<run_quantized>), METH_FASTCALL,
      "forward of a layer of rnn_ext.quantized, or None: see csrc/ops/plain_forward.h."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -10,8 +10,8 @@ namespace rnn_ext::ops {
 /// that torch.nn's does not have; None for any other call, and for what Python wants to see: subclasses of Tensor, and
 /// function modes (torch.device as a context is one). A call of one timestep takes half as long as through
 /// rnn_ext/functional.py. plain_step(vars(module), input, state), the same of step, for a batch (N, I), and
-/// plain_cell(vars(cell), mode, input, hx) of a cell. And quantized_forward(vars(module), input, hx), the same of a
-/// module of rnn_ext.quantized.
+/// plain_cell(vars(cell), mode, input, hx) of a cell. And quantized_forward, plain_forward of a module of
+/// rnn_ext.quantized.
 extern PyMethodDef plain_forward[];
 
 }  // namespace rnn_ext::ops
