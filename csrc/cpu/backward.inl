@@ -81,13 +81,11 @@ class BackwardScan {
       const int64_t t = any.time(now, s);
       if constexpr (!cells::kIsVariant<Cell>) {
         // A thread with the shares of several members goes step by step, to the same bits.
-        if (s > 0 && any.is_plain_ && count == 1) {
-          const int64_t plain = any.plain_steps(t, steps - s);
-          if (plain > 0) {
-            scans[0]->run_plain_steps(s, plain, now, inputs, team, thread, threads);
-            s += plain - 1;
-            continue;
-          }
+        const int64_t plain = s > 0 && any.is_plain_ && count == 1 ? any.plain_steps(t, steps - s) : 0;
+        if (plain > 0) {
+          scans[0]->run_plain_steps(s, plain, now, inputs, team, thread, threads);
+          s += plain - 1;
+          continue;
         }
       }
       const int64_t rows = any.slice_.active(any.layout_, t);
@@ -141,10 +139,11 @@ class BackwardScan {
     const int64_t before = time_of(layout_, reverse_, t), count = smaller(most, before);
     if (!args_.resets.data) return count;
     const auto is_cut = [&](int64_t number) {
-      return number < layout_.steps && begins(args_.resets, layout_, reverse_, time_of(layout_, reverse_, number), 0);
+      return begins(args_.resets, layout_, reverse_, time_of(layout_, reverse_, number), 0);
     };
+    if (before + 1 < layout_.steps && is_cut(before + 1)) return 0;
     int64_t plain = 0;
-    while (plain < count && !is_cut(before - plain) && !is_cut(before - plain + 1)) ++plain;
+    while (plain < count && !is_cut(before - plain)) ++plain;
     return plain;
   }
 

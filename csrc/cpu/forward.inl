@@ -114,23 +114,14 @@ class ForwardScan {
                        hidden_);
           team_.meet(member_, members_);
         }
-        if constexpr (!cells::kIsVariant<Cell>) {
-          if (is_plain_) {
-            const int64_t stop = uncut_until(s, end);
-            run_plain_steps(s, stop, gates, now, next);
-            s = stop - 1;
-            if (stop == steps) write_h_n(now, 0, 1);
-            continue;
-          }
-        }
         if (joined_) copy_inputs(place_rows(t, 0));
         if constexpr (cells::kIsVariant<Cell>) {
           variant_step({t, rows, gates, now, next});
           team_.meet(member_, members_);
           if (!joined_) gates += rows;
         } else {
-          const int64_t stop = has_even_steps_ ? uncut_until(s, end) : s + 1;
-          run_steps(s, stop, rows, gates, now, next);
+          const int64_t stop = is_plain_ || has_even_steps_ ? uncut_until(s, end) : s + 1;
+          is_plain_ ? run_plain_steps(s, stop, gates, now, next) : run_steps(s, stop, rows, gates, now, next);
           s = stop - 1;
         }
         const int64_t last = time(s);
@@ -365,8 +356,7 @@ class ForwardScan {
             slice_.active(layout_, later) * gates_stride_ * int64_t(sizeof(T))};
   }
 
-  /// The steps [s, end), if they are plain. Leaves gates after those of the last one, and what that has written as the
-  /// next one's to read.
+  /// The same, one or more, if they are plain.
   void run_plain_steps(int64_t s, int64_t end, T* const*& gates, A*& now, A*& next) {
     const bool with_cells = Cell::kHasCell && args_.cells.data;
     S* output = args_.output.at(layout_, time(s), 0) + direction_ * out_;
@@ -379,7 +369,7 @@ class ForwardScan {
     RowProduct<S, OneSegment> row = {nullptr, weights_.hidden.get(), {elements<S>(out_)}, false};
     const UnitBlocks part = part_;
     const bool tail = tail_;
-    for (; s < end; ++s) {
+    for (;;) {
       row.a = reinterpret_cast<const Factor<S>*>(at.now);
       row.backwards = is_backwards(time(s));
       if (chunks_ && s + 1 < end) fetch_from_others(at.gates[1], G * padded_);
@@ -387,6 +377,7 @@ class ForwardScan {
       team_.meet(member_, members_);
       if (members_ > 1) fetch_from_others(at.next, out_);
       ++at.gates;
+      if (++s == end) break;
       output += to_next_output;
       cells += to_next_cells;
       std::swap(at.now, at.next);

@@ -257,31 +257,32 @@ std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, 
   return wrap(has_cell, std::move(output), std::move(h_n), std::move(c_n), cell_states ? cells : at::Tensor());
 }
 
-/// The next state of one of rnn_ext's cells, for an LSTMCell the two of them; null: Python is to look at it.
-PyObject* run_cell(const Keys& keys, const Attributes& own, PyObject* mode, PyObject* input_object, PyObject* hx) {
+/// The next state of one of rnn_ext's cells, for an LSTMCell the two of them; nothing: Python is to look at it.
+std::optional<PyObject*> run_cell(const Keys& keys, const Attributes& own, PyObject* mode, PyObject* input_object,
+                                  PyObject* hx) {
   PyObject* backend = own.get(keys.backend);
   const at::Tensor* input = tensor(input_object);
   const std::string_view cell = cell_of(keys, mode);
-  if (!(keys.auto_ == backend || keys.custom == backend) || cell.empty() || !is_plain(input, 2)) return nullptr;
-  if (at::autocast::is_autocast_enabled(at::kCPU)) return nullptr;  // as of read_call()
+  if (!(keys.auto_ == backend || keys.custom == backend) || cell.empty() || !is_plain(input, 2)) return std::nullopt;
+  if (at::autocast::is_autocast_enabled(at::kCPU)) return std::nullopt;  // as of read_call()
   const bool has_cell = cell_info(cell).has_cell;
   OptionalTensor states[2];
-  if (!read_hx(hx, has_cell, 2, states)) return nullptr;
+  if (!read_hx(hx, has_cell, 2, states)) return std::nullopt;
   PyObject* parameters = own.get(keys.parameters);
-  if (!parameters || !PyDict_Check(parameters)) return nullptr;
+  if (!parameters || !PyDict_Check(parameters)) return std::nullopt;
   Weights weights;
   for (const Key& name : keys.of_cell) {
     PyObject* object = PyDict_GetItemWithError(parameters, name);
     if (object == Py_None) continue;  // of a cell without biases
     const at::Tensor* weight = tensor(object);
-    if (!weight || !is_dense(*weight)) return nullptr;
+    if (!weight || !is_dense(*weight)) return std::nullopt;
     weights.push_back(*weight);
   }
   const at::ScalarType type = input->scalar_type();
   if (weights.size() % 2 != 0 || weights.empty() || weights[0].scalar_type() != type || !is_computed(type) ||
       PyErr_Occurred())
-    return nullptr;
-  if (weights[0].dim() == 2 && weights[0].size(0) == 0) return nullptr;  // of no units
+    return std::nullopt;
+  if (weights[0].dim() == 2 && weights[0].size(0) == 0) return std::nullopt;  // of no units
   at::Tensor h, c;
   {
     const pybind11::gil_scoped_release no_gil;
@@ -291,19 +292,17 @@ PyObject* run_cell(const Keys& keys, const Attributes& own, PyObject* mode, PyOb
   return has_cell ? Py_BuildValue("NN", next, THPVariable_Wrap(std::move(c))) : next;
 }
 
-PyObject* cell_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 4 && PyDict_Check(args[0]), "expected vars(cell), mode, input and hx");
-  if (PyObject* result = run_cell(known_keys(), Attributes(args[0]), args[1], args[2], args[3])) return result;
-  PyErr_Clear();
-  Py_RETURN_NONE;
-  END_HANDLE_TH_ERRORS
-}
-
 PyObject* or_none(std::optional<PyObject*> result) {
   if (result) return *result;
   PyErr_Clear();
   Py_RETURN_NONE;
+}
+
+PyObject* cell_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 4 && PyDict_Check(args[0]), "expected vars(cell), mode, input and hx");
+  return or_none(run_cell(known_keys(), Attributes(args[0]), args[1], args[2], args[3]));
+  END_HANDLE_TH_ERRORS
 }
 
 template <auto Run>
