@@ -165,8 +165,8 @@ class _Layer(Leaf, nn.RNNBase):
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Output and h_n, as torch.nn's; shapes, dtypes and errors are documented in :mod:`rnn_ext.functional`."""
-        if self._plain and lengths is None and not torch.compiler.is_compiling():
-            results = ops.plain_forward(self.__dict__, input, hx, resets, False)
+        if self._plain and not torch.compiler.is_compiling():
+            results = ops.plain_forward(self.__dict__, input, hx, lengths, resets, False)
             if results is not None:
                 return results
         self._check_not_traced(input, "forward")
@@ -479,8 +479,8 @@ class LSTM(_Layer):
         | tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], Tensor | PackedSequence]
     ):
         """Output and ``(h_n, c_n)``, as torch.nn's, and if asked for the cell states; see :mod:`rnn_ext.functional`."""
-        if self._plain and lengths is None and not torch.compiler.is_compiling():
-            results = ops.plain_forward(self.__dict__, input, hx, resets, return_cell_states)
+        if self._plain and not torch.compiler.is_compiling():
+            results = ops.plain_forward(self.__dict__, input, hx, lengths, resets, return_cell_states)
             if results is not None:
                 return results
         self._check_not_traced(input, "forward")

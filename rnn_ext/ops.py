@@ -334,7 +334,9 @@ else:
     _fast_layer = _fast_extended_layer = _fast_stack = _fast_cell = _layer
     _quantized_layer = _fast_quantized_layer = _layer
 
-    def plain_forward(attributes: dict[str, Any], input: Any, hx: Any, resets: Any, return_cell_states: Any) -> None:
+    def plain_forward(
+        attributes: dict[str, Any], input: Any, hx: Any, lengths: Any, resets: Any, return_cell_states: Any
+    ) -> None:
         return None  # what it says of every call that is not plain
 
     quantized_forward = plain_forward

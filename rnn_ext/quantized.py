@@ -189,8 +189,8 @@ class _OneState(_Quantized):
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Output and h_n, shaped as torch.nn's, see :mod:`rnn_ext.functional`; on the CPU, `input` of float32, bfloat16
         or float16, and results like it, also under autocast."""
-        if lengths is None and not torch.compiler.is_compiling():
-            results = ops.quantized_forward(self.__dict__, input, hx, resets, False)
+        if not torch.compiler.is_compiling():
+            results = ops.quantized_forward(self.__dict__, input, hx, lengths, resets, False)
             if results is not None:
                 return results
         return self._run(input, hx, None, lengths, resets)[:2]
@@ -228,8 +228,8 @@ class LSTM(_Quantized):
         """Output, ``(h_n, c_n)`` and, if asked for, the cell states, shaped as torch.nn's, see
         :mod:`rnn_ext.functional`; on the CPU, `input` of float32, bfloat16 or float16, and results like it, also under
         autocast."""
-        if lengths is None and not torch.compiler.is_compiling():
-            results = ops.quantized_forward(self.__dict__, input, hx, resets, return_cell_states)
+        if not torch.compiler.is_compiling():
+            results = ops.quantized_forward(self.__dict__, input, hx, lengths, resets, return_cell_states)
             if results is not None:
                 return results
         output, h_n, c_n, cells = self._run(input, *functional.split_state(hx), lengths, resets, return_cell_states)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.overrides import TorchFunctionMode
 
 import rnn_ext
 from rnn_ext import functional, ops
 
+LAYERS = [{}, {"bias": False, "bidirectional": True}, {"num_layers": 3, "batch_first": True}]
 FUNCTIONS = {
     "RNN_TANH": functional.rnn_tanh,
     "RNN_RELU": functional.rnn_relu,
@@ -31,39 +33,41 @@ def flat(results):
     return [output, *(state if isinstance(state, tuple) else [state]), *cells]
 
 
-def short(module, input, hx=None, resets=None, return_cell_states=False):
-    return ops.plain_forward(vars(module), input, hx, resets, return_cell_states)
+def short(module, input, hx=None, resets=None, return_cell_states=False, lengths=None):
+    return ops.plain_forward(vars(module), input, hx, lengths, resets, return_cell_states)
+
+
+def same(found, expected, wrt=()):
+    """The results, of which packed ones have their order, and the gradients of each, bit for bit."""
+    for a, b in zip(flat(found), flat(expected), strict=True):
+        assert type(a) is type(b)
+        if isinstance(a, PackedSequence):
+            assert a.batch_sizes is b.batch_sizes and a.sorted_indices is b.sorted_indices
+            assert a.unsorted_indices is b.unsorted_indices
+            a, b = a.data, b.data
+        assert torch.equal(a, b)
+        if wrt:
+            pair = (torch.autograd.grad(t.sum(), wrt, retain_graph=True, allow_unused=True) for t in (a, b))
+            assert all(x is y or torch.equal(x, y) for x, y in zip(*pair, strict=True))
 
 
 @pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize(
-    "options", [{}, {"bias": False, "bidirectional": True}, {"num_layers": 3, "batch_first": True}]
-)
+@pytest.mark.parametrize("options", LAYERS, ids=str)
 @pytest.mark.parametrize("mode", FUNCTIONS)
 def test_plain_calls_take_it(mode, options, given):
     """With the bits, and the gradients, of the long way."""
     module, input = make(mode, **options), torch.randn(4, 3, 5)
     batch = 4 if module.batch_first else 3
-    hx = None
-    if given:
-        states = module.num_layers * (2 if module.bidirectional else 1)
-        hx = torch.randn(2, states, batch, 7, requires_grad=True)
-        hx = tuple(hx) if mode == "LSTM" else hx[0]
+    hx = states_of(mode, module, batch) if given else None
     arguments = {k: v for k, v in options.items() if k != "bias"}
-    expected = flat(FUNCTIONS[mode](input, hx, list(module.parameters()), **arguments))
+    expected = FUNCTIONS[mode](input, hx, list(module.parameters()), **arguments)
     found = short(module, input, hx)
     assert found is not None and (len(found[1]) == 2 if mode == "LSTM" else torch.is_tensor(found[1]))
-    for a, b in zip(flat(found), expected, strict=True):
-        assert torch.equal(a, b)
-    for results in (flat(found), flat(module(input, hx))):
-        grads = torch.autograd.grad(results[0].sum(), list(module.parameters()))
-        wanted = torch.autograd.grad(expected[0].sum(), list(module.parameters()), retain_graph=True)
-        assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+    for results in (found, module(input, hx)):
+        same(results, expected, list(module.parameters()))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"bias": False, "bidirectional": True}, {"num_layers": 3, "batch_first": True}], ids=str
-)
+@pytest.mark.parametrize("options", LAYERS, ids=str)
 @pytest.mark.parametrize(("mode", "return_cell_states"), [*((mode, False) for mode in FUNCTIONS), ("LSTM", True)])
 def test_so_do_resets_and_cell_states(mode, return_cell_states, options):
     module, input = make(mode, **options), torch.randn(4, 3, 5, requires_grad=True)
@@ -77,12 +81,133 @@ def test_so_do_resets_and_cell_states(mode, return_cell_states, options):
         assert found is not None
         for results in (found, module(input, resets=given, **extra)):
             assert len(results) == 2 + return_cell_states
-            for a, b in zip(flat(results), flat(expected), strict=True):
-                assert torch.equal(a, b)
-            for i in {0, -return_cell_states}:
-                a, b = results[i], expected[i]
-                grads, wanted = (torch.autograd.grad(t.sum(), [input, *parameters], retain_graph=True) for t in (a, b))
-                assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+            same(results, expected, [input, *parameters])
+
+
+def states_of(mode, module, *batch):
+    states = module.num_layers * (2 if module.bidirectional else 1)
+    hx = torch.randn(2, states, *batch, 7, requires_grad=True).unbind()
+    return hx if mode == "LSTM" else hx[0]
+
+
+@pytest.mark.parametrize("enforce_sorted", [False, True])
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+@pytest.mark.parametrize(("mode", "return_cell_states"), [*((mode, False) for mode in FUNCTIONS), ("LSTM", True)])
+def test_so_do_packed_sequences(mode, return_cell_states, options, enforce_sorted):
+    module, input = make(mode, **options), torch.randn(4, 3, 5, requires_grad=True)
+    packed = pack_padded_sequence(input, [4, 3, 1] if enforce_sorted else [1, 4, 3], enforce_sorted=enforce_sorted)
+    arguments = {k: v for k, v in options.items() if k != "bias"}
+    extra = {"return_cell_states": True} if return_cell_states else {}
+    for hx in (None, states_of(mode, module, 3)):
+        expected = FUNCTIONS[mode](packed, hx, list(module.parameters()), **extra, **arguments)
+        direct = short(module, packed, hx, None, return_cell_states)
+        assert direct is not None
+        for results in (direct, module(packed, hx, **extra)):
+            same(results, expected, [input, *module.parameters(), *(() if hx is None else flat((input, hx))[1:])])
+
+
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+@pytest.mark.parametrize("mode", FUNCTIONS)
+def test_so_do_lengths(mode, options):
+    module, input = make(mode, **options), torch.randn(4, 3, 5, requires_grad=True)
+    values = [0, 3, 1, 2] if module.batch_first else [0, 4, 1]
+    arguments = {k: v for k, v in options.items() if k != "bias"}
+    lengths = torch.tensor(values)
+    expected = FUNCTIONS[mode](input, None, list(module.parameters()), lengths=lengths, **arguments)
+    for given in (lengths, lengths.int(), lengths.to(torch.uint8), lengths.repeat(2, 1).T[:, 0], values, tuple(values)):
+        direct = short(module, input, lengths=given)
+        assert direct is not None, given
+        for results in (direct, module(input, lengths=given)):
+            same(results, expected, [input, *module.parameters()])
+
+
+def test_a_list_of_lengths_may_change_before_backward():
+    module, input, lengths = make("GRU"), torch.randn(4, 2, 5, requires_grad=True), [4, 2]
+    output, _ = short(module, input, lengths=lengths)
+    lengths[:] = [1, 1]
+    output.sum().backward()
+    assert (input.grad.abs().sum(2) > 0).tolist() == [[True, True], [True, True], [True, False], [True, False]]
+
+
+def test_other_lengths_take_the_long_way():
+    module, input = make(), torch.randn(4, 3, 5)
+    lengths = torch.tensor([4, 0, 1])
+    assert short(module, input, lengths=lengths) is not None
+    for other in (
+        lengths[:2],
+        lengths[:, None],
+        lengths.float(),
+        lengths.bool(),
+        lengths.to("meta"),
+        lengths.to_sparse(),
+        lengths.as_subclass(Subclass),
+        lengths.numpy(),
+        list(lengths),
+        range(3),
+        [4, 0],
+        [4, 0, -1],
+        [4, 0, 5],
+        [4, 0, 2**70],
+        [4, 0, True],
+        [4, 0, 1.0],
+        4,
+    ):
+        assert short(module, input, lengths=other) is None, other
+    for other, error, message in (
+        (lengths[:2], ValueError, r"\(3,\).*\[2\]"),
+        ([4, 0, 5], ValueError, "between 0 and 4, got 5 for batch entry 2"),
+        (lengths + 1, ValueError, "between 0 and 4, got 5 for batch entry 0"),
+        ([4, 0, 1.0], TypeError, "integers, got 1.0"),
+    ):
+        with pytest.raises(error, match=message):
+            module(input, lengths=other)
+
+
+def test_other_packed_sequences_take_the_long_way():
+    class Packed(PackedSequence):
+        pass
+
+    module, state = make(), torch.zeros(1, 3, 7)
+    packed = pack_padded_sequence(torch.randn(4, 3, 5), [1, 4, 3], enforce_sorted=False)
+    data, sizes, order, inverse = packed
+    assert short(module, packed) is not None and short(module, packed, (state, state)) is not None
+    for other in (
+        (data, sizes, order, inverse),
+        Packed(data, sizes, order, inverse),
+        PackedSequence(data.as_subclass(Subclass), sizes),
+        PackedSequence(data.to("meta"), sizes),
+        PackedSequence(data[None], sizes),
+        PackedSequence(data, sizes[None]),
+        PackedSequence(data, sizes, order[None], inverse),
+        PackedSequence(data, sizes, None, inverse),
+    ):
+        assert short(module, other) is None, other
+    assert short(module, packed, (state[:, :2], state)) is None
+    assert short(module, packed, lengths=[1, 4, 3]) is None
+    assert short(module, packed, None, torch.zeros(4, 3, dtype=torch.bool)) is None
+    with pytest.raises(ValueError, match="PackedSequence, which has its own lengths"):
+        module(packed, lengths=[1, 4, 3])
+    with pytest.raises(RuntimeError, match=r"3 sequences in dim 1, got \[1, 2, 7\]"):
+        module(packed, (state[:, :2], state))
+
+
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+@pytest.mark.parametrize("mode", FUNCTIONS)
+def test_so_does_one_sequence(mode, options):
+    module, input = make(mode, **options), torch.randn(4, 5, requires_grad=True)
+    arguments = {k: v for k, v in options.items() if k != "bias"}
+    more = {"resets": torch.tensor([0, 0, 1, 0]).bool(), "lengths": [3]}
+    for hx in (None, states_of(mode, module)):
+        for given in ({}, more):
+            expected = FUNCTIONS[mode](input, hx, list(module.parameters()), **given, **arguments)
+            direct = short(module, input, hx, **given)
+            assert direct is not None
+            for results in (direct, module(input, hx, **given)):
+                same(results, expected, [input, *module.parameters()])
+    assert short(module, input, lengths=[3, 3]) is None and short(module, input, lengths=[5]) is None
+    for resets in (torch.zeros(4, 1), torch.zeros(3)):
+        assert short(module, input, resets=resets.bool()) is None
+    assert short(module, input, states_of(mode, module, 1)) is None
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
@@ -90,15 +215,27 @@ def test_so_do_resets_and_cell_states(mode, return_cell_states, options):
 def test_so_do_layers_of_8_bits(mode, options):
     module, input = rnn_ext.quantize(make(mode, **options)), torch.randn(4, 3, 5)
     resets = torch.rand(4, 3) < 0.4
-    for given in (None, resets):
+    packed = pack_padded_sequence(input, [1, 4, 3], enforce_sorted=False)
+    lengths = [1, 4, 3] if not options else [3, 0, 1, 3]
+    for given in (
+        (input, None, None),
+        (input, None, resets),
+        (input, lengths, None),
+        (input, lengths, resets),
+        (packed, None, None),
+        (input[0], [2], resets[:3, 0]),
+    ):
         for cells in (False, True) if mode == "LSTM" else (False,):
-            expected = [t for t in module._run(input, None, None, None, given, cells) if t is not None]
-            found = ops.quantized_forward(vars(module), input, None, given, cells)
+            output, h_n, c_n, cell_states = module._run(given[0], None, None, *given[1:], cells)
+            expected = (output, h_n if c_n is None else (h_n, c_n), *([cell_states] if cells else []))
+            found = ops.quantized_forward(vars(module), given[0], None, *given[1:], cells)
             assert found is not None
-            for a, b in zip(flat(found), expected, strict=True):
-                assert torch.equal(a, b)
-    assert ops.quantized_forward(vars(module), input, None, resets.int(), False) is None
-    assert ops.quantized_forward(vars(module), input, None, None, 1) is None
+            same(found, expected)
+            keywords = {"return_cell_states": True} if cells else {}
+            same(module(given[0], lengths=given[1], resets=given[2], **keywords), expected)
+    assert ops.quantized_forward(vars(module), input, None, None, resets.int(), False) is None
+    assert ops.quantized_forward(vars(module), input, None, None, None, 1) is None
+    assert ops.quantized_forward(vars(module), packed, None, lengths, None, False) is None
 
 
 def test_other_resets_take_the_long_way():
@@ -127,27 +264,21 @@ def test_other_resets_take_the_long_way():
             module(input, resets=other)
 
 
+@pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("options", [{}, {"bias": False, "batch_first": True}, {"num_layers": 3}], ids=str)
 @pytest.mark.parametrize("mode", FUNCTIONS)
-def test_so_do_plain_steps(mode, options, given):
-    """Of a batch without a dimension of time; with the bits, and the gradients, of a sequence of one timestep."""
-    module, input = make(mode, **options), torch.randn(3, 5, requires_grad=True)
-    hx = None
-    if given:
-        hx = torch.randn(2, module.num_layers, 3, 7, requires_grad=True)
-        hx = tuple(hx) if mode == "LSTM" else hx[0]
+def test_so_do_plain_steps(mode, options, given, batch):
+    """Of input without a dimension of time; with the bits, and the gradients, of a sequence of one timestep."""
+    module, input = make(mode, **options), torch.randn(*batch, 5, requires_grad=True)
+    hx = states_of(mode, module, *batch) if given else None
     arguments = {k: v for k, v in options.items() if k == "num_layers"}
     output, state = FUNCTIONS[mode](input.unsqueeze(0), hx, list(module.parameters()), **arguments)
-    expected = flat((output.squeeze(0), state))
-    wanted = torch.autograd.grad(expected[0].sum(), [input, *module.parameters()])
+    expected = (output.squeeze(0), state)
     direct = ops.plain_step(vars(module), input, hx)
     assert direct is not None
     for results in (direct, module.step(input, hx)):
-        for a, b in zip(flat(results), expected, strict=True):
-            assert torch.equal(a, b)
-        grads = torch.autograd.grad(results[0].sum(), [input, *module.parameters()])
-        assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+        same(results, expected, [input, *module.parameters()])
 
 
 def test_other_steps_take_the_long_way():
@@ -156,9 +287,10 @@ def test_other_steps_take_the_long_way():
     def step(module, input, hx=None):
         return ops.plain_step(vars(module), input, hx)
 
-    assert step(module, input) is not None
-    assert step(module, input[0]) is None and step(module, input[None]) is None
-    assert step(make(bidirectional=True), input) is None and step(make(layer_norm=True), input) is None
+    assert step(module, input) is not None and step(module, input[0]) is not None
+    assert step(module, input[0, 0]) is None and step(module, input[None]) is None
+    assert step(module, pack_padded_sequence(input[None], [1, 1, 1])) is None
+    assert step(make(bidirectional=True), input) is None and step(make(zoneout=0.1), input) is None
     assert step(make(num_layers=2, dropout=0.5), input) is None
     assert step(module, input.as_subclass(Subclass)) is None
     with torch.autocast("cpu"):
@@ -172,17 +304,19 @@ def test_other_steps_take_the_long_way():
         assert str(found.value) == str(expected.value)
 
 
+@pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("mode", FUNCTIONS)
-def test_so_do_cells(mode, bias, given):
+def test_so_do_cells(mode, bias, given, batch):
     torch.manual_seed(0)
     kind = "RNNCell" if mode.startswith("RNN") else f"{mode}Cell"
     options = {"nonlinearity": mode[4:].lower()} if kind == "RNNCell" else {}
-    cell, input = getattr(rnn_ext, kind)(5, 7, bias, **options), torch.randn(3, 5, requires_grad=True)
-    hx = torch.randn(2, 3, 7, requires_grad=True).unbind() if given else (None, None)
-    results = ops.cell(input, hx[0], hx[1] if mode == "LSTM" else None, list(cell.parameters()), mode.lower())
-    expected = [state for state in results if state is not None]
+    cell, input = getattr(rnn_ext, kind)(5, 7, bias, **options), torch.randn(*batch, 5, requires_grad=True)
+    hx = torch.randn(2, *batch, 7, requires_grad=True).unbind() if given else (None, None)
+    h, c = (None if state is None else state.view(-1, 7) for state in (hx[0], hx[1] if mode == "LSTM" else None))
+    results = ops.cell(input.view(-1, 5), h, c, list(cell.parameters()), mode.lower())
+    expected = [state.view(*batch, 7) for state in results if state is not None]
     wanted = torch.autograd.grad(expected[0].sum(), [input, *cell.parameters()])
     state = None if not given else hx if mode == "LSTM" else hx[0]
     direct = ops.plain_cell(vars(cell), mode, input, state)
@@ -202,10 +336,12 @@ def test_other_calls_of_cells_take_the_long_way():
         return ops.plain_cell(vars(cell), cell.mode, input, hx)
 
     assert short_cell(cell, input, (state, state)) is not None
-    for other in (input[0], input[None], input.to("meta"), input.double(), input.as_subclass(Subclass), None, [1.0]):
+    assert short_cell(cell, input[0], (state[0], state[0])) is not None
+    for other in (input[0, 0], input[None], input.to("meta"), input.double(), input.as_subclass(Subclass), None, [1.0]):
         assert short_cell(cell, other) is None, other
     for hx in (state, [state, state], (state,), (state[0], state[0]), (state, None)):
         assert short_cell(cell, input, hx) is None, hx
+    assert short_cell(cell, input[0], (state, state)) is None
     with torch.autocast("cpu"):
         assert short_cell(cell, input) is None
         assert cell(input)[0].dtype == torch.float32
@@ -266,9 +402,34 @@ def test_options_take_the_long_way(change):
     assert short(module, input) is None
 
 
+@pytest.mark.parametrize(
+    "change", [{"recurrent_dropout": 0.1}, {"weight_dropout": 0.1}, {"weight_dropout": 0.0}], ids=str
+)
+def test_but_not_those_for_training_in_eval(change):
+    module, input = make(**change).eval(), torch.randn(4, 3, 5)
+    same(short(module, input), make().eval()(input))
+    (name,) = change
+    for wrong in (1.0, -0.5, 2, 10**400, "0.1", Odd()):
+        setattr(module, name, wrong)
+        assert short(module, input) is None, wrong
+    setattr(module, name, 1.5)
+    with pytest.raises(ValueError, match=rf"{name}.*1.5"):
+        module(input)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_layer_normalisation_takes_it(options):
+    module, input = make(layer_norm=True, **options), torch.randn(4, 3, 5)
+    expected = functional.lstm(input, None, list(module._flat_weights), **options)
+    for results in (short(module, input), module(input)):
+        same(results, expected, list(module.parameters()))
+    module.backend = "native"
+    with pytest.raises(ValueError, match="layer_norm is an option of the custom backend"):
+        module(input)
+
+
 def test_as_do_layers_with_more():
     input = torch.randn(4, 3, 5)
-    assert short(make(layer_norm=True), input) is None
     dropped = make(num_layers=2, dropout=0.5)
     assert short(dropped, input) is None
     assert short(dropped.eval(), input) is not None
@@ -279,8 +440,7 @@ def test_as_do_layers_with_more():
 def test_as_do_other_arguments():
     module, input = make(), torch.randn(4, 3, 5)
     state = torch.randn(1, 3, 7)
-    packed = nn.utils.rnn.pack_padded_sequence(input, [4, 3, 1])
-    for other in (input[0], packed, input.double(), input.to("meta"), input.as_subclass(Subclass), None, [1.0]):
+    for other in (input[0, 0], input[None], input.double(), input.to("meta"), input.as_subclass(Subclass), None, [1.0]):
         assert short(module, other) is None, other
     for hx in (
         state,
@@ -292,6 +452,7 @@ def test_as_do_other_arguments():
     ):
         assert short(module, input, hx) is None, hx
     assert short(module, input, (state, state)) is not None
+    assert short(module, input[:, 0], (state, state)) is None
     with Mode():
         assert short(module, input) is None
 

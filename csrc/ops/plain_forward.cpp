@@ -1,5 +1,6 @@
 #include "ops/plain_forward.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
@@ -8,6 +9,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <iterator>
 #include <optional>
 #include <string_view>
@@ -45,8 +47,8 @@ struct Keys {
   Key parameters{"_parameters"}, buffers{"_buffers"}, input_size{"input_size"}, names{"_flat_weights_names"},
       mode{"mode"}, backend{"backend"}, dropout{"dropout"}, training{"training"}, num_layers{"num_layers"},
       bidirectional{"bidirectional"}, batch_first{"batch_first"};
-  Key options[5] = {Key("recompute"), Key("layer_norm"), Key("zoneout"), Key("recurrent_dropout"),
-                    Key("weight_dropout")};
+  Key recompute{"recompute"}, zoneout{"zoneout"};
+  Key in_training[2] = {Key("recurrent_dropout"), Key("weight_dropout")};
   Key auto_{"auto"}, custom{"custom"};
   Key of_cell[4] = {Key("weight_ih"), Key("weight_hh"), Key("bias_ih"), Key("bias_hh")};
 #define RNN_EXT_MODE(Cell, NAME) {Key(#NAME), cells::Cell::kName},
@@ -59,6 +61,14 @@ const Keys& known_keys() {
   return keys;
 }
 
+/// The class, borrowed.
+PyTypeObject* packed_sequence() {
+  static PyObject* type = nullptr;  // not by its initialiser, in which Python may let go of the GIL
+  if (!type)
+    type = pybind11::object(pybind11::module_::import("torch.nn.utils.rnn").attr("PackedSequence")).release().ptr();
+  return reinterpret_cast<PyTypeObject*>(type);
+}
+
 /// A module's attributes.
 class Attributes {
  public:
@@ -69,8 +79,13 @@ class Attributes {
   /// Whether it is there and False, or a number that is zero: nothing that would run code of its own to say so.
   bool is_off(PyObject* key) const {
     PyObject* value = get(key);
-    const bool number = value && (PyBool_Check(value) || PyLong_CheckExact(value) || PyFloat_CheckExact(value));
-    return number && PyObject_IsTrue(value) == 0;
+    return is_number(value) && PyObject_IsTrue(value) == 0;
+  }
+  /// Whether it is one that an event may have which does not always happen.
+  bool is_probability(PyObject* key) const {
+    PyObject* value = get(key);
+    const double p = is_number(value) ? PyFloat_AsDouble(value) : -1.0;
+    return 0.0 <= p && p < 1.0;
   }
   /// A bool that is there; nothing for all else.
   std::optional<bool> flag(PyObject* key) const {
@@ -79,6 +94,10 @@ class Attributes {
   }
 
  private:
+  static bool is_number(PyObject* value) {
+    return value && (PyBool_Check(value) || PyLong_CheckExact(value) || PyFloat_CheckExact(value));
+  }
+
   PyObject* dict_;
 };
 
@@ -92,29 +111,35 @@ std::string_view cell_of(const Keys& keys, PyObject* mode) {
 
 /// The arguments of a module's forward, or of its step.
 struct Given {
-  PyObject *input, *hx, *resets = Py_None, *return_cell_states = Py_False;
+  PyObject *input, *hx, *lengths = Py_None, *resets = Py_None, *return_cell_states = Py_False;
 };
 
-/// What that is to do, of a padded batch on the CPU.
+/// What that is to do, of a batch on the CPU.
 struct ModuleCall {
-  at::Tensor input;
   std::string_view cell;
-  OptionalTensor states[2], resets;
   int64_t layers;
   bool has_cell, bidirectional, batch_first, cell_states;
+  bool is_step;                // input and output lack the dimension of timesteps
+  bool is_unbatched = false;   // and these, states and resets lack that of sequences
+  PyObject* packed = nullptr;  // the PackedSequence that input is the data of, borrowed
+  at::Tensor input = {};       // with all dimensions, as the following
+  OptionalTensor states[2] = {}, batch_sizes = {}, lengths = {}, resets = {};
+  OptionalTensor order = {}, inverse = {};  // of a PackedSequence whose sequences did not come in the order of lengths
 };
 
 /// Whether it is a tensor that calls without more ado can take.
-bool is_plain(const at::Tensor* input, int64_t dims) {
-  return input && input->is_cpu() && input->dim() == dims && !at::impl::torch_function_mode_enabled() &&
-         is_dense(*input) && !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);  // by torch.jit.trace
+bool is_plain(const at::Tensor* input) {
+  return input && input->is_cpu() && !at::impl::torch_function_mode_enabled() && is_dense(*input) &&
+         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);  // by torch.jit.trace
 }
 
 bool is_computed(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
-/// Those in hx, None or as torch.nn takes it, of these dimensions; false: Python is to look at it.
+/// Of readers of arguments, false says that Python is to look at them.
+
+/// Those in hx, None or as torch.nn takes it, of these dimensions.
 bool read_hx(PyObject* hx, bool has_cell, int64_t dims, OptionalTensor (&states)[2]) {
   if (hx == Py_None) return true;
   if (has_cell && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != 2)) return false;
@@ -126,21 +151,90 @@ bool read_hx(PyObject* hx, bool has_cell, int64_t dims, OptionalTensor (&states)
   return true;
 }
 
-/// Those of a padded input, None or a tensor of the timesteps' shape; false: Python is to look at them.
-bool read_resets(PyObject* object, const at::Tensor& input, OptionalTensor& resets) {
+/// None or a vector on the CPU.
+bool read_vector(PyObject* object, OptionalTensor& vector) {
   if (object == Py_None) return true;
   const at::Tensor* given = tensor(object);
-  if (!given || !given->is_cpu() || !is_dense(*given) || given->scalar_type() != at::kBool ||
-      given->sizes() != input.sizes().slice(0, 2))
-    return false;
-  resets = *given;
+  if (!given || !given->is_cpu() || !is_dense(*given) || given->dim() != 1) return false;
+  vector = *given;
   return true;
 }
 
-/// Of one timestep, without that dimension, the call with it. Nothing: Python is to look at it.
+/// What is in a PackedSequence.
+bool read_packed(PyObject* packed, ModuleCall& call) {
+  const at::Tensor* data = tensor(PyTuple_GET_ITEM(packed, 0));
+  if (!is_plain(data) || data->dim() != 2) return false;
+  call.packed = packed;
+  call.input = *data;
+  return read_vector(PyTuple_GET_ITEM(packed, 1), call.batch_sizes) && call.batch_sizes.has_value() &&
+         read_vector(PyTuple_GET_ITEM(packed, 2), call.order) &&
+         read_vector(PyTuple_GET_ITEM(packed, 3), call.inverse) && call.order.has_value() == call.inverse.has_value();
+}
+
+/// A padded batch, or one sequence, of timesteps, or at one of them.
+bool read_padded(PyObject* object, ModuleCall& call) {
+  const at::Tensor* input = tensor(object);
+  if (!is_plain(input)) return false;
+  call.input = call.is_step ? input->unsqueeze(0) : *input;
+  call.is_unbatched = call.input.dim() == 2;
+  if (call.is_unbatched) call.input = call.input.unsqueeze(1);
+  return call.input.dim() == 3;
+}
+
+/// None, or one for each of `batch` sequences: integers in a tensor, or a list or tuple of those from 0 to `steps`.
+bool read_lengths(PyObject* object, int64_t batch, int64_t steps, OptionalTensor& lengths) {
+  if (!PyList_CheckExact(object) && !PyTuple_CheckExact(object)) {
+    if (!read_vector(object, lengths)) return false;
+    if (!lengths.has_value()) return true;
+    if (!at::isIntegralType(lengths->scalar_type(), false) || lengths->size(0) != batch) return false;
+    lengths = lengths->to(at::kLong);
+    return true;
+  }
+  if (PySequence_Fast_GET_SIZE(object) != batch) return false;
+  // Not by the dispatcher, whose modes have no part in it.
+  lengths = at::Tensor(at::detail::empty_cpu({batch}, at::kLong));
+  for (int64_t n = 0; n < batch; ++n) {
+    PyObject* item = PySequence_Fast_GET_ITEM(object, n);
+    if (!PyLong_CheckExact(item)) return false;
+    int overflow = 0;
+    const int64_t length = PyLong_AsLongLongAndOverflow(item, &overflow);
+    if (overflow || length < 0 || length > steps) return false;
+    lengths->mutable_data_ptr<int64_t>()[n] = length;
+  }
+  return true;
+}
+
+/// Those of a padded input, None or a tensor of the timesteps' shape.
+bool read_resets(PyObject* object, const ModuleCall& call, OptionalTensor& resets) {
+  if (object == Py_None) return true;
+  const at::Tensor* given = tensor(object);
+  if (!given || !given->is_cpu() || !is_dense(*given) || given->scalar_type() != at::kBool) return false;
+  if (given->dim() != 2 - call.is_unbatched) return false;
+  resets = call.is_unbatched ? given->unsqueeze(1) : *given;
+  return resets->sizes() == call.input.sizes().slice(0, 2);
+}
+
+/// Of the input, too.
+bool read_sequences(const Given& given, ModuleCall& call) {
+  if (!call.is_step && Py_TYPE(given.input) == packed_sequence()) {
+    const bool has_more = given.lengths != Py_None || given.resets != Py_None;  // which it cannot have
+    if (has_more || !read_packed(given.input, call) || !read_hx(given.hx, call.has_cell, 3, call.states)) return false;
+    return std::all_of(std::begin(call.states), std::end(call.states), [&](const OptionalTensor& state) {
+      return !state.has_value() || !call.order.has_value() || state->size(1) == call.order->size(0);
+    });
+  }
+  if (!read_padded(given.input, call) || !read_hx(given.hx, call.has_cell, 3 - call.is_unbatched, call.states))
+    return false;
+  call.batch_first = call.batch_first && !call.is_step && !call.is_unbatched;
+  for (OptionalTensor& state : call.states) {
+    if (call.is_unbatched && state.has_value()) state = state->unsqueeze(1);
+  }
+  const int64_t batch = call.input.size(call.batch_first ? 0 : 1), steps = call.input.size(call.batch_first ? 1 : 0);
+  return read_lengths(given.lengths, batch, steps, call.lengths) && read_resets(given.resets, call, call.resets);
+}
+
+/// Nothing: Python is to look at it.
 std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, const Given& given, bool step) {
-  const at::Tensor* input = tensor(given.input);
-  if (!is_plain(input, 3 - step)) return std::nullopt;
   PyObject* num_layers = own.get(keys.num_layers);
   if (!num_layers || !PyLong_Check(num_layers)) return std::nullopt;
   const std::string_view cell = cell_of(keys, own.get(keys.mode));
@@ -149,18 +243,15 @@ std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, con
   if (!bidirectional || !batch_first) return std::nullopt;
   // A step has its states computed in their own type under autocast, and one direction.
   if (step && (*bidirectional || at::autocast::is_autocast_enabled(at::kCPU))) return std::nullopt;
-  ModuleCall call{step ? input->unsqueeze(0) : *input,
-                  cell,
-                  {},
-                  {},
-                  PyLong_AsLongLong(num_layers),
-                  cell_info(cell).has_cell,
-                  *bidirectional,
-                  *batch_first && !step,
-                  given.return_cell_states == Py_True};
+  ModuleCall call{.cell = cell,
+                  .layers = PyLong_AsLongLong(num_layers),
+                  .has_cell = cell_info(cell).has_cell,
+                  .bidirectional = *bidirectional,
+                  .batch_first = *batch_first,
+                  .cell_states = given.return_cell_states == Py_True,
+                  .is_step = step};
   if (call.cell_states ? !call.has_cell : given.return_cell_states != Py_False) return std::nullopt;
-  if (call.layers < 1 || !read_hx(given.hx, call.has_cell, 3, call.states)) return std::nullopt;
-  return read_resets(given.resets, *input, call.resets) ? std::optional(call) : std::nullopt;
+  return call.layers >= 1 && read_sequences(given, call) ? std::optional(std::move(call)) : std::nullopt;
 }
 
 using Weights = c10::SmallVector<at::Tensor, 10>;
@@ -177,12 +268,44 @@ Weights read_weights(PyObject* tensors, PyObject* names) {
   return weights;
 }
 
-/// `cells`: undefined where they are not asked for.
-PyObject* wrap(bool has_cell, at::Tensor output, at::Tensor h_n, at::Tensor c_n, at::Tensor cells = {}) {
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // output, h_n, c_n, cells
+
+/// A tensor, or the PackedSequence of it whose sequences are those of `packed`.
+PyObject* wrap(PyObject* packed, at::Tensor data) {
+  PyObject* object = THPVariable_Wrap(std::move(data));
+  if (!packed || !object) return object;
+  const auto item = [&](int i) { return PyTuple_GET_ITEM(packed, i); };
+  // As it would make itself, without asking about sequences once more.
+  PyObject* arguments = Py_BuildValue("((NOOO))", object, item(1), item(2), item(3));
+  PyObject* result = arguments ? PyTuple_Type.tp_new(Py_TYPE(packed), arguments, nullptr) : nullptr;
+  Py_XDECREF(arguments);
+  return result;
+}
+
+/// What the module returns, of what `compute` does.
+template <class Compute>
+PyObject* results_of(ModuleCall& call, const Compute& compute) {
+  at::Tensor output, h_n, c_n, cells;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    for (OptionalTensor& state : call.states) {
+      if (state.has_value() && call.order.has_value()) state = state->index_select(1, *call.order);
+    }
+    std::tie(output, h_n, c_n, cells) = compute();
+    if (!call.has_cell) c_n = at::Tensor();
+    if (!call.cell_states) cells = at::Tensor();
+    for (at::Tensor* state : {&h_n, &c_n}) {
+      if (state->defined() && call.inverse.has_value()) *state = state->index_select(1, *call.inverse);
+    }
+    for (at::Tensor* result : {&output, &h_n, &c_n, &cells}) {
+      if (result->defined() && call.is_unbatched) *result = result->squeeze(1);
+    }
+    if (call.is_step) output = output.squeeze(0);
+  }
   PyObject* state = THPVariable_Wrap(std::move(h_n));
-  if (has_cell) state = Py_BuildValue("NN", state, THPVariable_Wrap(std::move(c_n)));
-  PyObject* out = THPVariable_Wrap(std::move(output));
-  return cells.defined() ? Py_BuildValue("NNN", out, state, THPVariable_Wrap(std::move(cells)))
+  if (call.has_cell) state = Py_BuildValue("NN", state, THPVariable_Wrap(std::move(c_n)));
+  PyObject* out = wrap(call.packed, std::move(output));
+  return cells.defined() ? Py_BuildValue("NNN", out, state, wrap(call.packed, std::move(cells)))
                          : Py_BuildValue("NN", out, state);
 }
 
@@ -191,70 +314,66 @@ template <bool kStep>
 std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, const Given& given) {
   PyObject* backend = own.get(keys.backend);
   if (!(keys.auto_ == backend || keys.custom == backend)) return std::nullopt;
-  for (const Key& option : keys.options) {
-    if (!own.is_off(option)) return std::nullopt;
+  if (own.flag(keys.recompute) != std::optional(false) || !own.is_off(keys.zoneout)) return std::nullopt;
+  const bool trains = !own.is_off(keys.training);
+  for (const Key& option : keys.in_training) {
+    if (trains ? !own.is_off(option) : !own.is_probability(option)) return std::nullopt;
   }
-  const std::optional<ModuleCall> call = read_call(keys, own, given, kStep);
+  std::optional<ModuleCall> call = read_call(keys, own, given, kStep);
   if (!call) return std::nullopt;
-  const bool drops = !own.is_off(keys.training) && !own.is_off(keys.dropout);
-  if (call->layers > 1 && drops) return std::nullopt;
+  if (call->layers > 1 && trains && !own.is_off(keys.dropout)) return std::nullopt;
   const Weights weights = read_weights(own.get(keys.parameters), own.get(keys.names));
   const at::ScalarType type = call->input.scalar_type();
   if (!is_computed(type) || weights.empty() || weights[0].scalar_type() != type || PyErr_Occurred())
     return std::nullopt;
-  const auto& [x, cell, states, resets, layers, has_cell, bidirectional, batch_first, cell_states] = *call;
-  at::Tensor output, h_n, c_n, cells;
-  {
-    const pybind11::gil_scoped_release no_gil;
-    if (layers == 1) {
-      const LayerOptions options = {cell, bidirectional, batch_first, cell_states};
-      std::tie(output, h_n, c_n, cells, std::ignore) =
-          layer_call({x, states[0], states[1], weights, std::nullopt, std::nullopt, resets, OptionalTensors(), options},
-                     false, false);
-    } else {
-      std::tie(output, h_n, c_n, cells) =
-          stack(x, states[0], states[1], {weights.begin(), weights.end()}, std::nullopt, std::nullopt, resets, cell,
-                layers, bidirectional, batch_first, cell_states);
-    }
-    if constexpr (kStep) output = output.squeeze(0);
-  }
-  return wrap(has_cell, std::move(output), std::move(h_n), std::move(c_n), cell_states ? cells : at::Tensor());
+  return results_of(*call, [&]() -> Results {
+    const auto& [h_0, c_0] = call->states;
+    if (call->layers > 1)
+      return stack(call->input, h_0, c_0, {weights.begin(), weights.end()}, call->batch_sizes, call->lengths,
+                   call->resets, call->cell, call->layers, call->bidirectional, call->batch_first, call->cell_states);
+    const LayerOptions options = {call->cell, call->bidirectional, call->batch_first, call->cell_states};
+    auto [output, h_n, c_n, cells, saved] = layer_call(
+        {call->input, h_0, c_0, weights, call->batch_sizes, call->lengths, call->resets, OptionalTensors(), options},
+        false, false);
+    return {std::move(output), std::move(h_n), std::move(c_n), std::move(cells)};
+  });
 }
 
 /// The same of a module of rnn_ext.quantized.
 std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, const Given& given) {
-  const std::optional<ModuleCall> call = read_call(keys, own, given, false);
+  std::optional<ModuleCall> call = read_call(keys, own, given, false);
   if (!call) return std::nullopt;
-  const auto& [x, cell, states, resets, layers, has_cell, bidirectional, batch_first, cell_states] = *call;
-  const int64_t directions = bidirectional ? 2 : 1;
-  for (const OptionalTensor& state : states) {  // another type Python may cast
-    if (state.has_value() && (state->scalar_type() != x.scalar_type() || state->size(0) != layers * directions))
+  const int64_t layers = call->layers, directions = call->bidirectional ? 2 : 1;
+  for (const OptionalTensor& state : call->states) {  // another type Python may cast
+    if (state.has_value() &&
+        (state->scalar_type() != call->input.scalar_type() || state->size(0) != layers * directions))
       return std::nullopt;
   }
   PyObject* input_size = own.get(keys.input_size);
-  if (!input_size || !PyLong_Check(input_size) || PyLong_AsLongLong(input_size) != x.size(2)) return std::nullopt;
+  if (!input_size || !PyLong_Check(input_size) || PyLong_AsLongLong(input_size) != call->input.size(-1))
+    return std::nullopt;
   const Weights weights = read_weights(own.get(keys.buffers), own.get(keys.names));
   const size_t count = weights.size() / size_t(layers);
   if (count == 0 || count * size_t(layers) != weights.size() || PyErr_Occurred()) return std::nullopt;
-  at::Tensor output = x, h_n, c_n, cells;
-  {
-    const pybind11::gil_scoped_release no_gil;
+  return results_of(*call, [&]() -> Results {
+    at::Tensor output = call->input, h_n, c_n, cells;
     std::vector<at::Tensor> h_ns, c_ns;
     for (int64_t k = 0; k < layers; ++k) {
       const auto part = [&](const OptionalTensor& state) {
-        const bool all = !state.has_value() || call->layers == 1;
+        const bool all = !state.has_value() || layers == 1;
         return all ? state : OptionalTensor(state->narrow(0, k * directions, directions));
       };
       std::tie(output, h_n, c_n, cells) = quantized_layer_call(
-          output, part(states[0]), part(states[1]), at::TensorList(weights).slice(size_t(k) * count, count),
-          std::nullopt, std::nullopt, resets, cell, bidirectional, batch_first, cell_states && k == layers - 1);
+          output, part(call->states[0]), part(call->states[1]), at::TensorList(weights).slice(size_t(k) * count, count),
+          call->batch_sizes, call->lengths, call->resets, call->cell, call->bidirectional, call->batch_first,
+          call->cell_states && k == layers - 1);
       h_ns.push_back(h_n);
       c_ns.push_back(c_n);
     }
     if (layers > 1) h_n = at::cat(h_ns);
-    if (layers > 1 && has_cell) c_n = at::cat(c_ns);
-  }
-  return wrap(has_cell, std::move(output), std::move(h_n), std::move(c_n), cell_states ? cells : at::Tensor());
+    if (layers > 1 && call->has_cell) c_n = at::cat(c_ns);
+    return {std::move(output), std::move(h_n), std::move(c_n), std::move(cells)};
+  });
 }
 
 /// The next state of one of rnn_ext's cells, for an LSTMCell the two of them; nothing: Python is to look at it.
@@ -263,11 +382,12 @@ std::optional<PyObject*> run_cell(const Keys& keys, const Attributes& own, PyObj
   PyObject* backend = own.get(keys.backend);
   const at::Tensor* input = tensor(input_object);
   const std::string_view cell = cell_of(keys, mode);
-  if (!(keys.auto_ == backend || keys.custom == backend) || cell.empty() || !is_plain(input, 2)) return std::nullopt;
+  if (!(keys.auto_ == backend || keys.custom == backend) || cell.empty() || !is_plain(input)) return std::nullopt;
   if (at::autocast::is_autocast_enabled(at::kCPU)) return std::nullopt;  // as of read_call()
   const bool has_cell = cell_info(cell).has_cell;
+  const int64_t dims = input->dim();  // one of them: not a batch
   OptionalTensor states[2];
-  if (!read_hx(hx, has_cell, 2, states)) return std::nullopt;
+  if (dims < 1 || dims > 2 || !read_hx(hx, has_cell, dims, states)) return std::nullopt;
   PyObject* parameters = own.get(keys.parameters);
   if (!parameters || !PyDict_Check(parameters)) return std::nullopt;
   Weights weights;
@@ -286,7 +406,12 @@ std::optional<PyObject*> run_cell(const Keys& keys, const Attributes& own, PyObj
   at::Tensor h, c;
   {
     const pybind11::gil_scoped_release no_gil;
-    std::tie(h, c) = cell_call(*input, states[0], states[1], weights, cell);
+    for (OptionalTensor& state : states) {
+      if (dims == 1 && state.has_value()) state = state->unsqueeze(0);
+    }
+    std::tie(h, c) = cell_call(dims == 1 ? input->unsqueeze(0) : *input, states[0], states[1], weights, cell);
+    if (dims == 1) h = h.squeeze(0);
+    if (dims == 1 && has_cell) c = c.squeeze(0);
   }
   PyObject* next = THPVariable_Wrap(std::move(h));
   return has_cell ? Py_BuildValue("NN", next, THPVariable_Wrap(std::move(c))) : next;
@@ -308,9 +433,9 @@ PyObject* cell_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
 template <auto Run>
 PyObject* forward_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 5 && PyDict_Check(args[0]),
-                   "expected vars(module), input, hx, resets and return_cell_states");
-  return or_none(Run(known_keys(), Attributes(args[0]), {args[1], args[2], args[3], args[4]}));
+  TORCH_CHECK_TYPE(count == 6 && PyDict_Check(args[0]),
+                   "expected vars(module), input, hx, lengths, resets and return_cell_states");
+  return or_none(Run(known_keys(), Attributes(args[0]), {args[1], args[2], args[3], args[4], args[5]}));
   END_HANDLE_TH_ERRORS
 }
 
