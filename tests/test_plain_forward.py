@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.overrides import TorchFunctionMode
@@ -180,6 +181,7 @@ def test_other_packed_sequences_take_the_long_way():
         PackedSequence(data, sizes[None]),
         PackedSequence(data, sizes, order[None], inverse),
         PackedSequence(data, sizes, None, inverse),
+        tuple.__new__(PackedSequence, (data, sizes)),
     ):
         assert short(module, other) is None, other
     assert short(module, packed, (state[:, :2], state)) is None
@@ -455,6 +457,20 @@ def test_as_do_other_arguments():
     assert short(module, input[:, 0], (state, state)) is None
     with Mode():
         assert short(module, input) is None
+
+
+def test_symbolic_sizes_take_the_long_way():
+    """Which a tensor has that torch.func has wrapped around a fake one."""
+    module, found = make(), []
+
+    def call(weights, input):
+        found.extend([short(module, input), short(module, input, lengths=[4, 0, 1])])
+        return torch.func.functional_call(module, weights, (input,), {"lengths": [4, 0, 1]})[0].sum()
+
+    every = torch.func.vmap(call, (None, 0))
+    graph = make_fx(every, tracing_mode="symbolic")(dict(module.named_parameters()), torch.randn(2, 4, 3, 5))
+    assert found == [None, None]
+    assert any("rnn_ext.layer" in str(node.target) for node in graph.graph.nodes)
 
 
 def test_mistakes_are_those_of_the_long_way():

@@ -31,7 +31,11 @@ const at::Tensor* tensor(PyObject* object) {
   return object && THPVariable_CheckExact(object) ? &THPVariable_Unpack(object) : nullptr;
 }
 
-bool is_dense(const at::Tensor& tensor) { return tensor.layout() == at::kStrided && !tensor.is_nested(); }
+/// Whether its elements lie in memory by sizes that are numbers.
+bool is_dense(const at::Tensor& tensor) {
+  return tensor.layout() == at::kStrided && !tensor.is_nested() &&
+         !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+}
 
 /// Interned, so that looking one up compares pointers.
 struct Key {
@@ -162,6 +166,7 @@ bool read_vector(PyObject* object, OptionalTensor& vector) {
 
 /// What is in a PackedSequence.
 bool read_packed(PyObject* packed, ModuleCall& call) {
+  if (PyTuple_GET_SIZE(packed) != 4) return false;  // as tuple.__new__ may make it
   const at::Tensor* data = tensor(PyTuple_GET_ITEM(packed, 0));
   if (!is_plain(data) || data->dim() != 2) return false;
   call.packed = packed;
