@@ -171,6 +171,8 @@ def explain(
 ) -> Explanation:
     """Say which backend and kernel the module would use if it were called so, without running it.
 
+    Whether the shapes and dtypes of the arguments fit, only the call says.
+
     Raises:
         TypeError: `module` is not a layer of this package, or `input` neither a tensor nor a PackedSequence.
         ValueError, RuntimeError: its backend is unknown, or is ``"custom"`` and cannot run, as the call itself would.

@@ -38,7 +38,7 @@ They raise
   `weights`; `num_layers` below 1; `dropout` outside [0, 1], another probability outside [0, 1); an unknown backend, or
   an option that the backend cannot run.
 - TypeError: `lengths` that are not integers, `resets` that are not bool, a probability that is no number, `recompute`
-  that is not bool.
+  or `return_cell_states` that is not bool.
 - RuntimeError: `input`, `lengths` or `resets` that are sparse or nested, a nested state; a tensor whose memory has been
   freed; any other mismatch of sizes, dtypes or devices; backend ``"custom"`` where it cannot run.
 """
@@ -235,6 +235,8 @@ def recurrent(
         raise TypeError(f"{cell}: expected input as a tensor or a PackedSequence, got {type(input).__name__}")
     if isinstance(weights, Tensor) or not hasattr(weights, "__len__"):
         raise TypeError(f"{cell}: expected weights as a list of tensors, got {type(weights).__name__}")
+    if not isinstance(cell_states, bool):
+        raise TypeError(f"return_cell_states must be a bool, got {cell_states!r}")
     if not quantized:
         backends.check_layout(cell, input.data if packed else input)
     extras = NO_EXTRAS
@@ -277,18 +279,17 @@ def step(
     dropout: float,
     training: bool,
     backend: str,
-    layer_norm: bool = False,
     zoneout: float | tuple[float, float] = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One timestep of any cell, in one direction: `input` is (N, I) or (I,); output, h_n, c_n (None unless lstm)."""
     h_0, c_0 = dense_state(cell, "h_0", h_0), dense_state(cell, "c_0", c_0)
     if ops.is_cast(input) and backends.use_custom(backend, input):
-        options = (num_layers, dropout, training, backend, layer_norm, zoneout)
+        options = (num_layers, dropout, training, backend, zoneout)
         with torch.autocast("cpu", enabled=False):
             input, h_0, c_0, *weights = ops.uncast(weights[0], input, h_0, c_0, *weights)
             return step(cell, input, h_0, c_0, weights, *options)
     there = all(weight is not None for weight in weights)
-    plain = num_layers == 1 and not (layer_norm or zoneout) and input.dim() == 2 and there
+    plain = num_layers == 1 and not zoneout and input.dim() == 2 and there
     if plain and input.dtype == weights[0].dtype and backends.use_custom(backends.backend_for(backend, weights), input):
         output, h_n, c_n, _ = ops.layer(input.unsqueeze(0), h_0, c_0, weights, cell=cell)
         return output.squeeze(0), h_n, c_n if cell == "lstm" else None

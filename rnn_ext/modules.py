@@ -22,7 +22,6 @@ from rnn_ext.backends import check_backend
 # What torch.nn's layers do not have: attributes, with the values that make a layer do as torch.nn's does.
 OPTIONS = {
     "recompute": False,
-    "layer_norm": False,
     # Integers: torch.compile makes an input of a float and then, seeing it decide something, compiles once more.
     "zoneout": 0,
     "recurrent_dropout": 0,
@@ -114,7 +113,7 @@ class _Layer(Leaf, nn.RNNBase):
     _added: ClassVar[dict[str, Any]] = Leaf._added | OPTIONS
     _read_by_plain: ClassVar[frozenset[str]] = frozenset(
         {"_flat_weights", "_flat_weights_names", "_parameters", "mode", "backend", "dropout", "training", "num_layers"}
-        | {"bidirectional", "batch_first", *OPTIONS}
+        | {"bidirectional", "batch_first", "layer_norm", *OPTIONS}
     )
 
     def __init__(
@@ -136,11 +135,31 @@ class _Layer(Leaf, nn.RNNBase):
         self.backend = check_backend(backend)
         extras = functional.check_extras(mode.lower(), recompute, zoneout, recurrent_dropout, weight_dropout)
         self.recompute = recompute
-        self.layer_norm = False
         pair = extras.zoneout if isinstance(zoneout, (tuple, list)) else extras.zoneout[0]
         self.zoneout = pair if any(extras.zoneout) else 0
         self.recurrent_dropout = extras.recurrent_dropout or 0
         self.weight_dropout = extras.weight_dropout or 0
+
+    @property
+    def layer_norm(self) -> bool:
+        """Whether the layer has the weights of layer normalisation: as it was made."""
+        return any(name.startswith("weight_norm") for name in vars(self).get("_flat_weights_names", ()))
+
+    @layer_norm.setter
+    def layer_norm(self, value: bool) -> None:
+        if value is not self.layer_norm:
+            raise AttributeError(f"layer_norm is fixed when a layer is made: expected {self.layer_norm}, got {value!r}")
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """Say in one sentence what a checkpoint of :mod:`rnn_ext.quantized` is."""
+        if f"{prefix}factors_l0" not in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+            return
+        where, sizes = prefix.rstrip(".") or type(self).__name__, state_dict.get(f"{prefix}sizes")
+        how = "" if sizes is None or sizes.is_meta else f", activations={int(sizes[0])}"
+        errors.append(
+            f"the checkpoint has weights of 8 bits, {where} has not: rnn_ext.quantize(model{how}) before you load it"
+        )
 
     @property
     def _flat_weights(self) -> list[Tensor]:
@@ -238,13 +257,12 @@ class _Layer(Leaf, nn.RNNBase):
             self.dropout,
             self.training,
             self.backend,
-            self.layer_norm,
             self.zoneout,
         )
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        for name, default in self._added.items():
+        for name, default in {"backend": "auto", "layer_norm": False, **OPTIONS}.items():
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)!r}"
         return text
@@ -385,7 +403,7 @@ class LSTM(_Layer):
             with c_t and o_t as ever and ``LN(x) = (x - mean(x)) / sqrt(var(x) + 1e-5)`` over all 4H gates and over the
             H cells, biased variance. Further parameters of each layer and direction, named ``weight_norm_ih_l0`` and so
             on: weight_norm_ih and weight_norm_hh (4H,) and weight_norm_c (H,), ones at first, bias_norm_c (H,), zeros.
-            Custom backend only.
+            Custom backend only. Fixed when the layer is made.
         zoneout: as a pair, the probabilities of h and of c.
 
     ``benchmarks/results/features.md`` has what they cost.
@@ -436,7 +454,6 @@ class LSTM(_Layer):
         )
         if not isinstance(layer_norm, bool):
             raise TypeError(f"layer_norm must be a bool, got {layer_norm!r}")
-        self.layer_norm = layer_norm
         if layer_norm:
             self._add_norms(device, dtype)
 
@@ -463,7 +480,7 @@ class LSTM(_Layer):
 
     def flatten_parameters(self) -> None:
         """For cuDNN, which has no layer normalisation."""
-        if not vars(self).get("layer_norm"):
+        if not self.layer_norm:
             super().flatten_parameters()
 
     def forward(

@@ -313,6 +313,10 @@ def test_options_by_position_or_of_another_cell():
     for name in ("RNN", "GRU"):
         with pytest.raises(TypeError, match="return_cell_states"):
             OURS[name](I, H)(torch.zeros(L, N, I), return_cell_states=True)
+    for wrong in ("a", 1, None):
+        for layer in (rnn_ext.LSTM(I, H), rnn_ext.LSTM(I, H, 2), rnn_ext.quantize(rnn_ext.LSTM(I, H, 2))):
+            with pytest.raises(TypeError, match=f"return_cell_states must be a bool, got {wrong!r}"):
+                layer(torch.zeros(L, N, I), return_cell_states=wrong)
     with pytest.raises(ValueError, match=r"return_cell_states.*native|native.*return_cell_states"):
         rnn_ext.LSTM(I, H, backend="native")(torch.zeros(L, N, I), return_cell_states=True)
 

@@ -542,6 +542,19 @@ def test_layer_norm_parameters():
     assert rnn_ext.LSTM(3, 4, layer_norm=True, device="meta").weight_norm_c_l0.is_meta
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_layer_norm_is_fixed(layer_norm):
+    """The weights are there or not: a switch would say what the layer does not do."""
+    module = rnn_ext.LSTM(3, 4, layer_norm=layer_norm)
+    module.layer_norm = layer_norm
+    for layer in (module, rnn_ext.GRU(3, 4)):
+        with pytest.raises(AttributeError, match=f"fixed .* expected {layer.layer_norm}, got {not layer.layer_norm}"):
+            layer.layer_norm = not layer.layer_norm
+    assert module.layer_norm is layer_norm and ("layer_norm" in repr(module)) is layer_norm
+    state = module.step(torch.randn(2, 3))[1]
+    assert torch.equal(module(torch.ones(1, 2, 3), state)[0][0], module.step(torch.ones(2, 3), state)[0])
+
+
 def test_module_options_are_seen():
     module = rnn_ext.LSTM(3, 4, layer_norm=True, zoneout=(0.1, 0.2), recurrent_dropout=0.3, weight_dropout=0.4)
     assert "layer_norm=True, zoneout=(0.1, 0.2), recurrent_dropout=0.3, weight_dropout=0.4" in repr(module)
