@@ -4,6 +4,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -196,7 +197,7 @@ bool read_lengths(PyObject* object, int64_t batch, int64_t steps, OptionalTensor
     return true;
   }
   if (PySequence_Fast_GET_SIZE(object) != batch) return false;
-  // Not by the dispatcher, whose modes have no part in it.
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;  // which have a part in making a tensor
   lengths = at::Tensor(at::detail::empty_cpu({batch}, at::kLong));
   for (int64_t n = 0; n < batch; ++n) {
     PyObject* item = PySequence_Fast_GET_ITEM(object, n);
