@@ -76,9 +76,9 @@ def to_native(model: ModuleT) -> ModuleT:
         if getattr(module, "_has_8_bits", False):
             raise ValueError(f"{name or 'model'} has weights of 8 bits, torch.nn has not: rnn_ext.dequantize first")
         if type(module) in TO_NATIVE and isinstance(module, nn.RNNBase):
-            for option, default in {"layer_norm": False, **OPTIONS}.items():
-                if option != "recompute" and getattr(module, option) not in (default, (default, default)):
-                    raise ValueError(f"{name or 'model'} has {option}={getattr(module, option)!r}, torch.nn has not")
+            for option, value in module._options_in_use().items():
+                if option != "recompute":
+                    raise ValueError(f"{name or 'model'} has {option}={value!r}, torch.nn has not")
     for module, _ in _change_class(model, TO_NATIVE):
         del module.backend
         if isinstance(module, nn.RNNBase):

@@ -260,12 +260,16 @@ class _Layer(Leaf, nn.RNNBase):
             self.zoneout,
         )
 
+    def _options_in_use(self) -> dict[str, Any]:
+        """Those that make the layer do other than torch.nn's does."""
+        values = {name: getattr(self, name) for name in ("layer_norm", *OPTIONS)}
+        return {name: value for name, value in values.items() if value not in (0, (0, 0))}
+
     def extra_repr(self) -> str:
-        text = super().extra_repr()
-        for name, default in {"backend": "auto", "layer_norm": False, **OPTIONS}.items():
-            if getattr(self, name) != default:
-                text += f", {name}={getattr(self, name)!r}"
-        return text
+        shown = self._options_in_use()
+        if self.backend != "auto":
+            shown = {"backend": self.backend, **shown}
+        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in shown.items())])
 
 
 class RNN(_Layer):

@@ -477,6 +477,28 @@ def test_symbolic_sizes_take_the_long_way():
         assert torch.func.vmap(call)(fake).shape == (2, 4, 3, 7)
 
 
+@pytest.mark.parametrize("lengths", [[4, 2, 1], (4, 2, 1), torch.tensor([4, 2, 1])], ids=str)
+def test_dispatch_modes_see_lengths(lengths):
+    """A tensor that the short way made of a list would be none of the mode's."""
+    module, input = make(), torch.randn(4, 3, 5)
+    expected = module(input, lengths=lengths)[0].shape
+
+    def loss(weights, input):
+        output = torch.func.functional_call(module, weights, (input,), {"lengths": given})[0]
+        assert output.shape == expected
+        return output.sum()
+
+    with FakeTensorMode() as mode:
+        given = mode.from_tensor(lengths) if isinstance(lengths, torch.Tensor) else lengths
+        weights = {name: mode.from_tensor(value) for name, value in module.named_parameters()}
+        fake = mode.from_tensor(input)
+        of_weights, of_input = torch.func.grad(loss, (0, 1))(weights, fake)
+    assert of_input.shape == input.shape
+    assert {name: grad.shape for name, grad in of_weights.items()} == {
+        name: value.shape for name, value in module.named_parameters()
+    }
+
+
 def test_mistakes_are_those_of_the_long_way():
     module, input = make(), torch.randn(4, 3, 5)
     for wrong in ((input[..., :4], None), (input, (torch.zeros(1, 2, 7), torch.zeros(1, 3, 7)))):
@@ -484,6 +506,27 @@ def test_mistakes_are_those_of_the_long_way():
             module(*wrong)
         with pytest.raises(RuntimeError) as expected:
             functional.lstm(*wrong, list(module.parameters()))
+        assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_as_are_those_of_8_bits(layers, monkeypatch):
+    module = rnn_ext.quantize(make(num_layers=layers, bidirectional=True, proj_size=3))
+    input = torch.randn(4, 2, 5)
+
+    def states(*sizes, dtype=torch.float32):
+        return tuple(torch.zeros(size, dtype=dtype) for size in sizes)
+
+    h, c = (2 * layers, 2, 3), (2 * layers, 2, 7)
+    wrong = [(input.double(), None), (input.int(), None), (input[..., :4], None)]
+    wrong += [(input, states(h, h)), (input, states(c, c)), (input, states(h, (2 * layers, 3, 7)))]
+    wrong += [(input, states((2 * layers + 1, 2, 3), c)), (input, states(h, c, dtype=torch.int32))]
+    for arguments in wrong:
+        with pytest.raises(RuntimeError) as found:
+            module(*arguments)
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError) as expected:
+            patch.setattr(ops, "quantized_forward", lambda *given: None)
+            module(*arguments)
         assert str(found.value) == str(expected.value)
 
 

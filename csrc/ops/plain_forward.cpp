@@ -52,7 +52,7 @@ struct Keys {
   Key parameters{"_parameters"}, buffers{"_buffers"}, input_size{"input_size"}, names{"_flat_weights_names"},
       mode{"mode"}, backend{"backend"}, dropout{"dropout"}, training{"training"}, num_layers{"num_layers"},
       bidirectional{"bidirectional"}, batch_first{"batch_first"};
-  Key recompute{"recompute"}, zoneout{"zoneout"};
+  Key recompute{"recompute"}, zoneout{"zoneout"}, hidden_size{"hidden_size"}, proj_size{"proj_size"};
   Key in_training[2] = {Key("recurrent_dropout"), Key("weight_dropout")};
   Key auto_{"auto"}, custom{"custom"};
   Key of_cell[4] = {Key("weight_ih"), Key("weight_hh"), Key("bias_ih"), Key("bias_hh")};
@@ -96,6 +96,11 @@ class Attributes {
   std::optional<bool> flag(PyObject* key) const {
     PyObject* value = get(key);
     return value == Py_True || value == Py_False ? std::optional(value == Py_True) : std::nullopt;
+  }
+  /// A size that is there, -1 for all else.
+  int64_t size(PyObject* key) const {
+    PyObject* value = get(key);
+    return value && PyLong_Check(value) ? PyLong_AsLongLong(value) : -1;
   }
 
  private:
@@ -241,8 +246,6 @@ bool read_sequences(const Given& given, ModuleCall& call) {
 
 /// Nothing: Python is to look at it.
 std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, const Given& given, bool step) {
-  PyObject* num_layers = own.get(keys.num_layers);
-  if (!num_layers || !PyLong_Check(num_layers)) return std::nullopt;
   const std::string_view cell = cell_of(keys, own.get(keys.mode));
   if (cell.empty()) return std::nullopt;
   const std::optional<bool> bidirectional = own.flag(keys.bidirectional), batch_first = own.flag(keys.batch_first);
@@ -250,7 +253,7 @@ std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, con
   // A step has its states computed in their own type under autocast, and one direction.
   if (step && (*bidirectional || at::autocast::is_autocast_enabled(at::kCPU))) return std::nullopt;
   ModuleCall call{.cell = cell,
-                  .layers = PyLong_AsLongLong(num_layers),
+                  .layers = own.size(keys.num_layers),
                   .has_cell = cell_info(cell).has_cell,
                   .bidirectional = *bidirectional,
                   .batch_first = *batch_first,
@@ -350,14 +353,18 @@ std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, 
   std::optional<ModuleCall> call = read_call(keys, own, given, false);
   if (!call) return std::nullopt;
   const int64_t layers = call->layers, directions = call->bidirectional ? 2 : 1;
-  for (const OptionalTensor& state : call->states) {  // another type Python may cast
-    if (state.has_value() &&
-        (state->scalar_type() != call->input.scalar_type() || state->size(0) != layers * directions))
-      return std::nullopt;
-  }
-  PyObject* input_size = own.get(keys.input_size);
-  if (!input_size || !PyLong_Check(input_size) || PyLong_AsLongLong(input_size) != call->input.size(-1))
+  const at::ScalarType type = call->input.scalar_type();
+  // What the ops of single layers would refuse Python says of all of them, and another type of states it may cast.
+  if (!is_computed(type) || type == at::kDouble || own.size(keys.input_size) != call->input.size(-1))
     return std::nullopt;
+  const int64_t hidden = own.size(keys.hidden_size), proj = own.size(keys.proj_size);
+  for (int i = 0; i < 2; ++i) {
+    const OptionalTensor& state = call->states[i];
+    if (!state.has_value()) continue;
+    const int64_t batch = call->packed ? state->size(1) : call->input.size(call->batch_first ? 0 : 1);
+    const int64_t sizes[] = {layers * directions, batch, i == 0 && proj > 0 ? proj : hidden};
+    if (state->scalar_type() != type || state->sizes() != at::IntArrayRef(sizes)) return std::nullopt;
+  }
   const Weights weights = read_weights(own.get(keys.buffers), own.get(keys.names));
   const size_t count = weights.size() / size_t(layers);
   if (count == 0 || count * size_t(layers) != weights.size() || PyErr_Occurred()) return std::nullopt;
