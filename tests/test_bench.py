@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import json
 import math
 import os
 import time
@@ -16,6 +17,7 @@ import torch
 from rnn_ext import bench, ops
 from rnn_ext.bench import Case, Timing, Workload
 
+SMALL = Case("gru", 3, 5, 4, 6, bidirectional=True, lengths=(5, 4, 2))
 pytestmark = pytest.mark.skipif(not ops.is_available(), reason="the C++ library cannot be loaded")
 
 
@@ -189,3 +191,124 @@ def test_lines_of_the_command(monkeypatch, capsys):
     monkeypatch.setattr(bench, "compare", wrong)
     assert bench.main(arguments) == 1
     assert "error: it differs; please report this" in capsys.readouterr().err
+
+
+def test_batch_sizes():
+    assert SMALL.batch_sizes == [3, 3, 2, 2, 1]
+    assert SMALL.rows == 11
+    assert dataclasses.replace(SMALL, lengths=None).batch_sizes == [3] * 5
+    assert bench.ragged(4, 2, 8) == (8, 6, 4, 2)
+    assert bench.ragged(1, 2, 8) == (8,)
+
+
+@pytest.mark.parametrize("cell", list(bench.CELLS))
+def test_parameters_are_those_of_the_module(cell):
+    case = Case(cell, 1, 1, 3, 5, num_layers=2, bidirectional=True)
+    assert case.parameters == sum(p.numel() for p in Workload(case).torch.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("case", [SMALL, Case("lstm", 2, 3, 4, 4, num_layers=2, dtype="bfloat16")], ids=str)
+def test_compare(case, training):
+    row = bench.compare(case, training, 0.01)
+    assert row["difference"] <= bench.TOLERANCE[case.dtype]
+    assert set(row["times"]) == {"torch.nn", "rnn_ext"}
+    assert all(times["least"] <= times["low"] <= times["median"] <= times["high"] for times in row["times"].values())
+    if training:
+        assert row["saved_bytes"]["rnn_ext"] > 0
+    json.dumps(row)
+
+
+def test_wrong_results_are_not_timed(monkeypatch):
+    monkeypatch.setattr(bench, "interleave", None)
+    torch.manual_seed(1)
+    monkeypatch.setattr(Workload, "ours", lambda self: torch.nn.GRU(4, 6, bidirectional=True))
+    with pytest.raises(bench.DifferentResults, match="differ by"):
+        bench.compare(SMALL, False, 0.01)
+
+
+def test_difference():
+    one = {"output": torch.tensor([1.0, -4.0])}
+    assert bench.difference(one, one) == 0
+    assert bench.difference({"output": torch.tensor([1.4, -4.0])}, one) == pytest.approx(0.1)
+    assert bench.difference({"output": torch.tensor([float("nan"), -4.0])}, one) == float("inf")
+    assert bench.difference({"output": torch.zeros(3)}, one) == float("inf")
+
+
+def test_interleave_takes_turns():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = bench.interleave(runs, seconds=0, sample=0)
+    turns = "".join(name for name, _ in itertools.groupby(order[4:]))  # after two calls each to warm up
+    assert turns == "abab"  # ab ba ab, settling and samples together
+    assert isinstance(times["a"], Timing)
+    assert times["a"].samples == 3
+
+
+def test_a_case_too_large_says_what_it_needs():
+    case = Case("lstm", 64, 10**6, 512, 512)
+    assert "needs about" in bench.too_large(case, True, available=2**30)
+    assert bench.too_large(SMALL, True, available=2**30) is None
+
+
+def test_pinned_works_without_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    with bench.pinned(1) as cores:
+        assert cores is None
+    assert bench.allowed_cores()
+
+
+def test_numbers_for_people():
+    texts = [bench.duration(seconds) for seconds in (1.23e-5, 9.996e-4, 0.1, 99.96, 1234.5)]
+    assert texts == ["12.3 us", "1.00 ms", "100 ms", "100 s", "1234 s"]
+    assert bench.size(3 * 2**20) == "3 MiB"
+
+
+def test_command(tmp_path, capsys):
+    file = tmp_path / "mine.json"
+    arguments = ["--cell", "rnn", "--hidden-size", "5", "--length", "4", "--ragged", "--batch-size", "3"]
+    assert bench.main([*arguments, "--seconds", "0.01", "--threads", "1", "--output", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "RNN N=3 L=1..4 H=5" in text
+    assert "forward + backward" in text
+    assert "Slower than torch.nn: " in text
+    result = json.loads(file.read_text())
+    assert [row["mode"] for row in result["rows"]] == ["forward", "training"]
+    assert result["machine"]["instructions"] == ops.cpu_capability()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--hidden-size", "0"], "0 is not between 1 and"),
+        (["--seconds", "nan"], "nan is not positive"),
+        (["--cell", "qrnn"], "invalid choice"),
+        (["--length", "1000000000"], "needs about"),
+        (["--output", "/proc/at/all.json"], "/proc takes no file"),
+        (["--output", "/proc/all.json"], "/proc/all.json cannot be written"),
+        (["--output", "/proc"], "/proc is a folder, expected the name of a file"),
+        (["--length", "x"], "'x' is not a whole number"),
+        (["--length", str(10**30)], "is not between 1 and 2147483647"),
+        (["--seconds", "x"], "'x' is not a number"),
+        (["--threads", "100000"], "--threads 100000: expected at most"),
+        (["--batch-size", "2000000000", "--ragged"], "needs about"),
+    ],
+)
+def test_command_refuses(arguments, message, capsys):
+    try:
+        status = bench.main(arguments)
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_command_without_the_library(monkeypatch, capsys):
+    monkeypatch.setattr(ops, "is_available", lambda: False)
+    monkeypatch.setattr(ops, "load_error", lambda: "it has not been built; run: pip install")
+    assert bench.main([]) == 1
+    assert "has not been built" in capsys.readouterr().err

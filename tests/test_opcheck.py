@@ -83,8 +83,8 @@ def test_opcheck_random_mask():
 
 
 def test_every_op_of_the_library_is_checked_here():
-    """Or in test_quantized.py. Ops added later must be checked too; the ones behind the layer are reached through its
-    gradients."""
+    """Or in test_quantized_modules.py. Ops added later must be checked too; the ones behind the layer are reached
+    through its gradients."""
     names = {
         schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("rnn_ext::")
     }
