@@ -62,7 +62,9 @@ def test_an_interrupt_ends_what_measures(tmp_path):
     """Also one that reaches the benchmark alone; without a traceback."""
     script = tmp_path / "sleeper.py"
     script.write_text("import time\nprint('asleep', flush=True)\ntime.sleep(600)\n")
-    start = "import run, runpy, sys; from rnn_ext._options import guarded"
+    # What a shell has begun in the background, these tests perhaps, ignores interrupts, and so do its children.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start += "; import run, runpy, sys; from rnn_ext._options import guarded"
     start += f"; sys.exit(guarded(lambda: run.in_fresh_process(runpy.run_path, {str(script)!r})))"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     parent = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT / "benchmarks", **pipes)
