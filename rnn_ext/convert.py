@@ -10,7 +10,7 @@ from torch import nn
 from rnn_ext import subclasses
 from rnn_ext.backends import check_backend, check_module
 from rnn_ext.cells import GRUCell, LSTMCell, RNNCell
-from rnn_ext.modules import GRU, LSTM, OPTIONS, RNN
+from rnn_ext.modules import GRU, LSTM, OPTIONS, RNN, Leaf
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -33,7 +33,8 @@ def convert(model: ModuleT, backend: str = "auto", as_subclass: bool = False) ->
     and every reference to it remain. Copy the model first (:func:`copy.deepcopy`) to keep the original.
 
     Subclasses (your own, and those that torch.nn.utils.parametrize and fully_shard make) are left alone, with a
-    warning: what they override cannot be known. Convert before you parametrize or shard.
+    warning: what they override cannot be known. Convert before you parametrize or shard. So, with a warning, is a
+    model without any such layer, one of torch.jit for instance.
 
     Args:
         model: any module.
@@ -54,7 +55,7 @@ def convert(model: ModuleT, backend: str = "auto", as_subclass: bool = False) ->
     classes = TO_CUSTOM
     if as_subclass:  # also those that are ours, which keep their options
         classes = TO_SUBCLASS | {ours: TO_SUBCLASS[native] for native, ours in TO_CUSTOM.items()}
-    for module, kind in _change_class(model, classes):
+    for module, kind in _change_class(model, classes, "converted"):
         if kind in TO_CUSTOM:
             module.__dict__.pop("_flat_weights", None)  # ours is a property
             vars(module).update(module._added, backend=backend)
@@ -64,7 +65,8 @@ def convert(model: ModuleT, backend: str = "auto", as_subclass: bool = False) ->
 def to_native(model: ModuleT) -> ModuleT:
     """The reverse of :func:`convert`: all layers and cells of rnn_ext become torch.nn's; in place, returns `model`.
 
-    For what reads the class of a layer: quantization, TorchScript; and what of ONNX export "auto" does not do.
+    For what reads the class of a layer: quantization, TorchScript; and what of ONNX export "auto" does not do. Warns as
+    :func:`convert`.
 
     Raises:
         TypeError: `model` is no module.
@@ -79,7 +81,7 @@ def to_native(model: ModuleT) -> ModuleT:
             for option, value in module._options_in_use().items():
                 if option != "recompute":
                     raise ValueError(f"{name or 'model'} has {option}={value!r}, torch.nn has not")
-    for module, _ in _change_class(model, TO_NATIVE):
+    for module, _ in _change_class(model, TO_NATIVE, "changed"):
         del module.backend
         if isinstance(module, nn.RNNBase):
             for option in OPTIONS:
@@ -89,10 +91,13 @@ def to_native(model: ModuleT) -> ModuleT:
 
 
 def _change_class(
-    model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]
+    model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]], done: str
 ) -> list[tuple[nn.Module, type[nn.Module]]]:
     """The modules that are of another class now, and which they were of."""
     changed = []
+    if not any(isinstance(module, (nn.RNNBase, nn.RNNCellBase, Leaf)) for module in model.modules()):
+        kind = type(model).__name__
+        warnings.warn(f"no RNN, LSTM, GRU or cell of these in this {kind}: nothing is {done}", stacklevel=3)
     for name, module in model.named_modules():
         kind = type(module)
         if kind in classes:

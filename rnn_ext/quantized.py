@@ -286,8 +286,7 @@ def quantize(model: ModuleT, activations: int = 16) -> ModuleT:
             if parametrize.is_parametrized(module):
                 why = "remove its parametrizations first"
             warnings.warn(f"{name} is left as it is: {why}", stacklevel=2)
-    if not any(isinstance(module, (nn.RNNBase, _Quantized)) for _, module in layers):
-        warnings.warn(f"no RNN, LSTM or GRU in this {type(model).__name__}: nothing is quantized", stacklevel=2)
+    _warn_without_layers(model, "quantized")
     for (_, module), own in zip(found, buffers, strict=True):
         for key in module._flat_weights_names:
             del module._parameters[key]
@@ -307,12 +306,13 @@ def dequantize(model: ModuleT) -> ModuleT:
 
     The layers have the rounded weights, float32 on the CPU, and can be trained, exported, or handed to
     :func:`rnn_ext.to_native`. Options that are for training alone, `dropout` aside, `backend` and whether weights
-    require gradients are as of a new layer.
+    require gradients are as of a new layer. Warns where there is no layer at all.
 
     Raises:
         TypeError: `model` is no module.
     """
     check_module(model)
+    _warn_without_layers(model, "dequantized")
     for module in model.modules():
         if not isinstance(module, _Quantized):
             continue
@@ -326,6 +326,11 @@ def dequantize(model: ModuleT) -> ModuleT:
             if attribute in vars(layer):
                 vars(module)[attribute] = vars(layer)[attribute]
     return model
+
+
+def _warn_without_layers(model: nn.Module, done: str) -> None:
+    if not any(isinstance(module, (nn.RNNBase, _Quantized)) for module in model.modules()):
+        warnings.warn(f"no RNN, LSTM or GRU in this {type(model).__name__}: nothing is {done}", stacklevel=3)
 
 
 # Attributes of a layer that a quantized one has no use for.

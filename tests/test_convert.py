@@ -155,6 +155,27 @@ def test_subclasses_are_left_alone_with_a_warning():
     assert type(model.mine) is Mine and type(model.plain) is rnn_ext.RNN
 
 
+@pytest.mark.parametrize("function", [rnn_ext.convert, rnn_ext.to_native, rnn_ext.dequantize])
+def test_a_model_without_layers_gets_a_warning(function):
+    done = {rnn_ext.convert: "converted", rnn_ext.to_native: "changed", rnn_ext.dequantize: "dequantized"}[function]
+    scripted = torch.jit.script(nn.Sequential(nn.LSTM(3, 4)))
+    for model in (nn.Linear(3, 4), scripted):
+        with pytest.warns(UserWarning, match=f"^no .* in this {type(model).__name__}: nothing is {done}") as caught:
+            assert function(model) is model
+        assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.GRUCell, rnn_ext.LSTM, rnn_ext.LSTMCell])
+def test_a_model_with_layers_gets_none(kind):
+    model = nn.Sequential(kind(3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rnn_ext.to_native(rnn_ext.convert(rnn_ext.convert(model))) is rnn_ext.to_native(model) is model
+        if kind is nn.GRU:
+            rnn_ext.convert(rnn_ext.quantize(model))
+            rnn_ext.dequantize(model)
+
+
 def test_what_is_no_layer_of_torchs_is_not_touched():
     model = nn.Sequential(nn.Linear(5, 4), nn.Conv1d(4, 4, 1), rnn_ext.GRU(4, 4, backend="native"))
     kinds = [type(module) for module in model]
