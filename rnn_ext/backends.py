@@ -38,6 +38,12 @@ def check_module(model: object) -> None:
         raise TypeError(f"expected a module, got {found}")
 
 
+def warn_without(model: nn.Module, kinds: tuple[type, ...], names: str, done: str) -> None:
+    """A warning to who called the caller, where no module in `model` is of these kinds."""
+    if not any(isinstance(module, kinds) for module in model.modules()):
+        warnings.warn(f"no {names} in this {type(model).__name__}: nothing is {done}", stacklevel=3)
+
+
 def strange_layout(tensor: Tensor) -> str | None:
     """What else than a dense tensor it is. Only torch's cells take such inputs: its layers fail for their shapes."""
     if tensor.is_nested:

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from rnn_ext import subclasses
-from rnn_ext.backends import check_backend, check_module
+from rnn_ext.backends import check_backend, check_module, warn_without
 from rnn_ext.cells import GRUCell, LSTMCell, RNNCell
 from rnn_ext.modules import GRU, LSTM, OPTIONS, RNN, Leaf
 
@@ -22,6 +22,7 @@ TO_CUSTOM = {
     nn.LSTMCell: LSTMCell,
     nn.GRUCell: GRUCell,
 }
+_LAYERS = (nn.RNNBase, nn.RNNCellBase, Leaf), "RNN, LSTM, GRU or cell of these"
 TO_SUBCLASS = {native: getattr(subclasses, native.__name__) for native in TO_CUSTOM}
 TO_NATIVE = {ours: native for table in (TO_CUSTOM, TO_SUBCLASS) for native, ours in table.items()}
 
@@ -52,10 +53,11 @@ def convert(model: ModuleT, backend: str = "auto", as_subclass: bool = False) ->
     """
     check_backend(backend)
     check_module(model)
+    warn_without(model, *_LAYERS, "converted")
     classes = TO_CUSTOM
     if as_subclass:  # also those that are ours, which keep their options
         classes = TO_SUBCLASS | {ours: TO_SUBCLASS[native] for native, ours in TO_CUSTOM.items()}
-    for module, kind in _change_class(model, classes, "converted"):
+    for module, kind in _change_class(model, classes):
         if kind in TO_CUSTOM:
             module.__dict__.pop("_flat_weights", None)  # ours is a property
             vars(module).update(module._added, backend=backend)
@@ -74,6 +76,7 @@ def to_native(model: ModuleT) -> ModuleT:
             :mod:`rnn_ext.quantized`; nothing is converted.
     """
     check_module(model)
+    warn_without(model, *_LAYERS, "changed")
     for name, module in model.named_modules():
         if getattr(module, "_has_8_bits", False):
             raise ValueError(f"{name or 'model'} has weights of 8 bits, torch.nn has not: rnn_ext.dequantize first")
@@ -81,7 +84,7 @@ def to_native(model: ModuleT) -> ModuleT:
             for option, value in module._options_in_use().items():
                 if option != "recompute":
                     raise ValueError(f"{name or 'model'} has {option}={value!r}, torch.nn has not")
-    for module, _ in _change_class(model, TO_NATIVE, "changed"):
+    for module, _ in _change_class(model, TO_NATIVE):
         del module.backend
         if isinstance(module, nn.RNNBase):
             for option in OPTIONS:
@@ -91,13 +94,10 @@ def to_native(model: ModuleT) -> ModuleT:
 
 
 def _change_class(
-    model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]], done: str
+    model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]
 ) -> list[tuple[nn.Module, type[nn.Module]]]:
     """The modules that are of another class now, and which they were of."""
     changed = []
-    if not any(isinstance(module, (nn.RNNBase, nn.RNNCellBase, Leaf)) for module in model.modules()):
-        kind = type(model).__name__
-        warnings.warn(f"no RNN, LSTM, GRU or cell of these in this {kind}: nothing is {done}", stacklevel=3)
     for name, module in model.named_modules():
         kind = type(module)
         if kind in classes:

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from rnn_ext import functional, modules, ops, reference, subclasses
-from rnn_ext.backends import check_module
+from rnn_ext.backends import check_module, warn_without
 
 __all__ = ["GRU", "LSTM", "RNN", "dequantize", "quantize"]
 
@@ -286,7 +286,7 @@ def quantize(model: ModuleT, activations: int = 16) -> ModuleT:
             if parametrize.is_parametrized(module):
                 why = "remove its parametrizations first"
             warnings.warn(f"{name} is left as it is: {why}", stacklevel=2)
-    _warn_without_layers(model, "quantized")
+    warn_without(model, (nn.RNNBase, _Quantized), "RNN, LSTM or GRU", "quantized")
     for (_, module), own in zip(found, buffers, strict=True):
         for key in module._flat_weights_names:
             del module._parameters[key]
@@ -312,7 +312,7 @@ def dequantize(model: ModuleT) -> ModuleT:
         TypeError: `model` is no module.
     """
     check_module(model)
-    _warn_without_layers(model, "dequantized")
+    warn_without(model, (nn.RNNBase, _Quantized), "RNN, LSTM or GRU", "dequantized")
     for module in model.modules():
         if not isinstance(module, _Quantized):
             continue
@@ -326,11 +326,6 @@ def dequantize(model: ModuleT) -> ModuleT:
             if attribute in vars(layer):
                 vars(module)[attribute] = vars(layer)[attribute]
     return model
-
-
-def _warn_without_layers(model: nn.Module, done: str) -> None:
-    if not any(isinstance(module, (nn.RNNBase, _Quantized)) for module in model.modules()):
-        warnings.warn(f"no RNN, LSTM or GRU in this {type(model).__name__}: nothing is {done}", stacklevel=3)
 
 
 # Attributes of a layer that a quantized one has no use for.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from util import refused
 
 from rnn_ext import bench, ops
 from rnn_ext.bench import Case, Timing, Workload
@@ -296,15 +297,7 @@ def test_command(tmp_path, capsys):
     ],
 )
 def test_command_refuses(arguments, message, capsys):
-    try:
-        status = bench.main(arguments)
-    except SystemExit as exit:
-        status = exit.code
-    assert status == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in refused(bench.main, arguments, capsys)
 
 
 def test_command_without_the_library(monkeypatch, capsys):

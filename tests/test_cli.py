@@ -20,6 +20,7 @@ for package in ("matplotlib", "pandas", "rich"):
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
+from util import refused  # noqa: E402
 
 import rnn_ext  # noqa: E402
 from rnn_ext import __main__, _options, by_hand, datasets, demo, ops, plots, training  # noqa: E402
@@ -58,15 +59,7 @@ def reviews():
 
 
 def fails(capsys, argv: list[str]) -> str:
-    """Runs what must be refused; returns the one sentence on stderr."""
-    try:
-        code = main(argv)
-    except SystemExit as exit:  # argparse
-        code = exit.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    return captured.err
+    return refused(main, argv, capsys)
 
 
 def score(text: str) -> float:

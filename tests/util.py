@@ -446,3 +446,15 @@ def check_backward_mistake(change: dict[str, Any], message: str) -> None:
     torch.ops.rnn_ext.layer_backward(**arguments)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.rnn_ext.layer_backward(**arguments | change)
+
+
+def refused(main: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence on stderr with which a command refuses its arguments."""
+    try:
+        status = main(arguments)
+    except SystemExit as exit:  # argparse
+        status = exit.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error

@@ -135,6 +135,9 @@ struct ModuleCall {
   at::Tensor input = {};       // with all dimensions, as the following
   OptionalTensor states[2] = {}, batch_sizes = {}, lengths = {}, resets = {};
   OptionalTensor order = {}, inverse = {};  // of a PackedSequence whose sequences did not come in the order of lengths
+
+  /// Sequences of a padded input.
+  int64_t batch() const { return input.size(batch_first ? 0 : 1); }
 };
 
 /// Whether it is a tensor that calls without more ado can take.
@@ -240,8 +243,8 @@ bool read_sequences(const Given& given, ModuleCall& call) {
   for (OptionalTensor& state : call.states) {
     if (call.is_unbatched && state.has_value()) state = state->unsqueeze(1);
   }
-  const int64_t batch = call.input.size(call.batch_first ? 0 : 1), steps = call.input.size(call.batch_first ? 1 : 0);
-  return read_lengths(given.lengths, batch, steps, call.lengths) && read_resets(given.resets, call, call.resets);
+  const int64_t steps = call.input.size(call.batch_first ? 1 : 0);
+  return read_lengths(given.lengths, call.batch(), steps, call.lengths) && read_resets(given.resets, call, call.resets);
 }
 
 /// Nothing: Python is to look at it.
@@ -361,7 +364,7 @@ std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, 
   for (int i = 0; i < 2; ++i) {
     const OptionalTensor& state = call->states[i];
     if (!state.has_value()) continue;
-    const int64_t batch = call->packed ? state->size(1) : call->input.size(call->batch_first ? 0 : 1);
+    const int64_t batch = call->packed ? state->size(1) : call->batch();
     const int64_t sizes[] = {layers * directions, batch, i == 0 && proj > 0 ? proj : hidden};
     if (state->scalar_type() != type || state->sizes() != at::IntArrayRef(sizes)) return std::nullopt;
   }
