@@ -31,6 +31,7 @@ RESULTS = Path(__file__).parent / "results" / "features.md"
 DIFFERENTIATED = ((1, 128, 64), (16, 30, 32), (64, 50, 128))  # N, L, H
 PER_SAMPLE = ((64, 8, 16), (64, 30, 32), (32, 50, 128))
 ENSEMBLES = ((10, 1, 20, 16), (10, 32, 20, 32), (64, 1, 5, 16))  # models, N, L, H
+FEW_UNITS = ((65536, 4, 1), (4096, 32, 1), (4096, 32, 2), (4096, 1, 2), (256, 16, 4), (32, 32, 8))
 JACOBIANS = ((1, 5, 8), (1, 20, 32), (4, 10, 16))
 LAYERS = {"RNN": rnn_ext.RNN, "GRU": rnn_ext.GRU, "LSTM": rnn_ext.LSTM}
 
@@ -275,6 +276,17 @@ def twins(name: str, size: int, **options: bool) -> tuple[nn.Module, nn.Module]:
     return ours, theirs
 
 
+def few_units() -> list[Row]:
+    """Of many sequences, whose kernels have sequences in the lanes of vectors; beside torch.nn's layers."""
+    rows = []
+    for name, (N, L, H) in itertools.product(LAYERS, FEW_UNITS):
+        ours, theirs = twins(name, H)
+        x = torch.randn(L, N, H).requires_grad_()
+        what = f"{name}, N={N}, L={L}, H={H}: against torch.nn"
+        rows += both_modes(what, output_of(ours, x), output_of(theirs, x), ours, x, 1.0)
+    return rows
+
+
 def derivatives() -> list[Row]:
     """Beside torch.nn's layers, of which the LSTM has no forward mode."""
     rows = []
@@ -377,7 +389,7 @@ def main() -> None:
     ]
     head = len(lines)
     parts = (resets, cell_states, lengths, variants, recompute, streaming)
-    parts += (derivatives, by_weights, ensembles)
+    parts += (few_units, derivatives, by_weights, ensembles)
     for row in itertools.chain.from_iterable(part() for part in parts):
         if args.only not in row.what:
             continue

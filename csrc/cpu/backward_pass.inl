@@ -234,6 +234,19 @@ class ParameterGradients {
   Buffer<T> bias_sums_;  // [gate gradients, padded H]
 };
 
+/// Where those of a group of batch entries go, of which one group's follow the other's.
+template <class To>
+Weights<void> gradients_of_group(Weights<void> to, const Sizes& sizes, int gates, int64_t group) {
+  const auto move = [&](void*& grad, int64_t width) {
+    if (grad) grad = static_cast<To*>(grad) + group * gates * sizes.hidden * width;
+  };
+  move(to.weight_ih, sizes.input);
+  move(to.weight_hh, sizes.hidden);
+  move(to.bias_ih, 1);
+  move(to.bias_hh, 1);
+  return to;
+}
+
 /// For each group of batch entries, one after the other, which rows of a step are its rows.
 inline void find_group_rows(const Layout& layout, int64_t groups, int64_t* rows) {
   const int64_t size = layout.batch / groups;
@@ -275,7 +288,7 @@ class GroupGradients {
 
  private:
   BackwardArgs<S> args_of(const BackwardArgs<S>& all, int direction, int64_t group, const int64_t* rows) {
-    const int64_t hidden = all.sizes.hidden, gates = Cell::kGates * hidden, batch = all.layout.batch / all.groups;
+    const int64_t batch = all.layout.batch / all.groups;
     BackwardArgs<S> args = all;
     args.groups = 0;
     int64_t alive = batch;
@@ -290,16 +303,10 @@ class GroupGradients {
     args.input.data += first_ * args.input.row;
     args.output.data += first_ * args.output.row;
     if (args.resets.data) args.resets.data += first_ * args.resets.row;
-    if (args.h_0) args.h_0 += (direction * (all.layout.batch - batch) + first_) * hidden;
+    if (args.h_0) args.h_0 += (direction * (all.layout.batch - batch) + first_) * all.sizes.hidden;
     with_storage<Compute<S>>(args.grad_storage(), [&]<class To>() {
-      const auto move = [&](void*& grad, int64_t size) {
-        if (grad) grad = static_cast<To*>(grad) + group * size;
-      };
       Weights<void>& to = args.grad_weights[direction];
-      move(to.weight_ih, gates * args.sizes.input);
-      move(to.weight_hh, gates * hidden);
-      move(to.bias_ih, gates);
-      move(to.bias_hh, gates);
+      to = gradients_of_group<To>(to, args.sizes, Cell::kGates, group);
     });
     return args;
   }

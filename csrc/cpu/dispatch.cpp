@@ -26,6 +26,7 @@ struct Level {
   const char* name;
   std::tuple<const Kernels<float>*, const Kernels<double>*, const Kernels<BFloat16>*, const Kernels<Float16>*> kernels;
   const QuantizedKernel* quantized;
+  std::tuple<const FewUnitsKernels<float>*, const FewUnitsKernels<double>*> few_units;
   void (*digest)(Digest*, const void*, size_t);
   bool (*supported)();
 };
@@ -92,22 +93,26 @@ const Level kLevels[] = {
     {"amx",  // of bfloat16, see kernels(); the others as avx512
      {&avx512::kFloat, &avx512::kDouble, &avx512::kWidenedBFloat16, &avx512::kWidenedFloat16},
      &avx512::kQuantized,
+     {&avx512::kFewUnitsFloat, &avx512::kFewUnitsDouble},
      &avx512::add_to_digest,
      supports_amx},
     {"avx512",
      {&avx512::kFloat, &avx512::kDouble, &avx512::kWidenedBFloat16, &avx512::kWidenedFloat16},
      &avx512::kQuantized,
+     {&avx512::kFewUnitsFloat, &avx512::kFewUnitsDouble},
      &avx512::add_to_digest,
      supports_avx512},
     {"avx2",
      {&avx2::kFloat, &avx2::kDouble, &avx2::kWidenedBFloat16, &avx2::kWidenedFloat16},
      &avx2::kQuantized,
+     {&avx2::kFewUnitsFloat, &avx2::kFewUnitsDouble},
      &avx2::add_to_digest,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c(); }},
 #endif
     {"baseline",
      {&baseline::kFloat, &baseline::kDouble, &baseline::kWidenedBFloat16, &baseline::kWidenedFloat16},
      &baseline::kQuantized,
+     {&baseline::kFewUnitsFloat, &baseline::kFewUnitsDouble},
      &baseline::add_to_digest,
      [] { return true; }},
 };
@@ -296,6 +301,25 @@ const Kernels<S>& kernels() {
 }  // namespace
 
 template <class S>
+bool has_few_units(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout) {
+  // (Zen 4, one thread, 16 and 32 timesteps of 16 to 65,536 sequences, against vectors of units: one unit takes 0.05 to
+  // 0.8 of the time, 4 units of GRU and LSTM 0.27 to 0.95, of RNN 0.5 to 1.05, 8 of GRU and LSTM 0.45 to 1.05; 8 of
+  // RNN up to 1.4 with short vectors or long numbers. With more inputs than these up to 1.4: products alone are better
+  // with units in the lanes.)
+  constexpr int64_t kLeastSequences = 16;  // of a step, on average
+  const bool gated = cells::kGatesOf[int(cell)] > 1;
+  const int64_t most_units = gated && sizeof(Compute<S>) == sizeof(float) ? 8 : 4;
+  const int64_t most_weights = gated ? 128 : 64;  // of a gate, for inputs
+  return variant == Variant::kPlain && !sizes.proj && sizes.hidden <= most_units &&
+         sizes.hidden * sizes.input <= most_weights && layout.steps > 0 &&
+         layout.rows >= kLeastSequences * layout.steps;
+}
+template bool has_few_units<float>(CellKind, Variant, const Sizes&, const Layout&);
+template bool has_few_units<double>(CellKind, Variant, const Sizes&, const Layout&);
+template bool has_few_units<BFloat16>(CellKind, Variant, const Sizes&, const Layout&);
+template bool has_few_units<Float16>(CellKind, Variant, const Sizes&, const Layout&);
+
+template <class S>
 bool uses_packed_weights(const Sizes& sizes, const Layout& layout) {
   // For fewer rows, packing, or the look whether the weights have changed, costs more than it saves. Several rows of
   // one timestep are multiplied by weights as they are: four at a time or, with few registers, two, and each sum at the
@@ -364,6 +388,7 @@ bool computes_forward(CellKind cell, const Sizes& sizes, const Layout& layout) {
   if constexpr (sizeof(S) > 2) {
     return true;
   } else {
+    if (has_few_units<S>(cell, Variant::kPlain, sizes, layout)) return false;
     if (kernels<S>().backward) return true;
     if (!kernels<S>().forward) return false;
     return !uses_packed_weights<S>(sizes, layout) || widens_packed_weights<S>(cell, sizes, layout);
@@ -393,6 +418,7 @@ template <class S>
 Narrow narrow_backward(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout) {
   Narrow narrow;
   if (!kernels<S>().forward) return narrow;  // cannot widen them
+  if (has_few_units<S>(cell, variant, sizes, layout)) return narrow;
   const bool few = has_few_rows(layout.rows);
   narrow.grads = true;
   narrow.grad_input = sizes.directions == 1;  // else it is the sum of two
@@ -499,6 +525,7 @@ template <class S>
 bool pipelines(CellKind cell, const Sizes& sizes, const Layout& layout, int64_t layers, bool trains,
                const Executor& executor) {
   if (layers < 2 || executor.threads < 2 || !executor.run_team) return false;
+  if (has_few_units<S>(cell, Variant::kPlain, sizes, layout)) return false;
   if (!uses_packed_weights<S>(sizes, layout)) return false;
   const int gates = cells::kGatesOf[int(cell)];
   if (count_slices(layout, sizes, gates, sizeof(S), executor, true) > 1) return false;  // these need not wait
@@ -516,9 +543,29 @@ template bool pipelines<float>(CellKind, const Sizes&, const Layout&, int64_t, b
 template bool pipelines<double>(CellKind, const Sizes&, const Layout&, int64_t, bool, const Executor&);
 template bool pipelines<BFloat16>(CellKind, const Sizes&, const Layout&, int64_t, bool, const Executor&);
 
+namespace {
+
+/// Those for a layer of few units and many sequences, or null.
+template <class S>
+const FewUnitsKernels<S>* few_units_kernels(const auto& args) {
+  if constexpr (std::is_same_v<S, Compute<S>>) {
+    if (has_few_units<S>(args.cell, args.variant, args.sizes, args.layout))
+      return std::get<const FewUnitsKernels<S>*>(current->few_units);
+  }
+  return nullptr;
+}
+
+/// Most of their time goes to cells: how many times as fast as float's products their multiply-adds are.
+constexpr Pace kPaceOfFewUnits = {.times_float = 1. / 16};
+
+}  // namespace
+
 template <class S>
 void layer_forward(const ForwardArgs<S>& args, const Executor& executor) {
   const FlushSubnormals flush;
+  if (const auto* few = few_units_kernels<S>(args))
+    return with_threads(executor, args.cell, args.sizes, args.layout, kPaceOfFewUnits,
+                        [&](const Executor& threads) { few->forward(args, threads); });
   // What backward will read on one thread is not written by two. (Of one timestep that is little.)
   const double least =
       args.layout.steps > 1 ? least_far(args.cell, args.variant, args.sizes, args.layout, args.trains) : 0;
@@ -539,6 +586,9 @@ void stack_forward(ForwardArgs<S>* layers, int count, const Executor& executor) 
 template <class S>
 void layer_backward(const BackwardArgs<S>& args, const Executor& executor) {
   const FlushSubnormals flush;
+  if (const auto* few = few_units_kernels<S>(args))
+    return with_threads(executor, args.cell, args.sizes, args.layout, kPaceOfFewUnits,
+                        [&](const Executor& threads) { few->backward(args, threads); });
   const double least = least_far(args.cell, args.variant, args.sizes, args.layout, true);
   with_threads(executor, args.cell, args.sizes, args.layout,
                {.times_float = times_float<S>(args.layout), .least_far = least},

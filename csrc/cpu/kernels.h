@@ -59,11 +59,20 @@ struct Kernels {
   void (*tangent)(const TangentArgs<S>&, const Executor&) = nullptr;
 };
 
+/// Those for layers of which has_few_units() holds.
+template <class T>
+struct FewUnitsKernels {
+  void (*forward)(const ForwardArgs<T>&, const Executor&);
+  void (*backward)(const BackwardArgs<T>&, const Executor&);
+};
+
 struct QuantizedArgs;
 using QuantizedKernel = void (*)(const QuantizedArgs&, const Executor&);
 
 namespace baseline {
 extern const QuantizedKernel kQuantized;
+extern const FewUnitsKernels<float> kFewUnitsFloat;
+extern const FewUnitsKernels<double> kFewUnitsDouble;
 extern const Kernels<float> kFloat;
 extern const Kernels<double> kDouble;
 extern const Kernels<BFloat16> kWidenedBFloat16;
@@ -74,6 +83,8 @@ void add_to_digest(Digest* digest, const void* data, size_t bytes);
 #define RNN_EXT_X86_KERNELS 1
 namespace avx2 {
 extern const QuantizedKernel kQuantized;
+extern const FewUnitsKernels<float> kFewUnitsFloat;
+extern const FewUnitsKernels<double> kFewUnitsDouble;
 extern const Kernels<float> kFloat;
 extern const Kernels<double> kDouble;
 extern const Kernels<BFloat16> kWidenedBFloat16;
@@ -82,6 +93,8 @@ void add_to_digest(Digest* digest, const void* data, size_t bytes);
 }  // namespace avx2
 namespace avx512 {
 extern const QuantizedKernel kQuantized;
+extern const FewUnitsKernels<float> kFewUnitsFloat;
+extern const FewUnitsKernels<double> kFewUnitsDouble;
 extern const Kernels<float> kFloat;
 extern const Kernels<double> kDouble;
 extern const Kernels<BFloat16> kWidenedBFloat16;

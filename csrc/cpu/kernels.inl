@@ -7,6 +7,7 @@
 //   RNN_EXT_AMX               defined: by tiles of AMX, bfloat16 or weights of 8 bits
 //   RNN_EXT_WIDENED           defined: only the kernels for 16 bits that are widened
 //   RNN_EXT_FLOAT64           defined: only the kernels for double
+//   RNN_EXT_FEW_UNITS         defined: only the kernels for few units and many sequences
 //   RNN_EXT_QUANTIZED         defined: only the kernel for weights of 8 bits
 //   RNN_EXT_VNNI              defined: the instruction set multiplies integers and adds their products, on x86-64
 //   RNN_EXT_DOT_PRODUCT       defined: the same on aarch64
@@ -74,6 +75,9 @@ constexpr bool kHasAmx = false;
 #include "cpu/tangent.inl"
 #include "cpu/variants.inl"
 #include "cpu/random.inl"
+#if defined(RNN_EXT_FEW_UNITS)
+#include "cpu/few_units.inl"
+#endif
 #if defined(RNN_EXT_QUANTIZED)
 #include "cpu/quantized.inl"
 #endif
@@ -115,6 +119,24 @@ void tangent_any(const TangentArgs<T>& args, const Executor& executor) {
   with_cell(args.values.cell, [&]<class Cell>() { tangent<Cell>(args, executor); });
 }
 
+#if defined(RNN_EXT_FEW_UNITS)
+/// Calls fn.operator()<Cell>() with the very cell: what the two of torch.nn.RNN take is small.
+template <class Fn>
+void with_exact_cell(CellKind cell, const Fn& fn) {
+  with_cell(cell, [&]<class Cell>() { with_exact<Cell>(cell, fn); });
+}
+
+template <class T>
+void few_units_forward_any(const ForwardArgs<T>& args, const Executor& executor) {
+  with_exact_cell(args.cell, [&]<class Cell>() { few_units_forward<Cell>(args, executor); });
+}
+
+template <class T>
+void few_units_backward_any(const BackwardArgs<T>& args, const Executor& executor) {
+  with_exact_cell(args.cell, [&]<class Cell>() { few_units_backward<Cell>(args, executor); });
+}
+#endif
+
 }  // namespace
 
 #if defined(RNN_EXT_QUANTIZED)
@@ -124,6 +146,9 @@ const QuantizedKernel kQuantized = [](const QuantizedArgs& args, const Executor&
     if constexpr (!kHasAmx) quantized_forward<Cell, 2>(args, executor);
   });
 };
+#elif defined(RNN_EXT_FEW_UNITS)
+const FewUnitsKernels<float> kFewUnitsFloat = {few_units_forward_any<float>, few_units_backward_any<float>};
+const FewUnitsKernels<double> kFewUnitsDouble = {few_units_forward_any<double>, few_units_backward_any<double>};
 #elif defined(RNN_EXT_BFLOAT16)
 const Kernels<BFloat16> kBFloat16 = {forward_any<BFloat16>, pack_any<BFloat16>, forward_stack_any<BFloat16>,
                                      backward_any<BFloat16>};

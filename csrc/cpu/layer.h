@@ -184,8 +184,9 @@ struct ForwardArgs {
   Sequence<S> cells;                    // (.., D*H), data may be null
   S* h_n = nullptr;                     // [D, N, P]
   S* c_n = nullptr;                     // [D, N, H], of a cell with a cell state
-  Compute<S>* saved = nullptr;          // [D, T, saved_values, padded H], null: nothing is kept
-  bool trains = false;                  // backward will read what the call writes, even if nothing is kept
+  // [D, T, saved_values, padded H], null: nothing is kept. Of few units a part of it: see few_units.inl.
+  Compute<S>* saved = nullptr;
+  bool trains = false;  // backward will read what the call writes, even if nothing is kept
   Variant variant = Variant::kPlain;
   Masks<S> masks;
   const Progress* below = nullptr;  // of the layer whose output is the input; null: all of it is there
@@ -284,6 +285,11 @@ struct Narrow {
 };
 template <class S>
 Narrow narrow_backward(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout);
+
+/// Whether a layer has so few units and so many sequences that vectors of sequences are faster than vectors of units.
+/// 16 bits of such are converted; they use no packed weights and no pipeline.
+template <class S>
+bool has_few_units(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout);
 
 /// Let layer_forward and layer_backward take all layers of 16 bits that they can widen, for tests; else those that are
 /// faster so.

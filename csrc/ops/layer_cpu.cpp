@@ -27,9 +27,11 @@ at::ScalarType forward_type(const at::Tensor& input, cpu::CellKind cell, cpu::Va
   return compute_type(input);
 }
 /// The same of backward.
-at::ScalarType backward_type(const at::Tensor& input, cpu::Variant variant) {
-  const bool is_bfloat16 = input.scalar_type() == at::kBFloat16 && variant == cpu::Variant::kPlain;
-  return is_bfloat16 && cpu::computes_bfloat16() ? at::kBFloat16 : compute_type(input);
+at::ScalarType backward_type(const at::Tensor& input, cpu::CellKind cell, cpu::Variant variant, const cpu::Sizes& sizes,
+                             const cpu::Layout& layout) {
+  const bool computes = input.scalar_type() == at::kBFloat16 && variant == cpu::Variant::kPlain &&
+                        cpu::computes_bfloat16() && !cpu::has_few_units<cpu::BFloat16>(cell, variant, sizes, layout);
+  return computes ? at::kBFloat16 : compute_type(input);
 }
 
 cpu::Storage storage_of(at::ScalarType type) {
@@ -139,6 +141,7 @@ class ForwardCall {
  private:
   template <class S>
   bool reuses_packed(const cpu::ForwardArgs<S>& args) const {
+    if (cpu::has_few_units<S>(args.cell, args.variant, args.sizes, args.layout)) return false;
     if constexpr (sizeof(S) > 2) {
       const bool converted = input_.scalar_type() != dtype;  // which is not to be done again
       if (!converted && shape.variant == cpu::Variant::kPlain)
@@ -213,7 +216,7 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   const LayerShape shape(in);
   shape.check_backward({grad_output, grad_h_n, grad_c_n, grad_cells}, in, output, saved, compute_type(input),
                        saved_numel(shape), output_mask, groups);
-  const at::ScalarType dtype = backward_type(input, shape.variant);
+  const at::ScalarType dtype = backward_type(input, shape.cell.kind, shape.variant, shape.sizes, shape.layout());
   const auto options = input.options().dtype(compute_type(input));
   const cpu::Sizes& sizes = shape.sizes;
 
@@ -327,7 +330,7 @@ bool pipelines(const at::Tensor& input, int64_t batch, const StackWeights& weigh
   layout.steps = std::max<int64_t>(1, layout.rows / batch);
   // The next layer reads the output as the caller sees it, rounded: not what is converted to float. Layers whose
   // weights are widened are too large.
-  if (backward_type(input, cpu::Variant::kPlain) != input.scalar_type()) return false;
+  if (backward_type(input, cell.kind, cpu::Variant::kPlain, sizes, layout) != input.scalar_type()) return false;
   bool result = false;
   with_stored<float, double, cpu::BFloat16>(input.scalar_type(), [&](auto storage) {
     result = cpu::pipelines<decltype(storage)>(cell.kind, sizes, layout, int64_t(weights.size()), trains, threads);

@@ -153,6 +153,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("multiply_integers", &rnn_ext::cpu::multiply_integers, "See csrc/cpu/quantized.h; for tests.");
   m.def("computes_bfloat16", &rnn_ext::cpu::computes_bfloat16,
         "Whether the instruction set in use multiplies bfloat16.");
+  m.def(
+      "has_few_units",
+      [](std::string_view cell, int64_t input, int64_t hidden, int64_t batch) {
+        const rnn_ext::cpu::Layout layout{1, batch, batch};
+        return rnn_ext::cpu::has_few_units<float>(rnn_ext::ops::cell_info(cell).kind, rnn_ext::cpu::Variant::kPlain,
+                                                  {input, hidden}, layout);
+      },
+      pybind11::arg("cell"), pybind11::arg("input"), pybind11::arg("hidden"), pybind11::arg("batch"),
+      "Of a plain float32 layer whose sequences are equally long, see csrc/cpu/layer.h; for tests.");
   m.def("layer", torch::wrap_pybind_function_no_gil(&layer),
         "torch.ops.rnn_ext.layer, without masks, save and recompute.");
   m.def("extended_layer", torch::wrap_pybind_function_no_gil(&extended_layer), "The same with masks and recompute.");

@@ -1,0 +1,522 @@
+// Layers of few units and many sequences. The scans of forward.inl and backward.inl hold units of a sequence in the
+// lanes of a vector, of which such a layer would leave most empty: here they hold sequences, and units take turns.
+
+/// Sequences that go through a step together: enough to hide how long a cell takes, and what they need of the step
+/// nearly always fits the first-level cache. The number of threads must not decide it, as sums depend on it.
+constexpr int64_t kTogether = 128;
+
+/// Vectors that go through a cell side by side.
+constexpr int kAbreast = 2;
+static_assert(kTogether % (kAbreast * kLanes<float>) == 0 && kTogether % (kAbreast * kLanes<double>) == 0);
+
+template <class T>
+using Abreast = Wide<T, kAbreast>;
+template <class T>
+constexpr int64_t kAbreastLanes = kAbreast * kLanes<T>;
+
+/// The first `count` numbers, of which some vectors may have none.
+template <class T>
+ALWAYS_INLINE Abreast<T> load_abreast(const T* p, int64_t count = kWhole) {
+  Abreast<T> v;
+  for (int i = 0; i < kAbreast; ++i) v.part[i] = load_part(p + i * kLanes<T>, larger(0, count - i * kLanes<T>));
+  return v;
+}
+template <class T>
+ALWAYS_INLINE void store_abreast(T* p, const Abreast<T>& v, int64_t count = kWhole) {
+  for (int i = 0; i < kAbreast; ++i) store_part(p + i * kLanes<T>, v.part[i], larger(0, count - i * kLanes<T>));
+}
+template <class T>
+ALWAYS_INLINE Abreast<T> broadcast_abreast(T x) {
+  Abreast<T> v;
+  for (auto& part : v.part) part = broadcast(x);
+  return v;
+}
+
+/// Numbers of some sequences, a row for each.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t distance;      // of two rows
+  const int64_t* order;  // row j is number order[j]; null: j
+
+  T* operator[](int64_t j) const { return data + (order ? order[j] : j) * distance; }
+  bool is_column() const { return !order && distance == 1; }
+};
+
+/// Those of step t from row `first` on, `offset` numbers into them.
+template <class T>
+Rows<T> rows_of(const Sequence<T>& sequence, const Layout& layout, int64_t t, int64_t first, int64_t offset) {
+  if (layout.order && !layout.packed)
+    return {sequence.data + t * sequence.step + offset, sequence.row, layout.order + first};
+  return {sequence.at(layout, t, first) + offset, sequence.row, nullptr};
+}
+
+/// The same of states, [D, N, width].
+template <class T>
+Rows<T> rows_of(T* states, int64_t width, const Layout& layout, int direction, int64_t first) {
+  T* data = states + direction * layout.batch * width;
+  if (layout.order) return {data, width, layout.order + first};
+  return {data + first * width, width, nullptr};
+}
+
+/// Rows of up to kTogether sequences as columns: the numbers of one feature follow each other.
+template <class T>
+class Columns {
+ public:
+  explicit Columns(int64_t width) : width_(width), data_(width * kTogether, true) {}
+
+  T* operator[](int64_t k) const { return data_.get() + k * kTogether; }
+  int64_t width() const { return width_; }
+  void clear(int64_t j) {
+    for (int64_t k = 0; k < width_; ++k) (*this)[k][j] = 0;
+  }
+
+  void read(const Rows<const T>& rows, int64_t count) {
+    if (width_ < kSquared) {
+      for (int64_t k = 0; k < width_; ++k) {
+        T* to = (*this)[k];
+        if (rows.is_column()) {
+          copy_row(to, rows.data, count);
+        } else {
+          each_row(rows, count, [&](int64_t j, const T* row) { to[j] = row[k]; });
+        }
+      }
+      return;
+    }
+    each_square(count, [&](int64_t k, int64_t j, int64_t left) {
+      Vec<T> square[kLanes<T>];
+      for (int64_t i = 0; i < kLanes<T>; ++i) square[i] = i < left ? load_part(rows[j + i] + k, width_ - k) : Vec<T>{};
+      transpose<T>(square);
+      for (int64_t i = 0; i < smaller(kLanes<T>, width_ - k); ++i) store_part((*this)[k + i] + j, square[i], left);
+    });
+  }
+
+  /// `adds`: to what the rows hold.
+  void write(const Rows<T>& rows, int64_t count, bool adds = false) const {
+    if (width_ < kSquared) {
+      for (int64_t k = 0; k < width_; ++k) {
+        const T* from = (*this)[k];
+        if (adds) {
+          each_row(rows, count, [&](int64_t j, T* row) { row[k] += from[j]; });
+        } else if (rows.is_column()) {
+          copy_row(rows.data, from, count);
+        } else {
+          each_row(rows, count, [&](int64_t j, T* row) { row[k] = from[j]; });
+        }
+      }
+      return;
+    }
+    each_square(count, [&](int64_t k, int64_t j, int64_t left) {
+      Vec<T> square[kLanes<T>];
+      for (int64_t i = 0; i < kLanes<T>; ++i) square[i] = k + i < width_ ? load((*this)[k + i] + j) : Vec<T>{};
+      transpose<T>(square);
+      for (int64_t i = 0; i < left; ++i) {
+        T* to = rows[j + i] + k;
+        store_part(to, adds ? load_part(to, width_ - k) + square[i] : square[i], width_ - k);
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kSquared = 4;  // columns from which squares of lanes x lanes are transposed
+
+  /// fn(j, row), in a loop of its own where rows are evenly spaced.
+  template <class Row>
+  ALWAYS_INLINE static void each_row(const Rows<Row>& rows, int64_t count, const auto& fn) {
+    if (rows.order) {
+      for (int64_t j = 0; j < count; ++j) fn(j, rows.data + rows.order[j] * rows.distance);
+    } else {
+      for (int64_t j = 0; j < count; ++j) fn(j, rows.data + j * rows.distance);
+    }
+  }
+  /// fn(column, sequence, sequences of the square that are there)
+  void each_square(int64_t count, const auto& fn) const {
+    for (int64_t j = 0; j < count; j += kLanes<T>) {
+      for (int64_t k = 0; k < width_; k += kLanes<T>) fn(k, j, smaller(kLanes<T>, count - j));
+    }
+  }
+
+  const int64_t width_;
+  Buffer<T> data_;
+};
+
+/// Of some sequences that follow each other, in one direction.
+struct FewSequences {
+  int direction;
+  int64_t first, count;
+
+  bool reverse() const { return direction == 1; }
+  /// How many of them have step t, the first ones; of step -1 none.
+  int64_t active(const Layout& layout, int64_t t) const {
+    return t < 0 ? 0 : Slice{first, first + count}.active(layout, t);
+  }
+  /// Calls fn(j) for those of which an independent sequence begins before step t.
+  void each_beginning(const auto& args, int64_t t, const auto& fn) const {
+    if (!args.resets.data) return;
+    for (int64_t j = 0; j < active(args.layout, t); ++j)
+      if (begins(args.resets, args.layout, reverse(), t, first + j)) fn(j);
+  }
+  /// Where a value of the cell that backward needs is kept: as [D, L, kSaved, H, rows of the step], at the front of
+  /// `saved`.
+  template <class Cell, class T>
+  T* kept(T* saved, const Sizes& sizes, const Layout& layout, int64_t t, int value, int64_t unit) const {
+    const int64_t before = (direction * layout.rows + layout.offsets[t]) * Cell::kSaved * sizes.hidden;
+    return saved + before + (value * sizes.hidden + unit) * layout.batch_sizes[t] + first;
+  }
+};
+
+/// The steps of up to kTogether sequences.
+template <class Cell, class T>
+class FewUnitsForward {
+  using V = Abreast<T>;
+  static constexpr int G = Cell::kGates, kSums = G + Cell::kSplit;
+
+ public:
+  FewUnitsForward(const ForwardArgs<T>& args, FewSequences those)
+      : args_(args),
+        layout_(args.layout),
+        weights_(args.weights[those.direction]),
+        those_(those),
+        hidden_(args.sizes.hidden),
+        bias_(kSums * hidden_, true),
+        x_(args.sizes.input),
+        h_(hidden_),
+        next_(hidden_),
+        c_(Cell::kHasCell ? hidden_ : 0) {
+    for (int64_t i = 0; i < G * hidden_ && weights_.bias_ih; ++i) {
+      bias_.get()[i] += weights_.bias_hh[i];
+      bias_.get()[input_sum(int(i / hidden_)) * hidden_ + i % hidden_] += weights_.bias_ih[i];
+    }
+  }
+
+  void run() {
+    const int64_t first = those_.first, of_direction = those_.direction * hidden_;
+    const auto states = [&](auto* of) { return rows_of(of, hidden_, layout_, those_.direction, first); };
+    if (args_.h_0) h_.read(states(args_.h_0), those_.count);
+    if (Cell::kHasCell && args_.c_0) c_.read(states(args_.c_0), those_.count);
+    for (int64_t s = 0; s < layout_.steps; ++s) {
+      const int64_t t = time_of(layout_, those_.reverse(), s), count = those_.active(layout_, t);
+      if (count == 0) continue;
+      x_.read(rows_of(args_.input, layout_, t, first, 0), count);
+      those_.each_beginning(args_, t, [&](int64_t j) {
+        h_.clear(j);
+        c_.clear(j);
+      });
+      for (int64_t i = 0; i < count; i += kAbreastLanes<T>) {
+        for (int64_t u = 0; u < hidden_; ++u) compute(t, i, count - i, u);
+      }
+      for (int64_t u = 0; u < hidden_; ++u) copy_row(h_[u], next_[u], count);
+      h_.write(rows_of(args_.output, layout_, t, first, of_direction), count);
+      if (Cell::kHasCell && args_.cells.data) c_.write(rows_of(args_.cells, layout_, t, first, of_direction), count);
+    }
+    h_.write(states(args_.h_n), those_.count);
+    if (Cell::kHasCell) c_.write(states(args_.c_n), those_.count);
+  }
+
+ private:
+  /// Which sum the input part of gate g goes to; the recurrent part goes to sum g.
+  static constexpr int input_sum(int g) { return g < G - Cell::kSplit ? g : g + Cell::kSplit; }
+
+  /// Step t of unit u of the sequences from number i on, of which `left` have it.
+  ALWAYS_INLINE void compute(int64_t t, int64_t i, int64_t left, int64_t u) {
+    V sums[kSums], saved[Cell::kSaved + 1];
+    for (int q = 0; q < kSums; ++q) sums[q] = broadcast_abreast(bias_.get()[q * hidden_ + u]);
+    add_products(sums, weights_.weight_ih, x_, i, u, [](int g) { return input_sum(g); });
+    add_products(sums, weights_.weight_hh, h_, i, u, [](int g) { return g; });
+    V c = Cell::kHasCell ? load_abreast(c_[u] + i) : V{};
+    const V h =
+        Cell::template forward<Math<T, V>>(sums, sums + kSums - Cell::kSplit, load_abreast(h_[u] + i), c, saved);
+    store_abreast(next_[u] + i, h);
+    if constexpr (Cell::kHasCell) store_abreast(c_[u] + i, c, left);
+    for (int v = 0; v < Cell::kSaved && args_.saved; ++v)
+      store_abreast(those_.kept<Cell>(args_.saved, args_.sizes, layout_, t, v, u) + i, saved[v], left);
+  }
+
+  ALWAYS_INLINE void add_products(V* sums, const T* weight, const Columns<T>& columns, int64_t i, int64_t u,
+                                  const auto& sum_of) const {
+    const int64_t width = columns.width();
+    for (int64_t k = 0; k < width; ++k) {
+      const V x = load_abreast(columns[k] + i);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        const T factor = weight[(g * hidden_ + u) * width + k];
+        sums[sum_of(g)] = fma(broadcast(factor), x, sums[sum_of(g)]);
+      }
+    }
+  }
+
+  const ForwardArgs<T>& args_;
+  const Layout& layout_;
+  const Weights<const T>& weights_;
+  const FewSequences those_;
+  const int64_t hidden_;
+  Buffer<T> bias_;  // [sums, H]
+  Columns<T> x_, h_, next_, c_;
+};
+
+/// The gradients of up to kTogether sequences, and their part of those of the parameters.
+template <class Cell, class T>
+class FewUnitsBackward {
+  using V = Abreast<T>;
+  static constexpr int G = Cell::kGates;
+  static constexpr bool kReadsOutput = Cell::kSaved == 0;  // else what is saved is enough
+
+ public:
+  FewUnitsBackward(const BackwardArgs<T>& args, FewSequences those)
+      : args_(args),
+        layout_(args.layout),
+        weights_(args.weights[those.direction]),
+        those_(those),
+        hidden_(args.sizes.hidden),
+        x_(args.sizes.input),
+        h_(kReadsOutput ? hidden_ : 0),
+        h_prev_(hidden_),
+        c_prev_(Cell::kHasCell ? hidden_ : 0),
+        dy_(hidden_),
+        dcells_(Cell::kHasCell ? hidden_ : 0),
+        dh_(hidden_),
+        dc_(Cell::kHasCell ? hidden_ : 0),
+        dgates_(Cell::kGradGates * hidden_),
+        dx_(args.grad_input.data ? args.sizes.input : 0),
+        lanes_(numbers(args.sizes) * kLanes<T>, true) {}
+
+  /// Room for the sums over rows that the gradients of parameters are: of the weights as they lie, then of the gates'
+  /// gradients.
+  static int64_t numbers(const Sizes& s) {
+    return Sizes::padded(G * s.hidden * (s.input + s.hidden) + Cell::kGradGates * s.hidden);
+  }
+
+  void run(T* sums) {
+    const auto states = [&](auto* of) { return rows_of(of, hidden_, layout_, those_.direction, those_.first); };
+    if (args_.grad_h_n) dh_.read(states(args_.grad_h_n), those_.count);
+    if (Cell::kHasCell && args_.grad_c_n) dc_.read(states(args_.grad_c_n), those_.count);
+    for (int64_t s = layout_.steps - 1; s >= 0; --s) {
+      const int64_t t = time_of(layout_, those_.reverse(), s);
+      count_ = those_.active(layout_, t);
+      if (count_ == 0) continue;
+      const int64_t before = s > 0 ? time_of(layout_, those_.reverse(), s - 1) : -1;
+      read(t, before);
+      for (int64_t i = 0; i < count_; i += kAbreastLanes<T>) {
+        for (int64_t u = 0; u < hidden_; ++u) compute(t, i, u);
+      }
+      if (layout_.steps > 1 || args_.grad_h_0)  // else weight_hh may not be there
+        pass_on(dh_, weights_.weight_hh, Cell::kDirectCarry, [](int g) { return Cell::hh_slot(g); });
+      if (args_.grad_input.data) {
+        pass_on(dx_, weights_.weight_ih, false, [](int g) { return Cell::ih_slot(g); });
+        dx_.write(rows_of(args_.grad_input.template of<T>(), layout_, t, those_.first, 0), count_, those_.reverse());
+      }
+      add_to_parameters();
+      those_.each_beginning(args_, t, [&](int64_t j) {
+        dh_.clear(j);
+        dc_.clear(j);
+      });
+    }
+    if (args_.grad_h_0) dh_.write(states(args_.grad_h_0), those_.count);
+    if (Cell::kHasCell && args_.grad_c_0) dc_.write(states(args_.grad_c_0), those_.count);
+    for (int64_t n = 0; n < numbers(args_.sizes); n += kLanes<T>) {
+      Vec<T> rows[kLanes<T>];
+      for (int i = 0; i < kLanes<T>; ++i) rows[i] = load(lanes_.get() + (n + i) * kLanes<T>);
+      store(sums + n, sums_of_lanes<T>(rows));
+    }
+  }
+
+ private:
+  /// What step t was computed from, and the gradients of its results; `before`: the step before it, -1: there is none.
+  void read(int64_t t, int64_t before) {
+    const int64_t first = those_.first, going_on = smaller(those_.active(layout_, before), count_);
+    const auto read_step = [&](Columns<T>& to, const Sequence<const T>& from, int64_t step, int64_t count) {
+      if (from.data && count > 0) to.read(rows_of(from, layout_, step, first, those_.direction * hidden_), count);
+    };
+    // Of sequences that have no step before it, the initial state.
+    const auto read_initial = [&](Columns<T>& to, const T* initial) {
+      if (going_on == count_) return;
+      if (initial) return to.read(rows_of(initial, hidden_, layout_, those_.direction, first), count_);
+      for (int64_t j = going_on; j < count_; ++j) to.clear(j);
+    };
+    x_.read(rows_of(args_.input, layout_, t, first, 0), count_);
+    if (kReadsOutput) read_step(h_, args_.output, t, count_);
+    read_step(dy_, args_.grad_output, t, count_);
+    read_initial(h_prev_, args_.h_0);
+    read_step(h_prev_, args_.output, before, going_on);
+    if constexpr (Cell::kHasCell) {
+      read_step(dcells_, args_.grad_cells, t, count_);
+      read_initial(c_prev_, args_.c_0);
+      for (int64_t u = 0; u < hidden_ && going_on > 0; ++u)
+        copy_row(c_prev_[u], kept(before, Cell::kSavedCell, u), going_on);
+    }
+    those_.each_beginning(args_, t, [&](int64_t j) {
+      h_prev_.clear(j);
+      c_prev_.clear(j);
+    });
+  }
+
+  const T* kept(int64_t t, int value, int64_t unit) const {
+    return those_.kept<Cell>(args_.saved, args_.sizes, layout_, t, value, unit);
+  }
+
+  /// The gradients of the gates of unit u at step t, of the sequences from number i on. That of h becomes its direct
+  /// part.
+  ALWAYS_INLINE void compute(int64_t t, int64_t i, int64_t u) {
+    V values[Cell::kSaved + 1], dgates[Cell::kGradGates];
+    for (int v = 0; v < Cell::kSaved; ++v) values[v] = load_abreast(kept(t, v, u) + i, count_ - i);
+    const V h = kReadsOutput ? load_abreast(h_[u] + i) : V{};
+    const V c_prev = Cell::kHasCell ? load_abreast(c_prev_[u] + i) : V{};
+    V dc = Cell::kHasCell ? load_abreast(dc_[u] + i) + load_abreast(dcells_[u] + i) : V{};
+    const V dh = load_abreast(dh_[u] + i) + load_abreast(dy_[u] + i);
+    const V direct =
+        Cell::template backward<Math<T, V>>(values, h, load_abreast(h_prev_[u] + i), c_prev, dh, dc, dgates);
+    if constexpr (Cell::kDirectCarry) store_abreast(dh_[u] + i, direct, count_ - i);
+    if constexpr (Cell::kHasCell) store_abreast(dc_[u] + i, dc, count_ - i);
+    for (int q = 0; q < Cell::kGradGates; ++q) store_abreast(dgates_[q * hidden_ + u] + i, dgates[q]);
+  }
+
+  /// What comes of the gates' gradients by a weight: to = dgates W, `adds`: to what is there.
+  void pass_on(Columns<T>& to, const T* weight, bool adds, const auto& slot) const {
+    const int64_t width = to.width();
+    for (int64_t i = 0; i < count_; i += kAbreastLanes<T>) {
+      int64_t k = 0;
+      for (; k + 2 <= width; k += 2) pass_on<2>(to, weight, adds, slot, i, k);
+      if (k < width) pass_on<1>(to, weight, adds, slot, i, k);
+    }
+  }
+  /// K columns from k on, of the sequences from number i on.
+  template <int K>
+  ALWAYS_INLINE void pass_on(Columns<T>& to, const T* weight, bool adds, const auto& slot, int64_t i, int64_t k) const {
+    const int64_t width = to.width();
+    V sums[K];
+    for (int n = 0; n < K; ++n) sums[n] = adds ? load_abreast(to[k + n] + i) : V{};
+    for (int g = 0; g < G; ++g) {
+      const T *factors = weight + g * hidden_ * width + k, *dgate = dgates_[slot(g) * hidden_] + i;
+      for (int64_t u = 0; u < hidden_; ++u, factors += width, dgate += kTogether) {
+        const V x = load_abreast(dgate);
+#pragma GCC unroll 2
+        for (int n = 0; n < K; ++n) sums[n] = fma(broadcast(factors[n]), x, sums[n]);
+      }
+    }
+    for (int n = 0; n < K; ++n) store_abreast(to[k + n] + i, sums[n], count_ - i);
+  }
+
+  void add_to_parameters() {
+    const Weights<void>& wanted = args_.grad_weights[those_.direction];
+    T* sums = lanes_.get();
+    const auto add = [&](bool is_wanted, const Columns<T>& columns, const auto& slot) {
+      const int64_t width = columns.width();
+      const auto dgates = [&](int64_t row) { return dgates_[slot(int(row / hidden_)) * hidden_ + row % hidden_]; };
+      int64_t row = 0;
+      const int64_t rows = is_wanted ? G * hidden_ : 0;
+      for (; row + 2 <= rows; row += 2)
+        add_products<2>(sums + row * width * kLanes<T>, {dgates(row), dgates(row + 1)}, columns);
+      if (row < rows) add_products<1>(sums + row * width * kLanes<T>, {dgates(row)}, columns);
+      sums += G * hidden_ * width * kLanes<T>;
+    };
+    add(wanted.weight_ih, x_, [](int g) { return Cell::ih_slot(g); });
+    add(wanted.weight_hh, h_prev_, [](int g) { return Cell::hh_slot(g); });
+    if (!wanted.bias_ih && !wanted.bias_hh) return;
+    for (int64_t q = 0; q < Cell::kGradGates * hidden_; ++q, sums += kLanes<T>) {
+      Vec<T> sum = {};
+      for (int64_t i = 0; i < count_; i += kLanes<T>) sum += load_part(dgates_[q] + i, count_ - i);
+      store(sums, load(sums) + sum);
+    }
+  }
+
+  /// Adds the products of R columns with each of `columns`, each lane by itself, to R rows of as many vectors.
+  template <int R>
+  void add_products(T* sums, const T* const (&rows)[R], const Columns<T>& columns) const {
+    int64_t k = 0;
+    for (; k + 4 <= columns.width(); k += 4) add_products<R, 4>(sums, rows, columns, k);
+    for (; k < columns.width(); ++k) add_products<R, 1>(sums, rows, columns, k);
+  }
+  template <int R, int K>
+  ALWAYS_INLINE void add_products(T* sums, const T* const (&rows)[R], const Columns<T>& columns, int64_t k) const {
+    Vec<T> sum[R][K] = {};
+    for (int64_t i = 0; i < count_; i += kLanes<T>) {
+      Vec<T> x[K];
+#pragma GCC unroll 4
+      for (int n = 0; n < K; ++n) x[n] = load_part(columns[k + n] + i, count_ - i);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> a = load_part(rows[r] + i, count_ - i);
+#pragma GCC unroll 4
+        for (int n = 0; n < K; ++n) sum[r][n] = fma(a, x[n], sum[r][n]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < K; ++n) {
+        T* to = sums + (r * columns.width() + k + n) * kLanes<T>;
+        store(to, load(to) + sum[r][n]);
+      }
+    }
+  }
+
+  const BackwardArgs<T>& args_;
+  const Layout& layout_;
+  const Weights<const T>& weights_;
+  const FewSequences those_;
+  const int64_t hidden_;
+  int64_t count_ = 0;  // of them that have the step
+  Columns<T> x_, h_, h_prev_, c_prev_, dy_, dcells_, dh_, dc_, dgates_, dx_;
+  Buffer<T> lanes_;  // [numbers][lanes]
+};
+
+template <class Cell, class T>
+void few_units_forward(const ForwardArgs<T>& args, const Executor& executor) {
+  const int64_t batch = args.layout.batch, parts = (batch + kTogether - 1) / kTogether;
+  parallel(executor, args.sizes.directions * parts, [&](int64_t task) {
+    const int64_t first = task % parts * kTogether;
+    FewUnitsForward<Cell, T>(args, {int(task / parts), first, smaller(kTogether, batch - first)}).run();
+  });
+}
+
+/// Rows of a step that follow each other and belong to the same group, or to the batch if there are no groups; no more
+/// than kTogether.
+struct GroupRun {
+  int64_t group, first, count;
+};
+
+/// All of them, group by group: how many.
+inline int64_t find_group_runs(const Layout& layout, int64_t groups, GroupRun* runs) {
+  const int64_t size = groups > 0 ? layout.batch / groups : layout.batch;
+  Buffer<int64_t> rows(groups > 0 ? layout.batch : 0);
+  if (groups > 0) find_group_rows(layout, groups, rows.get());
+  int64_t found = 0;
+  for (int64_t i = 0; i < layout.batch; ++i) {
+    const int64_t group = i / size, row = groups > 0 ? rows.get()[i] : i;
+    GroupRun* last = found > 0 ? runs + found - 1 : nullptr;
+    if (last && last->group == group && last->first + last->count == row && last->count < kTogether) {
+      ++last->count;
+    } else {
+      runs[found++] = {group, row, 1};
+    }
+  }
+  return found;
+}
+
+template <class Cell, class T>
+void few_units_backward(const BackwardArgs<T>& args, const Executor& executor) {
+  using Part = FewUnitsBackward<Cell, T>;
+  const Sizes& s = args.sizes;
+  Buffer<GroupRun> runs(args.layout.batch);
+  const int64_t count = find_group_runs(args.layout, args.groups, runs.get()), numbers = Part::numbers(s);
+  Buffer<T> all_sums(s.directions * count * numbers);
+  const auto sums_of = [&](int d, int64_t run) { return all_sums.get() + (d * count + run) * numbers; };
+  parallel(executor, count, [&](int64_t i) {
+    const GroupRun& run = runs.get()[i];
+    // One direction after the other, as both add to the gradient of the input.
+    for (int d = 0; d < s.directions; ++d) Part(args, {d, run.first, run.count}).run(sums_of(d, i));
+  });
+  for (int d = 0; d < s.directions; ++d) {
+    for (int64_t i = 0; i < count;) {
+      const int64_t group = runs.get()[i].group;
+      T* sums = sums_of(d, i++);
+      for (; i < count && runs.get()[i].group == group; ++i) add_row(sums, sums_of(d, i), numbers);
+      const Weights<void> to = gradients_of_group<T>(args.grad_weights[d], s, Cell::kGates, group);
+      const auto write = [&](void* grad, int64_t size) {
+        if (grad) copy_row(static_cast<T*>(grad), sums, size);
+        sums += size;
+      };
+      write(to.weight_ih, Cell::kGates * s.hidden * s.input);
+      write(to.weight_hh, s.recurrent(Cell::kGates));
+      write_bias_gradients<Cell, T>(to, sums, s.hidden, s.hidden);
+    }
+  }
+}

@@ -1,0 +1,176 @@
+"""Layers of few units and many sequences, whose kernels have sequences in the lanes of vectors (few_units.inl)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from util import (
+    CELLS,
+    Case,
+    agree,
+    build,
+    check_gradients,
+    check_values,
+    cotangents,
+    forward_agrees,
+    gradients,
+    instruction_sets,
+    oracle,
+    run,
+    same_bits,
+)
+
+import rnn_ext
+from rnn_ext import _C
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# L, N, I, H: sequences that end inside and on the edge of vectors, of pairs of these and of parts of 128; inputs that
+# are columns one by one and squares of lanes; the last are one sequence too few and one unit too many.
+SIZES = [
+    (3, 16, 1, 1),
+    (5, 33, 2, 2),
+    (2, 129, 3, 3),
+    (1, 128, 15, 4),
+    (4, 67, 4, 1),
+    (1, 300, 1, 2),
+    (3, 31, 19, 3),
+    (3, 31, 35, 3),
+    (3, 17, 2, 7),
+    (3, 15, 2, 2),
+    (3, 17, 2, 9),
+]
+
+
+def sizes(given):
+    return pytest.mark.parametrize("size", given, ids=lambda size: "x".join(map(str, size)))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_few(cell):
+    """Whom the other tests are about."""
+    gated = cell in ("gru", "lstm")
+    most, inputs = (8, 32) if gated else (4, 16)
+    assert _C.has_few_units(cell, inputs, 4, 16) and _C.has_few_units(cell, 1, most, 16)
+    assert not _C.has_few_units(cell, inputs + 1, 4, 16)
+    assert not _C.has_few_units(cell, 1, most + 1, 16)
+    assert not _C.has_few_units(cell, 1, 1, 15)
+
+
+@sizes(SIZES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_sizes(cell, size, dtype):
+    """In both layouts, with both directions and all options between the two."""
+    agree(build(Case(cell, "dense", size=size)).to(dtype), dtype)
+    agree(build(Case(cell, "batch_first", True, bias=False, resets=True, size=size)).to(dtype), dtype)
+    agree(build(Case(cell, "dense", True, state=False, resets=True, size=size)).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_result_alone(cell):
+    """Gradients of one result, and of some parameters."""
+    problem = build(Case(cell, "batch_first", True, resets=True, size=(4, 37, 5, 3)))
+    for name, cotangent in cotangents(run(problem)).items():
+        expected = gradients(oracle, problem, {name: cotangent}, unused=True)[1]
+        check_gradients(gradients(run, problem, {name: cotangent}, unused=True)[1], expected)
+    expected = gradients(oracle, problem)[1]
+    for leaf in problem.leaves():
+        check_gradients(gradients(run, problem, wrt=[leaf])[1], {leaf: expected[leaf]})
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@sizes([(5, 61, 2, 2), (4, 290, 5, 3), (7, 150, 16, 4)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_ragged(cell, size, dtype):
+    """Sequences that end, or in the other direction begin, at any step: in one of the parts, or in all."""
+    agree(build(Case(cell, "packed", True, size=size)).to(dtype), dtype)
+    agree(build(Case(cell, "packed", True, state=False, size=size)).to(dtype), dtype)
+    agree(build(Case(cell, "batch_first", True, lengths=True, resets=True, size=size)).to(dtype), dtype)
+    agree(build(Case(cell, "dense", lengths=True, state=False, size=size)).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_16_bits(cell, dtype):
+    problem = build(Case(cell, "batch_first", True, size=(5, 33, 3, 2))).to(dtype)
+    forward_agrees(problem, dtype)
+    agree(problem, dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_stays_in_its_sequence(cell):
+    """And so does infinity, forward and in the gradient of the input; sums over sequences have it."""
+    problem = build(Case(cell, "dense", True, size=(3, 35, 2, 2)))
+    problem.input[1, 33, 0] = float("nan")
+    problem.input[2, 4, 1] = float("inf")
+    expected, expected_grads = gradients(oracle, problem)
+    for _ in instruction_sets():
+        results, grads = gradients(run, problem)
+        for name, result in results.items():
+            others = [j for j in range(35) if j not in (4, 33)]
+            check_values({name: result[:, others]}, {name: expected[name][:, others]})
+        assert results["output"][1:, 33, :2].isnan().all() and grads["weight_ih"].isnan().any()
+        assert grads["input"][:, others].isfinite().all()
+        check_gradients({"input": grads["input"][:, others]}, {"input": expected_grads["input"][:, others]})
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_weights_that_are_infinite(cell):
+    """Lanes without a sequence add nothing to sums over sequences."""
+    problem = build(Case(cell, size=(2, 17, 1, 2)))
+    problem.weights["weight_hh"][0, 0] = float("inf")
+    problem.h_0.abs_().add_(1)
+    if cell in ("rnn_relu", "rnn_tanh"):
+        problem.h_0.neg_()
+    _, expected = gradients(oracle, problem)
+    _, grads = gradients(run, problem)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad.isnan(), expected[name].isnan(), msg=name)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_threads(cell):
+    """The same bits by any number of them, of sequences of one length and of others."""
+    for lengths in (False, True):
+        problem = build(Case(cell, "batch_first", True, lengths=lengths, size=(40, 700, 2, 2))).to(torch.float32)
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(gradients(run, problem))
+        for more in found[1:]:
+            for one, other in zip(more, found[0], strict=True):
+                same_bits(one, other)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_derivatives(cell):
+    """What is kept for backward has a layout of its own, which those do not look at."""
+    problem = build(Case(cell, size=(3, 18, 2, 2)))
+    names = [name for name in problem.leaves() if name != "c_0"]
+
+    def second(fn):
+        leaves = problem.requiring()
+        results = fn(leaves)
+        first = torch.autograd.grad(
+            [t for t in results.values()],
+            [leaves.leaves()[n] for n in names],
+            list(cotangents(results).values()),
+            create_graph=True,
+        )
+        total = sum((g * g).sum() for g in first)
+        grads = torch.autograd.grad(total, [leaves.leaves()[n] for n in names])
+        return dict(zip(names, grads, strict=True))
+
+    check_gradients(second(run), second(oracle))
+
+
+def test_recompute():
+    torch.manual_seed(0)
+    x = torch.randn(6, 40, 3)
+    gru = rnn_ext.GRU(3, 2, num_layers=2)
+    again = rnn_ext.GRU(3, 2, num_layers=2, recompute=True)
+    again.load_state_dict(gru.state_dict())
+    for layer in (gru, again):
+        layer(x)[0].square().sum().backward()
+    for (name, p), q in zip(gru.named_parameters(), again.parameters(), strict=True):
+        same_bits({name: q.grad}, {name: p.grad})
