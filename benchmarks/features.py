@@ -283,7 +283,10 @@ def few_units() -> list[Row]:
         ours, theirs = twins(name, H)
         x = torch.randn(L, N, H).requires_grad_()
         what = f"{name}, N={N}, L={L}, H={H}: against torch.nn"
-        rows += both_modes(what, output_of(ours, x), output_of(theirs, x), ours, x, 1.0)
+        calls = [output_of(m, x) for m in (ours, theirs)]
+        rows.append(Row(f"{what}, forward", *map(forward, calls), 1.0))
+        both = [training(call, m, x) for call, m in zip(calls, (ours, theirs), strict=True)]
+        rows.append(Row(f"{what}, forward + backward", *both, 1.0, same=False))
     return rows
 
 

@@ -85,7 +85,8 @@ def cpu_capability(dtype: torch.dtype | None = None) -> str:
 
 
 def set_cpu_capability(name: str) -> None:
-    """Choose the instruction set of the CPU kernels, for tests and comparisons.
+    """Choose the instruction set of the CPU kernels, for tests and comparisons. Not between a call and its backward:
+    which of them keep nothing for it depends on the length of vectors.
 
     Raises:
         ValueError: this processor or build lacks it.

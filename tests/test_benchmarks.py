@@ -555,7 +555,7 @@ def test_what_the_options_cost(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(features, "lengths", list)
     monkeypatch.setattr(features, "variants", list)
     monkeypatch.setattr(features, "recompute", list)
-    for shapes in ("DIFFERENTIATED", "PER_SAMPLE", "JACOBIANS"):
+    for shapes in ("FEW_UNITS", "DIFFERENTIATED", "PER_SAMPLE", "JACOBIANS"):
         monkeypatch.setattr(features, shapes, ((2, 3, 4),))
     monkeypatch.setattr(features, "ENSEMBLES", ((2, 3, 4, 5),))
     output = tmp_path / "features.md"
@@ -563,7 +563,7 @@ def test_what_the_options_cost(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", arguments)
     features.main()
     rows = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("| LSTM")]
-    assert len(rows) == 15 and all(line.count("|") == 6 for line in rows)
+    assert len(rows) == 17 and all(line.count("|") == 6 for line in rows)
     assert rows[-1] in capsys.readouterr().out
 
 

@@ -232,6 +232,9 @@ bool uses_avx512() { return uses_amx() || std::strcmp(capability(), "avx512") ==
 constexpr bool uses_avx512() { return false; }
 #endif
 
+/// Of the instruction set in use.
+int64_t vector_bytes() { return uses_avx512() ? 64 : std::strcmp(capability(), "avx2") == 0 ? 32 : 16; }
+
 }  // namespace
 
 bool multiplies_tiles() {
@@ -302,17 +305,17 @@ const Kernels<S>& kernels() {
 
 template <class S>
 bool has_few_units(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout) {
-  // (Zen 4, one thread, 16 and 32 timesteps of 16 to 65,536 sequences, against vectors of units: one unit takes 0.05 to
-  // 0.8 of the time, 4 units of GRU and LSTM 0.27 to 0.95, of RNN 0.5 to 1.05, 8 of GRU and LSTM 0.45 to 1.05; 8 of
-  // RNN up to 1.4 with short vectors or long numbers. With more inputs than these up to 1.4: products alone are better
-  // with units in the lanes.)
-  constexpr int64_t kLeastSequences = 16;  // of a step, on average
+  // Half a vector of units, of an RNN, whose cell takes the least time, a quarter. (Zen 4, one thread, 1 to 64
+  // timesteps of 16 to 65,536 sequences, forward and training, against vectors of units. AVX-512: one unit takes 0.05
+  // to 0.8 of the time, 4 units of GRU and LSTM 0.27 to 0.95, of RNN 0.5 to 0.95, 8 of GRU 0.6 to 1.0, of LSTM 0.65
+  // to 1.0; AVX2: 4 of GRU and LSTM 0.7 to 0.95, 6 up to 1.25, 4 of RNN up to 1.2. With more inputs up to 1.4: what is
+  // a product alone is better with units in the lanes.)
   const bool gated = cells::kGatesOf[int(cell)] > 1;
-  const int64_t most_units = gated && sizeof(Compute<S>) == sizeof(float) ? 8 : 4;
-  const int64_t most_weights = gated ? 128 : 64;  // of a gate, for inputs
+  const int64_t most_units = vector_bytes() / int64_t(sizeof(Compute<S>)) / (gated ? 2 : 4);
+  const int64_t most_weights = gated ? 128 : 32;                       // of a gate, for inputs
+  const int64_t least_rows = std::max<int64_t>(16, 4 * sizes.hidden);  // of a step, on average
   return variant == Variant::kPlain && !sizes.proj && sizes.hidden <= most_units &&
-         sizes.hidden * sizes.input <= most_weights && layout.steps > 0 &&
-         layout.rows >= kLeastSequences * layout.steps;
+         sizes.hidden * sizes.input <= most_weights && layout.steps > 0 && layout.rows >= least_rows * layout.steps;
 }
 template bool has_few_units<float>(CellKind, Variant, const Sizes&, const Layout&);
 template bool has_few_units<double>(CellKind, Variant, const Sizes&, const Layout&);

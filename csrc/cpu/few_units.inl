@@ -1,5 +1,7 @@
 // Layers of few units and many sequences. The scans of forward.inl and backward.inl hold units of a sequence in the
 // lanes of a vector, of which such a layer would leave most empty: here they hold sequences, and units take turns.
+// Nothing is kept for backward, which computes what it needs once more, in the cache: it may be called for a larger
+// batch than forward was (by vmap), one of few units where that was none.
 
 /// Sequences that go through a step together: enough to hide how long a cell takes, and what they need of the step
 /// nearly always fits the first-level cache. The number of threads must not decide it, as sums depend on it.
@@ -156,27 +158,41 @@ struct FewSequences {
     for (int64_t j = 0; j < active(args.layout, t); ++j)
       if (begins(args.resets, args.layout, reverse(), t, first + j)) fn(j);
   }
-  /// Where a value of the cell that backward needs is kept: as [D, L, kSaved, H, rows of the step], at the front of
-  /// `saved`.
-  template <class Cell, class T>
-  T* kept(T* saved, const Sizes& sizes, const Layout& layout, int64_t t, int value, int64_t unit) const {
-    const int64_t before = (direction * layout.rows + layout.offsets[t]) * Cell::kSaved * sizes.hidden;
-    return saved + before + (value * sizes.hidden + unit) * layout.batch_sizes[t] + first;
-  }
 };
 
-/// The steps of up to kTogether sequences.
+/// A cell's values that backward needs, of all steps of some sequences, or of none.
+template <class Cell, class T>
+class KeptColumns {
+ public:
+  KeptColumns() : data_(0) {}
+  KeptColumns(int64_t steps, int64_t hidden, int64_t count)
+      : hidden_(hidden),
+        length_((count + kAbreastLanes<T> - 1) / kAbreastLanes<T> * kAbreastLanes<T>),
+        data_(steps * Cell::kSaved * hidden * length_) {}
+
+  explicit operator bool() const { return data_.get(); }
+  T* at(int64_t t, int value, int64_t unit) const {
+    return data_.get() + ((t * Cell::kSaved + value) * hidden_ + unit) * length_;
+  }
+
+ private:
+  const int64_t hidden_ = 0, length_ = 0;
+  Buffer<T> data_;
+};
+
+/// The steps of up to kTogether sequences, whose results are written if there is a place for them.
 template <class Cell, class T>
 class FewUnitsForward {
   using V = Abreast<T>;
   static constexpr int G = Cell::kGates, kSums = G + Cell::kSplit;
 
  public:
-  FewUnitsForward(const ForwardArgs<T>& args, FewSequences those)
+  FewUnitsForward(const ForwardArgs<T>& args, FewSequences those, const KeptColumns<Cell, T>& kept)
       : args_(args),
         layout_(args.layout),
         weights_(args.weights[those.direction]),
         those_(those),
+        kept_(kept),
         hidden_(args.sizes.hidden),
         bias_(kSums * hidden_, true),
         x_(args.sizes.input),
@@ -206,11 +222,11 @@ class FewUnitsForward {
         for (int64_t u = 0; u < hidden_; ++u) compute(t, i, count - i, u);
       }
       for (int64_t u = 0; u < hidden_; ++u) copy_row(h_[u], next_[u], count);
-      h_.write(rows_of(args_.output, layout_, t, first, of_direction), count);
+      if (args_.output.data) h_.write(rows_of(args_.output, layout_, t, first, of_direction), count);
       if (Cell::kHasCell && args_.cells.data) c_.write(rows_of(args_.cells, layout_, t, first, of_direction), count);
     }
-    h_.write(states(args_.h_n), those_.count);
-    if (Cell::kHasCell) c_.write(states(args_.c_n), those_.count);
+    if (args_.h_n) h_.write(states(args_.h_n), those_.count);
+    if (Cell::kHasCell && args_.c_n) c_.write(states(args_.c_n), those_.count);
   }
 
  private:
@@ -228,8 +244,7 @@ class FewUnitsForward {
         Cell::template forward<Math<T, V>>(sums, sums + kSums - Cell::kSplit, load_abreast(h_[u] + i), c, saved);
     store_abreast(next_[u] + i, h);
     if constexpr (Cell::kHasCell) store_abreast(c_[u] + i, c, left);
-    for (int v = 0; v < Cell::kSaved && args_.saved; ++v)
-      store_abreast(those_.kept<Cell>(args_.saved, args_.sizes, layout_, t, v, u) + i, saved[v], left);
+    for (int v = 0; v < Cell::kSaved && kept_; ++v) store_abreast(kept_.at(t, v, u) + i, saved[v], left);
   }
 
   ALWAYS_INLINE void add_products(V* sums, const T* weight, const Columns<T>& columns, int64_t i, int64_t u,
@@ -249,6 +264,7 @@ class FewUnitsForward {
   const Layout& layout_;
   const Weights<const T>& weights_;
   const FewSequences those_;
+  const KeptColumns<Cell, T>& kept_;
   const int64_t hidden_;
   Buffer<T> bias_;  // [sums, H]
   Columns<T> x_, h_, next_, c_;
@@ -259,7 +275,7 @@ template <class Cell, class T>
 class FewUnitsBackward {
   using V = Abreast<T>;
   static constexpr int G = Cell::kGates;
-  static constexpr bool kReadsOutput = Cell::kSaved == 0;  // else what is saved is enough
+  static constexpr bool kComputesAgain = Cell::kSaved > 0;  // else the output is enough
 
  public:
   FewUnitsBackward(const BackwardArgs<T>& args, FewSequences those)
@@ -268,8 +284,9 @@ class FewUnitsBackward {
         weights_(args.weights[those.direction]),
         those_(those),
         hidden_(args.sizes.hidden),
+        kept_(layout_.steps, hidden_, those.count),
         x_(args.sizes.input),
-        h_(kReadsOutput ? hidden_ : 0),
+        h_(kComputesAgain ? 0 : hidden_),
         h_prev_(hidden_),
         c_prev_(Cell::kHasCell ? hidden_ : 0),
         dy_(hidden_),
@@ -286,7 +303,19 @@ class FewUnitsBackward {
     return Sizes::padded(G * s.hidden * (s.input + s.hidden) + Cell::kGradGates * s.hidden);
   }
 
+  /// `sums`: zeros before it.
   void run(T* sums) {
+    if constexpr (kComputesAgain) {
+      ForwardArgs<T> again = {};
+      again.sizes = args_.sizes;
+      again.layout = layout_;
+      again.input = args_.input;
+      again.resets = args_.resets;
+      again.h_0 = args_.h_0;
+      again.c_0 = args_.c_0;
+      again.weights[those_.direction] = weights_;
+      FewUnitsForward<Cell, T>(again, those_, kept_).run();
+    }
     const auto states = [&](auto* of) { return rows_of(of, hidden_, layout_, those_.direction, those_.first); };
     if (args_.grad_h_n) dh_.read(states(args_.grad_h_n), those_.count);
     if (Cell::kHasCell && args_.grad_c_n) dc_.read(states(args_.grad_c_n), those_.count);
@@ -299,13 +328,13 @@ class FewUnitsBackward {
       for (int64_t i = 0; i < count_; i += kAbreastLanes<T>) {
         for (int64_t u = 0; u < hidden_; ++u) compute(t, i, u);
       }
-      if (layout_.steps > 1 || args_.grad_h_0)  // else weight_hh may not be there
-        pass_on(dh_, weights_.weight_hh, Cell::kDirectCarry, [](int g) { return Cell::hh_slot(g); });
+      pass_on(dh_, weights_.weight_hh, Cell::kDirectCarry, [](int g) { return Cell::hh_slot(g); });
       if (args_.grad_input.data) {
         pass_on(dx_, weights_.weight_ih, false, [](int g) { return Cell::ih_slot(g); });
         dx_.write(rows_of(args_.grad_input.template of<T>(), layout_, t, those_.first, 0), count_, those_.reverse());
       }
       add_to_parameters();
+      if (s % kSummedRows == 0) add_lanes(sums);
       those_.each_beginning(args_, t, [&](int64_t j) {
         dh_.clear(j);
         dc_.clear(j);
@@ -313,14 +342,23 @@ class FewUnitsBackward {
     }
     if (args_.grad_h_0) dh_.write(states(args_.grad_h_0), those_.count);
     if (Cell::kHasCell && args_.grad_c_0) dc_.write(states(args_.grad_c_0), those_.count);
-    for (int64_t n = 0; n < numbers(args_.sizes); n += kLanes<T>) {
-      Vec<T> rows[kLanes<T>];
-      for (int i = 0; i < kLanes<T>; ++i) rows[i] = load(lanes_.get() + (n + i) * kLanes<T>);
-      store(sums + n, sums_of_lanes<T>(rows));
-    }
+    add_lanes(sums);
   }
 
  private:
+  /// Adds up the sums of some steps.
+  void add_lanes(T* sums) {
+    for (int64_t n = 0; n < numbers(args_.sizes); n += kLanes<T>) {
+      Vec<T> rows[kLanes<T>];
+      for (int i = 0; i < kLanes<T>; ++i) {
+        T* lanes = lanes_.get() + (n + i) * kLanes<T>;
+        rows[i] = load(lanes);
+        store(lanes, Vec<T>{});
+      }
+      store(sums + n, load(sums + n) + sums_of_lanes<T>(rows));
+    }
+  }
+
   /// What step t was computed from, and the gradients of its results; `before`: the step before it, -1: there is none.
   void read(int64_t t, int64_t before) {
     const int64_t first = those_.first, going_on = smaller(those_.active(layout_, before), count_);
@@ -334,7 +372,7 @@ class FewUnitsBackward {
       for (int64_t j = going_on; j < count_; ++j) to.clear(j);
     };
     x_.read(rows_of(args_.input, layout_, t, first, 0), count_);
-    if (kReadsOutput) read_step(h_, args_.output, t, count_);
+    if (!kComputesAgain) read_step(h_, args_.output, t, count_);
     read_step(dy_, args_.grad_output, t, count_);
     read_initial(h_prev_, args_.h_0);
     read_step(h_prev_, args_.output, before, going_on);
@@ -342,7 +380,7 @@ class FewUnitsBackward {
       read_step(dcells_, args_.grad_cells, t, count_);
       read_initial(c_prev_, args_.c_0);
       for (int64_t u = 0; u < hidden_ && going_on > 0; ++u)
-        copy_row(c_prev_[u], kept(before, Cell::kSavedCell, u), going_on);
+        copy_row(c_prev_[u], kept_.at(before, Cell::kSavedCell, u), going_on);
     }
     those_.each_beginning(args_, t, [&](int64_t j) {
       h_prev_.clear(j);
@@ -350,16 +388,12 @@ class FewUnitsBackward {
     });
   }
 
-  const T* kept(int64_t t, int value, int64_t unit) const {
-    return those_.kept<Cell>(args_.saved, args_.sizes, layout_, t, value, unit);
-  }
-
   /// The gradients of the gates of unit u at step t, of the sequences from number i on. That of h becomes its direct
   /// part.
   ALWAYS_INLINE void compute(int64_t t, int64_t i, int64_t u) {
     V values[Cell::kSaved + 1], dgates[Cell::kGradGates];
-    for (int v = 0; v < Cell::kSaved; ++v) values[v] = load_abreast(kept(t, v, u) + i, count_ - i);
-    const V h = kReadsOutput ? load_abreast(h_[u] + i) : V{};
+    for (int v = 0; v < Cell::kSaved; ++v) values[v] = load_abreast(kept_.at(t, v, u) + i, count_ - i);
+    const V h = kComputesAgain ? V{} : load_abreast(h_[u] + i);
     const V c_prev = Cell::kHasCell ? load_abreast(c_prev_[u] + i) : V{};
     V dc = Cell::kHasCell ? load_abreast(dc_[u] + i) + load_abreast(dcells_[u] + i) : V{};
     const V dh = load_abreast(dh_[u] + i) + load_abreast(dy_[u] + i);
@@ -453,6 +487,7 @@ class FewUnitsBackward {
   const Weights<const T>& weights_;
   const FewSequences those_;
   const int64_t hidden_;
+  const KeptColumns<Cell, T> kept_;
   int64_t count_ = 0;  // of them that have the step
   Columns<T> x_, h_, h_prev_, c_prev_, dy_, dcells_, dh_, dc_, dgates_, dx_;
   Buffer<T> lanes_;  // [numbers][lanes]
@@ -461,9 +496,10 @@ class FewUnitsBackward {
 template <class Cell, class T>
 void few_units_forward(const ForwardArgs<T>& args, const Executor& executor) {
   const int64_t batch = args.layout.batch, parts = (batch + kTogether - 1) / kTogether;
+  const KeptColumns<Cell, T> nothing;
   parallel(executor, args.sizes.directions * parts, [&](int64_t task) {
     const int64_t first = task % parts * kTogether;
-    FewUnitsForward<Cell, T>(args, {int(task / parts), first, smaller(kTogether, batch - first)}).run();
+    FewUnitsForward<Cell, T>(args, {int(task / parts), first, smaller(kTogether, batch - first)}, nothing).run();
   });
 }
 
@@ -497,7 +533,7 @@ void few_units_backward(const BackwardArgs<T>& args, const Executor& executor) {
   const Sizes& s = args.sizes;
   Buffer<GroupRun> runs(args.layout.batch);
   const int64_t count = find_group_runs(args.layout, args.groups, runs.get()), numbers = Part::numbers(s);
-  Buffer<T> all_sums(s.directions * count * numbers);
+  Buffer<T> all_sums(s.directions * count * numbers, true);
   const auto sums_of = [&](int d, int64_t run) { return all_sums.get() + (d * count + run) * numbers; };
   parallel(executor, count, [&](int64_t i) {
     const GroupRun& run = runs.get()[i];

@@ -34,6 +34,14 @@ at::ScalarType backward_type(const at::Tensor& input, cpu::CellKind cell, cpu::V
   return computes ? at::kBFloat16 : compute_type(input);
 }
 
+bool has_few_units(at::ScalarType dtype, const LayerShape& shape) {
+  bool result = false;
+  with_stored<float, double, cpu::BFloat16>(dtype, [&](auto storage) {
+    result = cpu::has_few_units<decltype(storage)>(shape.cell.kind, shape.variant, shape.sizes, shape.layout());
+  });
+  return result;
+}
+
 cpu::Storage storage_of(at::ScalarType type) {
   if (type == at::kBFloat16) return cpu::Storage::kBFloat16;
   return type == at::kHalf ? cpu::Storage::kFloat16 : cpu::Storage::kComputed;
@@ -230,9 +238,12 @@ LayerGrads layer_backward_cpu(const OptionalTensor& grad_output, const OptionalT
   const OptionalTensor dh_n = prepare(grad_h_n, dtype, "grad_h_n"), dc_n = prepare(grad_c_n, dtype, "grad_c_n");
   std::vector<at::Tensor> w = weights.vec();
   const cpu::Narrow narrow = narrow_backward(input.scalar_type(), shape);
-  // What no gradient passes through the kernels do not look at; of biases, only layer normalisation's.
+  // What no gradient passes through the kernels do not look at, of biases only at layer normalisation's; but of few
+  // units they compute the gates again.
   const bool normed = shape.variant == cpu::Variant::kLayerNorm;
+  const bool few = has_few_units(dtype, shape);
   const auto passed = [&](LayerShape::Weight weight) {
+    if (few) return true;
     if (weight == LayerShape::kWeightIh) return output_mask.get(0);
     if (weight == LayerShape::kWeightHh) return output_mask.get(1) || shape.layout().steps > 1;
     return weight == LayerShape::kWeightHr || normed;
