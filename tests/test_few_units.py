@@ -82,7 +82,7 @@ def test_each_result_alone(cell):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@sizes([(5, 61, 2, 2), (4, 290, 5, 3), (7, 150, 16, 4)])
+@sizes([(6, 77, 1, 1), (5, 61, 2, 2), (4, 290, 5, 3), (7, 150, 16, 4)])
 @pytest.mark.parametrize("cell", CELLS)
 def test_ragged(cell, size, dtype):
     """Sequences that end, or in the other direction begin, at any step: in one of the parts, or in all."""
@@ -115,6 +115,21 @@ def test_nan_stays_in_its_sequence(cell):
         assert results["output"][1:, 33, :2].isnan().all() and grads["weight_ih"].isnan().any()
         assert grads["input"][:, others].isfinite().all()
         check_gradients({"input": grads["input"][:, others]}, {"input": expected_grads["input"][:, others]})
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_sequences_without_timesteps(cell):
+    """What comes in as the gradient of their states goes to the initial ones, and nowhere else."""
+    problem = build(Case(cell, bidirectional=True, lengths=True, size=(4, 90, 2, 2)))
+    none = problem.lengths == 0
+    grad_of = cotangents(run(problem))
+    for name in ("h_n", "c_n"):
+        if name in grad_of:
+            grad_of[name][:, none] = float("nan")
+    expected = gradients(oracle, problem, grad_of)[1]
+    assert none.any() and expected["weight_hh"].isfinite().all()
+    for _ in instruction_sets():
+        check_gradients(gradients(run, problem, grad_of)[1], expected)
 
 
 @pytest.mark.parametrize("cell", CELLS)

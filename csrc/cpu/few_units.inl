@@ -466,7 +466,7 @@ class FewUnitsBackward {
     for (int64_t i = 0; i < count_; i += kLanes<T>) {
       Vec<T> x[K];
 #pragma GCC unroll 4
-      for (int n = 0; n < K; ++n) x[n] = load_part(columns[k + n] + i, count_ - i);
+      for (int n = 0; n < K; ++n) x[n] = load(columns[k + n] + i);
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {
         const Vec<T> a = load_part(rows[r] + i, count_ - i);
