@@ -69,6 +69,7 @@ class Columns {
 
   T* operator[](int64_t k) const { return data_.get() + k * kTogether; }
   int64_t width() const { return width_; }
+  void clear() { std::memset(data_.get(), 0, size_t(width_ * kTogether) * sizeof(T)); }
   void clear(int64_t j) {
     for (int64_t k = 0; k < width_; ++k) (*this)[k][j] = 0;
   }
@@ -142,7 +143,7 @@ class Columns {
   Buffer<T> data_;
 };
 
-/// Of some sequences that follow each other, in one direction.
+/// Up to kTogether sequences that follow each other, in one direction.
 struct FewSequences {
   int direction;
   int64_t first, count;
@@ -160,11 +161,10 @@ struct FewSequences {
   }
 };
 
-/// A cell's values that backward needs, of all steps of some sequences, or of none.
+/// A cell's values that backward needs, of all steps of up to so many sequences; of no steps, none.
 template <class Cell, class T>
 class KeptColumns {
  public:
-  KeptColumns() : data_(0) {}
   KeptColumns(int64_t steps, int64_t hidden, int64_t count)
       : hidden_(hidden),
         length_((count + kAbreastLanes<T> - 1) / kAbreastLanes<T> * kAbreastLanes<T>),
@@ -176,22 +176,21 @@ class KeptColumns {
   }
 
  private:
-  const int64_t hidden_ = 0, length_ = 0;
+  const int64_t hidden_, length_;
   Buffer<T> data_;
 };
 
-/// The steps of up to kTogether sequences, whose results are written if there is a place for them.
+/// The steps of some sequences after the others, whose results are written if there is a place for them.
 template <class Cell, class T>
 class FewUnitsForward {
   using V = Abreast<T>;
   static constexpr int G = Cell::kGates, kSums = G + Cell::kSplit;
 
  public:
-  FewUnitsForward(const ForwardArgs<T>& args, FewSequences those, const KeptColumns<Cell, T>& kept)
+  FewUnitsForward(const ForwardArgs<T>& args, int direction, const KeptColumns<Cell, T>& kept)
       : args_(args),
         layout_(args.layout),
-        weights_(args.weights[those.direction]),
-        those_(those),
+        weights_(args.weights[direction]),
         kept_(kept),
         hidden_(args.sizes.hidden),
         bias_(kSums * hidden_, true),
@@ -205,16 +204,16 @@ class FewUnitsForward {
     }
   }
 
-  void run() {
-    const int64_t first = those_.first, of_direction = those_.direction * hidden_;
-    const auto states = [&](auto* of) { return rows_of(of, hidden_, layout_, those_.direction, first); };
-    if (args_.h_0) h_.read(states(args_.h_0), those_.count);
-    if (Cell::kHasCell && args_.c_0) c_.read(states(args_.c_0), those_.count);
+  void run(FewSequences those) {
+    const int64_t first = those.first, of_direction = those.direction * hidden_;
+    const auto states = [&](auto* of) { return rows_of(of, hidden_, layout_, those.direction, first); };
+    args_.h_0 ? h_.read(states(args_.h_0), those.count) : h_.clear();
+    if constexpr (Cell::kHasCell) args_.c_0 ? c_.read(states(args_.c_0), those.count) : c_.clear();
     for (int64_t s = 0; s < layout_.steps; ++s) {
-      const int64_t t = time_of(layout_, those_.reverse(), s), count = those_.active(layout_, t);
+      const int64_t t = time_of(layout_, those.reverse(), s), count = those.active(layout_, t);
       if (count == 0) continue;
       x_.read(rows_of(args_.input, layout_, t, first, 0), count);
-      those_.each_beginning(args_, t, [&](int64_t j) {
+      those.each_beginning(args_, t, [&](int64_t j) {
         h_.clear(j);
         c_.clear(j);
       });
@@ -225,8 +224,8 @@ class FewUnitsForward {
       if (args_.output.data) h_.write(rows_of(args_.output, layout_, t, first, of_direction), count);
       if (Cell::kHasCell && args_.cells.data) c_.write(rows_of(args_.cells, layout_, t, first, of_direction), count);
     }
-    if (args_.h_n) h_.write(states(args_.h_n), those_.count);
-    if (Cell::kHasCell && args_.c_n) c_.write(states(args_.c_n), those_.count);
+    if (args_.h_n) h_.write(states(args_.h_n), those.count);
+    if (Cell::kHasCell && args_.c_n) c_.write(states(args_.c_n), those.count);
   }
 
  private:
@@ -263,14 +262,13 @@ class FewUnitsForward {
   const ForwardArgs<T>& args_;
   const Layout& layout_;
   const Weights<const T>& weights_;
-  const FewSequences those_;
   const KeptColumns<Cell, T>& kept_;
   const int64_t hidden_;
   Buffer<T> bias_;  // [sums, H]
   Columns<T> x_, h_, next_, c_;
 };
 
-/// The gradients of up to kTogether sequences, and their part of those of the parameters.
+/// The gradients of some sequences after the others, and their part of those of the parameters.
 template <class Cell, class T>
 class FewUnitsBackward {
   using V = Abreast<T>;
@@ -278,13 +276,15 @@ class FewUnitsBackward {
   static constexpr bool kComputesAgain = Cell::kSaved > 0;  // else the output is enough
 
  public:
-  FewUnitsBackward(const BackwardArgs<T>& args, FewSequences those)
+  /// `most`: sequences at a time.
+  FewUnitsBackward(const BackwardArgs<T>& args, int direction, int64_t most)
       : args_(args),
         layout_(args.layout),
-        weights_(args.weights[those.direction]),
-        those_(those),
+        weights_(args.weights[direction]),
         hidden_(args.sizes.hidden),
-        kept_(layout_.steps, hidden_, those.count),
+        kept_(layout_.steps, hidden_, most),
+        again_(forward_args(args)),
+        forward_(again_, direction, kept_),
         x_(args.sizes.input),
         h_(kComputesAgain ? 0 : hidden_),
         h_prev_(hidden_),
@@ -304,21 +304,12 @@ class FewUnitsBackward {
   }
 
   /// `sums`: zeros before it.
-  void run(T* sums) {
-    if constexpr (kComputesAgain) {
-      ForwardArgs<T> again = {};
-      again.sizes = args_.sizes;
-      again.layout = layout_;
-      again.input = args_.input;
-      again.resets = args_.resets;
-      again.h_0 = args_.h_0;
-      again.c_0 = args_.c_0;
-      again.weights[those_.direction] = weights_;
-      FewUnitsForward<Cell, T>(again, those_, kept_).run();
-    }
+  void run(FewSequences those, T* sums) {
+    those_ = those;
+    if constexpr (kComputesAgain) forward_.run(those);
     const auto states = [&](auto* of) { return rows_of(of, hidden_, layout_, those_.direction, those_.first); };
-    if (args_.grad_h_n) dh_.read(states(args_.grad_h_n), those_.count);
-    if (Cell::kHasCell && args_.grad_c_n) dc_.read(states(args_.grad_c_n), those_.count);
+    args_.grad_h_n ? dh_.read(states(args_.grad_h_n), those_.count) : dh_.clear();
+    if constexpr (Cell::kHasCell) args_.grad_c_n ? dc_.read(states(args_.grad_c_n), those_.count) : dc_.clear();
     for (int64_t s = layout_.steps - 1; s >= 0; --s) {
       const int64_t t = time_of(layout_, those_.reverse(), s);
       count_ = those_.active(layout_, t);
@@ -346,6 +337,18 @@ class FewUnitsBackward {
   }
 
  private:
+  static ForwardArgs<T> forward_args(const BackwardArgs<T>& args) {
+    ForwardArgs<T> again = {};
+    again.sizes = args.sizes;
+    again.layout = args.layout;
+    again.input = args.input;
+    again.resets = args.resets;
+    again.h_0 = args.h_0;
+    again.c_0 = args.c_0;
+    for (int d = 0; d < args.sizes.directions; ++d) again.weights[d] = args.weights[d];
+    return again;
+  }
+
   /// Adds up the sums of some steps.
   void add_lanes(T* sums) {
     for (int64_t n = 0; n < numbers(args_.sizes); n += kLanes<T>) {
@@ -463,17 +466,20 @@ class FewUnitsBackward {
   template <int R, int K>
   ALWAYS_INLINE void add_products(T* sums, const T* const (&rows)[R], const Columns<T>& columns, int64_t k) const {
     Vec<T> sum[R][K] = {};
-    for (int64_t i = 0; i < count_; i += kLanes<T>) {
+    const auto add = [&](int64_t i, const auto& load_lanes) ALWAYS_INLINE_LAMBDA {
       Vec<T> x[K];
 #pragma GCC unroll 4
-      for (int n = 0; n < K; ++n) x[n] = load(columns[k + n] + i);
+      for (int n = 0; n < K; ++n) x[n] = load_lanes(columns[k + n] + i);
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {
-        const Vec<T> a = load_part(rows[r] + i, count_ - i);
+        const Vec<T> a = load_lanes(rows[r] + i);
 #pragma GCC unroll 4
         for (int n = 0; n < K; ++n) sum[r][n] = fma(a, x[n], sum[r][n]);
       }
-    }
+    };
+    int64_t i = 0;
+    for (; i + kLanes<T> <= count_; i += kLanes<T>) add(i, [](const T* p) ALWAYS_INLINE_LAMBDA { return load(p); });
+    if (i < count_) add(i, [&](const T* p) ALWAYS_INLINE_LAMBDA { return load_part(p, count_ - i); });
     for (int r = 0; r < R; ++r) {
       for (int n = 0; n < K; ++n) {
         T* to = sums + (r * columns.width() + k + n) * kLanes<T>;
@@ -485,21 +491,33 @@ class FewUnitsBackward {
   const BackwardArgs<T>& args_;
   const Layout& layout_;
   const Weights<const T>& weights_;
-  const FewSequences those_;
+  FewSequences those_ = {};
+  int64_t count_ = 0;  // of them that have the step
   const int64_t hidden_;
   const KeptColumns<Cell, T> kept_;
-  int64_t count_ = 0;  // of them that have the step
+  const ForwardArgs<T> again_;
+  FewUnitsForward<Cell, T> forward_;
   Columns<T> x_, h_, h_prev_, c_prev_, dy_, dcells_, dh_, dc_, dgates_, dx_;
   Buffer<T> lanes_;  // [numbers][lanes]
 };
 
+inline int64_t parts_of(int64_t batch) { return (batch + kTogether - 1) / kTogether; }
+
+/// Calls fn(first, last) for shares of so many tasks, each of which makes memory for all of its.
+void share_tasks(const Executor& executor, int64_t tasks, const auto& fn) {
+  const int64_t shares = smaller(tasks, executor.threads > 1 ? 4 * executor.threads : 1);
+  parallel(executor, shares, [&](int64_t i) { fn(tasks * i / shares, tasks * (i + 1) / shares); });
+}
+
 template <class Cell, class T>
 void few_units_forward(const ForwardArgs<T>& args, const Executor& executor) {
-  const int64_t batch = args.layout.batch, parts = (batch + kTogether - 1) / kTogether;
-  const KeptColumns<Cell, T> nothing;
-  parallel(executor, args.sizes.directions * parts, [&](int64_t task) {
-    const int64_t first = task % parts * kTogether;
-    FewUnitsForward<Cell, T>(args, {int(task / parts), first, smaller(kTogether, batch - first)}, nothing).run();
+  const int64_t batch = args.layout.batch;
+  const KeptColumns<Cell, T> nothing(0, 0, 0);
+  share_tasks(executor, parts_of(batch), [&](int64_t part, int64_t end) {
+    for (int d = 0; d < args.sizes.directions; ++d) {
+      FewUnitsForward<Cell, T> forward(args, d, nothing);
+      for (int64_t i = part; i < end; ++i) forward.run({d, i * kTogether, smaller(kTogether, batch - i * kTogether)});
+    }
   });
 }
 
@@ -511,12 +529,17 @@ struct GroupRun {
 
 /// All of them, group by group: how many.
 inline int64_t find_group_runs(const Layout& layout, int64_t groups, GroupRun* runs) {
-  const int64_t size = groups > 0 ? layout.batch / groups : layout.batch;
-  Buffer<int64_t> rows(groups > 0 ? layout.batch : 0);
-  if (groups > 0) find_group_rows(layout, groups, rows.get());
   int64_t found = 0;
+  if (groups == 0) {
+    for (int64_t first = 0; first < layout.batch; first += kTogether)
+      runs[found++] = {0, first, smaller(kTogether, layout.batch - first)};
+    return found;
+  }
+  const int64_t size = layout.batch / groups;
+  Buffer<int64_t> rows(layout.batch);
+  find_group_rows(layout, groups, rows.get());
   for (int64_t i = 0; i < layout.batch; ++i) {
-    const int64_t group = i / size, row = groups > 0 ? rows.get()[i] : i;
+    const int64_t group = i / size, row = rows.get()[i];
     GroupRun* last = found > 0 ? runs + found - 1 : nullptr;
     if (last && last->group == group && last->first + last->count == row && last->count < kTogether) {
       ++last->count;
@@ -531,14 +554,18 @@ template <class Cell, class T>
 void few_units_backward(const BackwardArgs<T>& args, const Executor& executor) {
   using Part = FewUnitsBackward<Cell, T>;
   const Sizes& s = args.sizes;
-  Buffer<GroupRun> runs(args.layout.batch);
+  Buffer<GroupRun> runs(args.groups > 0 ? args.layout.batch : parts_of(args.layout.batch));
   const int64_t count = find_group_runs(args.layout, args.groups, runs.get()), numbers = Part::numbers(s);
   Buffer<T> all_sums(s.directions * count * numbers, true);
   const auto sums_of = [&](int d, int64_t run) { return all_sums.get() + (d * count + run) * numbers; };
-  parallel(executor, count, [&](int64_t i) {
-    const GroupRun& run = runs.get()[i];
+  share_tasks(executor, count, [&](int64_t begin, int64_t end) {
+    int64_t most = 0;
+    for (int64_t i = begin; i < end; ++i) most = larger(most, runs.get()[i].count);
     // One direction after the other, as both add to the gradient of the input.
-    for (int d = 0; d < s.directions; ++d) Part(args, {d, run.first, run.count}).run(sums_of(d, i));
+    for (int d = 0; d < s.directions; ++d) {
+      Part part(args, d, most);
+      for (int64_t i = begin; i < end; ++i) part.run({d, runs.get()[i].first, runs.get()[i].count}, sums_of(d, i));
+    }
   });
   for (int d = 0; d < s.directions; ++d) {
     for (int64_t i = 0; i < count;) {
