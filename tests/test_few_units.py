@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_groups import agree as agree_in_groups
+from test_groups import arguments
 from util import (
     CELLS,
     Case,
@@ -72,7 +74,7 @@ def test_sizes(cell, size, dtype):
 @pytest.mark.parametrize("cell", CELLS)
 def test_each_result_alone(cell):
     """Gradients of one result, and of some parameters."""
-    problem = build(Case(cell, "batch_first", True, resets=True, size=(4, 37, 5, 3)))
+    problem = build(Case(cell, "batch_first", True, resets=True, size=(4, 37, 5, 1)))
     for name, cotangent in cotangents(run(problem)).items():
         expected = gradients(oracle, problem, {name: cotangent}, unused=True)[1]
         check_gradients(gradients(run, problem, {name: cotangent}, unused=True)[1], expected)
@@ -90,6 +92,35 @@ def test_ragged(cell, size, dtype):
     agree(build(Case(cell, "packed", True, state=False, size=size)).to(dtype), dtype)
     agree(build(Case(cell, "batch_first", True, lengths=True, resets=True, size=size)).to(dtype), dtype)
     agree(build(Case(cell, "dense", lengths=True, state=False, size=size)).to(dtype), dtype)
+
+
+@sizes([(5, 48, 2, 2), (2, 300, 3, 1), (3, 70, 5, 4)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_groups(cell, size):
+    """Gradients of weights by groups of sequences, many or few of which lie together: those of each group alone."""
+    for lengths in (False, True):
+        problem = build(Case(cell, "batch_first", True, lengths=lengths, resets=lengths, size=size))
+        for _ in instruction_sets():
+            given = arguments(problem)
+            for groups in (1, 2, size[1] // 2, size[1]):
+                agree_in_groups(given, groups)
+
+
+@pytest.mark.parametrize("inputs", [2, 3, 5])
+@pytest.mark.parametrize("cell", CELLS)
+def test_overlapping_inputs(cell, inputs):
+    """Of a sliding window rows are one number apart, and columns, too."""
+    problem = build(Case(cell, size=(1, 50, inputs, 1))).requiring()
+    line = torch.arange(49.0 + inputs, dtype=torch.float64).sin().requires_grad_()
+    windows = line.unfold(0, inputs, 1)[None]
+    for _ in instruction_sets():
+        found = []
+        for problem.input in (windows, windows.contiguous()):
+            results = run(problem)
+            loss = sum((results[name] * g).sum() for name, g in cotangents(results).items())
+            grads = torch.autograd.grad(loss, [line, *problem.weights.values()], retain_graph=True)
+            found.append(results | dict(zip(["line", *problem.weights], grads, strict=True)))
+        same_bits(found[0], found[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -150,7 +181,7 @@ def test_weights_that_are_infinite(cell):
 def test_threads(cell):
     """The same bits by any number of them, of sequences of one length and of others."""
     for lengths in (False, True):
-        problem = build(Case(cell, "batch_first", True, lengths=lengths, size=(40, 700, 2, 2))).to(torch.float32)
+        problem = build(Case(cell, "batch_first", True, lengths=lengths, size=(100, 700, 2, 2))).to(torch.float32)
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -162,7 +193,7 @@ def test_threads(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_second_derivatives(cell):
-    """What is kept for backward has a layout of its own, which those do not look at."""
+    """Which are computed elsewhere, from the same arguments."""
     problem = build(Case(cell, size=(3, 18, 2, 2)))
     names = [name for name in problem.leaves() if name != "c_0"]
 

@@ -13,7 +13,6 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* get() const { return data_; }
-  void swap(Buffer& other) { std::swap(data_, other.data_); }
 
  private:
   T* data_;

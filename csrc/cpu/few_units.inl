@@ -1,7 +1,8 @@
 // Layers of few units and many sequences. The scans of forward.inl and backward.inl hold units of a sequence in the
 // lanes of a vector, of which such a layer would leave most empty: here they hold sequences, and units take turns.
-// Nothing is kept for backward, which computes what it needs once more, in the cache: it may be called for a larger
-// batch than forward was (by vmap), one of few units where that was none.
+// Nothing is kept for backward, which computes what it needs once more, of few timesteps in the cache: it may be called
+// for a larger batch than forward was (by vmap), one of few units where that was none. It never is for a smaller one,
+// whose scan would look for what forward has not kept.
 
 /// Sequences that go through a step together: enough to hide how long a cell takes, and what they need of the step
 /// nearly always fits the first-level cache. The number of threads must not decide it, as sums depend on it.
@@ -79,7 +80,7 @@ class Columns {
       for (int64_t k = 0; k < width_; ++k) {
         T* to = (*this)[k];
         if (rows.is_column()) {
-          copy_row(to, rows.data, count);
+          copy_row(to, rows.data + k, count);
         } else {
           each_row(rows, count, [&](int64_t j, const T* row) { to[j] = row[k]; });
         }
@@ -102,7 +103,7 @@ class Columns {
         if (adds) {
           each_row(rows, count, [&](int64_t j, T* row) { row[k] += from[j]; });
         } else if (rows.is_column()) {
-          copy_row(rows.data, from, count);
+          copy_row(rows.data + k, from, count);
         } else {
           each_row(rows, count, [&](int64_t j, T* row) { row[k] = from[j]; });
         }
@@ -184,7 +185,8 @@ class KeptColumns {
 template <class Cell, class T>
 class FewUnitsForward {
   using V = Abreast<T>;
-  static constexpr int G = Cell::kGates, kSums = G + Cell::kSplit;
+  using Sums = TangentWeights<Cell, T>;  // which says what of a cell is summed apart
+  static constexpr int G = Cell::kGates, kSums = Sums::kSums;
 
  public:
   FewUnitsForward(const ForwardArgs<T>& args, int direction, const KeptColumns<Cell, T>& kept)
@@ -200,7 +202,7 @@ class FewUnitsForward {
         c_(Cell::kHasCell ? hidden_ : 0) {
     for (int64_t i = 0; i < G * hidden_ && weights_.bias_ih; ++i) {
       bias_.get()[i] += weights_.bias_hh[i];
-      bias_.get()[input_sum(int(i / hidden_)) * hidden_ + i % hidden_] += weights_.bias_ih[i];
+      bias_.get()[Sums::input_sum(int(i / hidden_)) * hidden_ + i % hidden_] += weights_.bias_ih[i];
     }
   }
 
@@ -229,14 +231,11 @@ class FewUnitsForward {
   }
 
  private:
-  /// Which sum the input part of gate g goes to; the recurrent part goes to sum g.
-  static constexpr int input_sum(int g) { return g < G - Cell::kSplit ? g : g + Cell::kSplit; }
-
   /// Step t of unit u of the sequences from number i on, of which `left` have it.
   ALWAYS_INLINE void compute(int64_t t, int64_t i, int64_t left, int64_t u) {
     V sums[kSums], saved[Cell::kSaved + 1];
     for (int q = 0; q < kSums; ++q) sums[q] = broadcast_abreast(bias_.get()[q * hidden_ + u]);
-    add_products(sums, weights_.weight_ih, x_, i, u, [](int g) { return input_sum(g); });
+    add_products(sums, weights_.weight_ih, x_, i, u, [](int g) { return Sums::input_sum(g); });
     add_products(sums, weights_.weight_hh, h_, i, u, [](int g) { return g; });
     V c = Cell::kHasCell ? load_abreast(c_[u] + i) : V{};
     const V h =
@@ -276,8 +275,8 @@ class FewUnitsBackward {
   static constexpr bool kComputesAgain = Cell::kSaved > 0;  // else the output is enough
 
  public:
-  /// `most`: sequences at a time.
-  FewUnitsBackward(const BackwardArgs<T>& args, int direction, int64_t most)
+  /// `most`: sequences at a time. `apart`: gradients of parameters are wanted of each sequence by itself.
+  FewUnitsBackward(const BackwardArgs<T>& args, int direction, int64_t most, bool apart)
       : args_(args),
         layout_(args.layout),
         weights_(args.weights[direction]),
@@ -295,7 +294,8 @@ class FewUnitsBackward {
         dc_(Cell::kHasCell ? hidden_ : 0),
         dgates_(Cell::kGradGates * hidden_),
         dx_(args.grad_input.data ? args.sizes.input : 0),
-        lanes_(numbers(args.sizes) * kLanes<T>, true) {}
+        lanes_(apart ? 0 : numbers(args.sizes) * kLanes<T>, true),
+        apart_(apart ? numbers(args.sizes) : 0) {}
 
   /// Room for the sums over rows that the gradients of parameters are: of the weights as they lie, then of the gates'
   /// gradients.
@@ -303,7 +303,7 @@ class FewUnitsBackward {
     return Sizes::padded(G * s.hidden * (s.input + s.hidden) + Cell::kGradGates * s.hidden);
   }
 
-  /// `sums`: zeros before it.
+  /// To `sums`, zeros before it: a row of numbers or, if they are apart, one for each sequence.
   void run(FewSequences those, T* sums) {
     those_ = those;
     if constexpr (kComputesAgain) forward_.run(those);
@@ -325,7 +325,7 @@ class FewUnitsBackward {
         dx_.write(rows_of(args_.grad_input.template of<T>(), layout_, t, those_.first, 0), count_, those_.reverse());
       }
       add_to_parameters();
-      if (s % kSummedRows == 0) add_lanes(sums);
+      if (s > 0 && s % kSummedRows == 0) add_lanes(sums);
       those_.each_beginning(args_, t, [&](int64_t j) {
         dh_.clear(j);
         dc_.clear(j);
@@ -351,6 +351,10 @@ class FewUnitsBackward {
 
   /// Adds up the sums of some steps.
   void add_lanes(T* sums) {
+    if (apart_.width() > 0) {
+      apart_.write({sums, apart_.width(), nullptr}, those_.count, true);
+      return apart_.clear();
+    }
     for (int64_t n = 0; n < numbers(args_.sizes); n += kLanes<T>) {
       Vec<T> rows[kLanes<T>];
       for (int i = 0; i < kLanes<T>; ++i) {
@@ -435,25 +439,39 @@ class FewUnitsBackward {
 
   void add_to_parameters() {
     const Weights<void>& wanted = args_.grad_weights[those_.direction];
-    T* sums = lanes_.get();
+    const bool apart = apart_.width() > 0;
+    const int64_t of_sum = apart ? kTogether : kLanes<T>;
+    T* sums = apart ? apart_[0] : lanes_.get();
     const auto add = [&](bool is_wanted, const Columns<T>& columns, const auto& slot) {
-      const int64_t width = columns.width();
+      const int64_t width = columns.width(), rows = is_wanted ? G * hidden_ : 0;
       const auto dgates = [&](int64_t row) { return dgates_[slot(int(row / hidden_)) * hidden_ + row % hidden_]; };
       int64_t row = 0;
-      const int64_t rows = is_wanted ? G * hidden_ : 0;
+      for (; apart && row < rows; ++row) {
+        for (int64_t k = 0; k < width; ++k) add_each(sums + (row * width + k) * of_sum, dgates(row), columns[k]);
+      }
       for (; row + 2 <= rows; row += 2)
-        add_products<2>(sums + row * width * kLanes<T>, {dgates(row), dgates(row + 1)}, columns);
-      if (row < rows) add_products<1>(sums + row * width * kLanes<T>, {dgates(row)}, columns);
-      sums += G * hidden_ * width * kLanes<T>;
+        add_products<2>(sums + row * width * of_sum, {dgates(row), dgates(row + 1)}, columns);
+      if (row < rows) add_products<1>(sums + row * width * of_sum, {dgates(row)}, columns);
+      sums += G * hidden_ * width * of_sum;
     };
     add(wanted.weight_ih, x_, [](int g) { return Cell::ih_slot(g); });
     add(wanted.weight_hh, h_prev_, [](int g) { return Cell::hh_slot(g); });
     if (!wanted.bias_ih && !wanted.bias_hh) return;
-    for (int64_t q = 0; q < Cell::kGradGates * hidden_; ++q, sums += kLanes<T>) {
-      Vec<T> sum = {};
-      for (int64_t i = 0; i < count_; i += kLanes<T>) sum += load_part(dgates_[q] + i, count_ - i);
-      store(sums, load(sums) + sum);
+    for (int64_t q = 0; q < Cell::kGradGates * hidden_; ++q, sums += of_sum) {
+      if (apart) {
+        add_row(sums, dgates_[q], count_);
+      } else {
+        Vec<T> sum = {};
+        for (int64_t i = 0; i < count_; i += kLanes<T>) sum += load_part(dgates_[q] + i, count_ - i);
+        store(sums, load(sums) + sum);
+      }
     }
+  }
+
+  /// Adds the products of two columns.
+  void add_each(T* to, const T* a, const T* b) const {
+    for (int64_t i = 0; i < count_; i += kLanes<T>)
+      store_part(to + i, fma(load(a + i), load(b + i), load(to + i)), count_ - i);
   }
 
   /// Adds the products of R columns with each of `columns`, each lane by itself, to R rows of as many vectors.
@@ -498,7 +516,8 @@ class FewUnitsBackward {
   const ForwardArgs<T> again_;
   FewUnitsForward<Cell, T> forward_;
   Columns<T> x_, h_, h_prev_, c_prev_, dy_, dcells_, dh_, dc_, dgates_, dx_;
-  Buffer<T> lanes_;  // [numbers][lanes]
+  Buffer<T> lanes_;  // [numbers][lanes], or nothing and
+  Columns<T> apart_;
 };
 
 inline int64_t parts_of(int64_t batch) { return (batch + kTogether - 1) / kTogether; }
@@ -527,12 +546,12 @@ struct GroupRun {
   int64_t group, first, count;
 };
 
-/// All of them, group by group: how many.
-inline int64_t find_group_runs(const Layout& layout, int64_t groups, GroupRun* runs) {
+/// All of them, group by group, of no more than `most` rows: how many.
+inline int64_t find_group_runs(const Layout& layout, int64_t groups, int64_t most, GroupRun* runs) {
   int64_t found = 0;
   if (groups == 0) {
-    for (int64_t first = 0; first < layout.batch; first += kTogether)
-      runs[found++] = {0, first, smaller(kTogether, layout.batch - first)};
+    for (int64_t first = 0; first < layout.batch; first += most)
+      runs[found++] = {0, first, smaller(most, layout.batch - first)};
     return found;
   }
   const int64_t size = layout.batch / groups;
@@ -541,7 +560,7 @@ inline int64_t find_group_runs(const Layout& layout, int64_t groups, GroupRun* r
   for (int64_t i = 0; i < layout.batch; ++i) {
     const int64_t group = i / size, row = rows.get()[i];
     GroupRun* last = found > 0 ? runs + found - 1 : nullptr;
-    if (last && last->group == group && last->first + last->count == row && last->count < kTogether) {
+    if (last && last->group == group && last->first + last->count == row && last->count < most) {
       ++last->count;
     } else {
       runs[found++] = {group, row, 1};
@@ -554,24 +573,34 @@ template <class Cell, class T>
 void few_units_backward(const BackwardArgs<T>& args, const Executor& executor) {
   using Part = FewUnitsBackward<Cell, T>;
   const Sizes& s = args.sizes;
-  Buffer<GroupRun> runs(args.groups > 0 ? args.layout.batch : parts_of(args.layout.batch));
-  const int64_t count = find_group_runs(args.layout, args.groups, runs.get()), numbers = Part::numbers(s);
+  const int64_t batch = args.layout.batch, numbers = Part::numbers(s);
+  Buffer<GroupRun> runs(args.groups > 0 ? batch : parts_of(batch));
+  int64_t count = find_group_runs(args.layout, args.groups, kTogether, runs.get());
+  // Vectors of so short runs are better filled up with those of other groups, each row's gradients of parameters apart
+  // from the others', and fewer rows at a time, as there are as many of those gradients.
+  constexpr int64_t kShort = 16, kApart = 32;
+  const bool apart = args.groups > 0 && batch < kShort * count;
+  if (apart) count = find_group_runs(args.layout, args.groups, 1, runs.get());
   Buffer<T> all_sums(s.directions * count * numbers, true);
-  const auto sums_of = [&](int d, int64_t run) { return all_sums.get() + (d * count + run) * numbers; };
-  share_tasks(executor, count, [&](int64_t begin, int64_t end) {
-    int64_t most = 0;
-    for (int64_t i = begin; i < end; ++i) most = larger(most, runs.get()[i].count);
+  const auto sums_of = [&](int d, int64_t i) { return all_sums.get() + (d * count + i) * numbers; };
+  share_tasks(executor, apart ? (batch + kApart - 1) / kApart : count, [&](int64_t begin, int64_t end) {
     // One direction after the other, as both add to the gradient of the input.
     for (int d = 0; d < s.directions; ++d) {
-      Part part(args, d, most);
-      for (int64_t i = begin; i < end; ++i) part.run({d, runs.get()[i].first, runs.get()[i].count}, sums_of(d, i));
+      Part part(args, d, smaller(apart ? kApart : kTogether, batch), apart);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = apart ? i * kApart : runs.get()[i].first;
+        const int64_t size = apart ? smaller(kApart, batch - first) : runs.get()[i].count;
+        part.run({d, first, size}, sums_of(d, apart ? first : i));
+      }
     }
   });
   for (int d = 0; d < s.directions; ++d) {
+    // One of a group's runs.
+    const auto sums_of_run = [&](int64_t i) { return sums_of(d, apart ? runs.get()[i].first : i); };
     for (int64_t i = 0; i < count;) {
       const int64_t group = runs.get()[i].group;
-      T* sums = sums_of(d, i++);
-      for (; i < count && runs.get()[i].group == group; ++i) add_row(sums, sums_of(d, i), numbers);
+      T* sums = sums_of_run(i++);
+      for (; i < count && runs.get()[i].group == group; ++i) add_row(sums, sums_of_run(i), numbers);
       const Weights<void> to = gradients_of_group<T>(args.grad_weights[d], s, Cell::kGates, group);
       const auto write = [&](void* grad, int64_t size) {
         if (grad) copy_row(static_cast<T*>(grad), sums, size);

@@ -184,7 +184,7 @@ struct ForwardArgs {
   Sequence<S> cells;                    // (.., D*H), data may be null
   S* h_n = nullptr;                     // [D, N, P]
   S* c_n = nullptr;                     // [D, N, H], of a cell with a cell state
-  // [D, T, saved_values, padded H], null: nothing is kept, as of few units.
+  // [D, T, saved_values, padded H], null: nothing is kept. Of few units nothing is written there.
   Compute<S>* saved = nullptr;
   bool trains = false;  // backward will read what the call writes, even if nothing is kept
   Variant variant = Variant::kPlain;
@@ -287,7 +287,7 @@ template <class S>
 Narrow narrow_backward(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout);
 
 /// Whether a layer has so few units and so many sequences that vectors of sequences are faster than vectors of units.
-/// 16 bits of such are converted; they use no packed weights and no pipeline, keep nothing for backward, and read all
+/// 16 bits of such are converted; they use no packed weights and no pipeline, write nothing for backward, and read all
 /// weights and biases there.
 template <class S>
 bool has_few_units(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout);
