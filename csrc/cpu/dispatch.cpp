@@ -305,13 +305,14 @@ const Kernels<S>& kernels() {
 
 template <class S>
 bool has_few_units(CellKind cell, Variant variant, const Sizes& sizes, const Layout& layout) {
-  // Half a vector of units, of an RNN, whose cell takes the least time, a quarter. (Zen 4, one thread, 1 to 64
+  // Half a vector of units; of RNNs in float, whose cell takes the least time, a quarter. (Zen 4, one thread, 1 to 64
   // timesteps of 16 to 65,536 sequences, forward and training, against vectors of units. AVX-512: one unit takes 0.05
   // to 0.8 of the time, 4 units of GRU and LSTM 0.27 to 0.95, of RNN 0.5 to 0.95, 8 of GRU 0.6 to 1.0, of LSTM 0.65
   // to 1.0; AVX2: 4 of GRU and LSTM 0.7 to 0.95, 6 up to 1.25, 4 of RNN up to 1.2. With more inputs up to 1.4: what is
   // a product alone is better with units in the lanes.)
   const bool gated = cells::kGatesOf[int(cell)] > 1;
-  const int64_t most_units = vector_bytes() / int64_t(sizeof(Compute<S>)) / (gated ? 2 : 4);
+  const int64_t lanes = vector_bytes() / int64_t(sizeof(Compute<S>));
+  const int64_t most_units = gated || sizeof(Compute<S>) > sizeof(float) ? lanes / 2 : lanes / 4;
   const int64_t most_weights = gated ? 128 : 32;                       // of a gate, for inputs
   const int64_t least_rows = std::max<int64_t>(16, 4 * sizes.hidden);  // of a step, on average
   return variant == Variant::kPlain && !sizes.proj && sizes.hidden <= most_units &&

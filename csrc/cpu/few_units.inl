@@ -516,8 +516,8 @@ class FewUnitsBackward {
   const ForwardArgs<T> again_;
   FewUnitsForward<Cell, T> forward_;
   Columns<T> x_, h_, h_prev_, c_prev_, dy_, dcells_, dh_, dc_, dgates_, dx_;
-  Buffer<T> lanes_;  // [numbers][lanes], or nothing and
-  Columns<T> apart_;
+  Buffer<T> lanes_;  // [numbers][lanes]: sums for the gradients of parameters; nothing where each sequence has its own:
+  Columns<T> apart_;  // of so many numbers, else of none
 };
 
 inline int64_t parts_of(int64_t batch) { return (batch + kTogether - 1) / kTogether; }
@@ -540,13 +540,12 @@ void few_units_forward(const ForwardArgs<T>& args, const Executor& executor) {
   });
 }
 
-/// Rows of a step that follow each other and belong to the same group, or to the batch if there are no groups; no more
-/// than kTogether.
+/// Rows of a step that follow each other and belong to the same group, or to the batch if there are no groups.
 struct GroupRun {
   int64_t group, first, count;
 };
 
-/// All of them, group by group, of no more than `most` rows: how many.
+/// All of them, group by group, in runs of no more than `most` rows: how many.
 inline int64_t find_group_runs(const Layout& layout, int64_t groups, int64_t most, GroupRun* runs) {
   int64_t found = 0;
   if (groups == 0) {
