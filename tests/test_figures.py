@@ -193,6 +193,7 @@ def trains_one_step(row: Row, case: Row) -> bool:
 
 DERIVATIVES = "gradient penalty|Hessian|forward mode"
 SMALLEST = "N=1, L=128, H=64: `(layer_norm|zoneout|recurrent_dropout|weight_dropout)"
+FEW_UNITS = r"H=\d: against torch.nn"
 STEP = r"^(RNN|GRU|LSTM), N=1, H=64: 100 calls of `step`"
 CLAIMS: list[tuple[str, str, Callable[[], list[Range]]]] = [
     (README, "Of # layers drawn at random", lambda: exactly(len(random_layers(ZEN_5, 1)))),
@@ -375,6 +376,15 @@ CLAIMS: list[tuple[str, str, Callable[[], list[Range]]]] = [
             for name in (ZEN_5, ZEN_4, XEON, ICE_LAKE, AMX)
             for ratio in speed_ups(name, FLOAT32, lambda row, case: case["dtype"] == "float16")
         ),
+    ),
+    (README, "fill vectors with sequences, take # to # of torch.nn's time", lambda: ends(features(FEW_UNITS))),
+    (
+        BENCHMARKS,
+        "sequences take # to # of its time, with backward # to #\\.",
+        lambda: [
+            *ends(features(f"{FEW_UNITS}, forward$")),
+            *ends(features(f"{FEW_UNITS}, forward \\+ backward$")),
+        ],
     ),
     (BENCHMARKS, "A call of a cell takes # to # of", lambda: ends(features("100 calls of `(RNN|GRU|LSTM)Cell`"))),
     (BENCHMARKS, "`step` # to # of it", lambda: ends(features(STEP))),
