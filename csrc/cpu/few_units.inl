@@ -62,6 +62,17 @@ Rows<T> rows_of(T* states, int64_t width, const Layout& layout, int direction, i
   return {data + first * width, width, nullptr};
 }
 
+/// Asks for the first `width` numbers of so many rows, to write them if they are not constant.
+template <class T>
+void fetch_rows(const Rows<T>& rows, int64_t width, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const auto fetch = [](const T* from, int64_t numbers) {
+    for (int64_t i = 0; i < numbers; i += kLine) __builtin_prefetch(from + i, std::is_const_v<T> ? 0 : 1);
+  };
+  if (!rows.order && rows.distance <= kLine) return fetch(rows.data, count * rows.distance);
+  for (int64_t j = 0; j < count; ++j) fetch(rows[j], width);
+}
+
 /// Rows of up to kTogether sequences as columns: the numbers of one feature follow each other.
 template <class T>
 class Columns {
@@ -87,11 +98,15 @@ class Columns {
       }
       return;
     }
-    each_square(count, [&](int64_t k, int64_t j, int64_t left) {
+    each_square(count, [&](int64_t k, int64_t j, int64_t left) ALWAYS_INLINE_LAMBDA {
       Vec<T> square[kLanes<T>];
+#pragma GCC unroll 16
       for (int64_t i = 0; i < kLanes<T>; ++i) square[i] = i < left ? load_part(rows[j + i] + k, width_ - k) : Vec<T>{};
       transpose<T>(square);
-      for (int64_t i = 0; i < smaller(kLanes<T>, width_ - k); ++i) store_part((*this)[k + i] + j, square[i], left);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes<T>; ++i) {
+        if (k + i < width_) store_part((*this)[k + i] + j, square[i], left);
+      }
     });
   }
 
@@ -110,11 +125,14 @@ class Columns {
       }
       return;
     }
-    each_square(count, [&](int64_t k, int64_t j, int64_t left) {
+    each_square(count, [&](int64_t k, int64_t j, int64_t left) ALWAYS_INLINE_LAMBDA {
       Vec<T> square[kLanes<T>];
+#pragma GCC unroll 16
       for (int64_t i = 0; i < kLanes<T>; ++i) square[i] = k + i < width_ ? load((*this)[k + i] + j) : Vec<T>{};
       transpose<T>(square);
-      for (int64_t i = 0; i < left; ++i) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes<T>; ++i) {
+        if (i >= left) break;
         T* to = rows[j + i] + k;
         store_part(to, adds ? load_part(to, width_ - k) + square[i] : square[i], width_ - k);
       }
@@ -134,10 +152,12 @@ class Columns {
     }
   }
   /// fn(column, sequence, sequences of the square that are there)
-  void each_square(int64_t count, const auto& fn) const {
-    for (int64_t j = 0; j < count; j += kLanes<T>) {
-      for (int64_t k = 0; k < width_; k += kLanes<T>) fn(k, j, smaller(kLanes<T>, count - j));
+  ALWAYS_INLINE void each_square(int64_t count, const auto& fn) const {
+    int64_t j = 0;
+    for (; j + kLanes<T> <= count; j += kLanes<T>) {
+      for (int64_t k = 0; k < width_; k += kLanes<T>) fn(k, j, int64_t(kLanes<T>));
     }
+    for (int64_t k = 0; k < width_ && j < count; k += kLanes<T>) fn(k, j, count - j);
   }
 
   const int64_t width_;
@@ -161,6 +181,22 @@ struct FewSequences {
       if (begins(args.resets, args.layout, reverse(), t, first + j)) fn(j);
   }
 };
+
+/// Asks for `width` features of what is next after step number `s`, of steps that go `by` 1 or -1: the same sequences'
+/// or, at their end, the next ones', which lies too far from these for the processor to see it coming.
+template <class T>
+void fetch_next(const Sequence<T>& sequence, int64_t width, const Layout& layout, FewSequences those, int64_t s,
+                int by) {
+  s += by;
+  if (s < 0 || s >= layout.steps) {
+    s = by > 0 ? 0 : layout.steps - 1;
+    those.first += those.count;
+    those.count = smaller(kTogether, layout.batch - those.first);
+    if (those.count <= 0) return;
+  }
+  const int64_t t = time_of(layout, those.reverse(), s), count = those.active(layout, t);
+  fetch_rows(rows_of(sequence, layout, t, those.first, 0), width, count);
+}
 
 /// A cell's values that backward needs, of all steps of up to so many sequences; of no steps, none.
 template <class Cell, class T>
@@ -215,6 +251,7 @@ class FewUnitsForward {
       const int64_t t = time_of(layout_, those.reverse(), s), count = those.active(layout_, t);
       if (count == 0) continue;
       x_.read(rows_of(args_.input, layout_, t, first, 0), count);
+      fetch_next(args_.input, x_.width(), layout_, those, s, 1);
       those.each_beginning(args_, t, [&](int64_t j) {
         h_.clear(j);
         c_.clear(j);
@@ -316,6 +353,8 @@ class FewUnitsBackward {
       if (count_ == 0) continue;
       const int64_t before = s > 0 ? time_of(layout_, those_.reverse(), s - 1) : -1;
       read(t, before);
+      fetch_next(args_.input, x_.width(), layout_, those_, s, -1);
+      if (args_.grad_input.data) fetch_next(args_.grad_input.template of<T>(), x_.width(), layout_, those_, s, -1);
       for (int64_t i = 0; i < count_; i += kAbreastLanes<T>) {
         for (int64_t u = 0; u < hidden_; ++u) compute(t, i, u);
       }
