@@ -293,7 +293,7 @@ def test_other_steps_take_the_long_way():
     assert step(module, input) is not None and step(module, input[0]) is not None
     assert step(module, input[0, 0]) is None and step(module, input[None]) is None
     assert step(module, pack_padded_sequence(input[None], [1, 1, 1])) is None
-    assert step(make(bidirectional=True), input) is None and step(make(zoneout=0.1), input) is None
+    assert step(make(bidirectional=True), input) is None and step(make(recurrent_dropout=0.1), input) is None
     assert step(make(num_layers=2, dropout=0.5), input) is None
     assert step(module, input.as_subclass(Subclass)) is None
     with torch.autocast("cpu"):
@@ -385,24 +385,124 @@ class Mode(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def by_the_long_way(monkeypatch):
+    """Calls a function without the short way."""
+
+    def call(function, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            for name in ("plain_forward", "plain_step"):
+                patch.setattr(ops, name, lambda *_: None)
+            return function(*args, **kwargs)
+
+    return call
+
+
+OPTIONS = [
+    {"recompute": True},
+    {"zoneout": 0.3},
+    {"zoneout": (0.3, 0.1)},
+    {"zoneout": (0, 0.3)},
+    {"recurrent_dropout": 0.3},
+    {"weight_dropout": 0.3},
+    {"recompute": True, "zoneout": 0.2, "recurrent_dropout": 0.3, "weight_dropout": 0.4},
+]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layers", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("mode", FUNCTIONS)
+def test_so_do_options(mode, options, layers, training, by_the_long_way):
+    """With the masks that the long way draws of the same seed."""
+    if mode != "LSTM" and isinstance(options.get("zoneout"), tuple):
+        options = {"zoneout": 0.25}
+    projected = [{}, {"proj_size": 3}, {"layer_norm": True}] if mode == "LSTM" else [{}]
+    for more in projected:
+        module, input = make(mode, **options, **layers, **more).train(training), torch.randn(4, 3, 5)
+        batch = 4 if module.batch_first else 3
+        hx = states_of(mode, module, batch)
+        if "proj_size" in more:
+            hx = (hx[0][..., :3].contiguous(), hx[1])
+        packed = pack_padded_sequence(input, [1, 4, 3], enforce_sorted=False)
+        calls = [(input, None, {}), (input, hx, {"lengths": [3, 0, 1, 2][:batch]}), (input[0], None, {})]
+        if not (training and "recurrent_dropout" in options):
+            calls.append((packed, None, {}))
+        for given, state, arguments in calls:
+            torch.manual_seed(1)
+            found = short(module, given, state, **arguments)
+            assert found is not None
+            torch.manual_seed(1)
+            expected = by_the_long_way(module, given, state, **arguments)
+            wrt = [*module.parameters(), *(flat((given, state))[1:] if state is not None else ())]
+            same(found, expected, wrt)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_steps_with_options(options, training, by_the_long_way):
+    module, input = make(num_layers=2, **options).train(training), torch.randn(3, 5)
+    if training and ("recurrent_dropout" in options or "weight_dropout" in options):
+        assert ops.plain_step(vars(module), input, None) is None
+        with pytest.raises(ValueError, match="one mask for a whole sequence"):
+            module.step(input)
+        return
+    for given in (input, input[0]):
+        torch.manual_seed(1)
+        found = ops.plain_step(vars(module), given, None)
+        torch.manual_seed(1)
+        same(found, by_the_long_way(module.step, given), list(module.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_masks_are_as_wide_as_the_input(dtype, by_the_long_way):
+    module, input = make(zoneout=0.3, recurrent_dropout=0.3, weight_dropout=0.3).to(dtype), torch.randn(4, 3, 5)
+    torch.manual_seed(1)
+    found = short(module, input.to(dtype))
+    torch.manual_seed(1)
+    same(found, by_the_long_way(module, input.to(dtype)), list(module.parameters()))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"backend": "native"},
         {"backend": "cuda"},
-        {"recompute": True},
-        {"zoneout": 0.1},
-        {"zoneout": (0.1, 0.2)},
-        {"recurrent_dropout": 0.1},
-        {"weight_dropout": 0.1},
+        {"recompute": 1},
+        {"recompute": None},
+        {"zoneout": True},
+        {"zoneout": 1.0},
+        {"zoneout": [0.1, 0.2]},
+        {"zoneout": (0.1, 0.2, 0.3)},
+        {"zoneout": (0.1, -0.2)},
+        {"zoneout": float("nan")},
+        {"recurrent_dropout": "0.1"},
+        {"weight_dropout": 10**400},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:40],
 )
-def test_options_take_the_long_way(change):
+def test_other_options_take_the_long_way(change):
     module, input = make(), torch.randn(4, 3, 5)
     for name, value in change.items():
         setattr(module, name, value)
     assert short(module, input) is None
+
+
+def test_options_that_need_more_take_the_long_way():
+    input, lengths = torch.randn(4, 3, 5), torch.tensor([4, 3, 1])
+    packed = pack_padded_sequence(input, lengths)
+    assert short(make(recurrent_dropout=0.1), input) is not None
+    assert short(make(recurrent_dropout=0.1), packed) is None
+    assert short(make("GRU", zoneout=0.1), input) is not None
+    pair = make("GRU")
+    pair.zoneout = (0.1, 0.2)
+    assert short(pair, input) is None
+    assert short(make(num_layers=2, recompute=True), input) is not None
+    assert short(make(num_layers=2, recompute=True, dropout=0.5), input) is None
+    wrong = (torch.zeros(2, 2, 7), torch.zeros(2, 2, 7))
+    assert short(make(num_layers=2, recompute=True), input, wrong) is None
+    with pytest.raises(RuntimeError, match=r"h_0 of size \[2, 3, 7\], got \[2, 2, 7\]"):
+        make(num_layers=2, recompute=True)(input, wrong)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/full.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/Exceptions.h>
@@ -52,8 +53,8 @@ struct Keys {
   Key parameters{"_parameters"}, buffers{"_buffers"}, input_size{"input_size"}, names{"_flat_weights_names"},
       mode{"mode"}, backend{"backend"}, dropout{"dropout"}, training{"training"}, num_layers{"num_layers"},
       bidirectional{"bidirectional"}, batch_first{"batch_first"};
-  Key recompute{"recompute"}, zoneout{"zoneout"}, hidden_size{"hidden_size"}, proj_size{"proj_size"};
-  Key in_training[2] = {Key("recurrent_dropout"), Key("weight_dropout")};
+  Key recompute{"recompute"}, zoneout{"zoneout"}, recurrent_dropout{"recurrent_dropout"},
+      weight_dropout{"weight_dropout"}, hidden_size{"hidden_size"}, proj_size{"proj_size"};
   Key auto_{"auto"}, custom{"custom"};
   Key of_cell[4] = {Key("weight_ih"), Key("weight_hh"), Key("bias_ih"), Key("bias_hh")};
 #define RNN_EXT_MODE(Cell, NAME) {Key(#NAME), cells::Cell::kName},
@@ -74,6 +75,17 @@ PyTypeObject* packed_sequence() {
   return reinterpret_cast<PyTypeObject*>(type);
 }
 
+/// Whether nothing of it that is asked for runs code of its own.
+bool is_number(PyObject* value) {
+  return value && (PyBool_Check(value) || PyLong_CheckExact(value) || PyFloat_CheckExact(value));
+}
+
+/// The probability of an event which does not always happen, nothing for all else.
+std::optional<double> probability(PyObject* value) {
+  const double p = is_number(value) ? PyFloat_AsDouble(value) : -1.0;
+  return 0.0 <= p && p < 1.0 ? std::optional(p) : std::nullopt;
+}
+
 /// A module's attributes.
 class Attributes {
  public:
@@ -81,16 +93,10 @@ class Attributes {
 
   /// Borrowed; null if there is none.
   PyObject* get(PyObject* key) const { return PyDict_GetItemWithError(dict_, key); }
-  /// Whether it is there and False, or a number that is zero: nothing that would run code of its own to say so.
+  /// Whether it is there and False, or a number that is zero.
   bool is_off(PyObject* key) const {
     PyObject* value = get(key);
     return is_number(value) && PyObject_IsTrue(value) == 0;
-  }
-  /// Whether it is one that an event may have which does not always happen.
-  bool is_probability(PyObject* key) const {
-    PyObject* value = get(key);
-    const double p = is_number(value) ? PyFloat_AsDouble(value) : -1.0;
-    return 0.0 <= p && p < 1.0;
   }
   /// A bool that is there; nothing for all else.
   std::optional<bool> flag(PyObject* key) const {
@@ -104,10 +110,6 @@ class Attributes {
   }
 
  private:
-  static bool is_number(PyObject* value) {
-    return value && (PyBool_Check(value) || PyLong_CheckExact(value) || PyFloat_CheckExact(value));
-  }
-
   PyObject* dict_;
 };
 
@@ -266,6 +268,28 @@ std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, con
   return call.layers >= 1 && read_sequences(given, call) ? std::optional(std::move(call)) : std::nullopt;
 }
 
+/// The options that torch.nn's layers lack, as they act in a call.
+struct Extras {
+  bool recompute = false;
+  double zoneout_h = 0, zoneout_c = 0, recurrent_dropout = 0, weight_dropout = 0;
+
+  bool need_masks() const { return zoneout_h > 0 || zoneout_c > 0 || recurrent_dropout > 0; }
+  bool any() const { return recompute || weight_dropout > 0 || need_masks(); }
+};
+
+/// Nothing: Python is to look at them.
+std::optional<Extras> read_extras(const Keys& keys, const Attributes& own, bool trains, bool has_cell) {
+  const std::optional<bool> recompute = own.flag(keys.recompute);
+  const std::optional<double> recurrent = probability(own.get(keys.recurrent_dropout));
+  const std::optional<double> weight = probability(own.get(keys.weight_dropout));
+  PyObject* zoneout = own.get(keys.zoneout);
+  const bool is_pair = zoneout && has_cell && PyTuple_CheckExact(zoneout) && PyTuple_GET_SIZE(zoneout) == 2;
+  const std::optional<double> of_h = probability(is_pair ? PyTuple_GET_ITEM(zoneout, 0) : zoneout);
+  const std::optional<double> of_c = is_pair ? probability(PyTuple_GET_ITEM(zoneout, 1)) : of_h;
+  if (!recompute || !recurrent || !weight || !of_h || !of_c) return std::nullopt;
+  return Extras{*recompute, *of_h, has_cell ? *of_c : 0, trains ? *recurrent : 0, trains ? *weight : 0};
+}
+
 using Weights = c10::SmallVector<at::Tensor, 10>;
 
 /// Those of _flat_weights_names; none where one is no ordinary tensor.
@@ -321,24 +345,122 @@ PyObject* results_of(ModuleCall& call, const Compute& compute) {
                          : Py_BuildValue("NN", out, state);
 }
 
+/// The layers of a call one after the other, each by layer(input, h_0, c_0, its weights, cell_states).
+template <class Layer>
+Results one_after_another(const ModuleCall& call, at::TensorList weights, const Layer& layer) {
+  const int64_t directions = call.bidirectional ? 2 : 1;
+  const size_t count = weights.size() / size_t(call.layers);
+  at::Tensor output = call.input, h_n, c_n, cells;
+  std::vector<at::Tensor> h_ns, c_ns;
+  for (int64_t k = 0; k < call.layers; ++k) {
+    const auto part = [&](const OptionalTensor& state) {
+      const bool all = !state.has_value() || call.layers == 1;
+      return all ? state : OptionalTensor(state->narrow(0, k * directions, directions));
+    };
+    std::tie(output, h_n, c_n, cells) =
+        layer(output, part(call.states[0]), part(call.states[1]), weights.slice(size_t(k) * count, count),
+              call.cell_states && k == call.layers - 1);
+    h_ns.push_back(h_n);
+    c_ns.push_back(c_n);
+  }
+  if (call.layers > 1) h_n = at::cat(h_ns);
+  if (call.layers > 1 && call.has_cell) c_n = at::cat(c_ns);
+  return {std::move(output), std::move(h_n), std::move(c_n), std::move(cells)};
+}
+
+/// Whether states have the sizes that all layers together need. What an op of a single layer would refuse Python says
+/// of all of them.
+bool fits(const ModuleCall& call, int64_t out, int64_t hidden) {
+  for (int i = 0; i < 2; ++i) {
+    const OptionalTensor& state = call.states[i];
+    if (!state.has_value()) continue;
+    const int64_t batch = call.packed ? state->size(1) : call.batch();
+    const int64_t sizes[] = {call.layers * (call.bidirectional ? 2 : 1), batch, i == 0 ? out : hidden};
+    if (state->sizes() != at::IntArrayRef(sizes)) return false;
+  }
+  return true;
+}
+
+/// 0 with probability p, else 1 / (1 - p).
+at::Tensor draw_dropout(at::IntArrayRef size, double p, bool wide) {
+  return draw_mask(c10::fromIntArrayRefSlow(size), 1 - p, 1 / (1 - p), wide);
+}
+
+/// What Python's function of that name makes for one layer, of the same numbers.
+OptionalTensors masks_of(const ModuleCall& call, const Extras& extras, bool trains, const at::Tensor& input,
+                         at::TensorList weights) {
+  if (!extras.need_masks()) return OptionalTensors();
+  const bool wide = input.scalar_type() == at::kDouble;
+  const int64_t directions = call.bidirectional ? 2 : 1;
+  const int64_t features = weights[1].size(1), hidden = weights[0].size(0) / cell_info(call.cell).gates;
+  OptionalTensor masks[LayerShape::kMasks];
+  if (extras.recurrent_dropout > 0)
+    masks[LayerShape::kHiddenMask] = draw_dropout({directions, call.batch(), features}, extras.recurrent_dropout, wide);
+  // Of `count` such tensors, in one.
+  const auto keep = [&](double p, int64_t count, int64_t width) {
+    c10::SmallVector<int64_t, 4> size = {count};
+    size.append(input.sizes().begin(), input.sizes().end() - 1);
+    size.push_back(directions * width);
+    if (trains) return draw_mask(c10::fromIntArrayRefSlow(size), p, 1, wide);
+    return at::full({size.back()}, p, input.options().dtype(wide ? at::kDouble : at::kFloat)).expand(size);
+  };
+  const auto [of_h, of_c] = std::pair(extras.zoneout_h, extras.zoneout_c);
+  const bool together = of_h == of_c && features == hidden;
+  const at::Tensor both = together && of_h > 0 ? keep(of_h, 2, hidden) : at::Tensor();
+  if (of_h > 0)
+    masks[LayerShape::kZoneoutH] = both.defined() ? both.select(0, 0) : keep(of_h, 1, features).select(0, 0);
+  if (of_c > 0) masks[LayerShape::kZoneoutC] = both.defined() ? both.select(0, 1) : keep(of_c, 1, hidden).select(0, 0);
+  return OptionalTensors(at::ArrayRef<OptionalTensor>(masks));
+}
+
+/// A module's call with options.
+Results run_extras(const ModuleCall& call, const Extras& extras, bool trains, Weights weights) {
+  const size_t directions = call.bidirectional ? 2 : 1, count = weights.size() / (size_t(call.layers) * directions);
+  for (size_t i = 1; i < weights.size() && extras.weight_dropout > 0; i += count) {
+    const at::Tensor& weight = weights[i];
+    const at::Tensor mask = draw_dropout(weight.sizes(), extras.weight_dropout, weight.scalar_type() == at::kDouble);
+    weights[i] = weight * mask.to(weight.scalar_type());
+  }
+  const auto layer = [&](const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                         at::TensorList of_layer, bool cell_states) -> Results {
+    const OptionalTensors masks = masks_of(call, extras, trains, input, of_layer);
+    const LayerOptions options = {call.cell, call.bidirectional, call.batch_first, cell_states};
+    auto [output, h_n, c_n, cells, saved] =
+        layer_call({input, h_0, c_0, of_layer, call.batch_sizes, call.lengths, call.resets, masks, options}, false,
+                   extras.recompute);
+    return {std::move(output), std::move(h_n), std::move(c_n), std::move(cells)};
+  };
+  return one_after_another(call, weights, layer);
+}
+
+/// Whether Python need not look at a call with options: nothing in it is to be refused before masks are drawn.
+bool can_run_extras(const ModuleCall& call, const Extras& extras, const Weights& weights) {
+  // What a call draws of a packed batch Python knows, whose sizes may be anything yet.
+  if (extras.recurrent_dropout > 0 && call.packed) return false;
+  const size_t states = size_t(call.layers) * (call.bidirectional ? 2 : 1), count = weights.size() / states;
+  if (count < 2 || count * states != weights.size()) return false;
+  if (weights[0].dim() != 2 || weights[1].dim() != 2) return false;
+  return call.layers == 1 || fits(call, weights[1].size(1), weights[0].size(0) / cell_info(call.cell).gates);
+}
+
 /// Nothing: not a plain call.
 template <bool kStep>
 std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, const Given& given) {
   PyObject* backend = own.get(keys.backend);
   if (!(keys.auto_ == backend || keys.custom == backend)) return std::nullopt;
-  if (own.flag(keys.recompute) != std::optional(false) || !own.is_off(keys.zoneout)) return std::nullopt;
-  const bool trains = !own.is_off(keys.training);
-  for (const Key& option : keys.in_training) {
-    if (trains ? !own.is_off(option) : !own.is_probability(option)) return std::nullopt;
-  }
   std::optional<ModuleCall> call = read_call(keys, own, given, kStep);
   if (!call) return std::nullopt;
+  const bool trains = !own.is_off(keys.training);
   if (call->layers > 1 && trains && !own.is_off(keys.dropout)) return std::nullopt;
+  const std::optional<Extras> extras = read_extras(keys, own, trains, call->has_cell);
+  if (!extras || (kStep && (extras->recurrent_dropout > 0 || extras->weight_dropout > 0))) return std::nullopt;
   const Weights weights = read_weights(own.get(keys.parameters), own.get(keys.names));
   const at::ScalarType type = call->input.scalar_type();
   if (!is_computed(type) || weights.empty() || weights[0].scalar_type() != type || PyErr_Occurred())
     return std::nullopt;
+  if (extras->any() && !can_run_extras(*call, *extras, weights)) return std::nullopt;
   return results_of(*call, [&]() -> Results {
+    if (extras->any()) return run_extras(*call, *extras, trains, weights);
     const auto& [h_0, c_0] = call->states;
     if (call->layers > 1)
       return stack(call->input, h_0, c_0, {weights.begin(), weights.end()}, call->batch_sizes, call->lengths,
@@ -355,40 +477,24 @@ std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, cons
 std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, const Given& given) {
   std::optional<ModuleCall> call = read_call(keys, own, given, false);
   if (!call) return std::nullopt;
-  const int64_t layers = call->layers, directions = call->bidirectional ? 2 : 1;
   const at::ScalarType type = call->input.scalar_type();
   // What the ops of single layers would refuse Python says of all of them, and another type of states it may cast.
   if (!is_computed(type) || type == at::kDouble || own.size(keys.input_size) != call->input.size(-1))
     return std::nullopt;
   const int64_t hidden = own.size(keys.hidden_size), proj = own.size(keys.proj_size);
-  for (int i = 0; i < 2; ++i) {
-    const OptionalTensor& state = call->states[i];
-    if (!state.has_value()) continue;
-    const int64_t batch = call->packed ? state->size(1) : call->batch();
-    const int64_t sizes[] = {layers * directions, batch, i == 0 && proj > 0 ? proj : hidden};
-    if (state->scalar_type() != type || state->sizes() != at::IntArrayRef(sizes)) return std::nullopt;
-  }
+  const bool same_type = std::all_of(std::begin(call->states), std::end(call->states), [&](const auto& state) {
+    return !state.has_value() || state->scalar_type() == type;
+  });
+  if (!same_type || !fits(*call, proj > 0 ? proj : hidden, hidden)) return std::nullopt;
   const Weights weights = read_weights(own.get(keys.buffers), own.get(keys.names));
-  const size_t count = weights.size() / size_t(layers);
-  if (count == 0 || count * size_t(layers) != weights.size() || PyErr_Occurred()) return std::nullopt;
+  if (weights.empty() || weights.size() % size_t(call->layers) != 0 || PyErr_Occurred()) return std::nullopt;
   return results_of(*call, [&]() -> Results {
-    at::Tensor output = call->input, h_n, c_n, cells;
-    std::vector<at::Tensor> h_ns, c_ns;
-    for (int64_t k = 0; k < layers; ++k) {
-      const auto part = [&](const OptionalTensor& state) {
-        const bool all = !state.has_value() || layers == 1;
-        return all ? state : OptionalTensor(state->narrow(0, k * directions, directions));
-      };
-      std::tie(output, h_n, c_n, cells) = quantized_layer_call(
-          output, part(call->states[0]), part(call->states[1]), at::TensorList(weights).slice(size_t(k) * count, count),
-          call->batch_sizes, call->lengths, call->resets, call->cell, call->bidirectional, call->batch_first,
-          call->cell_states && k == layers - 1);
-      h_ns.push_back(h_n);
-      c_ns.push_back(c_n);
-    }
-    if (layers > 1) h_n = at::cat(h_ns);
-    if (layers > 1 && call->has_cell) c_n = at::cat(c_ns);
-    return {std::move(output), std::move(h_n), std::move(c_n), std::move(cells)};
+    const auto layer = [&](const at::Tensor& input, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                           at::TensorList of_layer, bool cell_states) {
+      return quantized_layer_call(input, h_0, c_0, of_layer, call->batch_sizes, call->lengths, call->resets, call->cell,
+                                  call->bidirectional, call->batch_first, cell_states);
+    };
+    return one_after_another(*call, weights, layer);
   });
 }
 
@@ -471,7 +577,7 @@ PyCFunction as_method(FastMethod* method) {
 
 PyMethodDef plain_forward[] = {
     {"plain_forward", as_method(forward_method<run_plain<false>>), METH_FASTCALL,
-     "forward of a module without options on the CPU, or None: see csrc/ops/plain_forward.h."},
+     "forward of a module on the CPU, or None: see csrc/ops/plain_forward.h."},
     {"plain_step", as_method(step_method), METH_FASTCALL, "The same of step."},
     {"plain_cell", as_method(cell_method), METH_FASTCALL, "The same of a cell."},
     {"quantized_forward", as_method(forward_method<run_quantized>), METH_FASTCALL,
