@@ -199,12 +199,12 @@ CLAIMS: list[tuple[str, str, Callable[[], list[Range]]]] = [
     (README, "Of # layers drawn at random", lambda: exactly(len(random_layers(ZEN_5, 1)))),
     (
         README,
-        "on a core of a Zen 5; half of them are more than # times as fast, the least # times",
+        "on a core of a Zen 5; half are more than # times as fast, the slowest # times",
         lambda: exactly(statistics.median(random_ratios(ZEN_5, 1)), min(random_ratios(ZEN_5, 1))),
     ),
     (
         README,
-        "padded float32 LSTMs of 32 sequences or more: # to # times",
+        "padded float32 LSTMs of 32 sequences and 128 units or more and many timesteps: # to # times",
         lambda: ends(speed_ups(ZEN_5, "torch.nn", long_padded_lstm)),
     ),
     (README, r"\| Zen 5 \| # of # \| # of # \|", lambda: comparisons(ZEN_5) + comparisons(f"{ZEN_5}-avx2")),
