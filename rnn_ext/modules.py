@@ -29,6 +29,11 @@ OPTIONS = {
 }
 
 
+def acts(value: Any) -> bool:
+    """Whether this value of an option makes a layer do other than torch.nn's does: not 0, nor a pair of these."""
+    return any(value) if isinstance(value, (tuple, list)) else bool(value != 0)
+
+
 # In whose place torch.fx puts another one while it traces. (It has a flag, too, by another name in each release.)
 _MODULE_CALL = nn.Module._wrapped_call_impl  # as torch defines it, also if this is imported in a trace
 
@@ -263,7 +268,7 @@ class _Layer(Leaf, nn.RNNBase):
     def _options_in_use(self) -> dict[str, Any]:
         """Those that make the layer do other than torch.nn's does."""
         values = {name: getattr(self, name) for name in ("layer_norm", *OPTIONS)}
-        return {name: value for name, value in values.items() if value not in (0, (0, 0))}
+        return {name: value for name, value in values.items() if acts(value)}
 
     def extra_repr(self) -> str:
         shown = self._options_in_use()

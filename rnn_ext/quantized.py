@@ -346,7 +346,7 @@ def _suffixes(layer: nn.Module) -> list[str]:
 def _buffers(layer: nn.RNNBase, name: str, activations: int) -> dict[str, Tensor]:
     """What the op takes for the weights of a layer, in its order; ValueError with the layer's name where it cannot."""
     for option in ("layer_norm", "zoneout"):
-        if getattr(layer, option, 0) not in (0, (0, 0)):
+        if modules.acts(getattr(layer, option, 0)):
             raise ValueError(f"{name} has {option}={getattr(layer, option)!r}, which quantized layers have not")
     parameters = dict(layer.named_parameters())
 

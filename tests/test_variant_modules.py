@@ -258,6 +258,15 @@ def test_numbers_of_numpy_and_pairs_of_nothing():
         assert repr(rnn_ext.LSTM(3, 4, zoneout=pair)) == "LSTM(3, 4)"
         assert type(rnn_ext.to_native(rnn_ext.LSTM(3, 4, zoneout=pair))) is torch.nn.LSTM
     assert rnn_ext.LSTM(3, 4, zoneout=(0, 0.1)).zoneout == (0, 0.1)
+    layer = rnn_ext.LSTM(3, 4)
+    for kind in (numpy.float64, numpy.float32):  # as a schedule may set them later
+        layer.zoneout = kind(0.25)
+        assert "zoneout=" in repr(layer)
+        for refuses in (rnn_ext.to_native, rnn_ext.quantize):
+            with pytest.raises(ValueError, match=r"zoneout=.*0\.25"):
+                refuses(layer)
+    layer.zoneout = [numpy.float64(0), 0.0]
+    assert repr(layer) == "LSTM(3, 4)" and type(rnn_ext.to_native(layer)) is torch.nn.LSTM
 
 
 def test_bad_options():
