@@ -4,7 +4,8 @@ Each row of a weight, one for each gate and unit, is rounded to 127 steps of a s
 number. What is multiplied by weights, a timestep's inputs or h, is rounded to 16 bits (or 8, see quantize) with a scale
 of its own for each timestep and sequence. The products are summed as integers, exactly; gates, cell states and h are
 float32. So results depend neither on the batch around a sequence nor on the number of threads. One large feature makes
-the steps of all others large: normalise inputs. Inf or NaN in the inputs makes all gates of their timestep NaN.
+the steps of all others large: normalise inputs. Where none is as large as 1e-30, all count as zeros. Inf or NaN in the
+inputs makes all gates of their timestep NaN.
 
 This saves memory (units are stored by 16: little of a layer of 8) and time: large layers of few sequences wait for
 their weights, and integers are multiplied faster. ``benchmarks/README.md`` has figures.
