@@ -294,7 +294,6 @@ def test_other_steps_take_the_long_way():
     assert step(module, input[0, 0]) is None and step(module, input[None]) is None
     assert step(module, pack_padded_sequence(input[None], [1, 1, 1])) is None
     assert step(make(bidirectional=True), input) is None and step(make(recurrent_dropout=0.1), input) is None
-    assert step(make(num_layers=2, dropout=0.5), input) is None
     assert step(module, input.as_subclass(Subclass)) is None
     with torch.autocast("cpu"):
         assert step(module, input) is None
@@ -399,6 +398,7 @@ def by_the_long_way(monkeypatch):
 
 
 OPTIONS = [
+    {},
     {"recompute": True},
     {"zoneout": 0.3},
     {"zoneout": (0.3, 0.1)},
@@ -410,7 +410,12 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("layers", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
+@pytest.mark.parametrize(
+    "layers",
+    [{}, {"num_layers": 3, "dropout": 0.4}]
+    + [{"num_layers": 2, "bidirectional": True, "batch_first": True, "dropout": p} for p in (0, 0.4, 1)],
+    ids=str,
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("mode", FUNCTIONS)
 def test_so_do_options(mode, options, layers, training, by_the_long_way):
@@ -439,7 +444,7 @@ def test_so_do_options(mode, options, layers, training, by_the_long_way):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [{"dropout": 0.4}, *OPTIONS], ids=str)
 def test_steps_with_options(options, training, by_the_long_way):
     module, input = make(num_layers=2, **options).train(training), torch.randn(3, 5)
     if training and ("recurrent_dropout" in options or "weight_dropout" in options):
@@ -498,7 +503,11 @@ def test_options_that_need_more_take_the_long_way():
     pair.zoneout = (0.1, 0.2)
     assert short(pair, input) is None
     assert short(make(num_layers=2, recompute=True), input) is not None
-    assert short(make(num_layers=2, recompute=True, dropout=0.5), input) is None
+    dropped = make(num_layers=2, dropout=1)
+    assert short(dropped, input) is not None
+    for wrong in (1.5, -0.1, "0.5", None):
+        dropped.dropout = wrong
+        assert short(dropped, input) is None
     wrong = (torch.zeros(2, 2, 7), torch.zeros(2, 2, 7))
     assert short(make(num_layers=2, recompute=True), input, wrong) is None
     with pytest.raises(RuntimeError, match=r"h_0 of size \[2, 3, 7\], got \[2, 2, 7\]"):
@@ -533,9 +542,6 @@ def test_layer_normalisation_takes_it(options):
 
 def test_as_do_layers_with_more():
     input = torch.randn(4, 3, 5)
-    dropped = make(num_layers=2, dropout=0.5)
-    assert short(dropped, input) is None
-    assert short(dropped.eval(), input) is not None
     assert short(parametrizations.weight_norm(make(), "weight_hh_l0"), input) is None
     assert short(nn.LSTM(5, 7), input) is None
 
@@ -701,5 +707,6 @@ def test_odd_values_take_the_long_way():
     vars(module)["num_layers"] = 2**70
     assert short(module, input) is None
     module = make(num_layers=2, dropout=0.5)
-    vars(module)["training"] = 1
-    assert short(module, input) is None
+    for training in (1, Odd()):
+        vars(module)["training"] = training
+        assert short(module, input) is None

@@ -4,7 +4,9 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/dropout.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/ones_like.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/Exceptions.h>
@@ -80,10 +82,10 @@ bool is_number(PyObject* value) {
   return value && (PyBool_Check(value) || PyLong_CheckExact(value) || PyFloat_CheckExact(value));
 }
 
-/// The probability of an event which does not always happen, nothing for all else.
-std::optional<double> probability(PyObject* value) {
+/// A probability, of 1 if the event may be certain; nothing for all else.
+std::optional<double> probability(PyObject* value, bool certain = false) {
   const double p = is_number(value) ? PyFloat_AsDouble(value) : -1.0;
-  return 0.0 <= p && p < 1.0 ? std::optional(p) : std::nullopt;
+  return 0.0 <= p && (p < 1.0 || (certain && p == 1.0)) ? std::optional(p) : std::nullopt;
 }
 
 /// A module's attributes.
@@ -268,26 +270,29 @@ std::optional<ModuleCall> read_call(const Keys& keys, const Attributes& own, con
   return call.layers >= 1 && read_sequences(given, call) ? std::optional(std::move(call)) : std::nullopt;
 }
 
-/// The options that torch.nn's layers lack, as they act in a call.
+/// Dropout between layers and the options that torch.nn's layers lack, as they act in a call.
 struct Extras {
   bool recompute = false;
-  double zoneout_h = 0, zoneout_c = 0, recurrent_dropout = 0, weight_dropout = 0;
+  double zoneout_h = 0, zoneout_c = 0, recurrent_dropout = 0, weight_dropout = 0, dropout = 0;
 
   bool need_masks() const { return zoneout_h > 0 || zoneout_c > 0 || recurrent_dropout > 0; }
-  bool any() const { return recompute || weight_dropout > 0 || need_masks(); }
+  bool any() const { return recompute || weight_dropout > 0 || dropout > 0 || need_masks(); }
 };
 
 /// Nothing: Python is to look at them.
-std::optional<Extras> read_extras(const Keys& keys, const Attributes& own, bool trains, bool has_cell) {
+std::optional<Extras> read_extras(const Keys& keys, const Attributes& own, bool trains, const ModuleCall& call) {
   const std::optional<bool> recompute = own.flag(keys.recompute);
   const std::optional<double> recurrent = probability(own.get(keys.recurrent_dropout));
   const std::optional<double> weight = probability(own.get(keys.weight_dropout));
   PyObject* zoneout = own.get(keys.zoneout);
-  const bool is_pair = zoneout && has_cell && PyTuple_CheckExact(zoneout) && PyTuple_GET_SIZE(zoneout) == 2;
+  const bool is_pair = zoneout && call.has_cell && PyTuple_CheckExact(zoneout) && PyTuple_GET_SIZE(zoneout) == 2;
   const std::optional<double> of_h = probability(is_pair ? PyTuple_GET_ITEM(zoneout, 0) : zoneout);
   const std::optional<double> of_c = is_pair ? probability(PyTuple_GET_ITEM(zoneout, 1)) : of_h;
-  if (!recompute || !recurrent || !weight || !of_h || !of_c) return std::nullopt;
-  return Extras{*recompute, *of_h, has_cell ? *of_c : 0, trains ? *recurrent : 0, trains ? *weight : 0};
+  const std::optional<double> dropout = call.layers > 1 ? probability(own.get(keys.dropout), true) : 0;
+  if (!recompute || !recurrent || !weight || !of_h || !of_c || !dropout) return std::nullopt;
+  const auto in_training = [&](double p) { return trains ? p : 0; };
+  return Extras{*recompute,           *of_h, call.has_cell ? *of_c : 0, in_training(*recurrent), in_training(*weight),
+                in_training(*dropout)};
 }
 
 using Weights = c10::SmallVector<at::Tensor, 10>;
@@ -345,14 +350,23 @@ PyObject* results_of(ModuleCall& call, const Compute& compute) {
                          : Py_BuildValue("NN", out, state);
 }
 
-/// The layers of a call one after the other, each by layer(input, h_0, c_0, its weights, cell_states).
+/// What a layer hands on to the next one. torch.nn draws the mask of a padded batch in time-major order.
+at::Tensor drop_out(const at::Tensor& output, double p, bool batch_first) {
+  if (!batch_first) return at::dropout(output, p, true);
+  const at::Tensor ones = at::ones_like(output.transpose(0, 1), {}, at::MemoryFormat::Contiguous);
+  return output * at::dropout(ones, p, true).transpose(0, 1);
+}
+
+/// The layers of a call one after the other, each by layer(input, h_0, c_0, its weights, cell_states), with dropout
+/// between them.
 template <class Layer>
-Results one_after_another(const ModuleCall& call, at::TensorList weights, const Layer& layer) {
+Results one_after_another(const ModuleCall& call, at::TensorList weights, double dropout, const Layer& layer) {
   const int64_t directions = call.bidirectional ? 2 : 1;
   const size_t count = weights.size() / size_t(call.layers);
   at::Tensor output = call.input, h_n, c_n, cells;
   std::vector<at::Tensor> h_ns, c_ns;
   for (int64_t k = 0; k < call.layers; ++k) {
+    if (k > 0 && dropout > 0) output = drop_out(output, dropout, call.batch_first && !call.packed);
     const auto part = [&](const OptionalTensor& state) {
       const bool all = !state.has_value() || call.layers == 1;
       return all ? state : OptionalTensor(state->narrow(0, k * directions, directions));
@@ -430,7 +444,7 @@ Results run_extras(const ModuleCall& call, const Extras& extras, bool trains, We
                    extras.recompute);
     return {std::move(output), std::move(h_n), std::move(c_n), std::move(cells)};
   };
-  return one_after_another(call, weights, layer);
+  return one_after_another(call, weights, extras.dropout, layer);
 }
 
 /// Whether Python need not look at a call with options: nothing in it is to be refused before masks are drawn.
@@ -451,14 +465,13 @@ std::optional<PyObject*> run_plain(const Keys& keys, const Attributes& own, cons
   std::optional<ModuleCall> call = read_call(keys, own, given, kStep);
   if (!call) return std::nullopt;
   const bool trains = !own.is_off(keys.training);
-  if (call->layers > 1 && trains && !own.is_off(keys.dropout)) return std::nullopt;
-  const std::optional<Extras> extras = read_extras(keys, own, trains, call->has_cell);
+  const std::optional<Extras> extras = read_extras(keys, own, trains, *call);
   if (!extras || (kStep && (extras->recurrent_dropout > 0 || extras->weight_dropout > 0))) return std::nullopt;
   const Weights weights = read_weights(own.get(keys.parameters), own.get(keys.names));
   const at::ScalarType type = call->input.scalar_type();
   if (!is_computed(type) || weights.empty() || weights[0].scalar_type() != type || PyErr_Occurred())
     return std::nullopt;
-  if (extras->any() && !can_run_extras(*call, *extras, weights)) return std::nullopt;
+  if (extras->any() && !(own.flag(keys.training) && can_run_extras(*call, *extras, weights))) return std::nullopt;
   return results_of(*call, [&]() -> Results {
     if (extras->any()) return run_extras(*call, *extras, trains, weights);
     const auto& [h_0, c_0] = call->states;
@@ -494,7 +507,7 @@ std::optional<PyObject*> run_quantized(const Keys& keys, const Attributes& own, 
       return quantized_layer_call(input, h_0, c_0, of_layer, call->batch_sizes, call->lengths, call->resets, call->cell,
                                   call->bidirectional, call->batch_first, cell_states);
     };
-    return one_after_another(*call, weights, layer);
+    return one_after_another(*call, weights, 0, layer);
   });
 }
 
