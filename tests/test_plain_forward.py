@@ -710,3 +710,23 @@ def test_odd_values_take_the_long_way():
     for training in (1, Odd()):
         vars(module)["training"] = training
         assert short(module, input) is None
+
+
+def test_what_torch_would_read_of_freed_memory_is_refused():
+    module, input = make(weight_dropout=0.5), torch.randn(4, 3, 5)
+    packed = pack_padded_sequence(input, [1, 4, 3], enforce_sorted=False)
+    freed = torch.zeros(1, 3, 7)
+    freed.untyped_storage().resize_(0)
+    lengths = torch.tensor([1, 4, 3], dtype=torch.int32)
+    lengths.untyped_storage().resize_(0)
+    for name, arguments in (
+        ("h_0", {"hx": (freed, torch.zeros(1, 3, 7))}),
+        ("c_0", {"hx": (torch.zeros(1, 3, 7), freed)}),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name} of size .* has no memory"):
+            module(packed, **arguments)
+    with pytest.raises(RuntimeError, match="lengths of size .* has no memory"):
+        module(input, lengths=lengths)
+    module.weight_hh_l0.data.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="weight_hh of size .* has no memory"):
+        module(input)

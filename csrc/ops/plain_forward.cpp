@@ -205,6 +205,7 @@ bool read_lengths(PyObject* object, int64_t batch, int64_t steps, OptionalTensor
     if (!read_vector(object, lengths)) return false;
     if (!lengths.has_value()) return true;
     if (!at::isIntegralType(lengths->scalar_type(), false) || lengths->size(0) != batch) return false;
+    check_memory(*lengths, "lengths");
     lengths = lengths->to(at::kLong);
     return true;
   }
@@ -329,8 +330,11 @@ PyObject* results_of(ModuleCall& call, const Compute& compute) {
   at::Tensor output, h_n, c_n, cells;
   {
     const pybind11::gil_scoped_release no_gil;
-    for (OptionalTensor& state : call.states) {
-      if (state.has_value() && call.order.has_value()) state = state->index_select(1, *call.order);
+    for (int i = 0; i < 2 && call.order.has_value(); ++i) {
+      OptionalTensor& state = call.states[i];
+      if (!state.has_value()) continue;
+      check_memory(*state, i == 0 ? "h_0" : "c_0");
+      state = state->index_select(1, *call.order);
     }
     std::tie(output, h_n, c_n, cells) = compute();
     if (!call.has_cell) c_n = at::Tensor();
@@ -432,6 +436,7 @@ Results run_extras(const ModuleCall& call, const Extras& extras, bool trains, We
   const size_t directions = call.bidirectional ? 2 : 1, count = weights.size() / (size_t(call.layers) * directions);
   for (size_t i = 1; i < weights.size() && extras.weight_dropout > 0; i += count) {
     const at::Tensor& weight = weights[i];
+    check_memory(weight, "weight_hh");
     const at::Tensor mask = draw_dropout(weight.sizes(), extras.weight_dropout, weight.scalar_type() == at::kDouble);
     weights[i] = weight * mask.to(weight.scalar_type());
   }
