@@ -723,10 +723,10 @@ def test_what_torch_would_read_of_freed_memory_is_refused():
         ("h_0", {"hx": (freed, torch.zeros(1, 3, 7))}),
         ("c_0", {"hx": (torch.zeros(1, 3, 7), freed)}),
     ):
-        with pytest.raises(RuntimeError, match=f"{name} of size .* has no memory"):
+        with pytest.raises(RuntimeError, match=rf"{name} of size .* has no memory"):
             module(packed, **arguments)
-    with pytest.raises(RuntimeError, match="lengths of size .* has no memory"):
+    with pytest.raises(RuntimeError, match=r"lengths of size .* has no memory"):
         module(input, lengths=lengths)
     module.weight_hh_l0.data.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="weight_hh of size .* has no memory"):
+    with pytest.raises(RuntimeError, match=r"weight_hh of size .* has no memory"):
         module(input)
