@@ -106,14 +106,15 @@ def losses(path: Path, races: dict[str, dict[str, Training]]) -> None:
             if len(runs) == 2:
                 apart = np.abs(np.subtract(*(run.losses for run in runs.values())))
                 apart = np.maximum.reduceat(apart, np.concatenate([[0], ends[:-1]]))
-                bottom.plot(epochs, np.where(apart > 0, apart, np.nan), color=INK, linewidth=1.2)
+                # Epochs without any difference have no place on this scale; those between two of them are a dot.
+                bottom.plot(epochs, np.where(apart > 0, apart, np.nan), "o-", color=INK, linewidth=1.2, markersize=2.5)
                 bottom.set_yscale("log")
                 if apart.any():
                     whole = np.log10([apart[apart > 0].min(), apart.max()])
                     bottom.set_ylim(10.0 ** np.floor(whole[0]), 10.0 ** np.ceil(whole[1]))
                 bottom.yaxis.set_minor_locator(NullLocator())
         axes[0, 0].set_ylabel("training loss")
-        axes[1, 0].set_ylabel("largest\ndifference")
+        axes[1, 0].set_ylabel("largest difference\nof the two")
         save(figure, path)
 
 
