@@ -59,13 +59,16 @@ def test_choice_on_the_cpu(layer, backend, expected, calls):
     assert explanation.backend == expected
 
 
-def test_one_call_for_a_stack_and_one_a_layer_with_dropout(calls):
+@pytest.mark.parametrize("short", [False, True])
+def test_one_call_for_a_stack_and_one_a_layer_with_dropout(calls, short, monkeypatch):
+    if not short:
+        monkeypatch.setattr(ops, "plain_forward", lambda *_: None)
     module, input = rnn_ext.LSTM(3, 4, num_layers=3, bidirectional=True), torch.randn(5, 2, 3)
     module(input)
     assert calls == ["custom"]
     module.dropout = 0.5
     module(input)
-    assert calls == ["custom"] * 4
+    assert calls == ["custom"] * (2 if short else 4)  # the short way's are one for Python
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -554,6 +554,7 @@ def test_why_an_option_is_refused(monkeypatch):
     """Where our kernels cannot run at all, and "auto" takes torch's."""
     monkeypatch.setattr(rnn_ext.ops, "is_available", lambda: False)
     monkeypatch.setattr(rnn_ext.ops, "load_error", lambda: "it was built for another torch; run: make it")
+    monkeypatch.setattr(rnn_ext.ops, "plain_forward", lambda *_: None)
     layer = rnn_ext.GRU(I, H, zoneout=0.5)
     with pytest.raises(ValueError, match=r"zoneout is an option of the custom .*: it was built for another torch; run"):
         layer(torch.zeros(L, N, I), lengths=[1] * N)

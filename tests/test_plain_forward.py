@@ -505,7 +505,7 @@ def test_options_that_need_more_take_the_long_way():
     assert short(make(num_layers=2, recompute=True), input) is not None
     dropped = make(num_layers=2, dropout=1)
     assert short(dropped, input) is not None
-    for wrong in (1.5, -0.1, "0.5", None):
+    for wrong in (1.5, -0.1, "0.5", None, True):
         dropped.dropout = wrong
         assert short(dropped, input) is None
     wrong = (torch.zeros(2, 2, 7), torch.zeros(2, 2, 7))

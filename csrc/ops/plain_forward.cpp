@@ -82,9 +82,9 @@ bool is_number(PyObject* value) {
   return value && (PyBool_Check(value) || PyLong_CheckExact(value) || PyFloat_CheckExact(value));
 }
 
-/// A probability, of 1 if the event may be certain; nothing for all else.
+/// A probability, of 1 if the event may be certain; nothing for all else, True among it.
 std::optional<double> probability(PyObject* value, bool certain = false) {
-  const double p = is_number(value) ? PyFloat_AsDouble(value) : -1.0;
+  const double p = is_number(value) && value != Py_True ? PyFloat_AsDouble(value) : -1.0;
   return 0.0 <= p && (p < 1.0 || (certain && p == 1.0)) ? std::optional(p) : std::nullopt;
 }
 
