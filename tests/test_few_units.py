@@ -27,13 +27,14 @@ from rnn_ext import _C
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # L, N, I, H: sequences that end inside and on the edge of vectors, of pairs of these and of parts of 128; inputs that
-# are columns one by one and squares of lanes; the last are too few sequences and too many units.
+# are columns one by one, squares of lanes and rows; the last are too few sequences and too many units.
 SIZES = [
     (3, 16, 1, 1),
     (5, 33, 2, 2),
     (2, 129, 3, 3),
     (1, 128, 8, 4),
     (3, 31, 30, 1),
+    (2, 131, 16, 2),
     (4, 67, 4, 1),
     (1, 300, 1, 2),
     (3, 31, 19, 3),
@@ -69,6 +70,14 @@ def test_sizes(cell, size, dtype):
     agree(build(Case(cell, "dense", size=size)).to(dtype), dtype)
     agree(build(Case(cell, "batch_first", True, bias=False, resets=True, size=size)).to(dtype), dtype)
     agree(build(Case(cell, "dense", True, state=False, resets=True, size=size)).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("inputs", [1, 16])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu"])
+def test_many_sequences(cell, inputs):
+    """More of which go through a step together."""
+    agree(build(Case(cell, "dense", size=(2, 8192 + 5, inputs, 1))), torch.float64)
+    agree(build(Case(cell, "batch_first", True, lengths=True, size=(3, 8192 + 600, inputs, 1))), torch.float64)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -131,10 +140,11 @@ def test_16_bits(cell, dtype):
     agree(problem, dtype)
 
 
+@pytest.mark.parametrize("inputs", [2, 16])
 @pytest.mark.parametrize("cell", CELLS)
-def test_nan_stays_in_its_sequence(cell):
+def test_nan_stays_in_its_sequence(cell, inputs):
     """And so does infinity, forward and in the gradient of the input; sums over sequences have it."""
-    problem = build(Case(cell, "dense", True, size=(3, 35, 2, 2)))
+    problem = build(Case(cell, "dense", True, size=(3, 35, inputs, 2)))
     problem.input[1, 33, 0] = float("nan")
     problem.input[2, 4, 1] = float("inf")
     expected, expected_grads = gradients(oracle, problem)
@@ -177,11 +187,12 @@ def test_weights_that_are_infinite(cell):
         torch.testing.assert_close(grad.isnan(), expected[name].isnan(), msg=name)
 
 
+@pytest.mark.parametrize("size", [(100, 700, 2, 2), (3, 700, 16, 2)], ids=["columns", "rows"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_threads(cell):
+def test_threads(cell, size):
     """The same bits by any number of them, of sequences of one length and of others."""
     for lengths in (False, True):
-        problem = build(Case(cell, "batch_first", True, lengths=lengths, size=(100, 700, 2, 2))).to(torch.float32)
+        problem = build(Case(cell, "batch_first", True, lengths=lengths, size=size)).to(torch.float32)
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -213,16 +224,17 @@ def test_second_derivatives(cell):
     check_gradients(second(run), second(oracle))
 
 
-def test_many_rows():
+@pytest.mark.parametrize("inputs", [1, 16])
+def test_many_rows(inputs):
     """A sum of tenths in one chain would be off by 1e-4."""
-    rnn = rnn_ext.RNN(1, 1, nonlinearity="relu")
+    rnn = rnn_ext.RNN(inputs, 1, nonlinearity="relu")
     with torch.no_grad():
         for name, p in rnn.named_parameters():
             p.fill_(name != "weight_hh_l0")
-    output, _ = rnn(torch.ones(100_000, 16, 1))
+    output, _ = rnn(torch.ones(100_000, 16, inputs))
     output.backward(torch.full_like(output, 0.1))
     for p in (rnn.weight_ih_l0, rnn.bias_ih_l0):
-        assert p.grad.item() == pytest.approx(160_000, rel=1e-6)
+        torch.testing.assert_close(p.grad, torch.full_like(p, 160_000), rtol=1e-6, atol=0)
 
 
 def test_recompute():

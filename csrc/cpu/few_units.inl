@@ -5,17 +5,26 @@
 // whose scan would look for what forward has not kept.
 
 /// Sequences that go through a step together: enough to hide how long a cell takes, and what they need of the step
-/// nearly always fits the first-level cache. The number of threads must not decide it, as sums depend on it.
-constexpr int64_t kTogether = 128;
+/// nearly always fits the first-level cache. An RNN, which computes little of what it reads, is held up by memory where
+/// there are many, and memory gives more of what follows each other. The number of threads must not decide it, as sums
+/// depend on it.
+template <class Cell>
+int64_t together(int64_t batch) {
+  constexpr int64_t kMany = 8192;
+  return Cell::kSaved == 0 && batch >= kMany ? 512 : 128;
+}
 
 /// Vectors that go through a cell side by side.
 constexpr int kAbreast = 2;
-static_assert(kTogether % (kAbreast * kLanes<float>) == 0 && kTogether % (kAbreast * kLanes<double>) == 0);
 
 template <class T>
 using Abreast = Wide<T, kAbreast>;
 template <class T>
 constexpr int64_t kAbreastLanes = kAbreast * kLanes<T>;
+template <class T>
+constexpr int64_t whole_abreast(int64_t count) {
+  return (count + kAbreastLanes<T> - 1) / kAbreastLanes<T> * kAbreastLanes<T>;
+}
 
 /// The first `count` numbers, of which some vectors may have none.
 template <class T>
@@ -73,15 +82,16 @@ void fetch_rows(const Rows<T>& rows, int64_t width, int64_t count) {
   for (int64_t j = 0; j < count; ++j) fetch(rows[j], width);
 }
 
-/// Rows of up to kTogether sequences as columns: the numbers of one feature follow each other.
+/// Rows of up to `most` sequences as columns: the numbers of one feature follow each other.
 template <class T>
 class Columns {
  public:
-  explicit Columns(int64_t width) : width_(width), data_(width * kTogether, true) {}
+  Columns(int64_t width, int64_t most) : width_(width), length_(whole_abreast<T>(most)), data_(width * length_, true) {}
 
-  T* operator[](int64_t k) const { return data_.get() + k * kTogether; }
+  T* operator[](int64_t k) const { return data_.get() + k * length_; }
   int64_t width() const { return width_; }
-  void clear() { std::memset(data_.get(), 0, size_t(width_ * kTogether) * sizeof(T)); }
+  int64_t length() const { return length_; }
+  void clear() { std::memset(data_.get(), 0, size_t(width_ * length_) * sizeof(T)); }
   void clear(int64_t j) {
     for (int64_t k = 0; k < width_; ++k) (*this)[k][j] = 0;
   }
@@ -160,11 +170,11 @@ class Columns {
     for (int64_t k = 0; k < width_ && j < count; k += kLanes<T>) fn(k, j, count - j);
   }
 
-  const int64_t width_;
+  const int64_t width_, length_;
   Buffer<T> data_;
 };
 
-/// Up to kTogether sequences that follow each other, in one direction.
+/// Sequences that follow each other, in one direction.
 struct FewSequences {
   int direction;
   int64_t first, count;
@@ -191,7 +201,7 @@ void fetch_next(const Sequence<T>& sequence, int64_t width, const Layout& layout
   if (s < 0 || s >= layout.steps) {
     s = by > 0 ? 0 : layout.steps - 1;
     those.first += those.count;
-    those.count = smaller(kTogether, layout.batch - those.first);
+    those.count = smaller(those.count, layout.batch - those.first);
     if (those.count <= 0) return;
   }
   const int64_t t = time_of(layout, those.reverse(), s), count = those.active(layout, t);
@@ -203,9 +213,7 @@ template <class Cell, class T>
 class KeptColumns {
  public:
   KeptColumns(int64_t steps, int64_t hidden, int64_t count)
-      : hidden_(hidden),
-        length_((count + kAbreastLanes<T> - 1) / kAbreastLanes<T> * kAbreastLanes<T>),
-        data_(steps * Cell::kSaved * hidden * length_) {}
+      : hidden_(hidden), length_(whole_abreast<T>(count)), data_(steps * Cell::kSaved * hidden * length_) {}
 
   explicit operator bool() const { return data_.get(); }
   T* at(int64_t t, int value, int64_t unit) const {
@@ -225,17 +233,18 @@ class FewUnitsForward {
   static constexpr int G = Cell::kGates, kSums = Sums::kSums;
 
  public:
-  FewUnitsForward(const ForwardArgs<T>& args, int direction, const KeptColumns<Cell, T>& kept)
+  /// `most`: sequences at a time.
+  FewUnitsForward(const ForwardArgs<T>& args, int direction, int64_t most, const KeptColumns<Cell, T>& kept)
       : args_(args),
         layout_(args.layout),
         weights_(args.weights[direction]),
         kept_(kept),
         hidden_(args.sizes.hidden),
         bias_(kSums * hidden_, true),
-        x_(args.sizes.input),
-        h_(hidden_),
-        next_(hidden_),
-        c_(Cell::kHasCell ? hidden_ : 0) {
+        x_(args.sizes.input, most),
+        h_(hidden_, most),
+        next_(hidden_, most),
+        c_(Cell::kHasCell ? hidden_ : 0, most) {
     for (int64_t i = 0; i < G * hidden_ && weights_.bias_ih; ++i) {
       bias_.get()[i] += weights_.bias_hh[i];
       bias_.get()[Sums::input_sum(int(i / hidden_)) * hidden_ + i % hidden_] += weights_.bias_ih[i];
@@ -317,22 +326,25 @@ class FewUnitsBackward {
       : args_(args),
         layout_(args.layout),
         weights_(args.weights[direction]),
+        inputs_(args.sizes.input),
         hidden_(args.sizes.hidden),
         kept_(layout_.steps, hidden_, most),
         again_(forward_args(args)),
-        forward_(again_, direction, kept_),
-        x_(args.sizes.input),
-        h_(kComputesAgain ? 0 : hidden_),
-        h_prev_(hidden_),
-        c_prev_(Cell::kHasCell ? hidden_ : 0),
-        dy_(hidden_),
-        dcells_(Cell::kHasCell ? hidden_ : 0),
-        dh_(hidden_),
-        dc_(Cell::kHasCell ? hidden_ : 0),
-        dgates_(Cell::kGradGates * hidden_),
-        dx_(args.grad_input.data ? args.sizes.input : 0),
+        forward_(again_, direction, kComputesAgain ? most : 0, kept_),
+        by_rows_(!apart && prefers_rows(args.sizes)),
+        x_(by_rows_ ? 0 : inputs_, most),
+        h_(kComputesAgain ? 0 : hidden_, most),
+        h_prev_(hidden_, most),
+        c_prev_(Cell::kHasCell ? hidden_ : 0, most),
+        dy_(hidden_, most),
+        dcells_(Cell::kHasCell ? hidden_ : 0, most),
+        dh_(hidden_, most),
+        dc_(Cell::kHasCell ? hidden_ : 0, most),
+        dgates_(Cell::kGradGates * hidden_, most),
+        dx_(args.grad_input.data && !by_rows_ ? inputs_ : 0, most),
+        of_rows_(by_rows_ ? input_numbers() : 0, true),
         lanes_(apart ? 0 : numbers(args.sizes) * kLanes<T>, true),
-        apart_(apart ? numbers(args.sizes) : 0) {}
+        apart_(apart ? numbers(args.sizes) : 0, most) {}
 
   /// Room for the sums over rows that the gradients of parameters are: of the weights as they lie, then of the gates'
   /// gradients.
@@ -353,17 +365,23 @@ class FewUnitsBackward {
       if (count_ == 0) continue;
       const int64_t before = s > 0 ? time_of(layout_, those_.reverse(), s - 1) : -1;
       read(t, before);
-      fetch_next(args_.input, x_.width(), layout_, those_, s, -1);
-      if (args_.grad_input.data) fetch_next(args_.grad_input.template of<T>(), x_.width(), layout_, those_, s, -1);
+      const auto grad_input = args_.grad_input.template of<T>();
+      fetch_next(args_.input, inputs_, layout_, those_, s, -1);
+      if (grad_input.data) fetch_next(grad_input, inputs_, layout_, those_, s, -1);
       for (int64_t i = 0; i < count_; i += kAbreastLanes<T>) {
         for (int64_t u = 0; u < hidden_; ++u) compute(t, i, u);
       }
       pass_on(dh_, weights_.weight_hh, Cell::kDirectCarry, [](int g) { return Cell::hh_slot(g); });
-      if (args_.grad_input.data) {
-        pass_on(dx_, weights_.weight_ih, false, [](int g) { return Cell::ih_slot(g); });
-        dx_.write(rows_of(args_.grad_input.template of<T>(), layout_, t, those_.first, 0), count_, those_.reverse());
+      if (grad_input.data) {
+        const Rows<T> rows = rows_of(grad_input, layout_, t, those_.first, 0);
+        if (by_rows_) {
+          pass_on_to_rows(rows);
+        } else {
+          pass_on(dx_, weights_.weight_ih, false, [](int g) { return Cell::ih_slot(g); });
+          dx_.write(rows, count_, those_.reverse());
+        }
       }
-      add_to_parameters();
+      add_to_parameters(t);
       if (s > 0 && s % kSummedRows == 0) add_lanes(sums);
       those_.each_beginning(args_, t, [&](int64_t j) {
         dh_.clear(j);
@@ -388,13 +406,27 @@ class FewUnitsBackward {
     return again;
   }
 
+  /// Whether to take the input by rows: if these are whole vectors or, as columns take fewer but longer products, if
+  /// there are few gates. (Other instruction sets load parts of vectors number by number.)
+  static bool prefers_rows(const Sizes& s) {
+    return s.input % kLanes<T> == 0 || (RNN_EXT_VECTOR_BYTES == 64 && 2 * s.input >= kLanes<T> && G * s.hidden <= 12);
+  }
+  int64_t input_numbers() const { return G * hidden_ * inputs_; }
+
   /// Adds up the sums of some steps.
   void add_lanes(T* sums) {
     if (apart_.width() > 0) {
       apart_.write({sums, apart_.width(), nullptr}, those_.count, true);
       return apart_.clear();
     }
-    for (int64_t n = 0; n < numbers(args_.sizes); n += kLanes<T>) {
+    int64_t n = 0;
+    if (by_rows_) {
+      n = input_numbers();
+      add_row(sums, of_rows_.get(), n);
+      std::memset(of_rows_.get(), 0, size_t(n) * sizeof(T));
+      n -= n % kLanes<T>;
+    }
+    for (; n < numbers(args_.sizes); n += kLanes<T>) {
       Vec<T> rows[kLanes<T>];
       for (int i = 0; i < kLanes<T>; ++i) {
         T* lanes = lanes_.get() + (n + i) * kLanes<T>;
@@ -417,7 +449,7 @@ class FewUnitsBackward {
       if (initial) return to.read(rows_of(initial, hidden_, layout_, those_.direction, first), count_);
       for (int64_t j = going_on; j < count_; ++j) to.clear(j);
     };
-    x_.read(rows_of(args_.input, layout_, t, first, 0), count_);
+    if (!by_rows_) x_.read(rows_of(args_.input, layout_, t, first, 0), count_);
     if (!kComputesAgain) read_step(h_, args_.output, t, count_);
     read_step(dy_, args_.grad_output, t, count_);
     read_initial(h_prev_, args_.h_0);
@@ -467,7 +499,7 @@ class FewUnitsBackward {
     for (int n = 0; n < K; ++n) sums[n] = adds ? load_abreast(to[k + n] + i) : V{};
     for (int g = 0; g < G; ++g) {
       const T *factors = weight + g * hidden_ * width + k, *dgate = dgates_[slot(g) * hidden_] + i;
-      for (int64_t u = 0; u < hidden_; ++u, factors += width, dgate += kTogether) {
+      for (int64_t u = 0; u < hidden_; ++u, factors += width, dgate += dgates_.length()) {
         const V x = load_abreast(dgate);
 #pragma GCC unroll 2
         for (int n = 0; n < K; ++n) sums[n] = fma(broadcast(factors[n]), x, sums[n]);
@@ -476,10 +508,74 @@ class FewUnitsBackward {
     for (int n = 0; n < K; ++n) store_abreast(to[k + n] + i, sums[n], count_ - i);
   }
 
-  void add_to_parameters() {
+  /// dx = dgates W, a vector of a row at a time.
+  void pass_on_to_rows(const Rows<T>& rows) const {
+    for (int64_t k = 0; k < inputs_; k += kLanes<T>) {
+      int64_t j = 0;
+      for (; j + 4 <= count_; j += 4) pass_on_to_rows<4>(rows, j, k);
+      for (; j < count_; ++j) pass_on_to_rows<1>(rows, j, k);
+    }
+  }
+  /// R rows from j on, from column k on.
+  template <int R>
+  ALWAYS_INLINE void pass_on_to_rows(const Rows<T>& rows, int64_t j, int64_t k) const {
+    Vec<T> sums[R] = {};
+    const T* factors = weights_.weight_ih + k;
+    for (int g = 0; g < G; ++g) {
+      const T* dgate = dgates_[Cell::ih_slot(g) * hidden_] + j;
+      for (int64_t u = 0; u < hidden_; ++u, factors += inputs_, dgate += dgates_.length()) {
+        const Vec<T> w = load_part(factors, inputs_ - k);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[r] = fma(broadcast(dgate[r]), w, sums[r]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      T* to = rows[j + r] + k;
+      store_part(to, those_.reverse() ? load_part(to, inputs_ - k) + sums[r] : sums[r], inputs_ - k);
+    }
+  }
+
+  /// Adds the products of the gates' gradients with the input, a vector of a row at a time.
+  void add_rows(const Rows<const T>& rows) const {
+    for (int64_t k = 0; k < inputs_; k += kLanes<T>) {
+      int64_t row = 0;
+      for (; row + 4 <= G * hidden_; row += 4) add_rows<4, 2>(rows, row, k);
+      for (; row < G * hidden_; ++row) add_rows<1, 4>(rows, row, k);
+    }
+  }
+  /// To Q rows of the weight's gradient, from column k on, in R sums of each.
+  template <int Q, int R>
+  ALWAYS_INLINE void add_rows(const Rows<const T>& rows, int64_t row, int64_t k) const {
+    const T* dgates[Q];
+    for (int q = 0; q < Q; ++q) dgates[q] = input_gate(row + q);
+    Vec<T> sums[Q][R] = {};
+    const auto add = [&](int64_t j, int r) ALWAYS_INLINE_LAMBDA {
+      const Vec<T> x = load_part(rows[j] + k, inputs_ - k);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) sums[q][r] = fma(broadcast(dgates[q][j]), x, sums[q][r]);
+    };
+    int64_t j = 0;
+    for (; j + R <= count_; j += R) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) add(j + r, r);
+    }
+    for (; j < count_; ++j) add(j, 0);
+    for (int q = 0; q < Q; ++q) {
+      for (int r = 1; r < R; ++r) sums[q][0] += sums[q][r];
+      T* to = of_rows_.get() + (row + q) * inputs_ + k;
+      store_part(to, load_part(to, inputs_ - k) + sums[q][0], inputs_ - k);
+    }
+  }
+
+  const T* input_gate(int64_t row) const {
+    return dgates_[Cell::ih_slot(int(row / hidden_)) * hidden_ + row % hidden_];
+  }
+
+  void add_to_parameters(int64_t t) {
     const Weights<void>& wanted = args_.grad_weights[those_.direction];
     const bool apart = apart_.width() > 0;
-    const int64_t of_sum = apart ? kTogether : kLanes<T>;
+    const int64_t of_sum = apart ? apart_.length() : kLanes<T>;
     T* sums = apart ? apart_[0] : lanes_.get();
     const auto add = [&](bool is_wanted, const Columns<T>& columns, const auto& slot) {
       const int64_t width = columns.width(), rows = is_wanted ? G * hidden_ : 0;
@@ -493,7 +589,12 @@ class FewUnitsBackward {
       if (row < rows) add_products<1>(sums + row * width * of_sum, {dgates(row)}, columns);
       sums += G * hidden_ * width * of_sum;
     };
-    add(wanted.weight_ih, x_, [](int g) { return Cell::ih_slot(g); });
+    if (by_rows_) {
+      if (wanted.weight_ih) add_rows(rows_of(args_.input, layout_, t, those_.first, 0));
+      sums += input_numbers() * of_sum;
+    } else {
+      add(wanted.weight_ih, x_, [](int g) { return Cell::ih_slot(g); });
+    }
     add(wanted.weight_hh, h_prev_, [](int g) { return Cell::hh_slot(g); });
     if (!wanted.bias_ih && !wanted.bias_hh) return;
     for (int64_t q = 0; q < Cell::kGradGates * hidden_; ++q, sums += of_sum) {
@@ -550,16 +651,18 @@ class FewUnitsBackward {
   const Weights<const T>& weights_;
   FewSequences those_ = {};
   int64_t count_ = 0;  // of them that have the step
-  const int64_t hidden_;
+  const int64_t inputs_, hidden_;
   const KeptColumns<Cell, T> kept_;
   const ForwardArgs<T> again_;
   FewUnitsForward<Cell, T> forward_;
+  const bool by_rows_;  // inputs and their gradients are taken as they lie, x_ and dx_ hold nothing
   Columns<T> x_, h_, h_prev_, c_prev_, dy_, dcells_, dh_, dc_, dgates_, dx_;
-  Buffer<T> lanes_;  // [numbers][lanes]: sums for the gradients of parameters; nothing where each sequence has its own:
-  Columns<T> apart_;  // of so many numbers, else of none
+  Buffer<T> of_rows_;  // sums for the gradient of the input's weight if by_rows_
+  Buffer<T> lanes_;    // [numbers][lanes]: sums for the gradients of parameters; nothing where each sequence has its
+  Columns<T> apart_;   // own: of so many numbers, else of none
 };
 
-inline int64_t parts_of(int64_t batch) { return (batch + kTogether - 1) / kTogether; }
+inline int64_t parts_of(int64_t batch, int64_t most) { return (batch + most - 1) / most; }
 
 /// Calls fn(first, last) for shares of so many tasks, each of which makes memory for all of its.
 void share_tasks(const Executor& executor, int64_t tasks, const auto& fn) {
@@ -569,12 +672,12 @@ void share_tasks(const Executor& executor, int64_t tasks, const auto& fn) {
 
 template <class Cell, class T>
 void few_units_forward(const ForwardArgs<T>& args, const Executor& executor) {
-  const int64_t batch = args.layout.batch;
+  const int64_t batch = args.layout.batch, most = together<Cell>(batch);
   const KeptColumns<Cell, T> nothing(0, 0, 0);
-  share_tasks(executor, parts_of(batch), [&](int64_t part, int64_t end) {
+  share_tasks(executor, parts_of(batch, most), [&](int64_t part, int64_t end) {
     for (int d = 0; d < args.sizes.directions; ++d) {
-      FewUnitsForward<Cell, T> forward(args, d, nothing);
-      for (int64_t i = part; i < end; ++i) forward.run({d, i * kTogether, smaller(kTogether, batch - i * kTogether)});
+      FewUnitsForward<Cell, T> forward(args, d, smaller(most, batch), nothing);
+      for (int64_t i = part; i < end; ++i) forward.run({d, i * most, smaller(most, batch - i * most)});
     }
   });
 }
@@ -611,9 +714,9 @@ template <class Cell, class T>
 void few_units_backward(const BackwardArgs<T>& args, const Executor& executor) {
   using Part = FewUnitsBackward<Cell, T>;
   const Sizes& s = args.sizes;
-  const int64_t batch = args.layout.batch, numbers = Part::numbers(s);
-  Buffer<GroupRun> runs(args.groups > 0 ? batch : parts_of(batch));
-  int64_t count = find_group_runs(args.layout, args.groups, kTogether, runs.get());
+  const int64_t batch = args.layout.batch, most = together<Cell>(batch), numbers = Part::numbers(s);
+  Buffer<GroupRun> runs(args.groups > 0 ? batch : parts_of(batch, most));
+  int64_t count = find_group_runs(args.layout, args.groups, most, runs.get());
   // Vectors of so short runs are better filled up with those of other groups, each row's gradients of parameters apart
   // from the others', and fewer rows at a time, as there are as many of those gradients.
   constexpr int64_t kShort = 16, kApart = 32;
@@ -624,7 +727,7 @@ void few_units_backward(const BackwardArgs<T>& args, const Executor& executor) {
   share_tasks(executor, apart ? (batch + kApart - 1) / kApart : count, [&](int64_t begin, int64_t end) {
     // One direction after the other, as both add to the gradient of the input.
     for (int d = 0; d < s.directions; ++d) {
-      Part part(args, d, smaller(apart ? kApart : kTogether, batch), apart);
+      Part part(args, d, smaller(apart ? kApart : most, batch), apart);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = apart ? i * kApart : runs.get()[i].first;
         const int64_t size = apart ? smaller(kApart, batch - first) : runs.get()[i].count;
