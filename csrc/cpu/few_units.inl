@@ -548,7 +548,7 @@ class FewUnitsBackward {
   template <int Q, int R>
   ALWAYS_INLINE void add_rows(const Rows<const T>& rows, int64_t row, int64_t k) const {
     const T* dgates[Q];
-    for (int q = 0; q < Q; ++q) dgates[q] = input_gate(row + q);
+    for (int q = 0; q < Q; ++q) dgates[q] = gradients_of(row + q, [](int g) { return Cell::ih_slot(g); });
     Vec<T> sums[Q][R] = {};
     const auto add = [&](int64_t j, int r) ALWAYS_INLINE_LAMBDA {
       const Vec<T> x = load_part(rows[j] + k, inputs_ - k);
@@ -568,8 +568,9 @@ class FewUnitsBackward {
     }
   }
 
-  const T* input_gate(int64_t row) const {
-    return dgates_[Cell::ih_slot(int(row / hidden_)) * hidden_ + row % hidden_];
+  /// The gradients of what row `row` of a weight computes.
+  const T* gradients_of(int64_t row, const auto& slot) const {
+    return dgates_[slot(int(row / hidden_)) * hidden_ + row % hidden_];
   }
 
   void add_to_parameters(int64_t t) {
@@ -579,7 +580,7 @@ class FewUnitsBackward {
     T* sums = apart ? apart_[0] : lanes_.get();
     const auto add = [&](bool is_wanted, const Columns<T>& columns, const auto& slot) {
       const int64_t width = columns.width(), rows = is_wanted ? G * hidden_ : 0;
-      const auto dgates = [&](int64_t row) { return dgates_[slot(int(row / hidden_)) * hidden_ + row % hidden_]; };
+      const auto dgates = [&](int64_t row) { return gradients_of(row, slot); };
       int64_t row = 0;
       for (; apart && row < rows; ++row) {
         for (int64_t k = 0; k < width; ++k) add_each(sums + (row * width + k) * of_sum, dgates(row), columns[k]);
@@ -724,7 +725,7 @@ void few_units_backward(const BackwardArgs<T>& args, const Executor& executor) {
   if (apart) count = find_group_runs(args.layout, args.groups, 1, runs.get());
   Buffer<T> all_sums(s.directions * count * numbers, true);
   const auto sums_of = [&](int d, int64_t i) { return all_sums.get() + (d * count + i) * numbers; };
-  share_tasks(executor, apart ? (batch + kApart - 1) / kApart : count, [&](int64_t begin, int64_t end) {
+  share_tasks(executor, apart ? parts_of(batch, kApart) : count, [&](int64_t begin, int64_t end) {
     // One direction after the other, as both add to the gradient of the input.
     for (int d = 0; d < s.directions; ++d) {
       Part part(args, d, smaller(apart ? kApart : most, batch), apart);
