@@ -76,7 +76,9 @@ constexpr bool kHasAmx = false;
 #include "cpu/variants.inl"
 #include "cpu/random.inl"
 #if defined(RNN_EXT_FEW_UNITS)
+#include "cpu/columns.inl"
 #include "cpu/few_units.inl"
+#include "cpu/few_units_backward.inl"
 #endif
 #if defined(RNN_EXT_QUANTIZED)
 #include "cpu/quantized.inl"
