@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import stored
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -68,6 +69,8 @@ class Row:
     def torch_dtype(self) -> torch.dtype:
         return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
 
+
+PLACES = [*(field.name for field in dataclasses.fields(Row)), "kernel", "us a timestep: ours, torch's; or a problem"]
 
 # What the kernels are designed for (H100): the rows that it covers, and microseconds for each timestep.
 TARGETS: list[tuple[str, Callable[[Row], bool], str, float]] = [
@@ -261,6 +264,27 @@ def is_failure(row: dict[str, Any]) -> bool:
     return "out of memory" not in row.get("problem", "out of memory")
 
 
+def pack(result: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a result: each row as a list, with two figures or with a problem."""
+    rows = []
+    for row in result["rows"]:
+        figures = [row["problem"]] if ratio(row) is None else [row["ours"], row["torch"]]
+        rows.append([*dataclasses.astuple(row_of(row)), row.get("kernel"), *figures])
+    return stored.rounded({**result, "places": PLACES, "rows": rows})
+
+
+def unpack(result: dict[str, Any]) -> dict[str, Any]:
+    fields = [field.name for field in dataclasses.fields(Row)]
+    rows = []
+    for values in result["rows"]:
+        *of_row, kernel = values[: len(fields) + 1]
+        figures = values[len(fields) + 1 :]
+        row = dict(zip(fields, of_row, strict=True)) | ({"kernel": kernel} if kernel else {})
+        names = ("ours", "torch") if len(figures) == 2 else ("problem",)
+        rows.append(row | dict(zip(names, figures, strict=True)))
+    return {**result, "rows": rows}
+
+
 def row_of(row: dict[str, Any]) -> Row:
     return Row(**{field.name: row[field.name] for field in dataclasses.fields(Row)})
 
@@ -348,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     if args.show:
         try:
-            show(json.loads(args.show.read_text()), console)
+            show(unpack(json.loads(args.show.read_text())), console)
         except (OSError, ValueError, KeyError, TypeError) as error:
             console.print(
                 f"error: {args.show} holds no results of gpu.py ({type(error).__name__}: {error})", markup=False
@@ -374,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def save(rows: list[dict], left: int) -> None:
         result.update(rows=rows, left_out=left)
-        write(path, json.dumps(result, indent=1) + "\n")
+        write(path, stored.text(pack(result)))
 
     # What has been measured is kept, whatever the next row does to the GPU.
     save(*run(grid(args.quick), CudaClock(), "cuda", args.seconds, console, save))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import readings
+import stored
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -34,7 +35,6 @@ STYLES = {
     "JAX": ("#E69F00", "P", "--"),
 }
 TITLES = {"forward": "inference", "training": "forward + backward"}
-FIELDS = {"section", "name", "case", "mode", "threads", "times", "floor"}  # of a row
 
 
 def select(result: dict[str, Any], section: str, mode: str, threads: int | None = None) -> list[dict[str, Any]]:
@@ -271,14 +271,10 @@ def main(argv: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {given.result} cannot be read: {error}", file=sys.stderr)
         return 2
-    rows = result.get("rows") if isinstance(result, dict) and "machine" in result else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not stored.is_of_run(result):
         print(f"error: {given.result} holds no results of run.py", file=sys.stderr)
         return 2
-    if lacking := sorted(set().union(*(FIELDS - row.keys() for row in rows))):
-        print(f"error: {given.result} holds no results of run.py: a row lacks {', '.join(lacking)}", file=sys.stderr)
-        return 2
-    drawn = draw(result, given.folder)
+    drawn = draw(stored.unpack(result), given.folder)
     if not drawn:
         print(f"error: {given.result} has no rows for a picture", file=sys.stderr)
         return 2

@@ -13,7 +13,6 @@ second time, longer, and counts if it is slower again; both measurements are sho
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import random
@@ -26,6 +25,7 @@ from typing import Any
 
 import peers
 import run
+import stored
 import table
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -201,19 +201,19 @@ def main(argv: list[str] | None = None) -> int:
     if not output and options == parse([]):
         output = FOLDER / "results" / f"{run.slug(about)}-random.json"
         check_output(output)
-    result: dict[str, Any] = {"format": 1, "machine": about, "seed": options.seed, "rows": []}
+    result: dict[str, Any] = {"machine": about, "seed": options.seed, "rows": []}
     for threads in options.threads:
         result["rows"] += run.in_fresh_process(measure, options.seed, threads, options.seconds)
-    print(markdown(result))
+    kept = stored.pack_random(result)
+    shown = stored.unpack(kept)
+    print(markdown(shown))
     if output:
-        rows = ",\n".join(json.dumps(row) for row in result["rows"])
-        text = json.dumps(result | {"rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{rows}\n]')
-        write(output, text + "\n")
-        write(output.with_suffix(".md"), markdown(result))
+        write(output, stored.text(kept))
+        write(output.with_suffix(".md"), markdown(shown))
     if output and not options.output and not peers.held():
         with rc_context(STYLE):
-            save(picture(result), FOLDER / "plots" / "random_shapes.png")
-    return 1 if slower(result["rows"]) else 0
+            save(picture(shown), FOLDER / "plots" / "random_shapes.png")
+    return 1 if slower(shown["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ many pinned cores as there are threads. With one thread the clock is the time th
 it may be shared with others (the results say how much it was). Each number of threads has a process of its own, because
 most peers settle theirs once. The ceilings of the machine are measured in the same process, before the first row and
 after the last, those that a row's floor depends on most also in turns with its contestants, and each row is given its
-floor (see ceilings.py). The medians, their quartiles and everything that was left out, with the reason, go to the JSON
-file.
+floor (see ceilings.py). The medians, their spread and everything that was left out, with the reason, go to the JSON
+file (stored.py).
 
 Modes: "forward" is inference; "training" is a forward and a backward pass with the gradients of the input and of all
 parameters; "step" is a whole training step of a model, with loss and optimizer.
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -40,6 +39,7 @@ from typing import Any
 import ceilings as ceiling
 import peers
 import readings
+import stored
 import table
 import torch
 from peers import Contestant, Unsupported
@@ -245,7 +245,6 @@ def measure_row(row: Row, threads: int, seconds: float, ceilings: dict[str, Any]
         "threads": threads,
         "auto": None,
         "times": {},
-        "differences": {},
         "left_out": {},
         "floor": None,
         "rates": {},
@@ -275,7 +274,6 @@ def measure_row(row: Row, threads: int, seconds: float, ceilings: dict[str, Any]
             if contestant.name not in found:
                 continue
             apart = bench.difference(found[contestant.name], reference)
-            result["differences"][contestant.name] = apart
             if apart <= tolerance:
                 runs[contestant.name] = contestant.run
             else:
@@ -338,7 +336,7 @@ def measure(rows: list[str], threads: int, seconds: float) -> dict[str, Any]:
     """The rows of these names, in a process of its own, pinned to `threads` cores."""
     peers.set_jax_threads(threads)
     chosen = {str(row): row for row in all_rows()}
-    with bench.pinned(threads) as cores:
+    with bench.pinned(threads):
         found = ceiling.measure(min(3.0, 2 * seconds))
         versions = {}
         for peer in peers.PEERS:
@@ -359,7 +357,7 @@ def measure(rows: list[str], threads: int, seconds: float) -> dict[str, Any]:
             case = result["case"]
             case = Case(**{**case, "lengths": case["lengths"] and tuple(case["lengths"])})
             result["floor"] = floor_of(case, result["mode"], final, result["rates"], threads)
-    return {"rows": results, "ceilings": final, "cores": cores, "versions": versions}
+    return {"rows": results, "ceilings": final, "versions": versions}
 
 
 MEMORY_CASES = [
@@ -381,12 +379,10 @@ def measure_memory(case: Case, contestant: str) -> dict[str, Any]:
     made.run()
     peak = _memory_of("VmHWM")
     return {
-        "case": dataclasses.asdict(case),
         "name": str(case),
         "contestant": contestant,
         "peak_bytes": peak - before if peak is not None and before is not None else None,
         "saved_bytes": bench.saved_bytes(work.training(module), module),
-        "estimated_bytes": case.memory(True),
     }
 
 
@@ -500,10 +496,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def save(result: dict[str, Any], output: Path | None) -> None:
+def save(result: dict[str, Any], output: Path | None) -> dict[str, Any]:
+    """Write what is kept of a result, if there is a file for it, and its table; returns that, as it is read again."""
+    kept = stored.pack(result)
+    shown = stored.unpack(kept)
     if output:
-        write(output, json.dumps(result, indent=1) + "\n")
-        write(output.with_suffix(".md"), table.markdown(result))
+        write(output, stored.text(kept))
+        write(output.with_suffix(".md"), table.markdown(shown))
+    return shown
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -524,8 +524,8 @@ def main(argv: list[str] | None = None) -> int:
     about = in_fresh_process(bench.machine)
     if work := bench.other_work(about):
         console.print(f"Other work is running here ({work}): the numbers will suffer.")
-    result: dict[str, Any] = {"format": 1, "machine": about, "seconds_per_row": options.seconds}
-    result |= {"ceilings": {}, "pinned": {}, "rows": [], "memory": []}
+    result: dict[str, Any] = {"machine": about, "seconds_per_row": options.seconds}
+    result |= {"ceilings": {}, "rows": [], "memory": []}
     output = options.output
     if published:
         output = FOLDER / "results" / f"{slug(about)}.json"
@@ -539,23 +539,23 @@ def main(argv: list[str] | None = None) -> int:
         except ProcessDied:
             print(f"error: the process that measured with {threads} thread(s) died", file=sys.stderr)
             return 1
-        result["ceilings"][str(threads)], result["pinned"][str(threads)] = part["ceilings"], part["cores"]
+        levels = ceiling.levels(part["ceilings"], about["caches"])
+        result["ceilings"][str(threads)] = part["ceilings"] | {"read": levels}
         result["rows"] += part["rows"]
         about["versions"] |= part["versions"]
         save(result, output)  # what comes now takes minutes, and may not end well
     if whole:
         for case in MEMORY_CASES:
             result["memory"] += [in_fresh_process(measure_memory, case, name) for name in ("rnn_ext", "torch.nn")]
-    about["load_after"] = bench.machine()["load"]
 
-    print(f"\n{table.markdown(result)}")
-    save(result, output)
+    shown = save(result, output)
+    print(f"\n{table.markdown(shown)}")
     if output:
         console.print(f"written: {output} and {output.with_suffix('.md').name}")
     if published and not peers.held():
         import plot
 
-        for path in plot.draw(result, FOLDER / "plots"):
+        for path in plot.draw(shown, FOLDER / "plots"):
             console.print(f"drawn: {path}")
     return 1 if any("rnn_ext" in row["left_out"] for row in result["rows"]) else 0
 

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-import ceilings as ceiling
 import targets
 from readings import (
     MODES,
@@ -47,8 +46,8 @@ def disturbances(about: dict[str, Any]) -> Iterator[str]:
     """An entry of a list about other work, if there was any."""
     if work := other_work(about):
         yield f"- Other work was running when it began, {work}: rows with several threads are not to be trusted."
-    elif "busy" not in about and about["load"] and about["load"][0] > 0.5:
-        yield f"- The minute before it began had a load of {about['load'][0]:.1f}. If that was other work and no other"
+    elif about.get("load", 0) > 0.5:  # older results, which lack "busy"
+        yield f"- The minute before it began had a load of {about['load']:.1f}. If that was other work and no other"
         yield "  benchmark, rows with several threads suffer."
 
 
@@ -63,8 +62,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield conditions(about)
     yield ""
     for threads, ceilings in result["ceilings"].items():
-        levels = ceiling.levels(ceilings, about["caches"])
-        reads = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in levels.items())
+        reads = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in ceilings["read"].items())
         call = " and ".join(duration(ceilings["call"][mode]) for mode in ("forward", "training"))
         half = f" ({ceilings['bfloat16_flops'] / 1e9:.0f} in bfloat16)" if ceilings["bfloat16_flops"] else ""
         widened = " and ".join(
@@ -75,11 +73,11 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
             half += f" ({widened} that is widened for it)"
         yield f"- Ceilings of a core, measured beside the rows with {threads} thread(s): {ceilings['flops'] / 1e9:.0f}"
         yield f"  GFLOP/s{half}; reading {reads} GB/s; a call that does nothing {call} (inference, with backward)."
-        turns = [row["rates"]["flops"] / 1e9 for row in rows_of(result, threads) if "flops" in row["rates"]]
+        turns = [row["flops"] / 1e9 for row in rows_of(result, threads) if row["flops"]]
         if turns:
             low, middle, high = min(turns), statistics.median(turns), max(turns)
             yield f"  In turns with the rows: {middle:.0f} GFLOP/s in the median, {low:.0f} to {high:.0f}."
-        apart = [row["distance"] for row in rows_of(result, threads) if row.get("distance")]
+        apart = [row["distance"] for row in rows_of(result, threads) if row["distance"]]
         if apart:
             low, middle, high = (1e9 * seconds for seconds in (min(apart), statistics.median(apart), max(apart)))
             yield f"  What a core writes comes to another in {middle:.0f} ns in the median, {low:.0f} to {high:.0f}."
@@ -88,7 +86,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
             yield f"  A cell alone, forward and backward, in {dtype}: {', '.join(costs)} ns a unit."
     yield from disturbances(about)
     yield ""
-    samples = [timing["samples"] for row in result["rows"] for timing in row["times"].values()]
+    samples = [row["samples"] for row in result["rows"] for _ in row["times"]]
     if samples:
         yield f"About {result['seconds_per_row']:g} s for each row: {min(samples)} to {max(samples)} samples of each"
         yield f"contestant, {statistics.median(samples):g} in the median."
@@ -128,7 +126,6 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
             cells = [entries[who][what] for what in ("saved_bytes", "peak_bytes") for who in ("rnn_ext", "torch.nn")]
             yield f"| {name} | {' | '.join('-' if cell is None else size(cell) for cell in cells)} |"
     missing = [(row, name, why) for row in result["rows"] for name, why in row["left_out"].items()]
-    missing = [entry for entry in missing if entry[2] != "inference only"]
     if missing:
         yield ""
         yield "## Left out"
@@ -169,7 +166,7 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _spread(timing: dict[str, Any]) -> str:
-    return f"{duration(timing['median'])} ±{50 * (timing['high'] - timing['low']) / timing['median']:.0f} %"
+    return f"{duration(timing['median'])} ±{timing['spread']} %"
 
 
 def _ratio(ratio: float | None) -> str:

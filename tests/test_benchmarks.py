@@ -330,6 +330,7 @@ def test_run_end_to_end(monkeypatch, tmp_path, capsys):
     """A grid of two tiny layers in this process, from the options to JSON, table and pictures."""
     import plot
     import run
+    import stored
 
     torch_only(monkeypatch)
     monkeypatch.setattr(run, "in_fresh_process", here)
@@ -341,12 +342,15 @@ def test_run_end_to_end(monkeypatch, tmp_path, capsys):
     assert run.main(["--threads", "1", "--seconds", "0.01", "--output", str(file), "--rows", "grid"]) == 0
 
     result = json.loads(file.read_text())
-    assert result["format"] == 1
-    assert {"processor", "cores", "caches", "instructions", "versions", "date"} <= set(result["machine"])
+    assert result["format"] == 2
+    assert {"processor", "cores", "instructions", "versions", "date"} <= set(result["machine"])
+    assert result["ceilings"]["1"]["flops"] == CEILINGS["flops"]
+    assert stored.text(result) == file.read_text()
+    result = stored.load(file)
     assert [row["mode"] for row in result["rows"]] == list(plot.TITLES) * 2
     for row in result["rows"]:
         assert set(row["times"]) == {"rnn_ext", "torch.nn"}
-        assert set(row["times"]["rnn_ext"]) == {"median", "low", "high", "least", "samples"}
+        assert row["times"]["rnn_ext"]["median"] > 0 and row["samples"] >= 3
         assert row["floor"]["bound"] in ("flops", "cells", "bandwidth", "call")
         assert row["auto"] in ("custom", "native")
     text = file.with_suffix(".md").read_text()
@@ -391,7 +395,7 @@ def test_only_all_rows_measured_in_full_are_published(arguments, published, monk
     import run
 
     rows = [run.Row("grid", SMALL, "forward", str(SMALL), run.layers)]
-    part = {"rows": [], "ceilings": CEILINGS, "cores": None, "versions": {}}
+    part = {"rows": [], "ceilings": CEILINGS, "versions": {}}
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(bench, "allowed_cores", lambda: [0, 1])  # of one, `--threads 1` is all
     monkeypatch.setattr(run, "FOLDER", tmp_path)
@@ -405,7 +409,7 @@ def test_only_all_rows_measured_in_full_are_published(arguments, published, monk
     assert bool(drawn) == published and len(list(tmp_path.rglob("*.json"))) == published
 
 
-def made_up():
+def measured():
     """A result with every section, two numbers of threads, and losses."""
 
     def timing(seconds):
@@ -422,7 +426,6 @@ def made_up():
             "times": {
                 name.replace("_nn", ".nn").replace("__", " "): timing(seconds) for name, seconds in times.items()
             },
-            "differences": {},
             "left_out": {"JAX": "it crashed"} if section == "ragged" else {},
             "floor": {"seconds": 5e-4, "bound": "bandwidth", "in_turn": 8e-4} if section == "grid" else None,
             "rates": {"flops": 5e10 + 1e10 * threads, "read": 1e10} if section == "grid" else {},
@@ -444,16 +447,90 @@ def made_up():
             rows.append(row("length", case, mode, rnn_ext=2**k * 1e-3, torch_nn__packed=4**k * 1e-2))
             rows.append(row("batch", Case("gru", 2**k, 8, 4, 4), mode, rnn_ext=1e-3, torch_nn=2e-3, OpenVINO=1e-2))
             rows.append(row("hidden", Case("gru", 1, 8, 4, 2**k), mode, rnn_ext=1e-3, torch_nn=2e-3))
-    memory = {"name": "GRU", "case": None, "saved_bytes": 2048, "peak_bytes": None}
+    memory = {"name": "GRU", "saved_bytes": 2048, "peak_bytes": None}
+    ceilings = CEILINGS | {"read": {"L1": 2e11, "memory": 1e10}}
     return {
-        "format": 1,
-        "machine": {**bench.machine(), "caches": {"L1": 2**15, "L2": 2**20}},
+        "machine": bench.machine(),
         "seconds_per_row": 0.5,
-        "ceilings": {"1": CEILINGS, "2": CEILINGS},
-        "pinned": {"1": [1], "2": None},
-        "rows": json.loads(json.dumps(rows)),
+        "ceilings": {"1": ceilings, "2": ceilings},
+        "rows": rows,
         "memory": [{**memory, "contestant": name} for name in ("rnn_ext", "torch.nn")],
     }
+
+
+def made_up():
+    """The same as it is read from a file."""
+    import stored
+
+    return stored.unpack(json.loads(stored.text(stored.pack(measured()))))
+
+
+def test_what_is_stored_is_what_was_measured():
+    """But for digits that nobody reads."""
+    import stored
+
+    raw = measured()
+    raw["rows"][0]["times"]["JAX"]["median"] = 1 / 3
+    raw["rows"][0]["left_out"] = {"OpenVINO": "inference only", "ONNX Runtime": "it crashed"}
+    kept = stored.pack(raw)
+    assert stored.is_of_run(kept) and "it crashed" in stored.text(kept) and "inference" not in stored.text(kept)
+    for before, after in zip(raw["rows"], stored.unpack(json.loads(stored.text(kept)))["rows"], strict=True):
+        for field in ("section", "name", "mode", "threads", "auto"):
+            assert after[field] == before[field]
+        for field in ("cell", "batch", "length", "hidden_size", "bidirectional", "dtype"):
+            assert after["case"][field] == before["case"][field]
+        assert after["case"]["packed"] == bool(before["case"]["lengths"])
+        assert set(after["times"]) == set(before["times"])
+        for name, timing in after["times"].items():
+            assert timing["median"] == pytest.approx(before["times"][name]["median"], rel=1e-4)
+        assert after["floor"] == (before["floor"] and pytest.approx(before["floor"]))
+        assert after["cpu_share"] == (before["cpu_share"] if before["threads"] == 1 else None)
+        assert after["distance"] == (before["distance"] and pytest.approx(before["distance"]))
+    assert stored.rounded({"a": [1 / 3, 12345.6, 2.0, 12345, None, "x"]}) == {"a": [0.3333, 12350, 2, 12345, None, "x"]}
+
+
+def test_cases_by_their_names():
+    import random_shapes
+    import run
+    import stored
+
+    rng = random.Random(0)
+    cases = [row.case for row in run.all_rows() if row.case] + [random_shapes.draw_case(rng)[0] for _ in range(200)]
+    for case in cases:
+        found = stored.case_of(str(case))
+        assert found.pop("packed") == bool(case.lengths)
+        assert found == {name: getattr(case, name) for name in found}
+    assert stored.case_of("regressor (seed)") is None
+
+
+def unreadable(folder: Path) -> list[str]:
+    """What keeps the results there from being few bytes, and the difference of two measurements from being read."""
+    import stored
+
+    files = sorted(folder.glob("*.json"))
+    found = [
+        f"{file.name}: not a line for each row, as stored.text() has it"
+        for file in files
+        if file.read_text() != stored.text(json.loads(file.read_text()))
+    ]
+    size = sum(file.stat().st_size for file in files)
+    return found + ([f"{size:,} bytes: more than half a megabyte"] if size > 500_000 else [])
+
+
+def test_results_are_few_bytes_and_a_line_for_each_row(tmp_path):
+    import stored
+
+    assert unreadable(ROOT / "benchmarks" / "results") == []
+    result = stored.pack(measured())
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(stored.text(result))
+    lines = good.read_text().splitlines()
+    assert [json.loads(line.rstrip(",")) for line in lines[lines.index('"rows": [') + 1 : -2]] == result["rows"]
+    assert unreadable(tmp_path) == []
+    bad.write_text(json.dumps(result, indent=1))
+    assert unreadable(tmp_path) == ["bad.json: not a line for each row, as stored.text() has it"]
+    bad.write_text(stored.text({"rows": [[1] * 1000] * 300}))
+    assert [problem.split(": ")[1] for problem in unreadable(tmp_path)] == ["more than half a megabyte"]
 
 
 def test_table_shows_losses():
@@ -479,13 +556,12 @@ def test_table_shows_losses():
     assert "| GRU | 2 KiB | 2 KiB | - | - |" in text
 
 
-def test_older_results_are_drawn_up_too():
-    """They do not say how far apart threads were."""
+def test_rows_that_do_not_say_how_far_apart_threads_were():
     import table
 
     result = made_up()
     for row in result["rows"]:
-        del row["distance"]
+        row["distance"] = None
     assert "°" not in table.markdown(result).split("## Losses")[1]
     assert "comes to another" not in table.markdown(result)
 
@@ -527,6 +603,7 @@ def test_plots(tmp_path):
 
 def test_plot_refuses(tmp_path, capsys):
     import plot
+    import stored
 
     with pytest.raises(SystemExit):
         plot.main([])
@@ -534,14 +611,12 @@ def test_plot_refuses(tmp_path, capsys):
     assert plot.main([str(tmp_path / "nothing.json")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     of_another = tmp_path / "random.json"  # random_shapes.py's
-    row = dict.fromkeys(plot.FIELDS)
-    del row["floor"], row["section"]
+    of_random_shapes = {"machine": bench.machine(), "seed": 0, "rows": []}
     for result, why in (
         ([], "random.json holds no results of run.py"),
         ({"rows": []}, "random.json holds no results of run.py"),
-        ({"machine": {}, "rows": [1]}, "random.json holds no results of run.py"),
-        ({"machine": {}, "rows": [row]}, "random.json holds no results of run.py: a row lacks floor, section"),
-        ({"machine": {}, "rows": []}, "has no rows for a picture"),
+        (stored.pack_random(of_random_shapes), "random.json holds no results of run.py"),
+        (stored.pack({**measured(), "rows": []}), "has no rows for a picture"),
     ):
         of_another.write_text(json.dumps(result))
         assert plot.main([str(of_another), str(tmp_path)]) == 2
@@ -591,6 +666,7 @@ def test_random_shapes(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     import random_shapes
     import run
+    import stored
     from matplotlib import rc_context
 
     compare, made = random_shapes.compare, []
@@ -601,7 +677,7 @@ def test_random_shapes(monkeypatch, tmp_path, capsys):
     file = tmp_path / "result.json"
     arguments = ["--threads", "1", "1", "--seconds", "6", "--seed", "3", "--output", str(file)]
     status = random_shapes.main(arguments)
-    result = json.loads(file.read_text())
+    result = stored.load(file)
     rows = result["rows"]
     assert len(made) == len(rows) + sum("again" in row for row in rows) >= 6
     assert status == bool(random_shapes.slower(rows))

@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,9 @@ TABLE = ROOT / "benchmarks" / "results" / "cuda_resources.json"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 UPDATE = "RNN_EXT_UPDATE_RESOURCES"
 
-Resources = dict[str, dict[str, int]]  # kernel -> {"registers": .., "shared_bytes": ..}
+NUMBERS = ["registers", "bytes of shared memory"]
+
+Resources = dict[str, list[int]]  # kernel -> NUMBERS
 
 
 def nvcc_version(nvcc: str) -> str:
@@ -57,7 +60,7 @@ def read_report(report: str) -> Resources:
         registers = re.search(r"Used (\d+) registers", block)
         shared = re.search(r"(\d+) bytes smem", block)
         assert registers, block
-        kernels[name] = {"registers": int(registers[1]), "shared_bytes": int(shared[1]) if shared else 0}
+        kernels[name] = [int(registers[1]), int(shared[1]) if shared else 0]
     return kernels
 
 
@@ -104,19 +107,24 @@ def test_ptx_of_features_no_kernel_uses_yet(nvcc: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_resources(nvcc: str, report_of: Callable[[str, str], tuple[int, str]]) -> None:
-    found: dict[str, dict[str, Resources]] = {}
-    jobs = sorted((path.name, arch) for path in kernel_sources() for arch in ARCHITECTURES)
+def test_resources(
+    nvcc: str, report_of: Callable[[str, str], tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import stored
+
+    version = nvcc_version(nvcc)
+    found: dict[str, Any] = {"nvcc": version, "numbers": NUMBERS, "architectures": list(ARCHITECTURES)}
+    jobs = [(path.name, arch) for path in sorted(kernel_sources()) for arch in ARCHITECTURES]
     with ThreadPoolExecutor(2) as pool:
         reports = list(pool.map(report_of, *zip(*jobs, strict=True)))
-    for (source, arch), (_, text) in zip(jobs, reports, strict=True):
-        for kernel, numbers in read_report(text).items():
-            found.setdefault(source, {}).setdefault(kernel, {})[arch] = numbers  # type: ignore[index]
-    version = nvcc_version(nvcc)
+    for source in dict.fromkeys(source for source, _ in jobs):
+        of = [read_report(text) for (name, _), (_, text) in zip(jobs, reports, strict=True) if name == source]
+        found[source] = {kernel: [each.get(kernel) for each in of] for kernel in sorted(set().union(*of))}
     if os.environ.get(UPDATE):
         TABLE.parent.mkdir(parents=True, exist_ok=True)
-        TABLE.write_text(json.dumps({"nvcc": version, "kernels": found}, indent=1, sort_keys=True) + "\n")
+        TABLE.write_text(stored.text(found))
     known = json.loads(TABLE.read_text())
     if known["nvcc"] != version:
         pytest.skip(f"the table is of nvcc {known['nvcc']}, this is {version}")
-    assert found == known["kernels"], f"resources changed; if that is meant, run again with {UPDATE}=1"
+    assert found == known, f"resources changed; if that is meant, run again with {UPDATE}=1"
