@@ -1,9 +1,11 @@
 """Builds rnn_ext._C: csrc/ops and csrc/cpu with the C++ compiler, csrc/cuda (torch-free) with nvcc alone.
 
 Environment variables:
-    RNN_EXT_BUILD        auto (default: CUDA too where rnn_ext/_nvcc.py finds nvcc), cpu, or cuda
+    RNN_EXT_BUILD        auto (default: CUDA too if torch is a CUDA build and nvcc is found), cpu, or cuda
+    RNN_EXT_CPU_ISAS     instruction sets besides the baseline: native (default: the best one of this machine), all, or
+                         names out of avx2, avx512 and amx
     RNN_EXT_CUDA_ARCHS   compute capabilities for nvcc, "80;90" for instance
-    CXX                  C++ compiler
+    CXX                  C++ compiler; CPPFLAGS, CXXFLAGS and LDFLAGS come after our own flags
     MAX_JOBS             compilers run at a time (default: one per core)
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import runpy
 import shlex
@@ -22,12 +25,18 @@ import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+from compiling import Job, compile_and_link  # noqa: E402
+
 NVCC = runpy.run_path(str(ROOT / "rnn_ext" / "_nvcc.py"))
-CXX_FLAGS = ["-O3", "-std=c++20", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
-NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+PROCESSOR = runpy.run_path(str(ROOT / "rnn_ext" / "_processor.py"))
+CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fwrapv", "-DNDEBUG", "-ffp-contract=off", "-fvisibility=hidden"]
+CXX_FLAGS += ["-Wall", "-Wextra", f"-I{ROOT / 'csrc'}", "-MMD"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", f"-I{ROOT / 'csrc'}", "-MMD"]
 CUDA_ARCHS = "80;90"  # 8.6 and 8.9 run the code of 8.0; what comes after 9.0 compiles its PTX when it is loaded
 
 
@@ -55,22 +64,32 @@ def find_cxx() -> str:
     raise SystemExit(f"rnn_ext needs a C++ compiler, and {what}: install g++ (Debian: apt-get install g++) or set CXX.")
 
 
-def choose_cuda(mode: str, cuda_ops: list[str], nvcc: str | None, ninja: str | None) -> tuple[str | None, str]:
-    """nvcc if the CUDA kernels are to be built with it, and the reason; SystemExit where the wish cannot be met."""
+def check_mode(mode: str) -> None:
     if mode not in ("auto", "cpu", "cuda"):
         raise SystemExit(f"RNN_EXT_BUILD is {mode!r}; expected auto, cpu or cuda.")
-    missing = None
-    if not cuda_ops:
-        missing = "this version of rnn_ext has no CUDA ops"
-    elif nvcc is None:
-        missing = f"nvcc was not found under CUDA_HOME or, without that, {NVCC['LOOKED_FOR']}"
-    elif ninja is None:
-        missing = "ninja, which runs nvcc, was not found (pip install ninja)"
+
+
+def choose_cuda(mode: str, nvcc: str | None, torch_cuda: str | None) -> tuple[str | None, str]:
+    """nvcc if the CUDA kernels are to be built with it, and the reason; SystemExit where the wish cannot be met.
+
+    `torch_cuda`: the CUDA version that torch is built for; None: a CPU build.
+    """
+    missing = None if nvcc else f"nvcc was not found under CUDA_HOME or, without that, {NVCC['LOOKED_FOR']}"
     if mode == "cuda" and missing:
         raise SystemExit(f"RNN_EXT_BUILD=cuda cannot be met: {missing}. RNN_EXT_BUILD=cpu builds without.")
     if mode == "cpu":
         return None, "RNN_EXT_BUILD=cpu"
+    if mode == "auto" and torch_cuda is None:
+        return None, "torch is a CPU build; RNN_EXT_BUILD=cuda compiles them all the same"
     return None if missing else nvcc, missing or f"by {nvcc}"
+
+
+def choose_parts() -> list[str]:
+    """The parts of the CPU kernels to compile; SystemExit where RNN_EXT_CPU_ISAS names what is none."""
+    try:
+        return PROCESSOR["choose_parts"](os.environ.get("RNN_EXT_CPU_ISAS", ""), PROCESSOR["cpu_features"]()[1])
+    except ValueError as error:
+        raise SystemExit(f"{error}.") from None
 
 
 def cuda_arch_flags() -> list[str]:
@@ -82,22 +101,6 @@ def cuda_arch_flags() -> list[str]:
         raise SystemExit(f"RNN_EXT_CUDA_ARCHS is {named!r}; expected compute capabilities from 8.0 on, '80;90' say.")
     machine_code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [*machine_code, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-
-
-def compile_cuda(nvcc: str, files: list[str], folder: Path) -> list[str]:
-    """Compiles csrc/cuda with ninja; returns the object files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = [*NVCC_FLAGS, *cuda_arch_flags(), f"-I{ROOT / 'csrc'}", "-DRNN_EXT_WITH_CUDA"]
-    command = f"{shlex.join([nvcc, *flags])} -MD -MF $out.d -c $in -o $out"
-    lines = [f"rule nvcc\n  command = {command}\n  depfile = $out.d\n  deps = gcc\n"]
-    objects = [str(folder / (Path(file).stem + ".o")) for file in files]
-    for file, obj in zip(files, objects, strict=True):
-        escaped = [str(path).replace(" ", "$ ").replace(":", "$:") for path in (obj, ROOT / file)]
-        lines.append(f"build {escaped[0]}: nvcc {escaped[1]}\n")
-    (folder / "build.ninja").write_text("\n".join(lines))
-    if subprocess.run(["ninja", "-C", str(folder), "-j", os.environ["MAX_JOBS"]]).returncode != 0:
-        raise SystemExit("nvcc could not compile rnn_ext's CUDA kernels (see above). RNN_EXT_BUILD=cpu builds without.")
-    return objects
 
 
 def cuda_link_args(nvcc: str) -> list[str]:
@@ -120,78 +123,104 @@ class BuildPy(build_py):
         super().run()
 
 
+def env_flags(*names: str) -> list[str]:
+    return [word for name in names for word in shlex.split(os.environ.get(name, ""))]
+
+
 def main() -> None:
-    # csrc/ops/cuda*.cpp binds the CUDA kernels to torch; without it there is nothing that could call them.
-    cuda_ops = sources("ops", "cuda*.cpp")
     with contextlib.suppress(ImportError):
         import ninja  # its program is not on the PATH where the environment is not activated
 
         os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ["PATH"]
     mode = os.environ.get("RNN_EXT_BUILD") or "auto"
-    nvcc, reason = choose_cuda(mode, cuda_ops, NVCC["find_nvcc"](), shutil.which("ninja"))
+    check_mode(mode)
+    parts = choose_parts()
     try:
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         import torch
-        from torch.utils.cpp_extension import BuildExtension, include_paths
+        from torch.utils.cpp_extension import include_paths
     except ImportError as error:
         raise SystemExit(f"rnn_ext is compiled against torch, which cannot be imported: {error}.") from None
-
+    nvcc, reason = choose_cuda(mode, NVCC["find_nvcc"](), torch.version.cuda)
     torch_lib = Path(torch.__file__).parent / "lib"
-    system_includes = [*include_paths(), sysconfig.get_path("include")]
 
-    class BuildCommand(BuildExtension):
-        """torch's build command, plus the CUDA objects and rnn_ext/_build_info.py."""
-
-        def finalize_options(self):
-            super().finalize_options()
-            self.force = True  # ninja knows what is out of date, setuptools only looks at the sources
-            # A place that outlasts pip's editable installs, so that they are incremental too. ninja does not watch
-            # system headers: another Python or torch gets objects of its own.
-            self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}")
-
-        def build_extensions(self):
-            cxx = os.environ["CXX"]
-            version = subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True).stdout
-            self.compiler_name = version.splitlines()[0] if version else cxx
-            print(f"rnn_ext: compiling for torch {torch.__version__} in {torch_lib.parent}")
-            print(f"rnn_ext: C++: {self.compiler_name}, {len(self.extensions[0].sources)} files")
-            print(f"rnn_ext: CUDA: {'yes' if nvcc else 'no'} ({reason})", flush=True)
-            if nvcc:
-                files = sources("cuda", "*.cu")
-                self.extensions[0].extra_objects += compile_cuda(nvcc, files, Path(self.build_temp, "cuda"))
-                self.extensions[0].extra_link_args += cuda_link_args(nvcc)
-            super().build_extensions()
+    class BuildCommand(build_ext):
+        """Compiles with ninja, and writes rnn_ext/_build_info.py."""
 
         def run(self):
             if sys.platform != "linux":
                 raise SystemExit(f"rnn_ext builds on Linux only, and this is {sys.platform}.")
-            os.environ["CXX"] = find_cxx()
-            os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
+            if shutil.which("ninja") is None:
+                raise SystemExit("rnn_ext is compiled by ninja, which was not found: pip install ninja.")
+            self.cxx = shlex.split(find_cxx())
+            version = subprocess.run([*self.cxx, "--version"], capture_output=True, text=True).stdout
+            self.compiler_name = version.splitlines()[0] if version else self.cxx[0]
+            self.force = True  # ninja knows what is out of date, setuptools only looks at the sources
             super().run()
             folders = [Path(self.build_lib, "rnn_ext"), *([ROOT / "rnn_ext"] if self.inplace else [])]
             for folder in folders:
                 self.write_build_info(folder / "_build_info.py")
 
+        def jobs(self, folder: Path) -> list[Job]:
+            # Neither ninja nor -MMD watches torch, Python and the compiler: each has a folder of its own. The kernels
+            # know no torch, and outlast it.
+            compiler = re.sub(r"[^\w.+-]+", "-", self.compiler_name)
+            kernels = folder / f"kernels-{compiler}"
+            ops = folder / f"{sys.implementation.cache_tag}-torch-{torch.__version__}-{compiler}"
+            cxx = [*self.cxx, *CXX_FLAGS, *env_flags("CPPFLAGS", "CXXFLAGS")]
+            # -isystem wins over -I: warnings are asked for in our own code only.
+            system = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+            for_torch = [*cxx, *(["-DRNN_EXT_WITH_CUDA"] if nvcc else []), *system, "-DTORCH_EXTENSION_NAME=_C"]
+            left_out = [part for part in PROCESSOR["every_part"]() if part not in parts]
+            without = [f"-DRNN_EXT_WITHOUT_{part.upper()}" for part in left_out]
+            jobs = []
+            for file in sources("cpu", "*.cpp"):
+                part = PROCESSOR["part_of"](file)
+                if part in left_out:
+                    continue
+                # Which kernels there are only the file that chooses them knows.
+                command = [*cxx, *without] if Path(file).name == "dispatch.cpp" else cxx
+                if part == "baseline" and platform.machine() in ("x86_64", "AMD64"):
+                    command = [*cxx, "-O1"]  # for processors before 2013: two thirds of the time to compile
+                jobs.append(Job(ROOT / file, kernels / f"{Path(file).stem}.o", command))
+            for file in sources("ops", "*.cpp"):
+                if nvcc or not Path(file).name.startswith("cuda"):
+                    jobs.append(Job(ROOT / file, ops / f"{Path(file).stem}.o", for_torch))
+            for file in sources("cuda", "*.cu") if nvcc else []:
+                command = [nvcc, *NVCC_FLAGS, *cuda_arch_flags(), "-DRNN_EXT_WITH_CUDA"]
+                jobs.append(Job(ROOT / file, folder / "cuda" / f"{Path(file).stem}.o", command))
+            return jobs
+
+        def build_extension(self, ext):
+            print(f"rnn_ext: compiling for torch {torch.__version__} in {torch_lib.parent}")
+            print(f"rnn_ext: C++: {self.compiler_name}")
+            print(f"rnn_ext: CPU kernels: {', '.join(parts)} (RNN_EXT_CPU_ISAS=all compiles every instruction set)")
+            print(f"rnn_ext: CUDA kernels: {'yes' if nvcc else 'no'} ({reason})", flush=True)
+            # A place that outlasts pip's temporary folders, so that editable installs are incremental.
+            folder = ROOT / "build"
+            jobs = self.jobs(folder)
+            libraries = [f"-L{torch_lib}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+            cuda = cuda_link_args(nvcc) if nvcc else []
+            link = [*self.cxx, "-shared", *libraries, *openmp_link_args(torch_lib), *cuda, *env_flags("LDFLAGS")]
+            built = folder / f"_C-{sys.implementation.cache_tag}-torch-{torch.__version__}.so"
+            processes = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+            compile_and_link(folder, jobs, link, built, processes)
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Not written into: a process may have loaded it.
+            new = target.with_suffix(".tmp")
+            shutil.copyfile(built, new)
+            new.replace(target)
+
         def write_build_info(self, path: Path) -> None:
             # A file beside the library, since it is wanted where the library cannot be loaded.
             values = {"TORCH_VERSION": str(torch.__version__), "COMPILER": self.compiler_name, "CUDA": nvcc is not None}
+            values["CPU_KERNELS"] = parts
             text = "# Written by setup.py: what rnn_ext._C was built for and with.\n"
             path.with_suffix(".tmp").write_text(text + "".join(f"{key} = {value!r}\n" for key, value in values.items()))
             path.with_suffix(".tmp").replace(path)
 
-    ops = [file for file in sources("ops", "*.cpp") if nvcc or file not in cuda_ops]
-    extension = Extension(
-        "rnn_ext._C",
-        ops + sources("cpu", "*.cpp"),
-        include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("RNN_EXT_WITH_CUDA", None)] if nvcc else [],
-        # -isystem wins over -I: warnings are asked for in our own code only.
-        extra_compile_args=CXX_FLAGS + [f"-isystem{path}" for path in system_includes],
-        library_dirs=[str(torch_lib)],
-        libraries=["c10", "torch", "torch_cpu", "torch_python"],
-        extra_link_args=openmp_link_args(torch_lib),
-        language="c++",
-    )
+    extension = Extension("rnn_ext._C", sources("ops", "*.cpp") + sources("cpu", "*.cpp"), language="c++")
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildCommand, "build_py": BuildPy})
 
 

@@ -214,6 +214,9 @@ def explain(
         kernel, why = _cuda_kernel(module, cell, input)
         return Explanation("custom", f"rnn_ext::layer {cell}, cuda {kernel}", f"{reason}; {why}")
     if custom:
+        missing = ops.missing_cpu_capability()
+        if missing:
+            reason = f"{reason}; this processor has {missing}, which the library was built without (see doctor)"
         return Explanation("custom", f"rnn_ext::layer {cell}, {ops.cpu_capability(data.dtype)}", reason)
     return Explanation("native", f"torch.{cell}{'_cell' if isinstance(module, nn.RNNCellBase) else ''}", reason)
 

@@ -23,10 +23,10 @@ import rnn_ext
 from rnn_ext import _loader, backends, ops
 from rnn_ext._nvcc import find_nvcc
 from rnn_ext._options import Parser
+from rnn_ext._processor import cpu_features
 from rnn_ext.bench import allowed_cores
 
 CPU_FEATURES = ("sse4_2", "avx", "fma", "f16c", "avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-AVX2 = {"avx2", "fma", "f16c"}  # what our kernels for it need
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,6 @@ def check_nvcc() -> Check:
     return Check("nvcc", f"{release.group(1) if release else 'of unknown release'} ({nvcc})")
 
 
-def cpu_features() -> tuple[str, set[str]]:
-    """The processor's name and instruction sets, as far as the system tells."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    return name.group(1) if name else platform.machine(), set(flags.group(1).split() if flags else ())
-
-
 def check_cpu() -> Check:
     name, features = cpu_features()
     return Check("processor", f"{name}: {' '.join(f for f in CPU_FEATURES if f in features) or 'features unknown'}")
@@ -105,9 +94,11 @@ def check_instructions() -> Check:
     if granted != used:
         problem = "Linux refuses the tiles of AMX, as where a thread has too small a stack for signals"
         return Check("instructions", granted, problem)
-    features = cpu_features()[1]
-    if used == "baseline" and features >= AVX2:
-        return Check("instructions", used, f"the processor has AVX2, the library does not use it; {_loader.remedy()}")
+    missing = ops.missing_cpu_capability()
+    if missing:
+        return Check(
+            "instructions", used, f"the processor has {missing}, the library was built without; {_loader.remedy()}"
+        )
     return Check("instructions", used)
 
 

@@ -47,18 +47,21 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from rnn_ext import _loader, batching, derivatives, fakes, reference
+from rnn_ext import _loader, _processor, batching, derivatives, fakes, reference
 
 # As of csrc/ops/cuda_layer.cpp.
 CUDA_KERNELS = ("step", "pointwise", "persistent", "tensor", "cluster", "grid")
+_KNOWN = (
+    f"one of {', '.join(_processor.INSTRUCTION_SETS)} that this processor has and the library was built with "
+    f"({_processor.VARIABLE}=all compiles every one)"
+)
 _load_error = _loader.load()
 _held = os.environ.get("RNN_EXT_CPU_CAPABILITY")
 if _held and not _load_error:
     from rnn_ext import _C
 
     if not _C.set_cpu_capability(_held):
-        known = "baseline, avx2, avx512 or amx"
-        _load_error = f"RNN_EXT_CPU_CAPABILITY={_held} cannot be met here: unset it, or name {known}"
+        _load_error = f"RNN_EXT_CPU_CAPABILITY={_held} cannot be met here: unset it, or name {_KNOWN}"
 if _load_error:
     warnings.warn(f"only torch's own kernels can run: {_load_error}", stacklevel=2)
 
@@ -84,17 +87,25 @@ def cpu_capability(dtype: torch.dtype | None = None) -> str:
     return level
 
 
+def missing_cpu_capability() -> str | None:
+    """The best instruction set of this processor if the library was built without kernels for it, else None."""
+    from rnn_ext import _C
+
+    return _C.missing_cpu_capability()
+
+
 def set_cpu_capability(name: str) -> None:
     """Choose the instruction set of the CPU kernels, for tests and comparisons. Not between a call and its backward:
     which of them keep nothing for it depends on the length of vectors.
 
     Raises:
-        ValueError: this processor or build lacks it.
+        ValueError: this processor or build lacks it. A build compiles the best one of its machine; with
+            RNN_EXT_CPU_ISAS=all it compiles every one.
     """
     from rnn_ext import _C
 
     if not _C.set_cpu_capability(name):
-        raise ValueError(f"CPU capability {name!r} is not available here: expected baseline, avx2, avx512 or amx")
+        raise ValueError(f"CPU capability {name!r} is not available: expected {_KNOWN}")
 
 
 def with_cuda() -> bool:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rnn_ext
-from rnn_ext import _loader, _nvcc
+from rnn_ext import _loader, _nvcc, _processor
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(rnn_ext.__file__).parent
@@ -40,41 +40,159 @@ def backend(monkeypatch):
     return load_file(ROOT / "build_backend" / "backend.py")
 
 
-CUDA_OPS = ["csrc/ops/cuda.cpp"]
-
-
 @pytest.mark.parametrize(
-    ("mode", "cuda_ops", "nvcc", "ninja", "expected"),
+    ("mode", "nvcc", "torch_cuda", "expected", "reason"),
     [
-        ("auto", CUDA_OPS, "/opt/nvcc", "/opt/ninja", "/opt/nvcc"),
-        ("auto", CUDA_OPS, None, "/opt/ninja", None),
-        ("auto", CUDA_OPS, "/opt/nvcc", None, None),
-        ("auto", [], "/opt/nvcc", "/opt/ninja", None),
-        ("cpu", CUDA_OPS, "/opt/nvcc", "/opt/ninja", None),
-        ("cpu", [], None, None, None),
-        ("cuda", CUDA_OPS, "/opt/nvcc", "/opt/ninja", "/opt/nvcc"),
+        ("auto", "/opt/nvcc", "13.0", "/opt/nvcc", "by /opt/nvcc"),
+        ("auto", "/opt/nvcc", None, None, "torch is a CPU build; RNN_EXT_BUILD=cuda"),
+        ("auto", None, "13.0", None, "nvcc was not found"),
+        ("cpu", "/opt/nvcc", "13.0", None, "RNN_EXT_BUILD=cpu"),
+        ("cuda", "/opt/nvcc", None, "/opt/nvcc", "by /opt/nvcc"),
     ],
 )
-def test_choose_cuda(setup_py, mode, cuda_ops, nvcc, ninja, expected):
-    chosen, reason = setup_py.choose_cuda(mode, cuda_ops, nvcc, ninja)
+def test_choose_cuda(setup_py, mode, nvcc, torch_cuda, expected, reason):
+    chosen, why = setup_py.choose_cuda(mode, nvcc, torch_cuda)
     assert chosen == expected
-    assert reason
+    assert why.startswith(reason)
+
+
+def test_cuda_without_nvcc_is_refused(setup_py):
+    with pytest.raises(SystemExit, match="RNN_EXT_BUILD=cuda cannot be met: nvcc was not found"):
+        setup_py.choose_cuda("cuda", None, "13.0")
+
+
+@pytest.mark.parametrize("mode", ["gpu", "CUDA"])
+def test_unknown_build_is_refused(setup_py, mode):
+    with pytest.raises(SystemExit, match=f"RNN_EXT_BUILD is '{mode}'; expected auto, cpu or cuda."):
+        setup_py.check_mode(mode)
+
+
+AVX2 = {"avx2", "fma", "f16c"}
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+AMX = AVX512 | {"avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "amx_tile", "avx_vnni"}
 
 
 @pytest.mark.parametrize(
-    ("mode", "cuda_ops", "nvcc", "message"),
+    ("wish", "features", "parts"),
     [
-        ("cuda", CUDA_OPS, None, "RNN_EXT_BUILD=cuda cannot be met: nvcc was not found"),
-        ("cuda", CUDA_OPS, "/no/ninja", "RNN_EXT_BUILD=cuda cannot be met: ninja, which runs nvcc, was not found"),
-        ("cuda", [], "/opt/nvcc", "RNN_EXT_BUILD=cuda cannot be met: this version of rnn_ext has no CUDA ops"),
-        ("gpu", CUDA_OPS, "/opt/nvcc", "RNN_EXT_BUILD is 'gpu'; expected auto, cpu or cuda"),
-        ("CUDA", CUDA_OPS, "/opt/nvcc", "RNN_EXT_BUILD is 'CUDA'; expected auto, cpu or cuda"),
+        ("", set(), "baseline"),
+        ("native", {"avx2", "fma"}, "baseline"),
+        ("native", AVX2, "baseline avx2"),
+        ("native", AVX2 | {"avx_vnni"}, "baseline avx2 avx2_vnni"),
+        ("", AVX512, "baseline avx512"),
+        ("", AVX512 | {"avx512_bf16"}, "baseline avx512 avx512_bf16"),
+        ("", AMX, "baseline avx512 avx512_bf16 avx512_vnni avx512_amx"),
+        ("all", set(), "baseline avx2 avx2_vnni avx512 avx512_bf16 avx512_vnni avx512_amx"),
+        ("baseline", AMX, "baseline"),
+        ("avx2", set(), "baseline avx2 avx2_vnni"),
+        ("avx512; avx2", AVX2, "baseline avx2 avx2_vnni avx512 avx512_bf16 avx512_vnni"),
+        ("amx", set(), "baseline avx512 avx512_bf16 avx512_vnni avx512_amx"),
     ],
 )
-def test_choose_cuda_refuses(setup_py, mode, cuda_ops, nvcc, message):
-    with pytest.raises(SystemExit, match=re.escape(message)) as caught:
-        setup_py.choose_cuda(mode, cuda_ops, nvcc, None if nvcc == "/no/ninja" else "/opt/ninja")
-    assert "\n" not in str(caught.value)
+def test_parts_of_the_kernels_to_compile(wish, features, parts):
+    assert _processor.choose_parts(wish, features) == parts.split()
+
+
+@pytest.mark.parametrize("wish", ["sse9", "avx2,sse9", "native avx2", "all,avx2"])
+def test_unknown_instruction_sets_are_refused(setup_py, monkeypatch, wish):
+    monkeypatch.setenv("RNN_EXT_CPU_ISAS", wish)
+    known = "expected native, all, or names out of baseline, avx2, avx512, amx."
+    with pytest.raises(SystemExit, match=re.escape(f"RNN_EXT_CPU_ISAS is {wish!r}; {known}")):
+        setup_py.choose_parts()
+
+
+def test_every_kernel_file_belongs_to_a_part():
+    """A part that this processor cannot run is left out with all of its files, and dispatch.cpp with none."""
+    files = [path.name for path in (ROOT / "csrc" / "cpu").glob("*.cpp")]
+    parts = {file: _processor.part_of(file) for file in files}
+    assert {file for file, part in parts.items() if part is None} == {
+        "dispatch.cpp",
+        "kernels_neon_dot.cpp",
+        "memory.cpp",
+    }
+    assert set(parts.values()) - {None} == set(_processor.every_part())
+    assert parts["kernels_avx512_double.cpp"] == "avx512"
+    assert parts["kernels_avx512_bf16.cpp"] == "avx512_bf16"
+    assert parts["kernels_avx512_amx_int8.cpp"] == "avx512_amx"
+    assert parts["kernels_avx2_vnni.cpp"] == "avx2_vnni"
+
+
+def test_dispatch_knows_every_part_that_may_be_left_out():
+    text = (ROOT / "csrc" / "cpu" / "dispatch.cpp").read_text()
+    named = set(re.findall(r"defined\(RNN_EXT_WITHOUT_(\w+)\)", text))
+    assert named == {part.upper() for part in _processor.every_part()} - {"BASELINE"}
+
+
+@pytest.fixture
+def compiling(setup_py):
+    import compiling
+
+    return compiling
+
+
+def compile_c(compiling, folder: Path, sources: dict[str, str], **flags: list[str]) -> list[str]:
+    """Compiles and links C files with the project's own machinery; the files that were compiled, in order."""
+    (folder / "objects").mkdir(exist_ok=True)
+    jobs = []
+    for name, text in sources.items():
+        source = folder / name
+        if not source.exists() or source.read_text() != text:
+            source.write_text(text)
+        command = ["cc", "-MMD", *flags.get(source.stem, [])]
+        jobs.append(compiling.Job(source, folder / "objects" / f"{source.stem}.o", command))
+    before = {job.source.name: job.output.stat().st_mtime_ns if job.output.exists() else 0 for job in jobs}
+    compiling.compile_and_link(folder / "objects", jobs, ["cc", "-shared"], folder / "lib.so", 2)
+    return [job.source.name for job in jobs if job.output.stat().st_mtime_ns != before[job.source.name]]
+
+
+def test_only_what_has_changed_is_compiled(compiling, tmp_path, capfd):
+    folder = tmp_path / "a folder: $1"
+    folder.mkdir()
+    (folder / "both.h").write_text("#define ONE 1\n")
+    sources = {"a.c": '#include "both.h"\nint a(void) { return ONE; }\n', "b.c": "int b(void) { return 2; }\n"}
+    assert compile_c(compiling, folder, sources) == ["a.c", "b.c"]
+    shown = capfd.readouterr().out
+    assert re.search(r"^rnn_ext: 2 files to compile, 2 at a time: about \d+ s$", shown, re.MULTILINE)
+    assert re.search(r"^rnn_ext: 2 of 2 files, \d+ s, about 0 s left: [ab]\.c$", shown, re.MULTILINE)
+    assert re.search(r"^rnn_ext: lib\.so linked, \d+ s$", shown, re.MULTILINE)
+    assert float((folder / "objects" / "a.o.seconds").read_text()) >= 0
+    assert compile_c(compiling, folder, sources) == []
+    assert capfd.readouterr().out == ""
+    sources["b.c"] = "int b(void) { return 3; }\n"
+    assert compile_c(compiling, folder, sources) == ["b.c"]
+    (folder / "both.h").write_text("#define ONE 11\n")
+    assert compile_c(compiling, folder, sources) == ["a.c"]
+    assert compile_c(compiling, folder, sources, a=["-DX=$HOME y"]) == ["a.c"]
+
+
+def test_the_compilers_words_are_shown_where_it_fails(compiling, tmp_path, capfd):
+    with pytest.raises(SystemExit, match="could not be compiled"):
+        compile_c(compiling, tmp_path, {"a.c": "int a(void) { return b; }\n"})
+    assert "undeclared" in capfd.readouterr().out
+
+
+def test_progress_tells_files_seconds_and_an_estimate(compiling, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(compiling.time, "monotonic", lambda: now[0])
+    said = []
+    progress = compiling.Progress({"/src/a.cpp": 300, "/src/b.cpp": 100, "/src/c.cpp": 100}, 2, said.append)
+    now[0] = 115.0
+    progress.show(None)  # nothing has finished: the table's word
+    now[0] = 400.0  # twice as long as the table says
+    progress.show("[1/4] /src/a.cpp\n")
+    progress.show("warning: x\n")
+    progress.show("[2/4] /src/b.cpp\n")
+    progress.show("[3/4] /src/c.cpp\n")
+    progress.show("[4/4] _C.so\n")
+    assert said == [
+        "rnn_ext: 3 files to compile, 2 at a time: about 4 min",
+        "rnn_ext: 0 of 3 files, 15 s, about 4 min left: ...",
+        "rnn_ext: 1 of 3 files, 300 s, about 3 min left: a.cpp",
+        "warning: x",
+        "rnn_ext: 2 of 3 files, 300 s, about 75 s left: b.cpp",
+        "rnn_ext: 3 of 3 files, 300 s, about 0 s left: c.cpp",
+        "rnn_ext: _C.so linked, 300 s",
+    ]
 
 
 def test_unknown_build_ends_with_one_sentence():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rnn_ext.doctor import cpu_features
+from rnn_ext._processor import cpu_features
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"

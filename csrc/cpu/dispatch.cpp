@@ -1,4 +1,5 @@
-// Chooses the instruction set at run time.
+// Chooses the instruction set at run time. RNN_EXT_WITHOUT_AVX512 and the like say which kernels the build left out:
+// see rnn_ext/_processor.py.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -27,8 +28,10 @@ struct Level {
   std::tuple<const Kernels<float>*, const Kernels<double>*, const Kernels<BFloat16>*, const Kernels<Float16>*> kernels;
   const QuantizedKernel* quantized;
   std::tuple<const FewUnitsKernels<float>*, const FewUnitsKernels<double>*> few_units;
-  void (*digest)(Digest*, const void*, size_t);
-  bool (*supported)();
+  void (*digest)(Digest*, const void*, size_t);  // null: the build left the kernels out
+  bool (*supported)();                           // by the processor and the system
+
+  bool usable() const { return digest && supported(); }
 };
 
 #if defined(RNN_EXT_X86_KERNELS)
@@ -38,12 +41,14 @@ bool supports_f16c() {
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
 
-/// The same of "avxvnni".
-bool supports_avx_vnni() {
+/// __builtin_cpu_supports("avxvnni"), which not every compiler knows.
+[[maybe_unused]] bool supports_avx_vnni() {
   constexpr unsigned kAvxVnni = 1 << 4;
   unsigned eax = 0, ebx, ecx, edx;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvxVnni);
 }
+
+bool supports_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c(); }
 
 bool supports_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -87,40 +92,42 @@ bool may_use_amx() {
 }
 #endif
 
+#define RNN_EXT_LEVEL(name, isa, supported)                                      \
+  {name,                                                                         \
+   {&isa::kFloat, &isa::kDouble, &isa::kWidenedBFloat16, &isa::kWidenedFloat16}, \
+   &isa::kQuantized,                                                             \
+   {&isa::kFewUnitsFloat, &isa::kFewUnitsDouble},                                \
+   &isa::add_to_digest,                                                          \
+   supported}
+#define RNN_EXT_LEVEL_LEFT_OUT(name, supported) {name, {}, nullptr, {}, nullptr, supported}
+
 const Level kLevels[] = {
 // best first
 #if defined(RNN_EXT_X86_KERNELS)
-    {"amx",  // of bfloat16, see kernels(); the others as avx512
-     {&avx512::kFloat, &avx512::kDouble, &avx512::kWidenedBFloat16, &avx512::kWidenedFloat16},
-     &avx512::kQuantized,
-     {&avx512::kFewUnitsFloat, &avx512::kFewUnitsDouble},
-     &avx512::add_to_digest,
-     supports_amx},
-    {"avx512",
-     {&avx512::kFloat, &avx512::kDouble, &avx512::kWidenedBFloat16, &avx512::kWidenedFloat16},
-     &avx512::kQuantized,
-     {&avx512::kFewUnitsFloat, &avx512::kFewUnitsDouble},
-     &avx512::add_to_digest,
-     supports_avx512},
-    {"avx2",
-     {&avx2::kFloat, &avx2::kDouble, &avx2::kWidenedBFloat16, &avx2::kWidenedFloat16},
-     &avx2::kQuantized,
-     {&avx2::kFewUnitsFloat, &avx2::kFewUnitsDouble},
-     &avx2::add_to_digest,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c(); }},
+// amx has kernels of its own for bfloat16 and 8 bits, see kernels(); for the other types it has those of avx512.
+#if defined(RNN_EXT_WITHOUT_AVX512_AMX)
+    RNN_EXT_LEVEL_LEFT_OUT("amx", supports_amx),
+#else
+    RNN_EXT_LEVEL("amx", avx512, supports_amx),
 #endif
-    {"baseline",
-     {&baseline::kFloat, &baseline::kDouble, &baseline::kWidenedBFloat16, &baseline::kWidenedFloat16},
-     &baseline::kQuantized,
-     {&baseline::kFewUnitsFloat, &baseline::kFewUnitsDouble},
-     &baseline::add_to_digest,
-     [] { return true; }},
+#if defined(RNN_EXT_WITHOUT_AVX512)
+    RNN_EXT_LEVEL_LEFT_OUT("avx512", supports_avx512),
+#else
+    RNN_EXT_LEVEL("avx512", avx512, supports_avx512),
+#endif
+#if defined(RNN_EXT_WITHOUT_AVX2)
+    RNN_EXT_LEVEL_LEFT_OUT("avx2", supports_avx2),
+#else
+    RNN_EXT_LEVEL("avx2", avx2, supports_avx2),
+#endif
+#endif
+    RNN_EXT_LEVEL("baseline", baseline, [] { return true; }),
 };
 
 const Level* best() {
   for (const Level& level : kLevels)
-    if (level.supported()) return &level;
-  return nullptr;  // not reached: the last level is always supported
+    if (level.usable()) return &level;
+  return nullptr;  // not reached: the last level is always usable
 }
 
 const Level* current = best();
@@ -223,11 +230,18 @@ void with_threads(const Executor& executor, CellKind cell, const Sizes& sizes, c
 
 const char* capability() { return current->name; }
 
+const char* missing_capability() {
+  for (const Level& level : kLevels)
+    if (level.supported()) return level.digest ? nullptr : level.name;
+  return nullptr;
+}
+
 namespace {
 
 #if defined(RNN_EXT_X86_KERNELS)
 bool uses_amx() { return std::strcmp(capability(), "amx") == 0; }
 bool uses_avx512() { return uses_amx() || std::strcmp(capability(), "avx512") == 0; }
+[[maybe_unused]] bool uses_avx2() { return std::strcmp(capability(), "avx2") == 0; }
 #else
 constexpr bool uses_avx512() { return false; }
 #endif
@@ -260,7 +274,7 @@ double times_float(const Layout& layout) {
 
 bool set_capability(const char* name) {
   for (const Level& level : kLevels) {
-    if (std::strcmp(level.name, name) == 0 && level.supported()) {
+    if (std::strcmp(level.name, name) == 0 && level.usable()) {
       current = &level;
       return true;
     }
@@ -281,7 +295,7 @@ int saved_values(CellKind cell, bool projected, Variant variant) {
 }
 
 bool computes_bfloat16() {
-#if defined(RNN_EXT_X86_KERNELS)
+#if defined(RNN_EXT_X86_KERNELS) && !defined(RNN_EXT_WITHOUT_AVX512_BF16)
   return uses_avx512() && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
@@ -294,8 +308,12 @@ template <class S>
 const Kernels<S>& kernels() {
 #if defined(RNN_EXT_X86_KERNELS)
   if constexpr (std::is_same_v<S, BFloat16>) {
+#if !defined(RNN_EXT_WITHOUT_AVX512_AMX)
     if (multiplies_tiles()) return avx512_amx::kBFloat16;
+#endif
+#if !defined(RNN_EXT_WITHOUT_AVX512_BF16)
     if (computes_bfloat16()) return avx512_bf16::kBFloat16;
+#endif
   }
 #endif
   return *std::get<const Kernels<S>*>(current->kernels);
@@ -605,9 +623,15 @@ bool multiplies_integers = true;
 QuantizedKernel quantized_kernel(int pack) {
   if (!multiplies_integers) return *current->quantized;
 #if defined(RNN_EXT_X86_KERNELS)
+#if !defined(RNN_EXT_WITHOUT_AVX512_AMX)
   if (pack == 4 && multiplies_tiles()) return avx512_amx_int8::kQuantized;
+#endif
+#if !defined(RNN_EXT_WITHOUT_AVX512_VNNI)
   if (uses_avx512() && __builtin_cpu_supports("avx512vnni")) return avx512_vnni::kQuantized;
-  if (current->quantized == &avx2::kQuantized && supports_avx_vnni()) return avx2_vnni::kQuantized;
+#endif
+#if !defined(RNN_EXT_WITHOUT_AVX2_VNNI)
+  if (uses_avx2() && supports_avx_vnni()) return avx2_vnni::kQuantized;
+#endif
 #elif defined(__aarch64__)
   if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return neon_dot::kQuantized;
 #endif

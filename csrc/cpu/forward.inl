@@ -158,7 +158,7 @@ class ForwardScan {
 
   using A = Activation<S>;
   static constexpr bool kReduced = !std::is_same_v<A, T>;
-  static constexpr bool kTakesAlong = kSidePays<G>;
+  static constexpr bool kTakesAlong = kSidePays<G, S> && !cells::kIsVariant<Cell>;
   using Side = std::conditional_t<kTakesAlong, SideTiles<S, kSideRows<G>>, NoSideTiles>;
 
   /// Rows of an odd number of inputs do not consist of whole pairs, those of 16 bits that are widened not of factors.

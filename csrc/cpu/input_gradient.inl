@@ -8,7 +8,7 @@ constexpr int64_t kTaskRows = 48;
 template <class Cell, class S>
 class InputGradient {
   using T = Compute<S>;
-  static constexpr bool kTakesAlong = kSidePays<1> && !cells::kIsVariant<Cell>;
+  static constexpr bool kTakesAlong = kSidePays<1, S> && !cells::kIsVariant<Cell>;
   static constexpr int64_t kRows = kSideRows<1>;  // of tiles, and after how many steps others hear of them
 
  public:

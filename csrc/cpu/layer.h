@@ -244,6 +244,9 @@ struct TangentArgs {
 /// bfloat16 and 8 bits; the best the processor has.
 const char* capability();
 
+/// The best one for this processor if the build left its kernels out, else null.
+const char* missing_capability();
+
 /// Whether those are "amx" and Linux grants this process the tiles, which it is asked for the first time.
 bool multiplies_tiles();
 

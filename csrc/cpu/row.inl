@@ -20,9 +20,10 @@ constexpr int kSideRows = RNN_EXT_VECTOR_REGISTERS < 32 ? kRowBlocks<G> * G : 8;
 /// much along, and others nothing.)
 template <int G>
 constexpr bool kSparseSide = 2 * kRowBlocks<G> * G <= kSideRows<G>;
-/// Tiles of fewer rows read too many weights for what they compute (measured), and none goes beside AMX's.
-template <int G>
-constexpr bool kSidePays = kSideRows<G> >= 6 && !kHasAmx;
+/// Tiles of fewer rows read too many weights for what they compute (measured), and none goes beside AMX's. Only float
+/// and pairs of bfloat16 have them: double and weights that are widened would be a sixth more to compile.
+template <int G, class S>
+constexpr bool kSidePays = kSideRows<G> >= 6 && !kHasAmx && (std::is_same_v<S, float> || kPack<S> > 1);
 
 /// The same pointer, but the compiler does not know that: else it would rather keep the distances of a dozen places
 /// from each other in registers than add to one pointer, and there are not so many registers.

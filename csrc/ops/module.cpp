@@ -124,6 +124,7 @@ constexpr bool kWithCuda = false;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of rnn_ext; see rnn_ext.ops.";
   m.def("cpu_capability", [] { return rnn_ext::cpu::capability(); }, "Instruction set in use.");
+  m.def("missing_cpu_capability", [] { return rnn_ext::cpu::missing_capability(); }, "See csrc/cpu/layer.h.");
   m.def("multiplies_tiles", &rnn_ext::cpu::multiplies_tiles, "See csrc/cpu/layer.h.");
   m.def(
       "set_cpu_capability", [](const char* name) { return rnn_ext::cpu::set_capability(name); },
