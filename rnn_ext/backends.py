@@ -194,7 +194,7 @@ def explain(
         check_quantized(data)
         numbers = torch.int8 if module.activations == 8 else torch.int16
         kernel = f"rnn_ext::quantized_layer {cell}, {ops.cpu_capability(numbers)}"
-        return Explanation("custom", kernel, "its weights have 8 bits, which native has no kernels for")
+        return Explanation("custom", kernel, "its weights have 8 bits, which native has no kernels for" + _lacks())
     if isinstance(module, nn.RNNBase):
         check_layout(cell, data)
     lacking = _options_native_lacks(module, resets=resets is not None, return_cell_states=return_cell_states)
@@ -214,11 +214,14 @@ def explain(
         kernel, why = _cuda_kernel(module, cell, input)
         return Explanation("custom", f"rnn_ext::layer {cell}, cuda {kernel}", f"{reason}; {why}")
     if custom:
-        missing = ops.missing_cpu_capability()
-        if missing:
-            reason = f"{reason}; this processor has {missing}, which the library was built without (see doctor)"
-        return Explanation("custom", f"rnn_ext::layer {cell}, {ops.cpu_capability(data.dtype)}", reason)
+        return Explanation("custom", f"rnn_ext::layer {cell}, {ops.cpu_capability(data.dtype)}", reason + _lacks())
     return Explanation("native", f"torch.{cell}{'_cell' if isinstance(module, nn.RNNCellBase) else ''}", reason)
+
+
+def _lacks() -> str:
+    """What to say of a library that has no kernels for this processor's best instruction set."""
+    missing = ops.missing_cpu_capability()
+    return f"; this processor has {missing}, but the library was built without it (see doctor)" if missing else ""
 
 
 def what_native_lacks(

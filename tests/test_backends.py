@@ -207,6 +207,15 @@ def test_explanation():
             rnn_ext.explain(other, input)
 
 
+def test_explanation_says_what_the_build_left_out(monkeypatch):
+    layer, x = rnn_ext.GRU(4, 4), torch.randn(5, 2, 4)
+    for module in (layer, rnn_ext.quantize(layer)):
+        monkeypatch.setattr("rnn_ext._C.missing_cpu_capability", lambda: None)
+        assert "processor" not in rnn_ext.explain(module, x).reason
+        monkeypatch.setattr("rnn_ext._C.missing_cpu_capability", lambda: "avx512")
+        assert "this processor has avx512, but the library was built without it" in rnn_ext.explain(module, x).reason
+
+
 @pytest.mark.parametrize("granted", [True, False])
 def test_explanation_names_tiles_only_where_they_multiply(monkeypatch, granted):
     monkeypatch.setattr("rnn_ext._C.cpu_capability", lambda: "amx")
