@@ -620,7 +620,7 @@ namespace {
 
 bool multiplies_integers = true;
 
-QuantizedKernel quantized_kernel(int pack) {
+QuantizedKernel quantized_kernel([[maybe_unused]] int pack) {
   if (!multiplies_integers) return *current->quantized;
 #if defined(RNN_EXT_X86_KERNELS)
 #if !defined(RNN_EXT_WITHOUT_AVX512_AMX)
