@@ -128,10 +128,6 @@ def env_flags(*names: str) -> list[str]:
 
 
 def main() -> None:
-    with contextlib.suppress(ImportError):
-        import ninja  # its program is not on the PATH where the environment is not activated
-
-        os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ["PATH"]
     mode = os.environ.get("RNN_EXT_BUILD") or "auto"
     check_mode(mode)
     parts = choose_parts()
@@ -150,8 +146,6 @@ def main() -> None:
         def run(self):
             if sys.platform != "linux":
                 raise SystemExit(f"rnn_ext builds on Linux only, and this is {sys.platform}.")
-            if shutil.which("ninja") is None:
-                raise SystemExit("rnn_ext is compiled by ninja, which was not found: pip install ninja.")
             self.cxx = shlex.split(find_cxx())
             version = subprocess.run([*self.cxx, "--version"], capture_output=True, text=True).stdout
             self.compiler_name = version.splitlines()[0] if version else self.cxx[0]

@@ -8,6 +8,7 @@ import os
 import queue
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -92,14 +93,16 @@ def compile_and_link(folder: Path, jobs: Sequence[Job], link: Sequence[str], lib
         processes: compilers to run at a time.
 
     Raises:
-        SystemExit: something could not be compiled or linked; the compiler has said why.
+        SystemExit: there is no ninja, or something could not be compiled or linked; then the compiler has said why.
     """
+    if find_ninja() is None:
+        raise SystemExit("rnn_ext is compiled by ninja, which was not found: pip install ninja.")
     for job in jobs:
         job.output.parent.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one ninja at a time may write to its log
         (folder / "build.ninja").write_text(ninja_file(jobs, link, library))
-        ninja = ["ninja", "-C", str(folder), "-j", str(processes)]
+        ninja = [find_ninja(), "-C", str(folder), "-j", str(processes)]
         # On one line each: "[finished/total] description".
         environ = {**os.environ, "NINJA_STATUS": "[%f/%t] ", "TERM": "dumb"}
         dry = subprocess.run([*ninja, "-n"], env=environ, capture_output=True, text=True)
@@ -114,6 +117,15 @@ def compile_and_link(folder: Path, jobs: Sequence[Job], link: Sequence[str], lib
                     progress.show(line)
         if done.returncode:
             raise SystemExit("rnn_ext could not be compiled: the compiler's words are above.")
+
+
+def find_ninja() -> str | None:
+    """The program of the Python package ninja, which the PATH need not have, else that on the PATH."""
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        return shutil.which("ninja")
+    return shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
 
 
 def lines_of(stream: IO[str]):
