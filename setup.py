@@ -201,10 +201,7 @@ def main() -> None:
             compile_and_link(folder, jobs, link, built, processes)
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            # Not written into: a process may have loaded it.
-            new = target.with_suffix(".tmp")
-            shutil.copyfile(built, new)
-            new.replace(target)
+            shutil.copyfile(built, target)
 
         def write_build_info(self, path: Path) -> None:
             # A file beside the library, since it is wanted where the library cannot be loaded.
