@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import json
 import math
 import random
@@ -48,10 +48,7 @@ class LSTM(nn.LSTM):
 
 @pytest.fixture
 def ab(monkeypatch):
-    spec = importlib.util.spec_from_file_location("ab", ROOT / "benchmarks" / "ab.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "ab", module)  # where dataclasses look up its types
-    spec.loader.exec_module(module)
+    module = importlib.import_module("ab")
     monkeypatch.setattr(module, "PLACES", 1)  # processes take a second or two to start
     return module
 

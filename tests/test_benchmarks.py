@@ -39,9 +39,8 @@ pytestmark = pytest.mark.skipif(not ops.is_available(), reason="the C++ library 
 
 @pytest.fixture(autouse=True)
 def _scripts(monkeypatch):
-    """The benchmarks are scripts that import each other by name. Nothing they set outlives a test."""
+    """Nothing that the benchmarks set outlives a test."""
     pytest.importorskip("rich")
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(os, "environ", dict(os.environ))
 
 

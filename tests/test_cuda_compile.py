@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stored
 
 from tests.cuda_emulator.build import CUDA, HERE, ROOT, kernel_sources
 
@@ -107,12 +108,7 @@ def test_ptx_of_features_no_kernel_uses_yet(nvcc: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_resources(
-    nvcc: str, report_of: Callable[[str, str], tuple[int, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import stored
-
+def test_resources(nvcc: str, report_of: Callable[[str, str], tuple[int, str]]) -> None:
     version = nvcc_version(nvcc)
     found: dict[str, Any] = {"nvcc": version, "numbers": NUMBERS, "architectures": list(ARCHITECTURES)}
     jobs = [(path.name, arch) for path in sorted(kernel_sources()) for arch in ARCHITECTURES]

@@ -23,11 +23,6 @@ Range = tuple[float, float]  # between which a number is: tables give theirs rou
 Row = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def _scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
 @functools.cache
 def results(name: str) -> dict[str, Any]:
     import stored

@@ -3,7 +3,7 @@ benchmark prints of results made up here, and that the micro-measurements compil
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
 import json
 import os
@@ -28,13 +28,7 @@ needs_emulator = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def gpu():
-    spec = importlib.util.spec_from_file_location("benchmark_gpu", ROOT / "benchmarks" / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))  # whose scripts import each other by name
-        spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("gpu")
 
 
 def wall(call) -> float:

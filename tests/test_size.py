@@ -6,9 +6,8 @@ import io
 from pathlib import Path
 
 import pytest
+import size
 from rich.console import Console
-
-from benchmarks import size
 
 
 @pytest.mark.parametrize(
