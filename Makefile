@@ -2,6 +2,7 @@
 # configuration says where torch comes from.
 #   PYTHON=...        the interpreter for .venv
 #   JOBS=...          test processes at a time
+#   MUTANTS=...       the mutants of tests/mutants to try
 #   PYTEST_ARGS=...   BENCH_ARGS=...   SIZE_ARGS=...   GPU_ARGS=...   GPU_PYTHON=...
 # setup.py says what else is compiled when: RNN_EXT_CPU_ISAS=all, RNN_EXT_BUILD=cuda.
 
@@ -20,10 +21,11 @@ EXTRA = $$(awk '/^$(1) = \[/, /\]$$/' pyproject.toml | sed 's/^$(1) = //' | tr -
 BUILD_FILES := pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*/*)
 CXX_FILES = $$(find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help demo test bench gpu nvcc size lint format clean
+.PHONY: help demo test mutants bench gpu nvcc size lint format clean
 help:
 	@echo "make demo    train both models with torch's kernels and with ours, print the table, write the plots"
 	@echo "make test    run the tests"
+	@echo "make mutants seed faults one at a time, and run the tests that should see them (hours)"
 	@echo "make bench   measure against torch.nn and the peers"
 	@echo "make gpu     test and measure the CUDA kernels on this machine's GPU"
 	@echo "make nvcc    install nvcc from Python packages (300 MB), where there is none to compile the CUDA kernels with"
@@ -38,6 +40,9 @@ demo: $(VENV)/.demo
 # One thread per process: two processes on two cores. Tests of threading ask for their threads themselves.
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+mutants: $(VENV)/.test
+	$(BIN)/python -m tests.mutants.run $(MUTANTS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
